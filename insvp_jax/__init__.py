@@ -1,0 +1,1 @@
+"""insvp_jax: instance visual prompting of frozen Vision Transformers in JAX."""

@@ -1,0 +1,248 @@
+"""The files of one checkpoint: found, checked and read without its model.
+
+Everything here takes the directory of one step, `<workdir>/checkpoints/<step>/`;
+see `checkpoints.py` for what lies in it. Reading writes nothing, so a run on a
+read-only disk can be loaded.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+FOLDER = "checkpoints"
+CHECKSUMS = "checksums.json"
+JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
+
+
+def find_step(path: str | os.PathLike) -> Path:
+  """Returns the directory of the checkpoint that `path` means.
+
+  Args:
+    path: a workdir, its checkpoints directory or the directory of one step. Of
+      several steps the newest is meant.
+
+  Raises:
+    FileNotFoundError: there is none; the message says what was looked for, and
+      lists the runs below `path` where there are some.
+  """
+  path = Path(path).absolute()
+  if not path.exists():
+    raise FileNotFoundError(f"there is no run at {path}: no such directory.")
+  if (path / "meta").is_dir() or (path / "adapter").is_dir():
+    return path
+  folder = path / FOLDER if (path / FOLDER).is_dir() else path
+  steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
+  if steps:
+    return max(steps, key=lambda p: int(p.name))
+  runs = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{FOLDER}"))
+  below = f" Runs below it: {', '.join(runs)}." if runs else ""
+  raise FileNotFoundError(
+    f"{path} holds no checkpoint: expected a run's workdir, with "
+    f"{FOLDER}/<step>/meta in it.{below}"
+  )
+
+
+def verify(where: Path) -> None:
+  """Checks that a checkpoint is complete and as it was written.
+
+  Args:
+    where: the directory of one step.
+
+  Raises:
+    ValueError: an item is missing, or a file is missing, truncated or altered.
+  """
+  for item in ("adapter", "progress", "meta"):
+    if not (where / item).is_dir():
+      raise ValueError(f"{where} is no checkpoint of this package: it has no {item!r}.")
+  # A run killed right after Orbax's commit has none; reading still checks then.
+  if not (where / CHECKSUMS).exists():
+    return
+  for name, (size, sha256) in _load_json(where / CHECKSUMS).items():
+    file = where / name
+    if not file.is_file():
+      raise ValueError(f"the checkpoint {where} is damaged: {name} is missing.")
+    if file.stat().st_size != size:
+      raise ValueError(
+        f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
+        f"bytes, expected {size}."
+      )
+    if _sha256(file) != sha256:
+      raise ValueError(
+        f"the checkpoint {where} is damaged: the content of {name} has changed "
+        "since it was written."
+      )
+
+
+def read_json(where: Path, item: str) -> dict[str, Any]:
+  """Returns a JSON item ("meta" or "progress") of the checkpoint at `where`.
+
+  Raises:
+    ValueError: it is missing or unreadable.
+  """
+  return _load_json(where / item / JSON_FILE)
+
+
+def read_arrays(
+  where: Path,
+  item: str,
+  expected: Mapping[str, Any] | None = None,
+  sharding: jax.sharding.Sharding | None = None,
+) -> dict[str, jax.Array]:
+  """Returns an item of arrays ("adapter" or "optimizer"), by name.
+
+  Args:
+    where: the directory of one step.
+    item: the item's name.
+    expected: leaves of the shapes and types that must be there, whose shardings
+      place the values; None takes what there is.
+    sharding: where the values go if `expected` is None; None is the first device.
+
+  Raises:
+    ValueError: the item is unreadable, or its names, shapes or types are others.
+  """
+  if expected is not None and not expected:
+    return {}
+  stored = _read_item(where, item, None)
+  if expected is None:
+    place = dict.fromkeys(stored, sharding or sharding_of(None))
+  else:
+    check_leaves(stored, expected, f"{item!r} of the checkpoint {where}")
+    place = {name: sharding_of(leaf) for name, leaf in expected.items()}
+  target = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
+    for name, leaf in stored.items()
+  }
+  return _read_item(where, item, target)
+
+
+def _read_item(where: Path, item: str, target: Mapping[str, Any] | None) -> Any:
+  """Returns the arrays of the form of `target`, or for None what is stored."""
+  quieten_orbax()
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      if target is not None:
+        return reader.restore(where / item, args=ocp.args.StandardRestore(target))
+      metadata = reader.metadata(where / item).item_metadata
+      if metadata is None:
+        raise ValueError(f"no readable item {item!r}")
+      return dict(metadata.tree)
+  except Exception as error:
+    raise ValueError(
+      f"{item!r} of the checkpoint {where} cannot be read: {reason_of(error)}."
+    ) from error
+
+
+def check_leaves(
+  got: Mapping[str, Any],
+  expected: Mapping[str, Any],
+  what: str,
+  *,
+  dtypes: bool = True,
+) -> None:
+  """Checks that two flat dicts of leaves have the same names, shapes and types.
+
+  Args:
+    got: leaves with `shape` and `dtype`.
+    expected: the same.
+    what: what `got` is, for the message.
+    dtypes: whether the types count.
+
+  Raises:
+    ValueError: they differ; the message names the leaves, got and expected.
+  """
+  missing = [name for name in expected if name not in got]
+  surplus = [name for name in got if name not in expected]
+  if missing or surplus:
+    parts = [f"lacks {short(missing)}"] if missing else []
+    parts += [f"has {short(surplus)}, which this model has not"] if surplus else []
+    raise ValueError(f"{what} is of another model or method: it {' and '.join(parts)}.")
+
+  def form(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if dtypes else str(list(leaf.shape))
+
+  wrong = [
+    f"{name}: got {form(got[name])}, expected {form(leaf)}"
+    for name, leaf in expected.items()
+    if form(got[name]) != form(leaf)
+  ]
+  if wrong:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise ValueError(f"{what} has other shapes: {'; '.join(wrong[:3])}{more}.")
+
+
+def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+  """Returns where a leaf lies or, of a leaf that lies nowhere, the first device."""
+  sharding = getattr(leaf, "sharding", None)
+  return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def write_checksums(where: Path) -> None:
+  """Writes size and sha256 of every file of a finished checkpoint beside them."""
+  files = sorted(p for p in where.rglob("*") if p.is_file())
+  sums = {
+    str(p.relative_to(where)): [p.stat().st_size, _sha256(p)]
+    for p in files
+    if p.name != CHECKSUMS
+  }
+  partial = where / f"{CHECKSUMS}.tmp"
+  partial.write_text(json.dumps(sums, indent=1))
+  partial.replace(where / CHECKSUMS)
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {reason_of(error)}.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+  return value
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason_of(error: Exception | str) -> str:
+  """Returns the cause in a few words; TensorStore's messages run over pages."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if code:
+    return os.strerror(int(code[1]))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return line[:200].rstrip(".")
+
+
+def short(value: Any) -> str:
+  """Returns a value for a message; of a list the first three items."""
+  if isinstance(value, list):
+    more = f" and {len(value) - 3} more" if len(value) > 3 else ""
+    return ", ".join(str(item) for item in value[:3]) + more
+  return repr(value)
+
+
+class _NotOrbax(logging.Filter):
+  """Drops Orbax's own log: what fails is raised here, in one line."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    """Returns whether the record stays."""
+    return "orbax" not in record.pathname
+
+
+_NOT_ORBAX = _NotOrbax()
+
+
+def quieten_orbax() -> None:
+  """Keeps Orbax's tracebacks and warnings out of the log, once and for all."""
+  # Adding the same filter again changes nothing.
+  logging.getLogger("absl").addFilter(_NOT_ORBAX)

@@ -1,0 +1,223 @@
+"""The whole configuration with its defaults, and its checks.
+
+A file in `configs/` calls `defaults()` and changes values; every key can then be
+overridden on the command line as `--config.section.key=value`. A value of None
+means "what the method, the backbone or its release says".
+"""
+
+from collections.abc import Mapping
+import json
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from insvp_jax import trees
+
+METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
+
+
+def defaults() -> ConfigDict:
+  """Returns the complete, locked configuration."""
+  config = ConfigDict()
+  config.task = "digits"
+  config.method = "insvp"
+  config.seed = 0
+  config.batch_size = 64
+  config.eval_batch_size = 256
+  config.total_epochs = 100.0
+  config.total_steps = 0  # 0: from total_epochs
+  config.image_size = 0  # 0: the backbone's own
+  config.head_init = "torch"
+  config.backbone = _backbone()
+  config.insvp = _insvp()
+  config.vpt_shallow = _vpt()
+  config.vpt_deep = _vpt()
+  config.data = _data()
+  config.optim = _optim()
+  config.loss = _loss()
+  config.tune = _tune()
+  config.log_every_steps = 50
+  config.eval_every_epochs = 0.0  # 0: at the end only
+  config.checkpoint_every_epochs = 0.0  # 0: at the end only
+  config.tensorboard = True
+  config.multihost = placeholder(bool)  # None: where a cluster is detected
+  return config.lock()
+
+
+def _backbone() -> ConfigDict:
+  section = ConfigDict()
+  section.name = "boxed"  # a variant ("B/16") or a release ("vit_b16_i21k")
+  section.weights = ""  # "": the release's; a path or name; "random"
+  section.init = "default"  # of random weights: "default" or "mimetic"
+  for field in ("width", "depth", "mlp_dim", "num_heads", "patch_size"):
+    section[field] = placeholder(int)
+  for field in ("pool", "gelu"):
+    section[field] = placeholder(str)
+  section.dtype = "float32"
+  section.remat = False
+  section.scan = False
+  section.frozen_dtype = "float32"
+  return section
+
+
+def _insvp() -> ConfigDict:
+  section = ConfigDict()
+  section.preset = "paper"
+  for field in ("use_patch", "use_global", "use_common", "use_specific"):
+    section[field] = placeholder(bool)
+  for field in ("train_specific", "simam"):
+    section[field] = placeholder(bool)
+  for field in ("prompt_length", "prompted_blocks", "patch_hidden", "global_hidden"):
+    section[field] = placeholder(int)
+  for field in ("global_kernels", "global_dilations", "specific_kernels"):
+    section[field] = placeholder(tuple)
+  for field in ("image_fusion", "feature_fusion"):
+    section[field] = placeholder(tuple)
+  for field in ("specific_input", "prompt_init"):
+    section[field] = placeholder(str)
+  for field in ("dropout", "prompt_dropout"):
+    section[field] = placeholder(float)
+  return section
+
+
+def _vpt() -> ConfigDict:
+  section = ConfigDict()
+  section.prompt_length = placeholder(int)
+  section.dropout = placeholder(float)
+  return section
+
+
+def _data() -> ConfigDict:
+  section = ConfigDict()
+  section.root = ""
+  section.preset = "vtab"
+  section.train_split = "train"  # or "train_val"
+  section.val_fraction = 0.1
+  section.test_fraction = 0.2
+  section.split_seed = 0
+  section.skip_corrupt = False
+  section.cache_dir = ""  # "": no cache of decoded images
+  section.data_dir = ""  # "": TFDS's default
+  return section
+
+
+def _optim() -> ConfigDict:
+  section = ConfigDict()
+  section.name = "adamw"
+  section.lr = 1e-3
+  section.wd = 1e-4
+  section.b1 = 0.9
+  section.b2 = 0.999
+  section.eps = 1e-8
+  section.momentum = 0.9
+  section.nesterov = False
+  section.schedule = "cosine"
+  section.warmup_epochs = 0.0
+  section.warmup_steps = 0
+  section.end_lr_factor = 0.0
+  section.grad_clip_norm = 0.0
+  section.accumulate_steps = 1
+  section.no_decay = ()
+  section.lr_scale_by_batch = 0
+  return section
+
+
+def _loss() -> ConfigDict:
+  section = ConfigDict()
+  section.label_smoothing = 0.0
+  section.mixup_alpha = 0.0
+  section.cutmix_alpha = 0.0
+  section.mix_prob = 0.5
+  section.mix_switch_prob = 0.5
+  return section
+
+
+def _tune() -> ConfigDict:
+  section = ConfigDict()
+  section.methods = ()  # (): config.method alone
+  section.lr = ()  # (): no search; one run with config.optim
+  section.wd = ()
+  section.seeds = ()  # (): config.seed alone
+  return section
+
+
+def method_kwargs(config: ConfigDict) -> dict[str, Any]:
+  """Returns the section of `config.method` without its unset (None) fields."""
+  if config.method not in METHOD_SECTIONS:
+    return {}
+  return {k: v for k, v in config[config.method].items() if v is not None}
+
+
+def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
+  """Returns the ViT fields that the config sets."""
+  section = config.backbone
+  fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
+  fields += ("dtype", "remat", "scan")
+  return {f: section[f] for f in fields if section[f] is not None}
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what can be checked before any data or device is touched.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  missing = set(trees.flatten(defaults().to_dict())) - set(
+    trees.flatten(config.to_dict())
+  )
+  # Empty tuples and dicts do not survive flattening on both sides alike.
+  missing = {name for name in missing if not _has(config, name)}
+  if missing:
+    raise ValueError(
+      f"the config lacks {', '.join(sorted(missing))}; start it from "
+      "insvp_jax.config.defaults()."
+    )
+  for key in ("batch_size", "eval_batch_size", "log_every_steps"):
+    if config[key] < 1:
+      raise ValueError(f"config.{key} is {config[key]}, expected at least 1.")
+  if config.total_steps < 0 or (config.total_steps == 0 and config.total_epochs <= 0):
+    raise ValueError(
+      f"config.total_steps is {config.total_steps} and config.total_epochs "
+      f"{config.total_epochs}; one of them must be positive."
+    )
+  if config.data.train_split not in ("train", "train_val"):
+    raise ValueError(
+      f"config.data.train_split is {config.data.train_split!r}, expected 'train' or "
+      "'train_val'. The test split never trains and never selects."
+    )
+  for key in ("dtype", "frozen_dtype"):
+    if config.backbone[key] not in ("float32", "bfloat16"):
+      raise ValueError(
+        f"config.backbone.{key} is {config.backbone[key]!r}, expected 'float32' or "
+        "'bfloat16'."
+      )
+
+
+def _has(config: ConfigDict, name: str) -> bool:
+  node: Any = config
+  for part in name.split("/"):
+    if part not in node:
+      return False
+    node = node[part]
+  return True
+
+
+def num_steps(config: ConfigDict, num_examples: int) -> tuple[int, int]:
+  """Returns (total steps, steps per epoch); a remainder of an epoch is dropped."""
+  steps_per_epoch = num_examples // config.batch_size
+  if steps_per_epoch == 0:
+    raise ValueError(
+      f"config.batch_size is {config.batch_size}, but the training split has only "
+      f"{num_examples} images; lower it to at most {num_examples}."
+    )
+  total = config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
+  return total, steps_per_epoch
+
+
+def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config as plain JSON values (tuples become lists)."""
+  if isinstance(config, ConfigDict):
+    config = config.to_dict()
+  return json.loads(json.dumps(config))

@@ -1,0 +1,93 @@
+"""Decoded images in memory: what every data source hands to the pipeline."""
+
+from collections.abc import Mapping
+import dataclasses
+
+from jaxtyping import Int, Int32, UInt8
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySplit:
+  """The images of one split, all of one size, and their labels.
+
+  Attributes:
+    images: pixels in [0, 255].
+    labels: class indices in [0, k).
+  """
+
+  images: UInt8[np.ndarray, "n h w 3"]
+  labels: Int32[np.ndarray, "n"]
+
+  def __post_init__(self):
+    """Checks what the type annotations say, also where nobody checks types."""
+    images, labels = self.images, self.labels
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+      raise ValueError(
+        f"images have to be uint8 [n, h, w, 3], got {images.dtype} "
+        f"{list(images.shape)}."
+      )
+    if labels.shape != images.shape[:1] or labels.dtype != np.int32:
+      raise ValueError(
+        f"labels have to be int32 [{len(images)}], one per image, got "
+        f"{labels.dtype} {list(labels.shape)}."
+      )
+
+  def __len__(self) -> int:
+    """Returns the number of examples."""
+    return len(self.labels)
+
+  def take(self, indices: Int[np.ndarray, "m"]) -> "ArraySplit":
+    """Returns the examples at `indices`, in that order."""
+    return ArraySplit(self.images[indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+  """Everything that training on one task needs.
+
+  Attributes:
+    name: the task, e.g. "cifar100", or the name of the user's folder.
+    class_names: one name per class; their order defines the labels.
+    splits: those of "train", "val", "train_val", "test" that exist.
+      "train_val" is what the final model of a protocol is trained on.
+    skipped: number of unreadable images left out (see `skip_corrupt`).
+    source: what was read, with its version; stored with the result.
+  """
+
+  name: str
+  class_names: tuple[str, ...]
+  splits: Mapping[str, ArraySplit]
+  skipped: int = 0
+  source: str = ""
+
+  def __post_init__(self):
+    """Checks that labels are class indices and that no split is empty."""
+    for split_name, split in self.splits.items():
+      if not len(split):
+        raise ValueError(f"the split {split_name!r} of {self.name!r} has no images.")
+      low, high = int(split.labels.min()), int(split.labels.max())
+      if low < 0 or high >= self.num_classes:
+        raise ValueError(
+          f"labels of the split {split_name!r} of {self.name!r} go from {low} to "
+          f"{high}, expected 0 to {self.num_classes - 1}."
+        )
+
+  @property
+  def num_classes(self) -> int:
+    """Returns k. Never inferred from labels: a split may miss classes."""
+    return len(self.class_names)
+
+  def describe(self) -> str:
+    """Returns one line: name, classes, sizes of the splits, skipped files."""
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in self.splits.items())
+    skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
+    return f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+
+
+def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:
+  """Returns the examples of `first`, then those of `second`."""
+  return ArraySplit(
+    np.concatenate([first.images, second.images]),
+    np.concatenate([first.labels, second.labels]),
+  )

@@ -1,0 +1,134 @@
+"""Decoded image sets on disk, so that the second run starts at once.
+
+A file is named by a digest of everything that shaped its content: the source
+files, the preset, the sizes, the split rule and the decoder's version. It is
+written beside its final name and renamed when complete, so a reader sees all of
+it or nothing, whoever else writes and whoever is killed.
+"""
+
+from collections.abc import Callable, Mapping
+import hashlib
+import json
+import os
+from pathlib import Path
+import tempfile
+import time
+from typing import Any
+import zipfile
+
+from absl import logging
+import numpy as np
+
+from insvp_jax.data.arrays import ArraySplit, TaskData
+
+# Raise it when decoding or splitting changes: old files are then ignored.
+_FORMAT = 1
+_MAX_BYTES = 2**30
+_MIN_SECONDS = 2.0
+_STALE_SECONDS = 24 * 3600
+
+
+def default_dir() -> Path:
+  """Returns where decoded sets are kept unless config.data.cache_dir says else."""
+  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(base) / "insvp_jax" / "data"
+
+
+def cached(
+  key: Mapping[str, Any], read: Callable[[], TaskData], cache_dir: str = ""
+) -> TaskData:
+  """Returns `read()`, from the cache where an equal key was read before.
+
+  A cache that cannot be read or written costs time, never the run: it is logged
+  and the data are read from their source. Nothing is kept of a `read` that
+  raises, nor of sets above 1 GiB, nor, unless a folder is named, of sets that are
+  read within two seconds.
+
+  Args:
+    key: everything that shapes the result; JSON-serialisable.
+    read: reads and decodes the source.
+    cache_dir: folder; "" for `default_dir()`, "off" for no cache.
+  """
+  if cache_dir == "off":
+    return read()
+  import PIL
+
+  text = json.dumps({**key, "format": _FORMAT, "pillow": PIL.__version__})
+  digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+  folder = Path(cache_dir).expanduser() if cache_dir else default_dir()
+  path = folder / f"{digest}.npz"
+  if path.exists():
+    try:
+      return _load(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      logging.warning("the cached data %s are damaged, read anew: %s", path, error)
+  start = time.monotonic()
+  data = read()
+  worthwhile = bool(cache_dir) or time.monotonic() - start > _MIN_SECONDS
+  size = sum(split.images.nbytes for split in data.splits.values())
+  if worthwhile and size <= _MAX_BYTES:
+    try:
+      _save(path, data)
+    except OSError as error:
+      logging.warning("decoded data are not cached in %s: %s", folder, error)
+  return data
+
+
+def fingerprint(path: Path) -> list[Any]:
+  """Returns what tells whether a file has changed.
+
+  For zip archives (`.zip`, `.npz`) the checksums of the members, so a copy or a
+  touch changes nothing; for other files size and time of change.
+  """
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive:
+      return [[i.filename, i.CRC, i.file_size] for i in archive.infolist()]
+  status = path.stat()
+  return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _load(path: Path) -> TaskData:
+  with np.load(path, allow_pickle=False) as stored:
+    meta = json.loads(str(stored["meta"]))
+    splits = {
+      name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])
+      for name in meta.pop("split_names")
+    }
+  class_names = tuple(meta.pop("class_names"))
+  return TaskData(class_names=class_names, splits=splits, **meta)
+
+
+def _save(path: Path, data: TaskData):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _remove_stale(path.parent)
+  meta = {
+    "name": data.name,
+    "class_names": data.class_names,
+    "skipped": data.skipped,
+    "source": data.source,
+    "split_names": list(data.splits),
+  }
+  arrays = {"meta": np.array(json.dumps(meta))}
+  for name, split in data.splits.items():
+    arrays[f"{name}_images"] = split.images
+    arrays[f"{name}_labels"] = split.labels
+  handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+  try:
+    with os.fdopen(handle, "wb") as file:
+      np.savez(file, **arrays)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except BaseException:
+    Path(partial).unlink(missing_ok=True)
+    raise
+
+
+def _remove_stale(folder: Path):
+  """Deletes what killed writers left behind."""
+  for partial in folder.glob("*.tmp"):
+    try:
+      if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+        partial.unlink()
+    except OSError:
+      continue  # another process was faster

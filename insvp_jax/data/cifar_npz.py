@@ -1,0 +1,95 @@
+"""CIFAR-10 from two `.npz` files of JPEG bytes, to train a backbone with.
+
+Each file holds `jpeg` (uint8, the files' bytes end to end), `offsets` (int64
+[n + 1], where each begins), `labels` (int32 [n]) and `class_names`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import zipfile
+
+import ml_collections
+import numpy as np
+
+from insvp_jax.data import cache, decode, preprocess
+from insvp_jax.data.arrays import ArraySplit, TaskData
+from insvp_jax.data.stratify import stratified_choice
+
+_NUM_VAL = 5000
+_CHUNK = 500
+
+
+def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
+  """Returns CIFAR-10: train (45,000), val (5,000), train_val (50,000), test.
+
+  Args:
+    data_config: `root` is the folder of `cifar10_train.npz` and
+      `cifar10_test.npz`; `split_seed` chooses the same number of val images from
+      each class; `preset` and `cache_dir` as everywhere.
+    image_size: side of the model's input in pixels.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a file is not of this format.
+  """
+  preset = preprocess.get_preset(data_config.preset)
+  paths = {
+    split: Path(data_config.root).expanduser() / f"cifar10_{split}.npz"
+    for split in ("train", "test")
+  }
+  for path in paths.values():
+    if not path.is_file():
+      raise FileNotFoundError(
+        f"no file {path}. Point config.data.root to the folder that holds "
+        f"cifar10_train.npz and cifar10_test.npz."
+      )
+  key = {
+    "task": "cifar10_npz",
+    "files": [cache.fingerprint(path) for path in paths.values()],
+    "resize": preset.resize,
+    "size": preset.stored_size(image_size),
+  }
+
+  def read() -> TaskData:
+    train, class_names = _read(paths["train"], preset, image_size)
+    test, _ = _read(paths["test"], preset, image_size)
+    splits = {"train_val": train, "test": test}
+    return TaskData("cifar10_npz", class_names, splits, source="cifar10 as JPEG")
+
+  # The split is cheap, so the cache holds each image only once.
+  data = cache.cached(key, read, data_config.cache_dir)
+  everything = data.splits["train_val"]
+  num_val = min(_NUM_VAL, len(everything) // 10)
+  val = stratified_choice(everything.labels, num_val, data_config.split_seed)
+  splits = {
+    "train": everything.take(np.flatnonzero(~val)),
+    "val": everything.take(np.flatnonzero(val)),
+    "train_val": everything,
+    "test": data.splits["test"],
+  }
+  return TaskData(data.name, data.class_names, splits, source=data.source)
+
+
+def _read(path: Path, preset: preprocess.Preset, image_size: int):
+  """Returns the (ArraySplit, class names) of one file."""
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      jpeg, offsets = stored["jpeg"], stored["offsets"]
+      labels, names = stored["labels"].astype(np.int32), stored["class_names"]
+  except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"{path} is damaged or not of the expected format (jpeg, offsets, labels, "
+      f"class_names): {error}"
+    ) from error
+  size = preset.stored_size(image_size)
+  images = np.empty((len(labels), size, size, 3), np.uint8)
+
+  def work(start: int):
+    for i in range(start, min(start + _CHUNK, len(labels))):
+      data = jpeg[offsets[i] : offsets[i + 1]].tobytes()
+      pixels = decode.decode(data, f"image {i} of {path}")
+      images[i] = preprocess.resize(preset, pixels, image_size)
+
+  with ThreadPoolExecutor(4) as pool:
+    list(pool.map(work, range(0, len(labels), _CHUNK)))
+  return ArraySplit(images, labels), tuple(str(name) for name in names)

@@ -1,0 +1,267 @@
+"""Named presets: how pixels are resized, augmented and normalised.
+
+A preset belongs to the backbone and the protocol, never to the method. Work is
+divided so that nothing is done twice: the host decodes and resizes every image
+once to `Preset.stored_size` and keeps it as uint8 (rounded, so at most half a
+grey level away from the float result of the published code); cropping, flipping
+and normalising run on the device, inside the train step.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Key, UInt8
+import numpy as np
+
+from insvp_jax import trees
+
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_RESIZES = {
+  "tf1": "stretched bilinearly as TF1 does (no half-pixel centres, no antialias)",
+  "antialias": "stretched bilinearly with antialias",
+  "shorter_side": "shorter side bilinearly with antialias, central square",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """How images become inputs of the backbone.
+
+  Attributes:
+    name: the key in `PRESETS`.
+    mean: subtracted from pixels in [0, 1], per channel.
+    std: the centred pixels are divided by it, per channel.
+    resize: "tf1" and "antialias" stretch the image to the square, ignoring its
+      aspect ratio; "shorter_side" keeps it and stores the central square.
+    margin: the stored image is this many times larger than the model's input;
+      training crops at random from it, evaluation at its centre.
+    pad: while training, this share of the side is added all around by reflection
+      before the random crop.
+    flip: while training, every other image is mirrored at random.
+  """
+
+  name: str
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  resize: str
+  margin: float = 1.0
+  pad: float = 0.0
+  flip: bool = False
+
+  def stored_size(self, image_size: int) -> int:
+    """Returns the side in pixels of the images that the host keeps."""
+    # Rounded down, as VPT does: 224 -> 256, 384 -> 438, 448 -> 512.
+    return int(image_size * self.margin + 1e-6)
+
+  def describe(self) -> str:
+    """Returns one line that says all that the preset does."""
+    steps = [_RESIZES[self.resize]]
+    if self.margin > 1:
+      steps.append(f"{self.margin:.4g} x larger, random crop / centre crop in eval")
+    if self.pad:
+      steps.append(f"reflected border of {self.pad:.4g} x side, random crop")
+    steps.append("random flip" if self.flip else "no flip")
+    low = [(0 - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+    high = [(1 - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+    steps.append(f"mean {list(self.mean)}, std {list(self.std)}")
+    steps.append(f"values in [{min(low):.4g}, {max(high):.4g}]")
+    return f"preset {self.name}: " + "; ".join(steps)
+
+
+PRESETS = {
+  # google-research/task_adaptation, with the input range of its ViTs.
+  "vtab": Preset("vtab", HALF, HALF, "tf1"),
+  # VPT on VTAB-1k: the same resize, but ImageNet's mean and deviation.
+  "vpt": Preset("vpt", IMAGENET_MEAN, IMAGENET_STD, "tf1"),
+  # Resize(256), RandomCrop(224), flip. Also for digits and signs, as published.
+  # The random crop is taken from the central square of an elongated image.
+  "insvp_release": Preset(
+    "insvp_release", IMAGENET_MEAN, IMAGENET_STD, "shorter_side", 256 / 224, flip=True
+  ),
+  # The usual training of small images from random initialisation.
+  "cifar": Preset("cifar", HALF, HALF, "antialias", pad=4 / 32, flip=True),
+  # For one's own work: `vtab` without the aliasing of TF1's resize.
+  "modern": Preset("modern", HALF, HALF, "antialias"),
+}
+
+
+def get_preset(name: str) -> Preset:
+  """Returns the preset of that name.
+
+  Raises:
+    ValueError: the name is unknown; the message lists the known ones.
+  """
+  return trees.lookup(PRESETS, name, "preset")
+
+
+def resize_tf1(
+  images: UInt8[np.ndarray, "*n h w c"], height: int, width: int
+) -> Float32[np.ndarray, "*n height width c"]:
+  """Resizes as `tf.compat.v1.image.resize_bilinear` does, bit for bit.
+
+  Args:
+    images: pixels in [0, 255], any leading axes.
+    height: output height in pixels.
+    width: output width in pixels.
+
+  Returns:
+    Pixels in [0, 255].
+
+  Source: TensorFlow's ResizeBilinear with align_corners=False and
+    half_pixel_centers=False, which VTAB's and VPT's published code call.
+  """
+
+  def taps(size: int, out: int):
+    scale = np.float32(size) / np.float32(out)
+    position = np.arange(out, dtype=np.float32) * scale
+    low = np.floor(position).astype(np.int64)
+    return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
+
+  top, bottom, y = taps(images.shape[-3], height)
+  left, right, x = taps(images.shape[-2], width)
+  # TF interpolates along x in both rows, then along y. Converting after the
+  # selection spares the pixels that a strong reduction never looks at.
+  columns = _lerp(
+    np.take(images, left, -2).astype(np.float32),
+    np.take(images, right, -2).astype(np.float32),
+    x[:, None],
+  )
+  return _lerp(
+    np.take(columns, top, -3), np.take(columns, bottom, -3), y[:, None, None]
+  )
+
+
+def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
+  """Returns low + (high - low) * weight; overwrites both arguments."""
+  high -= low
+  high *= weight
+  low += high
+  return low
+
+
+def resize_antialias(
+  image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "height width 3"]:
+  """Resizes as PIL's BILINEAR (and torchvision's Resize on PIL images) does."""
+  from PIL import Image
+
+  resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+  return np.asarray(resized)
+
+
+def resize(
+  preset: Preset, image: UInt8[np.ndarray, "h w 3"], image_size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+  """Returns the square that the host keeps, of side `stored_size(image_size)`.
+
+  Args:
+    preset: says how.
+    image: pixels in [0, 255].
+    image_size: side of the model's input in pixels.
+  """
+  size = preset.stored_size(image_size)
+  height, width = image.shape[:2]
+  if (height, width) == (size, size):
+    return image
+  if preset.resize == "tf1":
+    return np.rint(resize_tf1(image, size, size)).astype(np.uint8)
+  if preset.resize == "antialias":
+    return resize_antialias(image, size, size)
+  # torchvision's Resize: the longer side is truncated, not rounded.
+  shorter = min(height, width)
+  height, width = size * height // shorter, size * width // shorter
+  resized = resize_antialias(image, height, width)
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  return resized[top : top + size, left : left + size]
+
+
+def resize_all(
+  preset: Preset, images: UInt8[np.ndarray, "n h w 3"], image_size: int
+) -> UInt8[np.ndarray, "n s s 3"]:
+  """Returns `resize` of each image."""
+  size = preset.stored_size(image_size)
+  if images.shape[1:3] == (size, size):
+    return images
+  out = np.empty((len(images), size, size, 3), np.uint8)
+  for i, image in enumerate(images):
+    out[i] = resize(preset, image, image_size)
+  return out
+
+
+def train_preprocess(
+  preset: Preset,
+  images: UInt8[Array, "b s s 3"],
+  key: Key[Array, ""],
+  image_size: int,
+) -> Float32[Array, "b h w 3"]:
+  """Augments and normalises one batch on the device; pure and jit-able.
+
+  Args:
+    preset: static under jit, as is `image_size`.
+    images: stored pixels in [0, 255], of side `preset.stored_size(image_size)`.
+    key: each image draws its own crop and flip from it.
+    image_size: side h = w of the result in pixels.
+
+  Returns:
+    Images as the backbone expects them.
+  """
+  b, stored = images.shape[:2]
+  _check_stored(preset, stored, image_size)
+  pad = round(image_size * preset.pad)
+  slack = stored + 2 * pad - image_size
+  if slack or preset.flip:
+    crop_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(crop_key, (b, 2), 0, slack + 1) - pad
+    flips = jax.random.bernoulli(flip_key, 0.5, (b, 1)) & preset.flip
+    i = jnp.arange(image_size)
+    rows = _reflect(offsets[:, :1] + i, stored)
+    columns = _reflect(offsets[:, 1:] + jnp.where(flips, i[::-1], i), stored)
+    images = jax.vmap(_take)(images, rows, columns)
+  return _normalise(preset, images)
+
+
+def eval_preprocess(
+  preset: Preset, images: UInt8[Array, "b s s 3"], image_size: int
+) -> Float32[Array, "b h w 3"]:
+  """Crops the centre and normalises one batch on the device; pure and jit-able.
+
+  Args:
+    preset: static under jit, as is `image_size`.
+    images: stored pixels in [0, 255], of side `preset.stored_size(image_size)`.
+    image_size: side h = w of the result in pixels.
+
+  Returns:
+    Images as the backbone expects them.
+  """
+  stored = images.shape[1]
+  _check_stored(preset, stored, image_size)
+  start = round((stored - image_size) / 2)
+  stop = start + image_size
+  return _normalise(preset, images[:, start:stop, start:stop])
+
+
+def _normalise(preset: Preset, images: UInt8[Array, "b h w 3"]):
+  mean, std = jnp.array(preset.mean), jnp.array(preset.std)
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _reflect(index, size: int):
+  """Maps indices in (-size, 2 size - 1) into [0, size) by reflection."""
+  return size - 1 - jnp.abs(size - 1 - jnp.abs(index))
+
+
+def _take(image, rows, columns):
+  return jnp.take(jnp.take(image, rows, 0, mode="clip"), columns, 1, mode="clip")
+
+
+def _check_stored(preset: Preset, stored: int, image_size: int):
+  if stored != preset.stored_size(image_size):
+    raise ValueError(
+      f"images of {stored} pixels came, but the preset {preset.name!r} keeps "
+      f"{preset.stored_size(image_size)} pixels for image_size={image_size}. Load "
+      f"the data with the same preset and image_size as the model's."
+    )

@@ -1,0 +1,11 @@
+"""Full fine-tuning: everything trains."""
+
+from insvp_jax.methods.base import Method
+
+
+class Full(Method):
+  """Trains the backbone and the head; no prompter."""
+
+  def trainable_patterns(self) -> tuple[str, ...]:
+    """Returns the pattern of every parameter."""
+    return (".*",)

@@ -1,0 +1,215 @@
+"""The networks that turn an image into InsVP's instance-aware prompts.
+
+Source: Liu et al. 2024, "InsVP: Efficient Instance Visual Prompting from Image
+Itself", section 3.2 and figure 2.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from insvp_jax.methods.initializers import torch_uniform
+
+SIMAM_LAMBDA = 1e-3
+ACTIVATIONS = {
+  "relu": nn.relu,
+  "leaky_relu": lambda x: nn.leaky_relu(x, negative_slope=0.01),
+}
+
+
+def simam(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  """Weights each pixel by how far it stands out of its channel; no parameters.
+
+  Source: Yang et al. 2021, "SimAM", eq. 5 and 6: x * sigmoid(1 / energy).
+  """
+  deviation = jnp.square(images - jnp.mean(images, axis=(1, 2), keepdims=True))
+  num_others = images.shape[1] * images.shape[2] - 1
+  variance = jnp.sum(deviation, axis=(1, 2), keepdims=True) / num_others
+  inverse_energy = deviation / (4 * (variance + SIMAM_LAMBDA)) + 0.5
+  return images * jax.nn.sigmoid(inverse_energy)
+
+
+def _dense(features: int, fan_in: int) -> nn.Dense:
+  init = torch_uniform(fan_in)
+  return nn.Dense(features, kernel_init=init, bias_init=init)
+
+
+def _conv(features: int, channels: int, kernel: int, dilation: int = 1) -> nn.Conv:
+  init = torch_uniform(channels * kernel**2)
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    kernel_dilation=(dilation, dilation),
+    padding="SAME",
+    kernel_init=init,
+    bias_init=init,
+  )
+
+
+class PatchPrompter(nn.Module):
+  """Two dense layers on each flattened patch: the patch prompt p^l.
+
+  A patch is flattened as (row, column, channel).
+
+  Attributes:
+    patch_size: pixels per side of a patch.
+    hidden: width of the hidden layer.
+    dropout: rate on the assembled prompt.
+
+  Source: InsVP, eq. 5.
+  """
+
+  patch_size: int
+  hidden: int
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b h w c"]:
+    """Returns the patch prompt, in pixels."""
+    size = {"p": self.patch_size, "q": self.patch_size}
+    pattern = "b (h p) (w q) c -> b h w (p q c)"
+    patches = einops.rearrange(images, pattern, **size)
+    length = patches.shape[-1]
+    hidden = nn.relu(_dense(self.hidden, length)(patches))
+    patches = _dense(length, self.hidden)(hidden)
+    reverse = "b h w (p q c) -> b (h p) (w q) c"
+    prompt = einops.rearrange(patches, reverse, **size)
+    return nn.Dropout(self.dropout)(prompt, deterministic=not train)
+
+
+class GlobalPrompter(nn.Module):
+  """Two dilated convolutions over the whole image: the global prompt p^g.
+
+  Attributes:
+    hidden: channels between the convolutions.
+    kernels: their two kernel sizes.
+    dilations: their two dilations.
+    dropout: rate on the prompt.
+
+  Source: InsVP, eq. 4.
+  """
+
+  hidden: int
+  kernels: Sequence[int]
+  dilations: Sequence[int]
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b h w c"]:
+    """Returns the global prompt, in pixels."""
+    channels = images.shape[-1]
+    x = _conv(self.hidden, channels, self.kernels[0], self.dilations[0])(images)
+    x = _conv(channels, self.hidden, self.kernels[1], self.dilations[1])(nn.relu(x))
+    return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecificGrid:
+  """How the specific prompter gets from an image to tokens of the given width.
+
+  A token of width d is a grid of `size` x `size` x `channels` = d.
+
+  Attributes:
+    crop: pixels cut off each side before the first pooling.
+    size: rows and columns s of a token's grid.
+    channels: channels c of a token's grid.
+    pool: window k2 of the second pooling; the first one's is 4.
+  """
+
+  crop: int
+  size: int
+  channels: int
+  pool: int
+
+
+def specific_grid(width: int, image_size: int) -> SpecificGrid:
+  """Returns the grid of the specific prompter for a backbone.
+
+  s is the largest of 16, 8 and 4 whose square divides the width and that the
+  first pooling leaves room for. For 768 at 224 px it is the paper's 16 x 16 x 3.
+
+  Args:
+    width: token width d.
+    image_size: pixels per side.
+
+  Raises:
+    ValueError: no such s; the message says which sizes would do.
+  """
+  # The published code crops 8 pixels; of a small image that would be too much.
+  crop = 8 if image_size >= 64 else 0
+  side = (image_size - 2 * crop) // 4
+  for size in (16, 8, 4):
+    if width % size**2 == 0 and size <= side:
+      return SpecificGrid(crop, size, width // size**2, side // size)
+  if width % 16:
+    mend = "the width must be divisible by 16 (4 x 4 pixels per channel)"
+  else:
+    mend = "the image must have at least 16 pixels per side"
+  raise ValueError(
+    f"InsVP's specific prompt cannot be made for width {width} and image_size "
+    f"{image_size}: {mend}; or set use_specific=False."
+  )
+
+
+def _center(x: Array, side: int) -> Array:
+  """Cuts the middle `side` rows and columns out of [b, h, w, c]."""
+  top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
+  return x[:, top : top + side, left : left + side]
+
+
+def _max_pool(x: Array, size: int) -> Array:
+  # As a reduction: its gradient is several times faster than a window's on CPU.
+  x = x[:, : x.shape[1] // size * size, : x.shape[2] // size * size]
+  pattern = "b (h p) (w q) c -> b h w c"
+  return einops.reduce(x, pattern, "max", p=size, q=size)
+
+
+class SpecificPrompter(nn.Module):
+  """Three convolutions with pooling: the specific prompt tokens p^s.
+
+  The trunk has 3 -> p -> 3p channels as published; the last convolution emits c
+  channels per token (`specific_grid`), c = 3 where the paper's shapes hold.
+
+  Attributes:
+    width: token width d.
+    prompt_length: number of tokens p.
+    kernels: the three kernel sizes.
+    activation: a key of `ACTIVATIONS`.
+    dropout: rate after each pooling.
+
+  Source: InsVP, eq. 9.
+  """
+
+  width: int
+  prompt_length: int
+  kernels: Sequence[int]
+  activation: str
+  dropout: float
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b p d"]:
+    """Returns the prompt tokens of each image, to be used by every block."""
+    grid = specific_grid(self.width, images.shape[1])
+    activation = ACTIVATIONS[self.activation]
+    p = self.prompt_length
+    # Pooling first equals the paper's order, since activations are monotone, and
+    # leaves the activation a fraction of the pixels.
+    x = _conv(p, images.shape[-1], self.kernels[0])(images)
+    x = _max_pool(_center(x, x.shape[1] - 2 * grid.crop), 4)
+    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = _conv(3 * p, p, self.kernels[1])(x)
+    x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)
+    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = _conv(grid.channels * p, 3 * p, self.kernels[2])(x)
+    return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)

@@ -1,0 +1,116 @@
+"""The classifier: a backbone, a method and a head, joined at the hooks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from insvp_jax import methods, trees
+from insvp_jax.methods.base import Method
+from insvp_jax.models import pretrained
+from insvp_jax.models.heads import HEAD_INITS, Head
+from insvp_jax.models.vit import ViT, decode_variant
+
+BACKBONE_FIELDS = tuple(
+  name for name in ViT.__dataclass_fields__ if name not in ("parent", "name")
+)
+
+
+class PromptedClassifier(nn.Module):
+  """Images in, logits out; the method speaks at four places.
+
+  Parameters: {"backbone": ..., "prompter": ..., "head": ...}; a method without
+  parameters has no "prompter".
+  """
+
+  backbone: ViT
+  prompter: Method
+  head: Head
+
+  def features(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b d"]:
+    """Returns the feature that the head sees."""
+    prompted = self.prompter.prompt_image(images, train=train)
+    tokens = self.backbone.embed(prompted)
+    prompts = self.prompter.prompt_tokens(images, prompted, train=train)
+    feature = self.backbone.encode(tokens, prompts)
+    return self.prompter.adapt_feature(feature, train=train)
+
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> Float[Array, "b k"]:
+    """Returns logits [b, k] in float32.
+
+    Args:
+      images: [b, h, w, 3], normalised with the backbone's preset.
+      train: whether dropout is on; then `rngs={"dropout": key}` is needed.
+    """
+    return self.head(self.features(images, train=train))
+
+  def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
+    """Returns what the method lays over the images, by name."""
+    return self.prompter.prompts(images)
+
+
+def create_backbone(name: str, image_size: int = 0, **overrides: Any) -> ViT:
+  """Returns a ViT by variant ("Ti/16") or by a release's name ("vit_b16_i21k").
+
+  Args:
+    name: a variant with its patch size, or a name of `pretrained.RELEASES`.
+    image_size: pixels per side; 0 is the release's own, or 224.
+    **overrides: fields of `ViT` that replace the variant's.
+
+  Raises:
+    ValueError: unknown name or field, or sizes that do not fit together.
+  """
+  for field in overrides:
+    if field not in BACKBONE_FIELDS or field == "image_size":
+      known = [f for f in BACKBONE_FIELDS if f != "image_size"]
+      raise ValueError(
+        f"unknown backbone field {field!r}.{trees.did_you_mean(field, known)} "
+        f"Known: {', '.join(known)}."
+      )
+  fields: dict[str, Any] = {"image_size": 224}
+  if "/" in name:
+    fields |= decode_variant(name)
+  else:
+    fields |= pretrained.architecture_of(name)
+  fields |= {k: v for k, v in overrides.items() if v is not None}
+  if image_size:
+    fields["image_size"] = image_size
+  return ViT(**fields)
+
+
+def create_model(
+  backbone: str,
+  method: str = "insvp",
+  *,
+  num_classes: int,
+  image_size: int = 0,
+  backbone_kwargs: Mapping[str, Any] | None = None,
+  method_kwargs: Mapping[str, Any] | None = None,
+  head_init: str = "zeros",
+) -> PromptedClassifier:
+  """Returns the classifier of a backbone under a method.
+
+  Args:
+    backbone: a variant ("Ti/16") or a release's name ("vit_b16_i21k", "boxed").
+    method: a key of `methods.METHODS`.
+    num_classes: k, the width of the logits.
+    image_size: pixels per side; 0 is the release's own, or 224.
+    backbone_kwargs: fields of `models.vit.ViT` to override.
+    method_kwargs: the method's own fields.
+    head_init: a key of `models.heads.HEAD_INITS`.
+
+  Raises:
+    ValueError: an unknown name or field (with the nearest known one), or sizes
+      that do not fit together.
+  """
+  if num_classes < 1:
+    raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
+  trees.lookup(HEAD_INITS, head_init, "head_init")
+  vit = create_backbone(backbone, image_size, **dict(backbone_kwargs or {}))
+  prompter = methods.create_method(method, vit.spec, **dict(method_kwargs or {}))
+  return PromptedClassifier(vit, prompter, Head(num_classes, head_init))

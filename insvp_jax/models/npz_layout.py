@@ -1,0 +1,265 @@
+"""The `.npz` files of Vision Transformers: read safely, in one set of names.
+
+Three layouts are in use: the original release's names (`LayerNorm_2`,
+`MlpBlock_3`, a position embedding with an entry for the class token), and
+big_vision's with one group per block (`encoderblock_3/...`) or with all blocks
+stacked on a leading axis (`encoderblock/...`). Everything here turns them into
+big_vision's names with one group per block, in float32, and back.
+
+Source: Dosovitskiy et al. 2021; names as in google-research/big_vision.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+from pathlib import Path
+import re
+from typing import Any
+import zipfile
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+# Where a file may keep the ViT: bare, in a training state, in a two-tower model,
+# or in the parameter tree of this package.
+PREFIXES = ("", "params/", "opt/target/", "params/img/", "img/", "backbone/")
+# Every ViT has this leaf; it tells the prefix.
+MARK = "embedding/kernel"
+
+_STACKED = "Transformer/encoderblock/"
+_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.*)")
+_OLD_MODULES = {
+  "LayerNorm_2": "LayerNorm_1",
+  "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+  "MlpBlock_3": "MlpBlock_0",
+}
+_OLD_POSITIONS = (
+  "Transformer/posembed_input/pos_embedding",
+  "Transformer/pos_embedding",
+)
+# An early MAP head had no module of its own.
+_BARE_MAP_HEAD = re.compile(
+  r"(probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(/.*)?"
+)
+_HEADS = ("head", "pre_logits")
+# What zipfile and NumPy raise on a damaged or pickled member.
+_DAMAGE = (
+  ValueError,
+  EOFError,
+  OSError,
+  NotImplementedError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VitFile:
+  """A file's ViT, in big_vision's names with one group per block.
+
+  Attributes:
+    leaves: '/'-joined name -> float32 array.
+    skipped: name in the file -> why it was not read.
+    layout: the file's layout, in words.
+  """
+
+  leaves: dict[str, np.ndarray]
+  skipped: dict[str, str]
+  layout: str
+
+
+def read_vit(path: str | os.PathLike[str]) -> VitFile:
+  """Reads the ViT in an `.npz` file of any of the three layouts.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: not an `.npz`, pickled, damaged, or no ViT in it.
+  """
+  path = Path(path)
+  names = _member_names(path)
+  prefix = _find_prefix(path, names)
+  skipped, wanted = {}, {}
+  for name in names:
+    short = name.removeprefix(prefix)
+    if not name.startswith(prefix):
+      skipped[name] = "not a part of the ViT"
+    elif short.split("/")[0] in _HEADS:
+      skipped[name] = "a head of its own is trained for every task"
+    else:
+      wanted[name] = short
+  renamed = _unique({name: _modern(short) for name, short in wanted.items()}, path)
+  arrays = _read_arrays(path, list(wanted))
+  leaves = {renamed[name]: array for name, array in arrays.items()}
+  if any(name.startswith(_STACKED) for name in leaves):
+    layout = "big_vision's names, stacked blocks"
+    leaves = unroll(leaves)
+  elif any(renamed[name] != short for name, short in wanted.items()):
+    layout = "the original release's names"
+  else:
+    layout = "big_vision's names"
+  return VitFile(leaves, skipped, layout)
+
+
+def _member_names(path: Path) -> list[str]:
+  """Returns the names of the arrays in an `.npz` file."""
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no file {path}.")
+  with open(path, "rb") as file:
+    start = file.read(64)
+  if not start.startswith(b"PK"):
+    raise ValueError(
+      f"{path} is not an .npz file (it starts with {start[:16]!r}). Expected the zip "
+      "archive that numpy.savez writes; a web page or a pickle is refused."
+    )
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = archive.namelist()
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+  foreign = [name for name in members if not name.endswith(".npy")]
+  if foreign or not members:
+    raise ValueError(
+      f"{path} is not an .npz file of arrays: it holds {foreign[:1] or 'nothing'}. "
+      "A PyTorch checkpoint is a pickle inside a zip and is refused; convert it to "
+      "named arrays with numpy.savez first."
+    )
+  return [name.removesuffix(".npy") for name in members]
+
+
+def _find_prefix(path: Path, names: list[str]) -> str:
+  for prefix in PREFIXES:
+    if prefix + MARK in names:
+      return prefix
+  raise ValueError(
+    f"{path} holds no ViT: none of its {len(names)} arrays is named {MARK!r} (also "
+    f"looked for below {', '.join(p for p in PREFIXES if p)}). It starts with: "
+    f"{', '.join(names[:3])}."
+  )
+
+
+def _modern(name: str) -> str:
+  """Returns big_vision's name of a leaf that may have an older one."""
+  if name in _OLD_POSITIONS:
+    return "pos_embedding"
+  if _BARE_MAP_HEAD.fullmatch(name):
+    return f"MAPHead_0/{name}"
+  if name.startswith("Transformer/encoderblock"):
+    return "/".join(_OLD_MODULES.get(part, part) for part in name.split("/"))
+  return name
+
+
+def _unique(renamed: dict[str, str], path: Path) -> dict[str, str]:
+  owners: dict[str, str] = {}
+  for old, new in renamed.items():
+    if new in owners:
+      raise ValueError(
+        f"{path} holds {new!r} twice, as {owners[new]!r} and {old!r}; its layouts are "
+        "mixed. Keep one of them."
+      )
+    owners[new] = old
+  return renamed
+
+
+def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {name: file[name] for name in names}
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+  return {name: _float32(array, name, path) for name, array in arrays.items()}
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+  return ValueError(
+    f"{path} cannot be read as an .npz file ({type(error).__name__}: {error}). It is "
+    "truncated, damaged or pickled; get it again. Nothing is ever unpickled."
+  )
+
+
+def _float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+  if array.dtype == np.dtype("V2"):
+    # NumPy's file format has no name for bfloat16 and stores two raw bytes.
+    array = array.view(jnp.bfloat16)
+  elif not np.issubdtype(array.dtype, np.floating):
+    raise ValueError(
+      f"{name!r} in {path} is {array.dtype}, expected a float type or bfloat16."
+    )
+  array = array.astype(np.float32, copy=False)
+  if not np.isfinite(array).all():
+    raise ValueError(
+      f"{name!r} in {path} holds NaN or infinite values; the file is unusable."
+    )
+  return array
+
+
+def unroll(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Splits stacked blocks: `encoderblock/x` [l, ...] -> `encoderblock_i/x` [...].
+
+  Leaves outside the blocks, and blocks that are not stacked, are kept.
+
+  Raises:
+    ValueError: the leaves are stacks of different depths, or in both layouts.
+  """
+  stacked = {n: leaf for n, leaf in leaves.items() if n.startswith(_STACKED)}
+  depths = {name: np.shape(leaf)[:1] for name, leaf in stacked.items()}
+  if len(set(depths.values())) > 1 or () in depths.values():
+    listed = ", ".join(f"{name} {np.shape(leaves[name])}" for name in list(depths)[:4])
+    raise ValueError(f"stacked blocks of different depths: {listed}.")
+  out = {name: leaf for name, leaf in leaves.items() if name not in stacked}
+  for name, leaf in stacked.items():
+    rest = name.removeprefix(_STACKED)
+    for i, value in enumerate(leaf):
+      single = f"Transformer/encoderblock_{i}/{rest}"
+      if single in out:
+        raise ValueError(f"both {name!r} and {single!r} are there; keep one of them.")
+      out[single] = value
+  return out
+
+
+def stack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Stacks blocks on a leading axis; the inverse of `unroll`.
+
+  Raises:
+    ValueError: a block lacks a leaf that another one has.
+  """
+  depth = num_blocks(leaves)
+  groups: dict[str, dict[int, np.ndarray]] = {}
+  out = {}
+  for name, leaf in leaves.items():
+    if match := _BLOCK.fullmatch(name):
+      groups.setdefault(match[2], {})[int(match[1])] = leaf
+    else:
+      out[name] = leaf
+  for rest, blocks in groups.items():
+    if len(blocks) != depth:
+      missing = next(i for i in range(depth) if i not in blocks)
+      raise ValueError(
+        f"block {missing} of {depth} has no {rest!r}; cannot stack them."
+      )
+    out[_STACKED + rest] = np.stack([blocks[i] for i in range(depth)])
+  return out
+
+
+def num_blocks(leaves: Mapping[str, Any]) -> int:
+  """Returns the number of blocks in big_vision's names with one group each."""
+  found = [int(m[1]) for m in map(_BLOCK.fullmatch, leaves) if m]
+  return max(found, default=-1) + 1
+
+
+def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the `ViT` fields that can be read off the leaves of a file."""
+  found: dict[str, Any] = {"depth": num_blocks(leaves)}
+  block = "Transformer/encoderblock_0"
+  kernel = leaves.get(MARK)
+  if kernel is not None and kernel.ndim == 4:
+    found |= {"patch_size": kernel.shape[0], "width": kernel.shape[3]}
+  query = leaves.get(f"{block}/MultiHeadDotProductAttention_0/query/kernel")
+  if query is not None and query.ndim == 3:
+    found["num_heads"] = query.shape[1]
+  hidden = leaves.get(f"{block}/MlpBlock_0/Dense_0/kernel")
+  if hidden is not None and hidden.ndim == 2:
+    found["mlp_dim"] = hidden.shape[1]
+  has_map = any(name.startswith("MAPHead_0/") for name in leaves)
+  found["pool"] = "map" if has_map else "tok" if "cls" in leaves else "gap"
+  return found

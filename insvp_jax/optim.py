@@ -1,0 +1,267 @@
+"""Learning rate schedules and the optimizer of the trainable parameters.
+
+Both read the `optim` section of the config: `name, lr, wd, b1, b2, eps, momentum,
+nesterov, schedule, warmup_epochs, warmup_steps, end_lr_factor, grad_clip_norm,
+accumulate_steps, no_decay, lr_scale_by_batch`.
+
+Two clocks: a *train step* consumes one batch, an *update* changes the parameters.
+They differ only when `accumulate_steps` > 1. Everything in the config counts train
+steps; the schedules count updates, as optax calls them (see `current_lr`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+import optax
+
+from insvp_jax import trees
+
+Config = ConfigDict | Mapping[str, Any]
+Schedule = Callable[[Any], Any]
+
+
+def create_schedule(
+  optim: Config, *, total_steps: int, steps_per_epoch: int, batch_size: int
+) -> Schedule:
+  """Returns the learning rate as a function of the number of updates so far.
+
+  The schedules, with W warm-up updates out of T:
+    constant: lr.
+    cosine: half a cosine from lr (at W) to lr * end_lr_factor (at T).
+    cosine_epochwise: the factor changes only between epochs. Epoch e of a warm-up
+      of W epochs has e / W, so that the first epoch trains with lr 0, as VPT does.
+  In the warm-up of the first two, update i (from 0) has lr * (i + 1) / W: lr / W at
+  first, lr at updates W - 1 and W.
+
+  Args:
+    optim: the config section. `lr_scale_by_batch` > 0 multiplies lr by
+      (images per update) / lr_scale_by_batch.
+    total_steps: train steps of the whole run.
+    steps_per_epoch: train steps of one epoch.
+    batch_size: images per train step, over all devices.
+
+  Raises:
+    ValueError: an unknown schedule, a value out of range, or a warm-up that does
+      not end before the run does.
+
+  Source: cosine_epochwise is the schedule of VPT (Jia et al., ECCV 2022), the linear
+    start at lr / W that of InsVP (Liu et al., ACM MM 2024).
+  """
+  check_optim(optim)
+  create = trees.lookup(SCHEDULES, optim["schedule"], "schedule")
+  for name, value in (
+    ("total_steps", total_steps),
+    ("steps_per_epoch", steps_per_epoch),
+    ("batch_size", batch_size),
+  ):
+    if value < 1:
+      raise ValueError(f"{name} is {value}; it must be at least 1.")
+  if total_steps < optim["accumulate_steps"]:
+    raise ValueError(
+      f"optim.accumulate_steps is {optim['accumulate_steps']}, but the run has only "
+      f"{total_steps} steps: no update would happen. Lower it or train longer."
+    )
+  peak = float(optim["lr"])
+  if optim["lr_scale_by_batch"] > 0:
+    images_per_update = batch_size * optim["accumulate_steps"]
+    peak *= images_per_update / optim["lr_scale_by_batch"]
+  return create(optim, peak, total_steps, steps_per_epoch)
+
+
+def current_lr(
+  schedule: Schedule, step: int | Int[Array, ""], accumulate_steps: int = 1
+) -> Float[Array, ""]:
+  """Returns the lr of the update that train step `step` (from 0) belongs to."""
+  return jnp.asarray(schedule(step // accumulate_steps), jnp.float32)
+
+
+def create_optimizer(
+  optim: Config,
+  schedule: Schedule,
+  params: Mapping[str, Any],
+  mask: Mapping[str, Any],
+) -> optax.GradientTransformation:
+  """Returns the optimizer over the full tree of parameters.
+
+  Trainable leaves: clip by their global norm, then AdamW (decoupled decay) or SGD
+  (decay added to the gradient, before the momentum), with the mean of
+  `accumulate_steps` gradients. Frozen leaves: updates are zero, and neither moments
+  nor accumulated gradients exist for them.
+
+  Args:
+    optim: the config section. `no_decay` holds regular expressions over the
+      '/'-names of parameters without weight decay; () decays all that train.
+    schedule: lr as a function of updates, from `create_schedule`.
+    params: the full tree, arrays or `jax.ShapeDtypeStruct`.
+    mask: bools in the structure of `params`; True is trainable.
+
+  Raises:
+    ValueError: an unknown optimizer, a value out of range, a `no_decay` pattern
+      that matches no parameter at all, a mask that does not fit the parameters or
+      selects none, or a trainable leaf that is not float32.
+  """
+  check_optim(optim)
+  create = trees.lookup(OPTIMIZERS, optim["name"], "optimizer")
+  _check_trainable(params, mask)
+  no_decay = trees.mask(params, tuple(optim["no_decay"]))
+  decay = jax.tree.map(lambda excluded: not excluded, no_decay)
+  links = [create(optim, schedule, decay)]
+  if optim["grad_clip_norm"] > 0:
+    # Inside the partition: before it, the norm would run over frozen leaves too.
+    links.insert(0, optax.clip_by_global_norm(optim["grad_clip_norm"]))
+  trainable = optax.chain(*links)
+  if optim["accumulate_steps"] > 1:
+    trainable = optax.MultiSteps(
+      trainable, optim["accumulate_steps"]
+    ).gradient_transformation()
+  # Not optax.masked: that lets the raw gradients of frozen leaves through.
+  return optax.partition(
+    {"trainable": trainable, "frozen": optax.set_to_zero()},
+    jax.tree.map(lambda chosen: "trainable" if chosen else "frozen", dict(mask)),
+  )
+
+
+def check_optim(optim: Config) -> None:
+  """Checks names and ranges of the config section.
+
+  Raises:
+    ValueError: names the field, its value and what is allowed.
+  """
+  trees.lookup(OPTIMIZERS, optim["name"], "optimizer")
+  trees.lookup(SCHEDULES, optim["schedule"], "schedule")
+  for field, (is_valid, allowed) in _RANGES.items():
+    value = optim[field]
+    if not is_valid(value):
+      raise ValueError(f"optim.{field} is {value!r}; it must be {allowed}.")
+  if optim["warmup_epochs"] > 0 and optim["warmup_steps"] > 0:
+    raise ValueError(
+      f"both optim.warmup_epochs ({optim['warmup_epochs']}) and optim.warmup_steps "
+      f"({optim['warmup_steps']}) are set; set one of them to 0."
+    )
+  if optim["name"] == "sgd" and optim["nesterov"] and optim["momentum"] == 0:
+    raise ValueError("optim.nesterov needs optim.momentum > 0, which is 0.")
+
+
+_NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number >= 0")
+_BELOW_ONE = (lambda value: 0 <= value < 1, "in [0, 1)")
+_RANGES = {
+  "lr": _NOT_NEGATIVE,
+  "wd": _NOT_NEGATIVE,
+  "b1": _BELOW_ONE,
+  "b2": _BELOW_ONE,
+  "eps": (lambda value: 0 < value < float("inf"), "a number > 0"),
+  "momentum": _BELOW_ONE,
+  "warmup_epochs": _NOT_NEGATIVE,
+  "warmup_steps": _NOT_NEGATIVE,
+  "end_lr_factor": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+  "grad_clip_norm": (_NOT_NEGATIVE[0], "a number >= 0 (0 is off)"),
+  "accumulate_steps": (
+    lambda value: value >= 1 and value == int(value),
+    "a whole number >= 1",
+  ),
+  "lr_scale_by_batch": (_NOT_NEGATIVE[0], "a number >= 0 (0 is off)"),
+}
+
+
+def _stepwise(decay: Callable[[float, int, float], Schedule]):
+  """Returns the factory of a schedule with a linear warm-up and then `decay`."""
+
+  def create(
+    optim: Config, peak: float, total_steps: int, steps_per_epoch: int
+  ) -> Schedule:
+    total = total_steps // optim["accumulate_steps"]
+    steps = optim["warmup_steps"] or optim["warmup_epochs"] * steps_per_epoch
+    warmup = round(steps / optim["accumulate_steps"])
+    _check_warmup(optim, warmup, total, "updates")
+    after = decay(peak, total - warmup, float(optim["end_lr_factor"]))
+    if not warmup:
+      return after
+    # lr * (count + 1) / W: the first update must not be lost to lr 0.
+    before = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([before, after], [warmup])
+
+  return create
+
+
+def _create_cosine_epochwise(
+  optim: Config, peak: float, total_steps: int, steps_per_epoch: int
+) -> Schedule:
+  warmup = int(optim["warmup_epochs"])
+  if optim["warmup_steps"] > 0 or warmup != optim["warmup_epochs"]:
+    raise ValueError(
+      "the schedule 'cosine_epochwise' changes between epochs only, so its warm-up "
+      "must be whole epochs: set optim.warmup_steps to 0 and optim.warmup_epochs to "
+      f"a whole number; got {optim['warmup_steps']} and {optim['warmup_epochs']}."
+    )
+  total = total_steps / steps_per_epoch
+  _check_warmup(optim, warmup, total, "epochs")
+  by_epoch = optax.cosine_decay_schedule(
+    peak, total - warmup, alpha=float(optim["end_lr_factor"])
+  )
+  if warmup:
+    by_epoch = optax.join_schedules(
+      [optax.linear_schedule(0.0, peak, warmup), by_epoch], [warmup]
+    )
+  return lambda count: by_epoch(count * optim["accumulate_steps"] // steps_per_epoch)
+
+
+def _check_warmup(optim: Config, warmup: int, total: float | int, unit: str) -> None:
+  if warmup > 0 and warmup >= total:
+    raise ValueError(
+      f"the warm-up takes {warmup} of the run's {total:g} {unit} "
+      f"(optim.warmup_epochs={optim['warmup_epochs']}, "
+      f"optim.warmup_steps={optim['warmup_steps']}); it must end before the run does. "
+      "Shorten it or train longer."
+    )
+
+
+def _create_adamw(optim: Config, schedule: Schedule, decay: Any):
+  return optax.adamw(
+    schedule,
+    b1=optim["b1"],
+    b2=optim["b2"],
+    eps=optim["eps"],
+    mu_dtype=jnp.float32,
+    weight_decay=optim["wd"],
+    mask=decay,
+  )
+
+
+def _create_sgd(optim: Config, schedule: Schedule, decay: Any):
+  sgd = optax.sgd(
+    schedule,
+    momentum=optim["momentum"] or None,
+    nesterov=optim["nesterov"],
+    accumulator_dtype=jnp.float32,
+  )
+  return optax.chain(optax.add_decayed_weights(optim["wd"], mask=decay), sgd)
+
+
+def _check_trainable(params: Mapping[str, Any], mask: Mapping[str, Any]) -> None:
+  if jax.tree.structure(dict(params)) != jax.tree.structure(dict(mask)):
+    names = sorted(set(trees.flatten(params)) ^ set(trees.flatten(mask)))
+    raise ValueError(
+      "the mask of trainable parameters does not have the tree of the parameters; "
+      f"in one of them only: {', '.join(names[:5])}."
+    )
+  trainable, _ = trees.split(params, mask)
+  if not trainable:
+    raise ValueError("the mask selects no parameter: there is nothing to train.")
+  for name, leaf in trainable.items():
+    if leaf.dtype != jnp.float32:
+      raise ValueError(
+        f"the trainable parameter {name!r} is {leaf.dtype}; parameters that train, "
+        "and so their moments, must be float32. Only frozen ones may be narrower."
+      )
+
+
+SCHEDULES = {
+  "constant": _stepwise(lambda peak, _steps, _end: optax.constant_schedule(peak)),
+  "cosine": _stepwise(optax.cosine_decay_schedule),
+  "cosine_epochwise": _create_cosine_epochwise,
+}
+OPTIMIZERS = {"adamw": _create_adamw, "sgd": _create_sgd}

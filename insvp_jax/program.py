@@ -1,0 +1,230 @@
+"""What a run consists of: the compiled program, the weights, the first state."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from insvp_jax import config as config_lib
+from insvp_jax import evaluate, optim, partition, steps, trees
+from insvp_jax.data import TaskData, pipeline, preprocess
+from insvp_jax.models import mimetic, pretrained
+from insvp_jax.models.classifier import PromptedClassifier, create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled once and serves every run of the same shape.
+
+  Attributes:
+    model: the classifier.
+    model_kwargs: the arguments of `create_model` that made it, as JSON values.
+    mask: bool tree of the trainable parameters.
+    optimizer: over the full tree, with a peak lr of 1.
+    schedule: the lr schedule with a peak of 1, by update.
+    total_steps: batches of the whole run.
+    steps_per_epoch: batches of an epoch.
+    train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
+    eval_step: jitted `(params, batch) -> sums`.
+    mesh: all devices on one axis.
+  """
+
+  model: PromptedClassifier
+  model_kwargs: Mapping[str, Any]
+  mask: Mapping[str, Any]
+  optimizer: optax.GradientTransformation
+  schedule: optim.Schedule
+  total_steps: int
+  steps_per_epoch: int
+  train_step: Any
+  eval_step: Any
+  mesh: jax.sharding.Mesh
+
+
+def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+  """Returns the arguments of `create_model` that a config asks for."""
+  return {
+    "backbone": config.backbone.name,
+    "method": config.method,
+    "num_classes": num_classes,
+    "image_size": config.image_size,
+    "backbone_kwargs": config_lib.backbone_kwargs(config),
+    "method_kwargs": config_lib.method_kwargs(config),
+    "head_init": config.head_init,
+  }
+
+
+def create_program(
+  config: ConfigDict, num_classes: int, num_train: int, mesh: jax.sharding.Mesh
+) -> Program:
+  """Builds model, mask, optimizer and the jitted steps; runs nothing.
+
+  Args:
+    config: the whole configuration.
+    num_classes: k.
+    num_train: images of the training split.
+    mesh: where the batches will lie.
+
+  Raises:
+    ValueError: something in the config does not fit; see the message.
+  """
+  partition.check_batch_size(config.batch_size, mesh)
+  kwargs = create_model_kwargs(config, num_classes)
+  model = create_model(**kwargs)
+  total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
+  optim.check_optim(config.optim)
+  shapes = param_shapes(model)
+  mask = trees.mask(shapes, model.prompter.trainable_patterns())
+  unit = config.optim.copy_and_resolve_references()
+  unit.lr = 1.0
+  unit.lr_scale_by_batch = 0
+  schedule = optim.create_schedule(
+    unit,
+    total_steps=total_steps,
+    steps_per_epoch=steps_per_epoch,
+    batch_size=config.batch_size,
+  )
+  optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
+  preset = trees.lookup(preprocess.PRESETS, config.data.preset, "preset")
+  train_step = steps.create_train_step(
+    model, optimizer, mask, preset=preset, loss=config.loss.to_dict()
+  )
+  whole = partition.replicated(mesh)
+  rows = partition.batch_sharding(mesh)
+  return Program(
+    model=model,
+    model_kwargs=kwargs,
+    mask=mask,
+    optimizer=optimizer,
+    schedule=schedule,
+    total_steps=total_steps,
+    steps_per_epoch=steps_per_epoch,
+    train_step=jax.jit(
+      train_step,
+      donate_argnums=0,
+      in_shardings=(whole, rows),
+      out_shardings=(whole, whole),
+    ),
+    eval_step=jax.jit(
+      steps.create_eval_step(model, preset=preset),
+      in_shardings=(whole, rows),
+      out_shardings=whole,
+    ),
+    mesh=mesh,
+  )
+
+
+def param_shapes(model: PromptedClassifier) -> dict[str, Any]:
+  """Returns the tree of parameters as `jax.ShapeDtypeStruct`."""
+  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model: PromptedClassifier, key: jax.Array) -> dict[str, Any]:
+  size = model.backbone.image_size
+  return model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+
+
+def load_weights(
+  config: ConfigDict, model: PromptedClassifier
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """Returns (backbone parameters or None for random ones, the backbone's identity).
+
+  The identity is stored with every run: `id` (path, name or "random"), `sha256` of
+  the file, and for random weights the seed they were drawn from.
+  """
+  source = config.backbone.weights or config.backbone.name
+  if "/" in config.backbone.name and not config.backbone.weights:
+    raise ValueError(
+      f"config.backbone.name is {config.backbone.name!r}, an architecture without "
+      "weights. Set config.backbone.weights to a path or to a release's name, or to "
+      "'random' to train from scratch."
+    )
+  if source == "random":
+    return None, {"id": "random", "seed": config.seed, "init": config.backbone.init}
+  path = pretrained.resolve(source)
+  weights = pretrained.load_backbone(str(path), model, report=logging.info)
+  return weights, {"id": source, "sha256": pretrained.file_digest(path)}
+
+
+def init_params(
+  model: PromptedClassifier,
+  seed: int,
+  weights: Mapping[str, Any] | None = None,
+  init: str = "default",
+) -> dict[str, Any]:
+  """Returns host parameters: fresh prompter and head over `weights`.
+
+  Args:
+    model: the classifier.
+    seed: of everything that is drawn.
+    weights: the backbone's parameters; None draws them too.
+    init: of a drawn backbone: "default" or "mimetic".
+  """
+  drop = weights is not None
+
+  def fresh(key):
+    params = _init(model, key)
+    # XLA removes what is not returned: loaded weights cost no random numbers.
+    return {k: v for k, v in params.items() if not (drop and k == "backbone")}
+
+  params = jax.device_get(jax.jit(fresh)(jax.random.key(seed)))
+  if weights is not None:
+    params["backbone"] = jax.tree.map(np.asarray, dict(weights))
+  elif init == "mimetic":
+    params["backbone"] = mimetic.mimetic(params["backbone"], seed)
+  return params
+
+
+def peak_lr(config: ConfigDict) -> float:
+  """Returns the lr at the schedule's peak, scaled by the batch if asked for."""
+  scale = config.optim.lr_scale_by_batch
+  images = config.batch_size * config.optim.accumulate_steps
+  return config.optim.lr * (images / scale if scale else 1.0)
+
+
+def create_state(
+  config: ConfigDict, program: Program, params: Mapping[str, Any]
+) -> steps.TrainState:
+  """Returns the state before the first step, placed on every device."""
+  frozen_dtype = jnp.dtype(config.backbone.frozen_dtype)
+  trainable, frozen = trees.split(params, program.mask)
+  frozen = {name: np.asarray(leaf, frozen_dtype) for name, leaf in frozen.items()}
+  params = trees.merge(trainable, frozen)
+
+  def create(params):
+    return steps.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=program.optimizer.init(params),
+      rng=jax.random.key(config.seed),
+      peak_lr=jnp.float32(peak_lr(config)),
+    )
+
+  whole = partition.replicated(program.mesh)
+  params = partition.put_replicated(params, program.mesh)
+  return jax.jit(create, out_shardings=whole)(params)
+
+
+def evaluate_split(
+  config: ConfigDict,
+  program: Program,
+  params: Mapping[str, Any],
+  data: TaskData,
+  split: str,
+) -> dict[str, float | int]:
+  """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
+  # Padding makes any batch size fit any number of devices.
+  devices = program.mesh.size
+  batches = pipeline.eval_batches(
+    data.splits[split],
+    batch_size=-(-config.eval_batch_size // devices) * devices,
+    sharding=partition.batch_sharding(program.mesh),
+  )
+  return evaluate.evaluate(program.eval_step, params, batches)

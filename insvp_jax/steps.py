@@ -1,0 +1,139 @@
+"""The train and the eval step: pure functions of state and batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+import optax
+
+from insvp_jax import losses, trees
+from insvp_jax.data import preprocess
+from insvp_jax.models.classifier import PromptedClassifier
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that changes while training.
+
+  Attributes:
+    step: number of batches seen.
+    params: {"backbone", "prompter", "head"}, trainable and frozen together.
+    opt_state: of the trainable leaves only.
+    rng: the run's key; step s draws from fold_in(rng, s).
+    peak_lr: multiplies the schedule, which is normalised to a peak of 1. As data
+      rather than a constant it lets one compiled step serve a whole search.
+  """
+
+  step: Int[Array, ""]
+  params: dict[str, Any]
+  opt_state: Any
+  rng: PRNGKeyArray
+  peak_lr: Float[Array, ""]
+
+
+def create_train_step(
+  model: PromptedClassifier,
+  optimizer: optax.GradientTransformation,
+  mask: Mapping[str, Any],
+  *,
+  preset: preprocess.Preset,
+  loss: Mapping[str, Any],
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
+
+  The gradient is taken with respect to the trainable sub-tree alone, so that no
+  frozen weight's gradient is ever computed, whatever is logged.
+
+  Args:
+    model: the classifier.
+    optimizer: over the full tree, from `optim.create_optimizer` with a peak lr of 1.
+    mask: bool tree, True where trainable.
+    preset: how uint8 images become the backbone's input.
+    loss: the config's `loss` section.
+
+  Returns:
+    A pure function; metrics are float32 scalars: loss (mean, in nats), accuracy
+    (against the unmixed labels, in [0, 1]) and grad_norm (of the trainable leaves).
+  """
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(state.rng, state.step)
+    augment_key, mix_key, dropout_key = jax.random.split(key, 3)
+    images = preprocess.train_preprocess(
+      preset, batch["images"], augment_key, model.backbone.image_size
+    )
+    targets = losses.targets(
+      batch["labels"], model.head.num_classes, loss["label_smoothing"]
+    )
+    images, targets = losses.mix(
+      mix_key,
+      images,
+      targets,
+      mixup_alpha=loss["mixup_alpha"],
+      cutmix_alpha=loss["cutmix_alpha"],
+      prob=loss["mix_prob"],
+      switch_prob=loss["mix_switch_prob"],
+    )
+    trainable, frozen = trees.split(state.params, mask)
+
+    def loss_fn(trainable):
+      params = trees.merge(trainable, frozen)
+      logits = model.apply(
+        {"params": params}, images, train=True, rngs={"dropout": dropout_key}
+      )
+      return jnp.mean(losses.cross_entropy(logits, targets)), logits
+
+    (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    # optax sees the whole tree; the zeros stand for gradients nobody computes.
+    zeros = jax.tree.map(jnp.zeros_like, frozen)
+    updates, opt_state = optimizer.update(
+      trees.merge(grads, zeros), state.opt_state, state.params
+    )
+    updates, _ = trees.split(updates, mask)
+    updates = jax.tree.map(lambda update: update * state.peak_lr, updates)
+    trainable = optax.apply_updates(trainable, updates)
+    correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+    metrics = {
+      "loss": value,
+      "accuracy": jnp.mean(correct.astype(jnp.float32)),
+      "grad_norm": optax.tree.norm(grads),
+    }
+    state = state.replace(
+      step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state
+    )
+    return state, metrics
+
+  return train_step
+
+
+def create_eval_step(
+  model: PromptedClassifier, *, preset: preprocess.Preset
+) -> Callable[[Mapping[str, Any], Batch], Metrics]:
+  """Returns `eval_step(params, batch) -> sums over the unmasked examples`.
+
+  The sums are `correct` and `count` (int32) and `loss` (float32, in nats); padding
+  has mask 0 and adds nothing to any of them.
+  """
+
+  def eval_step(params: Mapping[str, Any], batch: Batch) -> Metrics:
+    images = preprocess.eval_preprocess(
+      preset, batch["images"], model.backbone.image_size
+    )
+    logits = model.apply({"params": params}, images)
+    targets = losses.targets(batch["labels"], model.head.num_classes)
+    real = batch["mask"] > 0
+    correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & real
+    nats = jnp.where(real, losses.cross_entropy(logits, targets), 0.0)
+    return {
+      "correct": jnp.sum(correct.astype(jnp.int32)),
+      "count": jnp.sum(real.astype(jnp.int32)),
+      "loss": jnp.sum(nats),
+    }
+
+  return eval_step

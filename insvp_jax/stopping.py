@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say so by exit status."""
+
+from collections.abc import Iterator
+import contextlib
+import signal
+import threading
+
+# SIGTERM is how schedulers take a machine away: 42 asks the launcher to start the
+# same command again. 128 + 2 is what a shell reports for Ctrl-C.
+EXIT_STATUS = {signal.SIGTERM: 42, signal.SIGINT: 130}
+
+
+class Stopped(Exception):
+  """A signal stopped the run after its checkpoint was written.
+
+  Attributes:
+    exit_status: for the process: 42 (SIGTERM; start again to resume) or 130.
+  """
+
+  def __init__(self, signum: int, step: int):
+    """Names the signal and the step of the checkpoint."""
+    name = signal.Signals(signum).name
+    super().__init__(
+      f"stopped by {name} at step {step}; the checkpoint is written. Start the same "
+      "command again to resume."
+    )
+    self.exit_status = EXIT_STATUS[signal.Signals(signum)]
+
+
+class StopSignal:
+  """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
+
+  def __init__(self):
+    """Starts without a signal."""
+    self.signum: int | None = None
+
+  @contextlib.contextmanager
+  def listen(self) -> Iterator["StopSignal"]:
+    """Replaces the signal handlers inside the with block (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+      yield self
+      return
+    previous = {s: signal.signal(s, self._handle) for s in EXIT_STATUS}
+    self._previous = previous
+    try:
+      yield self
+    finally:
+      for signum, handler in previous.items():
+        signal.signal(signum, handler)
+
+  def _handle(self, signum, frame) -> None:
+    del frame
+    if self.signum is None:
+      self.signum = signum
+      return
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)

@@ -1,0 +1,354 @@
+"""The one training loop, readable top to bottom.
+
+`train(config, workdir)` is what the command line, the tuner and notebooks call.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from pathlib import Path
+import signal
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from insvp_jax import config as config_lib
+from insvp_jax import partition, trees
+from insvp_jax import program as program_lib
+from insvp_jax.checkpoints import Checkpointer
+from insvp_jax.data import TaskData, load_data, pipeline
+from insvp_jax.data.preprocess import PRESETS
+from insvp_jax.models.classifier import create_backbone
+from insvp_jax.program import Program
+from insvp_jax.stopping import Stopped, StopSignal
+from insvp_jax.versions import versions
+from insvp_jax.writers import Writers, param_overview, write_json
+
+
+class Diverged(FloatingPointError):
+  """The loss is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What several runs on one task and backbone share.
+
+  Attributes:
+    data: the decoded task.
+    weights: the backbone's parameters; None for random ones.
+    backbone: the backbone's identity, as stored with each run.
+    program: the compiled program.
+  """
+
+  data: TaskData
+  weights: Mapping[str, Any] | None
+  backbone: Mapping[str, Any]
+  program: Program
+
+
+def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
+  """Reads data and weights and builds the program; trains nothing.
+
+  Args:
+    config: the whole configuration.
+    like: a preparation for the same task and backbone, whose data and weights are
+      used again (another method, another training split).
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; see the message.
+  """
+  config_lib.validate(config)
+  trees.lookup(PRESETS, config.data.preset, "preset")
+  mesh = partition.create_mesh()
+  partition.check_batch_size(config.batch_size, mesh)
+  backbone = create_backbone(
+    config.backbone.name, config.image_size, **config_lib.backbone_kwargs(config)
+  )
+  data = like.data if like else load_data(config.task, config.data, backbone.image_size)
+  split = config.data.train_split
+  if split not in data.splits:
+    raise ValueError(
+      f"the task {data.name!r} has no split {split!r}, only "
+      f"{', '.join(data.splits)}; set config.data.train_split to one of them."
+    )
+  program = program_lib.create_program(
+    config, data.num_classes, len(data.splits[split]), mesh
+  )
+  if like:
+    return Prepared(data, like.weights, like.backbone, program)
+  weights, identity = program_lib.load_weights(config, program.model)
+  return Prepared(data, weights, identity, program)
+
+
+def train(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  prepared: Prepared | None = None,
+  test: bool = True,
+) -> dict[str, Any]:
+  """Trains one model, resuming where an earlier call was stopped.
+
+  Args:
+    config: the whole configuration, from `config.defaults()`.
+    workdir: gets config.json, metrics.jsonl, checkpoints/, result.json.
+    prepared: from `prepare`, to share data and compiled steps between runs.
+    test: whether the test split is evaluated, once, after the last step. A search
+      leaves it out: the test split never selects anything.
+
+  Returns:
+    The contents of result.json; accuracies in [0, 1], None where not evaluated.
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; see the message.
+    Diverged: the loss became NaN or infinite; the last good checkpoint stays.
+    Stopped: SIGINT or SIGTERM came; a checkpoint was written.
+    OSError: the disk is full or read-only.
+  """
+  prepared = prepared or prepare(config)
+  program = prepared.program
+  workdir = Path(workdir)
+  write_json(workdir / "config.json", config_lib.to_dict(config))
+  params = program_lib.init_params(
+    program.model, config.seed, prepared.weights, config.backbone.init
+  )
+  state = program_lib.create_state(config, program, params)
+  meta = _meta(config, prepared)
+  with (
+    StopSignal().listen() as stop,
+    Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
+  ):
+    state = checkpointer.restore(state) or state
+    with Writers(
+      workdir,
+      total_steps=program.total_steps,
+      start_step=int(state.step),
+      tensorboard=config.tensorboard,
+      name=f"{prepared.data.name} {config.method}",
+    ) as writers:
+      if not int(state.step):
+        writers.log(_announce(config, prepared))
+      loop = Loop(config, prepared, checkpointer, writers, stop)
+      state = loop.run(state)
+      result = _result(config, prepared, state, loop, test)
+      accuracies = {k: v for k, v in result.items() if k.endswith("_accuracy")}
+      writers.scalars(
+        int(state.step), {k: v for k, v in accuracies.items() if v is not None}
+      )
+  write_json(workdir / "result.json", result)
+  return result
+
+
+def _announce(config: ConfigDict, prepared: Prepared) -> str:
+  """Returns what a run prints first: parameters, data, protocol, devices."""
+  program, mesh = prepared.program, prepared.program.mesh
+  shapes = program_lib.param_shapes(program.model)
+  return "\n".join(
+    [
+      param_overview(shapes, program.mask),
+      prepared.data.describe(),
+      PRESETS[config.data.preset].describe(),
+      f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
+      f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
+      f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
+      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}",
+    ]
+  )
+
+
+class Clock:
+  """Seconds of training alone: no evaluation, no saving.
+
+  Attributes:
+    seconds: of all attempts, compilation included.
+    timed_seconds: without the first step of each attempt, which compiles.
+    timed_images: trained on in `timed_seconds`.
+  """
+
+  def __init__(self, seconds=0.0, timed_seconds=0.0, timed_images=0):
+    """Goes on from where an interrupted run stood."""
+    self.seconds = seconds
+    self.timed_seconds = timed_seconds
+    self.timed_images = timed_images
+    self._mark = time.perf_counter()
+
+  def skip(self) -> None:
+    """Leaves out the time since the last call."""
+    self._mark = time.perf_counter()
+
+  def add(self, num_images: int) -> None:
+    """Counts the time since the last call; 0 images for a step that compiled."""
+    elapsed = time.perf_counter() - self._mark
+    self.seconds += elapsed
+    if num_images:
+      self.timed_seconds += elapsed
+      self.timed_images += num_images
+    self.skip()
+
+  @property
+  def images_per_second(self) -> float:
+    """Mean rate; 0 before there is one."""
+    return self.timed_images / self.timed_seconds if self.timed_images else 0.0
+
+  def state(self) -> dict[str, float | int]:
+    """Returns what the constructor takes."""
+    return {
+      "seconds": self.seconds,
+      "timed_seconds": self.timed_seconds,
+      "timed_images": self.timed_images,
+    }
+
+
+class Loop:
+  """The loop over batches, with all that happens between two steps."""
+
+  def __init__(self, config, prepared, checkpointer, writers, stop):
+    """Takes what `train` opened; runs nothing."""
+    self.config = config
+    self.prepared = prepared
+    self.checkpointer = checkpointer
+    self.writers = writers
+    self.stop = stop
+    before = checkpointer.progress()
+    self.clock = Clock(**{k: before[k] for k in Clock().state() if k in before})
+
+  def run(self, state):
+    """Returns the state after the last step."""
+    config, program = self.config, self.prepared.program
+    start = marked = int(state.step)
+    batches = pipeline.train_batches(
+      self.prepared.data.splits[config.data.train_split],
+      batch_size=config.batch_size,
+      seed=config.seed,
+      start_step=start,
+      sharding=partition.batch_sharding(program.mesh),
+    )
+    self.clock.skip()
+    previous = None
+    for step in range(start + 1, program.total_steps + 1):
+      state, metrics = program.train_step(state, next(batches))
+      # The step before this one is done: looking at it does not stall the device.
+      self._check_finite(previous, step - 1)
+      previous = metrics
+      first, last = step == start + 1, step == program.total_steps
+      stopping = self._is_stopping(step)
+      logs = first or last or step % config.log_every_steps == 0
+      saves = last or stopping or self._is_due(step, config.checkpoint_every_epochs)
+      evaluates = not last and self._is_due(step, config.eval_every_epochs)
+      if not (logs or saves or evaluates):
+        continue
+      self._check_finite(metrics, step)
+      self.clock.add(0 if first else (step - marked) * config.batch_size)
+      marked = step
+      if logs:
+        self._log(step, metrics)
+      if saves:
+        self.checkpointer.save(state, progress=self.clock.state(), force=stopping)
+      if stopping:
+        raise Stopped(self.stop.signum or signal.SIGTERM, step)
+      if evaluates:
+        self._evaluate(step, state)
+      self.clock.skip()
+    return state
+
+  def _is_due(self, step: int, every_epochs: float) -> bool:
+    if every_epochs <= 0:
+      return False
+    every = max(1, round(every_epochs * self.prepared.program.steps_per_epoch))
+    return step % every == 0
+
+  def _is_stopping(self, step: int) -> bool:
+    return self.stop.signum is not None or self.checkpointer.reached_preemption(step)
+
+  def _check_finite(self, metrics, step: int) -> None:
+    if metrics is None or math.isfinite(float(metrics["loss"])):
+      return
+    last = self.checkpointer.latest_step()
+    raise Diverged(
+      f"the loss is {float(metrics['loss'])} at step {step}. Lower config.optim.lr "
+      f"(now {self.config.optim.lr:g}) or set config.optim.grad_clip_norm. "
+      + (f"The checkpoint of step {last} is kept." if last else "No checkpoint yet.")
+    )
+
+  def _log(self, step: int, metrics) -> None:
+    program = self.prepared.program
+    update = (step - 1) // self.config.optim.accumulate_steps
+    lr = float(program.schedule(update)) * program_lib.peak_lr(self.config)
+    epoch = step / program.steps_per_epoch
+    self.writers.train(
+      step,
+      {**metrics, "lr": lr, "epoch": epoch},
+      images_per_second=self.clock.images_per_second,
+    )
+
+  def _evaluate(self, step: int, state) -> None:
+    on_train = self.config.data.train_split == "train"
+    if not on_train or "val" not in self.prepared.data.splits:
+      return
+    found = program_lib.evaluate_split(
+      self.config, self.prepared.program, state.params, self.prepared.data, "val"
+    )
+    scalars = {"val_accuracy": found["accuracy"], "val_loss": found["loss"]}
+    self.writers.scalars(step, scalars)
+    self.writers.log(f"step {step}: val accuracy {100 * found['accuracy']:.2f}%")
+
+
+def _meta(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
+  program = prepared.program
+  trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
+  return {
+    "format": 1,
+    "model": config_lib.to_dict(program.model_kwargs),
+    "backbone": dict(prepared.backbone),
+    "class_names": list(prepared.data.class_names),
+    "preset": config.data.preset,
+    "image_size": program.model.backbone.image_size,
+    "method": config.method,
+    "task": prepared.data.name,
+    "trainable": trainable,
+    "config": config_lib.to_dict(config),
+    "versions": versions(),
+  }
+
+
+def _result(config, prepared: Prepared, state, loop: Loop, test: bool) -> dict[str, Any]:
+  """Evaluates the final model and returns what result.json holds."""
+  program, data = prepared.program, prepared.data
+  params = state.params
+
+  def accuracy(split):
+    if split not in data.splits:
+      return None, 0
+    found = program_lib.evaluate_split(config, program, params, data, split)
+    return found["accuracy"], found["num_examples"]
+
+  # After training on train_val, an accuracy on val would be one on training data.
+  trained_on_val = config.data.train_split == "train_val"
+  val_accuracy, _ = (None, 0) if trained_on_val else accuracy("val")
+  test_accuracy, num_test = accuracy("test") if test else (None, 0)
+  trainable, _ = trees.split(params, program.mask)
+  prompter = {n: v for n, v in trainable.items() if n.startswith("prompter/")}
+  return {
+    "task": data.name,
+    "method": config.method,
+    "method_kwargs": config_lib.to_dict(config_lib.method_kwargs(config)),
+    "preset": config.data.preset,
+    "seed": config.seed,
+    "train_split": config.data.train_split,
+    "lr": config.optim.lr,
+    "wd": config.optim.wd,
+    "steps": int(state.step),
+    "val_accuracy": val_accuracy,
+    "test_accuracy": test_accuracy,
+    "num_test_examples": num_test,
+    "trainable_params": sum(int(v.size) for v in trainable.values()),
+    "prompter_params": sum(int(v.size) for v in prompter.values()),
+    "total_params": trees.count(params),
+    "backbone": dict(prepared.backbone),
+    "train_seconds": loop.clock.seconds,
+    "images_per_second": loop.clock.images_per_second,
+    "devices": jax.device_count(),
+    "versions": versions(),
+  }

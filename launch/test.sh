@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the tests; sets everything up the first time.
+#   bash launch/test.sh                          all of them
+#   bash launch/test.sh tests/test_launch.py -x  arguments go to pytest
+# They run on the CPU unless JAX_PLATFORMS says otherwise.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
+exec "$python" -m pytest "$@"

@@ -1,0 +1,160 @@
+"""Settings and fixtures that all tests share.
+
+The package must not be imported at the top of this file: pytest's jaxtyping plugin
+has to see its first import, to check the annotations.
+
+In-process tests run on 4 simulated CPU devices with float32 matrix products and with
+implicit rank promotion forbidden. Programs started as subprocesses inherit none of
+that: they see the one device that a user would.
+"""
+
+from collections.abc import Callable
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import platform
+import re
+import socket
+import types
+from typing import Any
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def _processor() -> str:
+  """Returns a digest of what decides whether a compiled program runs here."""
+  parts = [jax.__version__, platform.machine()]
+  cpuinfo = Path("/proc/cpuinfo")
+  if cpuinfo.exists():
+    parts += re.findall(r"^(?:flags|Features).*", cpuinfo.read_text(), re.M)[:1]
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _configure_jax() -> None:
+  # Through the environment, so that subprocesses have it too: the platform and the
+  # cache of compiled programs. What the user set stays.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  cache = ROOT / ".pytest_cache" / "jax" / _processor()
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+  # JAX read the environment when it was imported, so tell it again.
+  jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+  jax.config.update(
+    "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
+  )
+  jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+  )
+  jax.config.update("jax_num_cpu_devices", 4)
+  jax.config.update("jax_default_matmul_precision", "highest")
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _forbid_network() -> None:
+  """Makes a connection to any other machine fail at once, naming it."""
+  connect = socket.socket.connect
+
+  def guarded(self: socket.socket, address: Any) -> None:
+    internet = self.family in (socket.AF_INET, socket.AF_INET6)
+    if internet and not re.fullmatch(r"localhost|127\..*|::1", str(address[0])):
+      raise PermissionError(f"tests do without the network, but {address} was wanted")
+    connect(self, address)
+
+  socket.socket.connect = guarded
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Sets the process up, before any test file is imported."""
+  del config
+  os.environ["MPLBACKEND"] = "Agg"
+  _configure_jax()
+  _forbid_network()
+  hypothesis.settings.register_profile(
+    "insvp_jax", max_examples=25, deadline=None, derandomize=True, database=None
+  )
+  hypothesis.settings.load_profile("insvp_jax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory):
+  """Keeps what tests write under the user's home folder, such as caches, away."""
+  with pytest.MonkeyPatch.context() as patch:
+    # Matplotlib's list of fonts takes seconds to make: leave it where it is.
+    fonts = os.environ.get("MPLCONFIGDIR") or ROOT / ".pytest_cache" / "matplotlib"
+    patch.setenv("MPLCONFIGDIR", str(fonts))
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    patch.delenv("XDG_CACHE_HOME", raising=False)
+    yield
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+  """The root of the repository."""
+  return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+  """The folder of golden outputs and real images beside the repository."""
+  if not SHARED.is_dir():
+    pytest.skip(f"no {SHARED.name}/ beside the repository: golden outputs, real images")
+  return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
+  """Loads a golden file by name, e.g. golden("vpt_deep").
+
+  The result maps names to arrays; "config" to the parsed dict.
+  """
+
+  def load(name: str) -> dict[str, Any]:
+    with np.load(shared_dir / "golden" / f"{name}.npz", allow_pickle=False) as file:
+      content: dict[str, Any] = {key: file[key] for key in file.files}
+    content["config"] = json.loads(str(content["config"]))
+    return content
+
+  return load
+
+
+@pytest.fixture(scope="session")
+def recipe(shared_dir: Path) -> types.ModuleType:
+  """golden/recipe.py: draws the parameters and images behind the golden outputs."""
+  path = shared_dir / "golden" / "recipe.py"
+  spec = importlib.util.spec_from_file_location("golden_recipe", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="session")
+def make_mesh() -> Callable[[int], jax.sharding.Mesh]:
+  """Makes a mesh with the axis "data" over the first so many devices."""
+
+  def make(num_devices: int) -> jax.sharding.Mesh:
+    devices = jax.devices()
+    if len(devices) < num_devices:
+      pytest.skip(f"{num_devices} devices wanted, {len(devices)} there")
+    return jax.make_mesh(
+      (num_devices,),
+      ("data",),
+      axis_types=(jax.sharding.AxisType.Auto,),
+      devices=devices[:num_devices],
+    )
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def mesh(make_mesh: Callable[[int], jax.sharding.Mesh]) -> jax.sharding.Mesh:
+  """A mesh over 4 devices."""
+  return make_mesh(4)
