@@ -26,8 +26,8 @@ def find_step(path: str | os.PathLike) -> Path:
   """Returns the directory of the checkpoint that `path` means.
 
   Args:
-    path: a workdir, its checkpoints directory or the directory of one step. Of
-      several steps the newest is meant.
+    path: a workdir, its checkpoints directory or the directory of one step, of
+      which the newest is meant; or the parent of a single workdir.
 
   Raises:
     FileNotFoundError: there is none; the message says what was looked for, and
@@ -38,12 +38,13 @@ def find_step(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"there is no run at {path}: no such directory.")
   if (path / "meta").is_dir() or (path / "adapter").is_dir():
     return path
-  folder = path / FOLDER if (path / FOLDER).is_dir() else path
-  steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
-  if steps:
-    return max(steps, key=lambda p: int(p.name))
-  runs = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{FOLDER}"))
-  below = f" Runs below it: {', '.join(runs)}." if runs else ""
+  runs = sorted(folder.parent for folder in path.glob(f"*/{FOLDER}"))
+  single = [runs[0] / FOLDER] if len(runs) == 1 else []
+  for folder in (path / FOLDER, path, *single):
+    steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
+    if steps:
+      return max(steps, key=lambda p: int(p.name))
+  below = f" Runs below it: {', '.join(run.name for run in runs)}." if runs else ""
   raise FileNotFoundError(
     f"{path} holds no checkpoint: expected a run's workdir, with "
     f"{FOLDER}/<step>/meta in it.{below}"

@@ -34,6 +34,7 @@ def defaults() -> ConfigDict:
   config.insvp = _insvp()
   config.vpt_shallow = _vpt()
   config.vpt_deep = _vpt()
+  config.vpt_deep.prompted_blocks = placeholder(int)
   config.data = _data()
   config.optim = _optim()
   config.loss = _loss()
@@ -75,7 +76,7 @@ def _insvp() -> ConfigDict:
     section[field] = placeholder(tuple)
   for field in ("image_fusion", "feature_fusion"):
     section[field] = placeholder(tuple)
-  for field in ("specific_input", "prompt_init"):
+  for field in ("specific_activation", "specific_input", "prompt_init"):
     section[field] = placeholder(str)
   for field in ("dropout", "prompt_dropout"):
     section[field] = placeholder(float)
@@ -85,6 +86,7 @@ def _insvp() -> ConfigDict:
 def _vpt() -> ConfigDict:
   section = ConfigDict()
   section.prompt_length = placeholder(int)
+  section.project = placeholder(int)
   section.dropout = placeholder(float)
   return section
 
@@ -221,3 +223,25 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   if isinstance(config, ConfigDict):
     config = config.to_dict()
   return json.loads(json.dumps(config))
+
+
+def parse_arg(arg: str, **known: str) -> dict[str, str]:
+  """Returns the "name=value,..." after the colon of `--config=file.py:...`.
+
+  Args:
+    arg: the text after the colon.
+    **known: the names that a config takes, with their defaults.
+
+  Raises:
+    ValueError: a name that the config does not take, or no "=".
+  """
+  values = dict(known)
+  for part in filter(None, arg.split(",")):
+    name, equals, value = part.partition("=")
+    if not equals or name not in known:
+      raise ValueError(
+        f"{part!r} after the colon of --config is not one of "
+        f"{', '.join(f'{k}=...' for k in known)}.{trees.did_you_mean(name, known)}"
+      )
+    values[name] = value
+  return values

@@ -64,7 +64,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
   mesh = partition.create_mesh()
   partition.check_batch_size(config.batch_size, mesh)
   backbone = create_backbone(
-    config.backbone.name, config.image_size, **config_lib.backbone_kwargs(config)
+    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   )
   data = like.data if like else load_data(config.task, config.data, backbone.image_size)
   split = config.data.train_split
@@ -313,7 +313,9 @@ def _meta(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
   }
 
 
-def _result(config, prepared: Prepared, state, loop: Loop, test: bool) -> dict[str, Any]:
+def _result(
+  config, prepared: Prepared, state, loop: Loop, test: bool
+) -> dict[str, Any]:
   """Evaluates the final model and returns what result.json holds."""
   program, data = prepared.program, prepared.data
   params = state.params

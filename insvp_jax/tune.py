@@ -93,7 +93,9 @@ def format_table(task: str, summary: dict[str, Any]) -> str:
   return "\n".join(rows) + "\n"
 
 
-def _tune_method(config: ConfigDict, workdir: Path, prepared: Prepared) -> dict[str, Any]:
+def _tune_method(
+  config: ConfigDict, workdir: Path, prepared: Prepared
+) -> dict[str, Any]:
   chosen, trials = _search(config, workdir / "search", prepared)
   final = _with(config, lr=chosen["lr"], wd=chosen["wd"], train_split="train_val")
   if "train_val" not in prepared.data.splits:

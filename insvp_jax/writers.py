@@ -5,13 +5,14 @@ Everything is written by process 0 alone; on the others the same calls do nothin
 
 from collections.abc import Mapping
 import contextlib
+import io
 import json
 import math
 import os
 from pathlib import Path
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ class Writers:
     start_step: int = 0,
     tensorboard: bool = True,
     name: str = "",
-    stream: TextIO | None = None,
+    stream: io.TextIOBase | None = None,
   ):
     """Opens the files of a run, for a new one or to go on with it.
 
@@ -79,7 +80,7 @@ class Writers:
       self._events.write(step, values)
 
   def train(
-    self, step: int, scalars: Mapping[str, Any], *, images_per_second: float = 0.0
+    self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
   ) -> None:
     """Writes a training step's scalars and shows the progress line.
 
@@ -121,7 +122,7 @@ class Writers:
     """Closes the files."""
     self.close()
 
-  def _seconds_left(self, step: int) -> float | None:
+  def _seconds_left(self, step: int) -> float | int | None:
     """Extrapolates the pace since the first call, which the compilation precedes."""
     now = time.perf_counter()
     if self._clock is None:
@@ -175,7 +176,7 @@ class EventFile:
     status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(session_log=status, step=start_step + 1)
 
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+  def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
     """Appends the scalars of one step."""
     values = [
       self._summary.Value(tag=name, simple_value=value)
@@ -245,14 +246,14 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     raise OSError(f"{path} could not be written: {error.strerror}.") from error
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
   """Returns seconds as "m:ss" or "h:mm:ss"."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _open_metrics(path: Path, start_step: int) -> TextIO:
+def _open_metrics(path: Path, start_step: int) -> io.TextIOBase:
   """Opens for appending, without what came after `start_step`."""
   kept = []
   if path.exists() and start_step:

@@ -77,13 +77,13 @@ for path in ("requirements.txt", "pyproject.toml"):
   with open(sys.argv[1] + "/" + path, "rb") as file:
     digest.update(hashlib.sha256(file.read()).digest())
 print(digest.hexdigest())
-' "$root" "$venv" 2>/dev/null || echo "none"
+' "$root" "$venv" 2>/dev/null
 }
 
 # Whether the environment is complete and up to date. It is judged by its own
 # interpreter, so that another python on PATH does not make it anew.
 is_ready() {
-  [ -f "$stamp" ] && [ -x "$python" ] &&
+  [ -s "$stamp" ] && [ -x "$python" ] &&
     [ "$(cat "$stamp")" = "$(fingerprint "${INSVP_PYTHON:-$python}")" ]
 }
 
@@ -96,7 +96,7 @@ make_venv() {
   fi
   echo "Setting up $venv; the first time this takes some minutes." >&2
   rm -rf "$stamp" "$venv"
-  mkdir -p "$venv" || fail 1 "Cannot write $venv: name another folder in INSVP_VENV."
+  mkdir -p "$venv"
   : >"$mark"
   "$base" -m venv "$venv" || fail 1 "$base could not make a virtual environment in $venv."
   "$python" -m pip install --quiet --quiet --disable-pip-version-check --no-input \
@@ -109,7 +109,9 @@ make_venv() {
 # Two set-ups at once: the second waits for the first and uses what it made. (macOS
 # has no flock; there the two must not be started together.)
 set_up() {
-  mkdir -p "$(dirname "$venv")"
+  if ! { mkdir -p "$(dirname "$venv")" && (: >>"$venv.lock"); } 2>/dev/null; then
+    fail 2 "Cannot write beside $venv: name another folder in INSVP_VENV."
+  fi
   if command -v flock >/dev/null 2>&1; then
     exec 9>"$venv.lock"
     if ! flock -n 9; then

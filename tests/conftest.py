@@ -3,9 +3,8 @@
 The package must not be imported at the top of this file: pytest's jaxtyping plugin
 has to see its first import, to check the annotations.
 
-In-process tests run on 4 simulated CPU devices with float32 matrix products and with
-implicit rank promotion forbidden. Programs started as subprocesses inherit none of
-that: they see the one device that a user would.
+In-process tests run on 4 simulated CPU devices and with full float32 matrix products.
+Programs started as subprocesses inherit neither: they see what a user would.
 """
 
 from collections.abc import Callable
@@ -56,7 +55,6 @@ def _configure_jax() -> None:
   )
   jax.config.update("jax_num_cpu_devices", 4)
   jax.config.update("jax_default_matmul_precision", "highest")
-  jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def _forbid_network() -> None:
@@ -112,9 +110,9 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
-  """Loads a golden file by name, e.g. golden("vpt_deep").
+  """Reads a golden file, such as "vpt_deep", into a dict of arrays by name.
 
-  The result maps names to arrays; "config" to the parsed dict.
+  Its "config" is parsed.
   """
 
   def load(name: str) -> dict[str, Any]:

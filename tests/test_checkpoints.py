@@ -300,7 +300,9 @@ def test_what_is_no_run_is_said_so(tmp_path):
     find_step(tmp_path)
   mask, state = make_state()
   save(tmp_path / "insvp", mask, state)
-  with pytest.raises(FileNotFoundError, match="Runs below it: insvp"):
+  assert find_step(tmp_path) == tmp_path / "insvp" / "checkpoints" / "3"
+  save(tmp_path / "linear", mask, state)
+  with pytest.raises(FileNotFoundError, match="Runs below it: insvp, linear"):
     find_step(tmp_path)
   stray = tmp_path / "stray" / "checkpoints" / "4"
   stray.mkdir(parents=True)
@@ -348,11 +350,11 @@ except OSError as error:
 """
 
 
-def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path):
-  environ = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
+def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path, root):
+  path = os.pathsep.join([str(root), str(root / "tests")])
   done = subprocess.run(
     [sys.executable, "-c", FULL, str(tmp_path)],
-    env=environ,
+    env={**os.environ, "PYTHONPATH": path},
     capture_output=True,
     text=True,
     check=True,

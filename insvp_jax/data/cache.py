@@ -88,7 +88,8 @@ def fingerprint(path: Path) -> list[Any]:
 
 
 def _load(path: Path) -> TaskData:
-  with np.load(path, allow_pickle=False) as stored:
+  # Opened here, because np.load leaves a damaged file open.
+  with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
     meta = json.loads(str(stored["meta"]))
     splits = {
       name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])

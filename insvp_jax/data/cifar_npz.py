@@ -73,7 +73,8 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
 def _read(path: Path, preset: preprocess.Preset, image_size: int):
   """Returns the (ArraySplit, class names) of one file."""
   try:
-    with np.load(path, allow_pickle=False) as stored:
+    # Opened here, because np.load leaves a damaged file open.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       jpeg, offsets = stored["jpeg"], stored["offsets"]
       labels, names = stored["labels"].astype(np.int32), stored["class_names"]
   except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

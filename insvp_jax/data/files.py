@@ -1,10 +1,11 @@
 """Reading a folder and a .zip archive through one face, without extracting."""
 
+import abc
 from collections.abc import Iterable, Iterator
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 import zipfile
 import zlib
 
@@ -14,7 +15,7 @@ EXPECTED = (
 )
 
 
-class Root(Protocol):
+class Root(abc.ABC):
   """A tree of files; names are relative, '/'-joined.
 
   Attributes:
@@ -25,25 +26,25 @@ class Root(Protocol):
   path: Path
   name: str
 
+  @abc.abstractmethod
   def entries(self) -> tuple[list[str], list[str]]:
     """Returns the names of all (files, folders), hidden ones left out."""
-    ...
 
+  @abc.abstractmethod
   def read(self, name: str) -> bytes:
     """Returns a file's content; safe to call from several threads.
 
     Raises:
       ValueError: it cannot be read.
     """
-    ...
 
+  @abc.abstractmethod
   def describe(self, name: str) -> str:
     """Returns how messages name a file."""
-    ...
 
+  @abc.abstractmethod
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     """Returns what changes when the content of one of the files does."""
-    ...
 
 
 @contextlib.contextmanager
@@ -59,10 +60,10 @@ def open_root(root: str) -> Iterator[Root]:
       f"config.data.root is empty; {EXPECTED}: --config.data.root=path/to/images"
     )
   path = Path(root).expanduser()
-  if path.is_dir():
+  if os.path.isdir(path):
     yield _Folder(path)
     return
-  if not path.exists():
+  if not os.path.exists(path):
     raise FileNotFoundError(f"config.data.root: no {path}; {EXPECTED}.")
   try:
     archive = zipfile.ZipFile(path)
@@ -83,7 +84,7 @@ def _hidden(name: str) -> bool:
   return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-class _Folder:
+class _Folder(Root):
   """Files on disk."""
 
   def __init__(self, path: Path):
@@ -132,7 +133,7 @@ class _Folder:
     return [os.fspath(self.path.resolve()), rows]
 
 
-class _Zip:
+class _Zip(Root):
   """Members of an open archive."""
 
   def __init__(self, path: Path, archive: zipfile.ZipFile):

@@ -9,7 +9,6 @@ only their rows.
 """
 
 from collections.abc import Iterator
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,19 +68,17 @@ def _train_batches(split, batch_size, per_epoch, seed, start_step, sharding):
   everywhere = _replicated(sharding)
   # One copy per device: a gather then needs no communication.
   images, labels = _put(split.images, everywhere), _put(split.labels, everywhere)
-  permute = jax.jit(
-    functools.partial(_permutation, size=len(split)), out_shardings=everywhere
-  )
-  gather = jax.jit(
-    functools.partial(_gather, batch_size=batch_size), out_shardings=sharding
-  )
+  # Static arguments, not closures: the next call finds the compiled programs.
+  permute = jax.jit(_permutation, static_argnames="size", out_shardings=everywhere)
+  gather = jax.jit(_gather, static_argnames="batch_size", out_shardings=sharding)
   epoch, order = None, None
   step = start_step
   while True:
     if epoch != step // per_epoch:
       epoch = step // per_epoch
-      order = permute(np.uint32(seed % 2**32), np.uint32(epoch))
-    yield gather(images, labels, order, np.int32(step % per_epoch))
+      order = permute(np.uint32(seed % 2**32), np.uint32(epoch), size=len(split))
+    position = np.int32(step % per_epoch)
+    yield gather(images, labels, order, position, batch_size=batch_size)
     step += 1
 
 

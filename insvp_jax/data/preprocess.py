@@ -217,9 +217,9 @@ def train_preprocess(
     crop_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(crop_key, (b, 2), 0, slack + 1) - pad
     flips = jax.random.bernoulli(flip_key, 0.5, (b, 1)) & preset.flip
-    i = jnp.arange(image_size)
+    i = jnp.arange(image_size)[None]
     rows = _reflect(offsets[:, :1] + i, stored)
-    columns = _reflect(offsets[:, 1:] + jnp.where(flips, i[::-1], i), stored)
+    columns = _reflect(offsets[:, 1:] + jnp.where(flips, i[:, ::-1], i), stored)
     images = jax.vmap(_take)(images, rows, columns)
   return _normalise(preset, images)
 
@@ -245,7 +245,8 @@ def eval_preprocess(
 
 
 def _normalise(preset: Preset, images: UInt8[Array, "b h w 3"]):
-  mean, std = jnp.array(preset.mean), jnp.array(preset.std)
+  mean = jnp.array(preset.mean).reshape(1, 1, 1, 3)
+  std = jnp.array(preset.std).reshape(1, 1, 1, 3)
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -68,21 +70,21 @@ def load(
     }
     return TaskData(task.name, class_names, splits, source=_source(builder))
 
-  data = cache.cached(key, read, data_config.cache_dir)
-  train, val = data.splits["train"], data.splits["val"]
-  splits = {
-    "train": train,
-    "val": val,
-    "train_val": concatenate(train, val),
-    "test": data.splits["test"],
-  }
-  if len(splits["test"]) != task.num_test:
+  return _with_train_val(cache.cached(key, read, data_config.cache_dir), task)
+
+
+def _with_train_val(data: TaskData, task: Task) -> TaskData:
+  """Adds the split train_val; warns of a test split of another size."""
+  train, val, test = (data.splits[name] for name in ("train", "val", "test"))
+  if len(test) != task.num_test:
     logging.warning(
       "%s: the test split has %d images, published are %d",
       task.name,
-      len(splits["test"]),
+      len(test),
       task.num_test,
     )
+  both = concatenate(train, val)
+  splits = {"train": train, "val": val, "train_val": both, "test": test}
   return TaskData(data.name, data.class_names, splits, source=data.source)
 
 
@@ -152,56 +154,60 @@ def _read_split(
   builder: Any, expression: str, preset: preprocess.Preset, image_size: int
 ) -> ArraySplit:
   """Returns the images and labels of a TFDS split expression, in TFDS's order."""
-  tfds = _import_tfds()
-  import tensorflow as tf
-
-  try:
-    dataset = builder.as_dataset(
-      split=expression,
-      shuffle_files=False,
-      # Shard by shard: the order then does not depend on the number of shards.
-      read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-      # Decodes nothing that is not needed.
-      decoders=tfds.decode.PartialDecoding({"image": True, "label": True}),
-    )
-    size = preset.stored_size(image_size)
+  with _explained(builder, expression):
     number = builder.info.splits[expression].num_examples
+    size = preset.stored_size(image_size)
     images = np.empty((number, size, size, 3), np.uint8)
     labels = np.empty((number,), np.int32)
     done = 0
+    resize = functools.partial(_resize, preset=preset, image_size=image_size)
+    examples = _examples(builder, expression)
     with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
-      for chunk in _chunks(iter(tfds.as_numpy(dataset))):
-        pixels = [example["image"] for example in chunk]
-        for image in pool.map(lambda p: _resize(preset, p, image_size), pixels):
-          images[done] = image
-          labels[done] = chunk[done % _CHUNK]["label"]
-          done += 1
-  except tf.errors.NotFoundError as error:
-    raise FileNotFoundError(
-      f"a file of {builder.data_dir} is missing: {_first_line(error)}. Prepare the "
-      f"data set anew."
-    ) from error
-  except tf.errors.OpError as error:
-    raise ValueError(
-      f"reading {expression} of {builder.data_dir} failed: {_first_line(error)}. The "
-      f"files are damaged; prepare the data set anew."
-    ) from error
-  except ValueError as error:
-    raise ValueError(f"{expression} of {builder.data_dir}: {error}") from error
-  if done != number:
-    raise ValueError(
-      f"{expression} of {builder.data_dir} has {done} examples, its dataset_info.json "
-      f"says {number}: prepare the data set anew."
-    )
+      while chunk := list(itertools.islice(examples, _CHUNK)):
+        here = slice(done, done + len(chunk))
+        images[here] = list(pool.map(resize, [example["image"] for example in chunk]))
+        labels[here] = [example["label"] for example in chunk]
+        done += len(chunk)
+    if done != number:
+      raise ValueError(f"{done} examples, but dataset_info.json says {number}")
   return ArraySplit(images, labels)
 
 
-def _chunks(examples: Iterator[Any]) -> Iterator[list[Any]]:
-  while chunk := list(itertools.islice(examples, _CHUNK)):
-    yield chunk
+def _examples(builder: Any, expression: str) -> Iterator[Any]:
+  tfds = _import_tfds()
+  dataset = builder.as_dataset(
+    split=expression,
+    shuffle_files=False,
+    # Shard by shard: the order then does not depend on the number of shards.
+    read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    # Decodes nothing that is not needed.
+    decoders=tfds.decode.PartialDecoding({"image": True, "label": True}),
+  )
+  return iter(tfds.as_numpy(dataset))
 
 
-def _resize(preset: preprocess.Preset, pixels: np.ndarray, image_size: int):
+@contextlib.contextmanager
+def _explained(builder: Any, expression: str) -> Iterator[None]:
+  """Turns what goes wrong inside into one line that names the files and the mend."""
+  import tensorflow as tf
+
+  where = f"{expression} of {builder.data_dir}"
+  mend = "prepare the data set anew"
+  try:
+    yield
+  except tf.errors.NotFoundError as error:
+    raise FileNotFoundError(
+      f"{where}: a file is missing, {mend}: {_first_line(error)}."
+    ) from error
+  except tf.errors.OpError as error:
+    raise ValueError(
+      f"{where}: the files are damaged, {mend}: {_first_line(error)}."
+    ) from error
+  except ValueError as error:
+    raise ValueError(f"{where}: {_first_line(error)}; {mend}.") from error
+
+
+def _resize(pixels: Any, preset: preprocess.Preset, image_size: int) -> np.ndarray:
   return preprocess.resize(preset, np.asarray(pixels), image_size)
 
 

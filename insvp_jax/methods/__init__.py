@@ -40,7 +40,7 @@ def method_fields(name: str) -> tuple[str, ...]:
   return tuple(f for f in parameters if f not in ("spec", "parent", "name"))
 
 
-def create_method(name: str, spec: BackboneSpec, **kwargs: Any) -> Method:
+def create_method(name: str, spec: BackboneSpec, /, **kwargs: Any) -> Method:
   """Returns a method for a backbone.
 
   Args:

@@ -96,12 +96,12 @@ class InsVP(Method):
   specific_activation: str | None = None
   specific_input: str | None = None
   train_specific: bool | None = None
-  image_fusion: Sequence[float] | None = None
-  feature_fusion: Sequence[float] | None = None
+  image_fusion: Sequence[float | int] | None = None
+  feature_fusion: Sequence[float | int] | None = None
   simam: bool | None = None
   prompt_init: str | None = None
-  dropout: float | None = None
-  prompt_dropout: float | None = None
+  dropout: float | int | None = None
+  prompt_dropout: float | int | None = None
 
   def __post_init__(self) -> None:
     """Checks the fields at construction, before any device work."""

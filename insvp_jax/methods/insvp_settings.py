@@ -9,8 +9,12 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.insvp_prompters import ACTIVATIONS, specific_grid
 
-SPECIFIC_INPUTS = ("original", "prompted")
-PROMPT_INITS = ("vpt", "unit")
+CHOICES = {
+  "specific_activation": tuple(ACTIVATIONS),
+  "specific_input": ("original", "prompted"),
+  "prompt_init": ("vpt", "unit"),
+}
+LENGTHS = {"global_kernels": 2, "global_dilations": 2, "specific_kernels": 3}
 
 # Shared by the presets.
 _COMMON = {
@@ -111,29 +115,23 @@ def resolve(preset: str, given: Mapping[str, Any], spec: BackboneSpec) -> Settin
   ):
     values[name] = _fusion_default(preset, values[name], used)
   values.update(given)
-  return _checked(Settings(**values), spec)
-
-
-def _checked(s: Settings, spec: BackboneSpec) -> Settings:
-  for name in ("prompt_length", "patch_hidden", "global_hidden"):
-    checks.positive_int(name, getattr(s, name))
-  checks.block_count("prompted_blocks", s.prompted_blocks, spec.depth)
-  for name in ("simam", "train_specific"):
-    checks.boolean(name, getattr(s, name))
+  _check(values, spec)
+  for name, length in LENGTHS.items():
+    values[name] = checks.positive_ints(name, values[name], length)
+  for name in ("image_fusion", "feature_fusion"):
+    values[name] = checks.numbers(name, values[name], 2)
   for name in ("dropout", "prompt_dropout"):
-    checks.rate(name, getattr(s, name))
-  checks.choice("specific_activation", s.specific_activation, tuple(ACTIVATIONS))
-  checks.choice("specific_input", s.specific_input, SPECIFIC_INPUTS)
-  checks.choice("prompt_init", s.prompt_init, PROMPT_INITS)
-  if s.use_specific:
+    values[name] = checks.rate(name, values[name])
+  return Settings(**values)
+
+
+def _check(values: Mapping[str, Any], spec: BackboneSpec) -> None:
+  for name in ("prompt_length", "patch_hidden", "global_hidden"):
+    checks.positive_int(name, values[name])
+  for name in ("simam", "train_specific"):
+    checks.boolean(name, values[name])
+  for name, known in CHOICES.items():
+    checks.choice(name, values[name], known)
+  checks.block_count("prompted_blocks", values["prompted_blocks"], spec.depth)
+  if values["use_specific"]:
     specific_grid(spec.width, spec.image_size)
-  return dataclasses.replace(
-    s,
-    global_kernels=checks.positive_ints("global_kernels", s.global_kernels, 2),
-    global_dilations=checks.positive_ints("global_dilations", s.global_dilations, 2),
-    specific_kernels=checks.positive_ints("specific_kernels", s.specific_kernels, 3),
-    image_fusion=checks.numbers("image_fusion", s.image_fusion, 2),
-    feature_fusion=checks.numbers("feature_fusion", s.feature_fusion, 2),
-    dropout=float(s.dropout),
-    prompt_dropout=float(s.prompt_dropout),
-  )

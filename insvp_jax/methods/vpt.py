@@ -19,7 +19,7 @@ class _VPT(Method):
 
   prompt_length: int = 50
   project: int | None = None
-  dropout: float = 0.0
+  dropout: float | int = 0.0
 
   def __post_init__(self) -> None:
     """Checks the fields at construction, before any device work."""
@@ -96,7 +96,7 @@ class VPTDeep(_VPT):
       prompts' outputs on; None is all blocks.
   """
 
-  dropout: float = 0.1
+  dropout: float | int = 0.1
   prompted_blocks: int | None = None
 
   @nn.nowrap

@@ -54,17 +54,20 @@ class PromptedClassifier(nn.Module):
     return self.prompter.prompts(images)
 
 
-def create_backbone(name: str, image_size: int = 0, **overrides: Any) -> ViT:
+def create_backbone(
+  name: str, image_size: int = 0, overrides: Mapping[str, Any] | None = None
+) -> ViT:
   """Returns a ViT by variant ("Ti/16") or by a release's name ("vit_b16_i21k").
 
   Args:
     name: a variant with its patch size, or a name of `pretrained.RELEASES`.
     image_size: pixels per side; 0 is the release's own, or 224.
-    **overrides: fields of `ViT` that replace the variant's.
+    overrides: fields of `ViT` that replace the variant's; None leaves one alone.
 
   Raises:
     ValueError: unknown name or field, or sizes that do not fit together.
   """
+  overrides = dict(overrides or {})
   for field in overrides:
     if field not in BACKBONE_FIELDS or field == "image_size":
       known = [f for f in BACKBONE_FIELDS if f != "image_size"]
@@ -111,6 +114,6 @@ def create_model(
   if num_classes < 1:
     raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
   trees.lookup(HEAD_INITS, head_init, "head_init")
-  vit = create_backbone(backbone, image_size, **dict(backbone_kwargs or {}))
+  vit = create_backbone(backbone, image_size, backbone_kwargs)
   prompter = methods.create_method(method, vit.spec, **dict(method_kwargs or {}))
   return PromptedClassifier(vit, prompter, Head(num_classes, head_init))

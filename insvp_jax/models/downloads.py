@@ -58,8 +58,8 @@ def resolve(
     raise FileNotFoundError(f"{name} is a directory; give the .npz file itself.")
   if name.endswith(".npz") or name.startswith(("/", "./", "../", "~")):
     raise FileNotFoundError(
-      f"there is no file {path.absolute()}. Give the path of an .npz file, or one of "
-      f"the names {', '.join(releases.RELEASES)}."
+      f"there is no file {path.absolute()}. Give the path of an .npz file, or the name "
+      "of a release, such as 'boxed' or 'vit_b16_i21k'."
     )
   raise ValueError(
     f"{name!r} is neither a file nor the name of a backbone."

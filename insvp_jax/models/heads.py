@@ -3,21 +3,11 @@
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax import trees
-
-
-def torch_uniform(fan_in: int) -> jax.nn.initializers.Initializer:
-  """PyTorch's default for kernels and biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-  bound = 1 / math.sqrt(fan_in)
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
+from insvp_jax.methods.initializers import torch_uniform
 
 
 def _zeros(width: int, num_classes: int):
@@ -45,18 +35,20 @@ class Head(nn.Module):
 
   Attributes:
     num_classes: k.
-    init: "zeros" (big_vision), "torch" (InsVP's code: PyTorch's default) or
+    initializer: "zeros" (big_vision), "torch" (InsVP's code: PyTorch's default) or
       "vpt" (VPT's code: Kaiming normal, bias -ln 99).
   """
 
   num_classes: int
-  init: str = "zeros"
+  initializer: str = "zeros"
 
   @nn.compact
   def __call__(self, feature: Float[Array, "b d"]) -> Float[Array, "b k"]:
     """Returns logits [b, k] of features [b, d]."""
     width = feature.shape[-1]
-    inits = trees.lookup(HEAD_INITS, self.init, "head_init")(width, self.num_classes)
+    inits = trees.lookup(HEAD_INITS, self.initializer, "head_init")(
+      width, self.num_classes
+    )
     kernel = self.param("kernel", inits[0], (width, self.num_classes))
     bias = self.param("bias", inits[1], (self.num_classes,))
     return feature.astype(jnp.float32) @ kernel + bias

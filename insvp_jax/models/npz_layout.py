@@ -165,6 +165,10 @@ def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in names}
+    # NumPy hands a member over as bytes if it does not look like an array.
+    for name, array in arrays.items():
+      if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name!r} is no array")
   except _DAMAGE as error:
     raise _damaged(path, error) from error
   return {name: _float32(array, name, path) for name, array in arrays.items()}

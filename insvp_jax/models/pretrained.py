@@ -1,7 +1,6 @@
 """Backbones in and out: from a name or a file to the model's parameters, and back."""
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from insvp_jax import trees
 from insvp_jax.models import npz_layout, positions
 from insvp_jax.models.downloads import atomic_file, file_digest, resolve
+from insvp_jax.models.load_report import LoadReport, some
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.releases import RELEASES, Release, architecture_of, release_of
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
@@ -31,52 +31,6 @@ __all__ = [
   "resolve",
   "save_backbone",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
-  """What became of every leaf of a file and of a model.
-
-  Names are big_vision's with one group per block, whatever the model's layout;
-  those in `skipped` are the file's.
-
-  Attributes:
-    path: the file.
-    layout: the file's layout, in words.
-    num_params: scalars loaded.
-    loaded: names that came from the file.
-    changed: name -> how the file's values were changed.
-    skipped: name in the file -> why it was left out.
-    missing: names that the file lacks and that were drawn anew.
-    notes: what else to know.
-  """
-
-  path: str
-  layout: str
-  num_params: int
-  loaded: tuple[str, ...]
-  changed: dict[str, str]
-  skipped: dict[str, str]
-  missing: tuple[str, ...]
-  notes: tuple[str, ...] = ()
-
-  def __str__(self) -> str:
-    """Returns one paragraph."""
-    total = len(self.loaded) + len(self.missing)
-    parts = [
-      f"Loaded {len(self.loaded)} of {total} backbone leaves ({self.num_params:,} "
-      f"parameters) from {self.path} ({self.layout})."
-    ]
-    if self.changed:
-      parts.append("Changed: " + "; ".join(map(": ".join, self.changed.items())) + ".")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in self.skipped.items():
-      reasons.setdefault(reason, []).append(name)
-    if reasons:
-      listed = (f"{_some(names)} ({reason})" for reason, names in reasons.items())
-      parts.append("Skipped: " + "; ".join(listed) + ".")
-    parts.append(f"Missing, drawn anew: {_some(self.missing) or 'none'}.")
-    return " ".join([*parts, *self.notes])
 
 
 def load_backbone(
@@ -164,7 +118,7 @@ def save_backbone(
   flat = trees.flatten(params_backbone)
   if npz_layout.MARK not in flat:
     raise ValueError(
-      f"these parameters hold no {npz_layout.MARK!r} but {_some(flat) or 'nothing'}; "
+      f"these parameters hold no {npz_layout.MARK!r} but {some(flat) or 'nothing'}; "
       "pass params['backbone']."
     )
   flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
@@ -256,7 +210,8 @@ def _fit_leaves(
   unused = sorted(set(leaves) - set(expected))
   shapes = [
     f"{name} is {leaves[name].shape} in the file, {shape} in the model"
-    for name, shape in expected.items()
+    # The embeddings first: their shapes say most.
+    for name, shape in sorted(expected.items(), key=lambda item: "/enc" in item[0])
     if name in leaves and leaves[name].shape != shape
   ]
   problems = {
@@ -265,7 +220,7 @@ def _fit_leaves(
     "that only the file has": unused,
   }
   found = [
-    f"{len(names)} leaves {what}: {_some(names)}"
+    f"{len(names)} leaves {what}: {some(names)}"
     for what, names in problems.items()
     if names
   ]
@@ -310,16 +265,14 @@ def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
 def _drawn(vit: ViT, names: Sequence[str]) -> dict[str, np.ndarray]:
   """Returns fresh values of the named leaves."""
   images = jnp.zeros((1, vit.image_size, vit.image_size, 3))
-  fresh = vit.clone(scan=False).init(jax.random.key(0), images)["params"]
-  flat = trees.flatten(fresh)
-  return {name: np.asarray(flat[name], np.float32) for name in names}
+
+  def draw(key: jax.Array) -> dict[str, jax.Array]:
+    flat = trees.flatten(vit.clone(scan=False).init(key, images)["params"])
+    return {name: flat[name] for name in names}
+
+  # Compiled, only what is asked for is computed.
+  return jax.device_get(jax.jit(draw)(jax.random.key(0)))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
   return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _some(names: Sequence[str] | Mapping[str, Any], most: int = 4) -> str:
-  """Returns the first few names, and how many more there are."""
-  more = f" and {len(names) - most} more" if len(names) > most else ""
-  return ", ".join(list(names)[:most]) + more

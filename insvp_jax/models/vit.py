@@ -7,6 +7,7 @@ Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", eq. 1-4;
 variants and names as in google-research/big_vision.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import einops
@@ -73,7 +74,9 @@ class PatchEmbedding(nn.Module):
     """Returns one token per patch, row by row."""
     size = self.patch_size
     shape = (size, size, images.shape[-1], self.width)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
+    kernel = self.param(
+      "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape
+    )
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     patches = einops.rearrange(
       images, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size
@@ -202,7 +205,7 @@ class Block(nn.Module):
 class _ScannedBlock(nn.Module):
   """`Block` in the form that `nn.scan` wants: carry, inputs -> carry, outputs."""
 
-  block: dict[str, Any]
+  block: Mapping[str, Any]
   keep: bool
 
   @nn.compact
@@ -242,7 +245,9 @@ class Encoder(nn.Module):
         "prompt between 1 block and all of them."
       )
     x = (self._scanned if self.scan else self._unrolled)(x, tokens)
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")(x)
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")(
+      x
+    )
 
   def _fields(self) -> dict[str, Any]:
     return {
@@ -368,7 +373,9 @@ class ViT(nn.Module):
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
       if getattr(self, field) not in known:
-        raise ValueError(f"{field} is {getattr(self, field)!r}, expected one of {known}.")
+        raise ValueError(
+          f"{field} is {getattr(self, field)!r}, expected one of {known}."
+        )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'.")
     if self.width % self.num_heads:

@@ -1,0 +1,29 @@
+"""Adapts a backbone to your own images: a folder or a .zip.
+
+  python -m insvp_jax.main --config=configs/folder.py --config.data.root=photos.zip
+
+The images lie in train/<class>/, and optionally val/<class>/ and test/<class>/.
+Without these the splits are drawn from train: stratified, seeded, stored with the
+run. InsVP, VPT-Deep and a linear head each choose their lr on val, are trained
+again on train + val with three seeds, and are reported on test.
+
+One method, one run: --config.tune.methods='()' --config.tune.lr='()'
+--config.tune.seeds='()' --config.method=insvp --config.optim.lr=0.003
+"""
+
+from insvp_jax.config import defaults
+
+
+def get_config():
+  config = defaults()
+  config.task = "folder"
+  config.backbone.name = "boxed"
+  config.batch_size = 64
+  config.total_epochs = 30.0
+  config.optim.wd = 1e-4
+  config.optim.warmup_epochs = 3.0
+  config.vpt_deep.prompt_length = 9
+  config.tune.methods = ("insvp", "vpt_deep", "linear")
+  config.tune.lr = (1e-3, 3e-3, 1e-2)
+  config.tune.seeds = (0, 1, 2)
+  return config

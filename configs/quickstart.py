@@ -1,0 +1,25 @@
+"""Adapts the backbone in the box to handwritten digits, three ways side by side.
+
+  python -m insvp_jax.main --config=configs/quickstart.py
+
+Needs nothing but the package: the digits are scikit-learn's, the backbone is
+`insvp_jax/assets/boxed.npz`. Ends with a table, runs/quickstart/table.md, and a
+picture of the prompts, runs/quickstart/insvp/seed0/prompts.png.
+"""
+
+from insvp_jax.config import defaults
+
+
+def get_config():
+  config = defaults()
+  config.task = "digits"
+  config.backbone.name = "boxed"
+  config.batch_size = 64
+  config.total_epochs = 15.0
+  config.optim.lr = 3e-3
+  config.optim.wd = 1e-4
+  config.optim.warmup_epochs = 1.0
+  config.vpt_deep.prompt_length = 9
+  config.tune.methods = ("insvp", "linear", "vpt_deep")
+  config.tune.seeds = (0,)
+  return config

@@ -1,0 +1,57 @@
+"""What loading a backbone did, leaf by leaf."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+
+def some(names: Sequence[str] | Mapping[str, Any], most: int = 4) -> str:
+  """Returns the first few names, and how many more there are."""
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(list(names)[:most]) + more
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+  """What became of every leaf of a file and of a model.
+
+  Names are big_vision's with one group per block, whatever the model's layout;
+  those in `skipped` are the file's.
+
+  Attributes:
+    path: the file.
+    layout: the file's layout, in words.
+    num_params: scalars loaded.
+    loaded: names that came from the file.
+    changed: name -> how the file's values were changed.
+    skipped: name in the file -> why it was left out.
+    missing: names that the file lacks and that were drawn anew.
+    notes: what else to know.
+  """
+
+  path: str
+  layout: str
+  num_params: int
+  loaded: tuple[str, ...]
+  changed: dict[str, str]
+  skipped: dict[str, str]
+  missing: tuple[str, ...]
+  notes: tuple[str, ...] = ()
+
+  def __str__(self) -> str:
+    """Returns one paragraph."""
+    total = len(self.loaded) + len(self.missing)
+    parts = [
+      f"Loaded {len(self.loaded)} of {total} backbone leaves ({self.num_params:,} "
+      f"parameters) from {self.path} ({self.layout})."
+    ]
+    if self.changed:
+      parts.append("Changed: " + "; ".join(map(": ".join, self.changed.items())) + ".")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in self.skipped.items():
+      reasons.setdefault(reason, []).append(name)
+    if reasons:
+      listed = (f"{some(names)} ({reason})" for reason, names in reasons.items())
+      parts.append("Skipped: " + "; ".join(listed) + ".")
+    parts.append(f"Missing, drawn anew: {some(self.missing) or 'none'}.")
+    return " ".join([*parts, *self.notes])

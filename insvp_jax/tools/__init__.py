@@ -1,0 +1,86 @@
+"""What is run by hand on a finished run; notebooks call the same functions."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+import sys
+from typing import Any
+
+
+def run_tool(main: Callable[[], None]) -> int:
+  """Runs a tool and returns its exit status.
+
+  Bad input, which this package reports as a ValueError, KeyError or OSError, gives
+  one line on stderr and status 2. Other errors are bugs and keep their traceback.
+  """
+  try:
+    main()
+  except (ValueError, KeyError, OSError) as error:
+    if not isinstance(error, OSError) and not _is_ours(error):
+      raise
+    # str(KeyError) is the repr of its message.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    print(f"insvp_jax: {' '.join(str(text).split())}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+  """Returns the image files that are named, or lie in the folders that are named.
+
+  Raises:
+    FileNotFoundError: a path does not exist.
+    ValueError: a folder holds no image file.
+  """
+  from insvp_jax.data.decode import SUFFIXES
+
+  found = []
+  for path in map(Path, paths):
+    if not path.exists():
+      raise FileNotFoundError(f"there is no image file or folder {path}.")
+    if not path.is_dir():
+      found.append(path)
+      continue
+    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not inside:
+      raise ValueError(f"the folder {path} holds no image ({', '.join(SUFFIXES)}).")
+    found.extend(inside)
+  return found
+
+
+def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
+  """Returns some test images of the run's own task, with their class names.
+
+  Args:
+    run: from `load_run`; its data have to be where they were.
+    count: how many images, drawn without replacement.
+    seed: of the draw.
+
+  Returns:
+    uint8 images [b, h, w, 3] and the names of their classes. They are of the split
+    "test" or, in a task without one, of "val" or "train".
+
+  Raises:
+    ValueError, FileNotFoundError: the data are not to be had; see the message.
+  """
+  from ml_collections import ConfigDict
+  import numpy as np
+
+  from insvp_jax.data import load_data
+
+  config = run.meta["config"]
+  size = run.model.backbone.image_size
+  data = load_data(config["task"], ConfigDict(config["data"]), size)
+  name = next(name for name in ("test", "val", "train") if name in data.splits)
+  split = data.splits[name]
+  rng = np.random.default_rng(seed)
+  chosen = split.take(rng.permutation(len(split))[:count])
+  return chosen.images, [data.class_names[label] for label in chosen.labels]
+
+
+def _is_ours(error: BaseException) -> bool:
+  """Returns whether this package raised the error, so that its message suffices."""
+  frame = error.__traceback__
+  while frame.tb_next is not None:
+    frame = frame.tb_next
+  package = str(Path(__file__).parents[1])
+  return frame.tb_frame.f_code.co_filename.startswith(package)

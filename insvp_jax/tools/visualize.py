@@ -1,0 +1,158 @@
+"""Draws the prompts of a run: image, patch, global and fused prompt, prompted image.
+
+  python -m insvp_jax.tools.visualize --run=runs/folder --output=prompts.png
+  python -m insvp_jax.tools.visualize --run=runs/folder --images photos/ one.jpg
+
+Prompts are signed and small, so each is stretched to the full range around grey;
+the number on it is its largest absolute value, in grey levels of 255.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import numpy as np
+
+from insvp_jax import tools
+
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
+INCHES = 1.9  # side of one panel
+
+
+def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None) -> Any:
+  """Returns a figure with one row per image and one column per kind of prompt.
+
+  Args:
+    run: from `load_run`, of a method that prompts images.
+    images: as for `Run.predict`; a few, since each gets a row.
+    labels: the images' true class names, to be written beside them.
+
+  Returns:
+    A `matplotlib.figure.Figure`; it belongs to no window.
+
+  Raises:
+    ValueError: the method makes no image prompts.
+  """
+  found = {k: v for k, v in run.prompts(images).items() if k in TITLES}
+  if not found:
+    raise ValueError(
+      f"the method {run.meta.get('method')!r} makes no image prompts, so there is "
+      "nothing to draw; a run of 'insvp' does."
+    )
+  from matplotlib.figure import Figure
+
+  probabilities = run.predict(images)
+  plain = run.to_pixels(run.preprocess(images))
+  prompted = run.to_pixels(run.prompted(images))
+  names = [name for name in TITLES if name in found]
+  columns, rows = len(names) + 2, len(plain)
+  figure = Figure(figsize=(columns * INCHES, rows * INCHES + 0.4), layout="constrained")
+  axes = figure.subplots(rows, columns, squeeze=False)
+  for i, row in enumerate(axes):
+    _show(row[0], plain[i], "image" if i == 0 else "")
+    best = int(probabilities[i].argmax())
+    said = f"{run.class_names[best]} {100 * probabilities[i, best]:.0f}%"
+    if labels is not None:
+      said += f"\n(is {labels[i]})"
+    # No mathematics: a class name may hold a dollar sign.
+    row[0].set_ylabel(said, parse_math=False, fontsize=9)
+    for axis, name in zip(row[1:-1], names, strict=True):
+      levels = found[name][i] * np.asarray(run.preset.std) * 255
+      largest = float(np.abs(levels).max())
+      shown = 0.5 + levels / (2 * max(largest, 1e-6))
+      _show(axis, shown, TITLES[name] if i == 0 else "")
+      axis.set_xlabel(f"± {largest:.3g} of 255", fontsize=8)
+    _show(row[-1], prompted[i], "prompted image" if i == 0 else "")
+  return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+  """Writes a figure to a file that is either complete or not there at all.
+
+  Raises:
+    ValueError: the file's ending is no format that can be written.
+    OSError: the disk is full or read-only.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  path = Path(path)
+  check_format(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{os.getpid()}.{path.name}")
+  try:
+    FigureCanvasAgg(figure).print_figure(partial, dpi=150)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def check_format(path: Path) -> None:
+  """Checks that a figure can be written to a file of this name.
+
+  Raises:
+    ValueError: it cannot; the message lists the endings that can.
+  """
+  if path.suffix.lower() not in FORMATS:
+    raise ValueError(
+      f"cannot write a figure to {str(path)!r}; its name has to end with one of "
+      f"{', '.join(FORMATS)}."
+    )
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+  """Returns at most `count` items, evenly spread.
+
+  The first images of a folder are all of one class.
+  """
+  count = min(count, len(items))
+  return [items[i * len(items) // count] for i in range(count)]
+
+
+def _show(axis: Any, pixels: np.ndarray, title: str) -> None:
+  axis.imshow(pixels, interpolation="nearest")
+  axis.set_xticks([])
+  axis.set_yticks([])
+  if title:
+    axis.set_title(title, fontsize=9)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
+  parser = argparse.ArgumentParser(
+    prog="python -m insvp_jax.tools.visualize", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument("--run", required=True, help="the run's directory")
+  parser.add_argument("--backbone", help="the backbone's file, if it has moved")
+  parser.add_argument(
+    "--images",
+    nargs="+",
+    help="image files, or folders of them; test images of the run's task without it",
+  )
+  parser.add_argument("--output", default="prompts.png", help="the figure's file")
+  parser.add_argument("--rows", type=int, default=6, help="how many images at most")
+  args = parser.parse_args(argv)
+
+  def work() -> None:
+    if args.rows < 1:
+      raise ValueError(f"--rows is {args.rows}, expected at least 1.")
+    check_format(Path(args.output))
+    images = tools.find_images(args.images) if args.images else []
+    from insvp_jax.run import load_run
+
+    run = load_run(args.run, backbone=args.backbone)
+    images, labels = spread(images, args.rows), None
+    if not images:
+      images, labels = tools.task_images(run, args.rows)
+    figure = prompt_figure(run, images, labels=labels)
+    save_figure(figure, args.output)
+    print(f"wrote {args.output}")
+
+  return tools.run_tool(work)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,137 @@
+"""create_model: hooks in order, names, errors before device work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import insvp_jax
+from insvp_jax import trees
+from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
+from insvp_jax.models import heads
+from insvp_jax.models.classifier import (
+  PromptedClassifier,
+  create_backbone,
+  create_model,
+)
+from insvp_jax.models.vit import ViT
+
+TINY = {"width": 16, "depth": 2, "mlp_dim": 16, "num_heads": 2}
+
+
+def tiny(method="insvp", **kwargs):
+  fields = {"num_classes": 3, "image_size": 16, "backbone_kwargs": TINY, **kwargs}
+  return create_model("mu/4", method, **fields)
+
+
+def shapes(model):
+  size = model.backbone.image_size
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+
+@pytest.mark.parametrize("method", sorted(insvp_jax.METHODS))
+def test_one_tree_of_parameters(method):
+  params = shapes(tiny(method))
+  groups = {"backbone", "head"}
+  if method in ("insvp", "vpt_shallow", "vpt_deep"):
+    groups.add("prompter")
+  assert set(params) == groups
+  assert params["head"]["kernel"].shape == (16, 3)
+
+
+def test_hooks_run_in_order_and_see_what_they_should():
+  seen = []
+
+  class Spy(Method):
+    def prompt_image(self, images, *, train=False):
+      seen.append(("image", float(images.sum()), train))
+      return images + 1
+
+    def prompt_tokens(self, images, prompted_images, *, train=False):
+      difference = float((prompted_images - images).mean())
+      seen.append(("tokens", difference, train))
+      return BlockPrompts(jnp.ones((1, 1, 2, self.spec.width)))
+
+    def adapt_feature(self, feature, *, train=False):
+      seen.append(("feature", feature.shape, train))
+      return 2 * feature
+
+  vit = ViT(patch_size=4, image_size=8, **TINY)
+  model = PromptedClassifier(vit, Spy(vit.spec), heads.Head(3, "torch"))
+  images = jnp.zeros((2, 8, 8, 3))
+  params = model.init(jax.random.key(0), images)["params"]
+  seen.clear()
+  logits = model.apply({"params": params}, images, train=True)
+  assert seen == [
+    ("image", 0.0, True),
+    ("tokens", 1.0, True),
+    ("feature", (2, 16), True),
+  ]
+  kernel, bias = params["head"]["kernel"], params["head"]["bias"]
+  feature = model.apply({"params": params}, images, method="features")
+  np.testing.assert_allclose(logits, feature @ kernel + bias, rtol=1e-6)
+
+
+def test_the_base_method_changes_nothing():
+  vit = ViT(patch_size=4, image_size=8, **TINY)
+  model = PromptedClassifier(vit, Method(vit.spec), heads.Head(3))
+  images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+  params = model.init(jax.random.key(0), images)["params"]
+  plain = vit.apply({"params": params["backbone"]}, images)
+  adapted = model.apply({"params": params}, images, method="features")
+  np.testing.assert_array_equal(plain, adapted)
+  assert model.apply({"params": params}, images, method="prompts") == {}
+
+
+def test_backbone_fields():
+  assert create_backbone("Ti/16").spec == BackboneSpec(192, 12, 768, 3, 16, 224)
+  overridden = create_backbone("Ti/16", 64, {"depth": 3, "pool": "gap", "width": None})
+  assert (overridden.depth, overridden.image_size, overridden.pool) == (3, 64, "gap")
+  # A release knows its own image size.
+  assert create_backbone("vit_b16_i21k").spec.image_size == 224
+
+
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
+    ({"method": "insvpp"}, r"unknown method 'insvpp'.*Did you mean 'insvp'\?"),
+    ({"num_classes": 0}, "num_classes is 0"),
+    ({"head_init": "ones"}, "unknown head_init 'ones'.*torch, vpt, zeros"),
+    ({"backbone_kwargs": {"widht": 8}}, r"'widht'.*Did you mean 'width'\?"),
+    ({"backbone_kwargs": {"image_size": 8}}, "unknown backbone field 'image_size'"),
+    ({"method_kwargs": {"prompt_lenght": 4}}, r"Did you mean 'prompt_length'\?"),
+  ],
+)
+def test_errors_name_what_came_and_what_was_meant(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    tiny(**kwargs)
+
+
+def test_unknown_backbone():
+  with pytest.raises(ValueError, match="vit_b16_i21"):
+    create_model("vit_b16_i21", num_classes=3)
+  with pytest.raises(ValueError, match="unknown ViT variant 'Bi'"):
+    create_model("Bi/16", num_classes=3)
+
+
+def test_head_inits():
+  def head(init, width=64, num_classes=50):
+    model = heads.Head(num_classes, init)
+    return model.init(jax.random.key(0), jnp.zeros((1, width)))["params"]
+
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(head("zeros")))
+  torch = head("torch")
+  for leaf in torch.values():
+    assert 0.9 * 64**-0.5 < float(jnp.max(jnp.abs(leaf))) <= 64**-0.5
+  vpt = head("vpt")
+  assert float(jnp.std(vpt["kernel"])) == pytest.approx((2 / 50) ** 0.5, rel=0.05)
+  assert np.allclose(vpt["bias"], -4.59512)
+
+
+def test_the_head_computes_in_float32_on_a_bfloat16_backbone():
+  model = tiny("linear", backbone_kwargs={**TINY, "dtype": "bfloat16"})
+  images = jnp.ones((1, 16, 16, 3))
+  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+  assert model.apply({"params": params}, images).dtype == jnp.float32
+  assert trees.count(params["head"]) == 16 * 3 + 3

@@ -1,0 +1,115 @@
+"""Integer parameter counts of the published methods, by arithmetic on shapes only."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.models.vit import decode_variant
+
+MODULES = {
+  "patch": "patch_prompter",
+  "global": "global_prompter",
+  "specific": "specific_prompter",
+}
+RELEASE_16 = {"prompt_length": 16, "specific_kernels": (7, 9, 3)}
+RELEASE_20 = {"prompt_length": 20, "specific_kernels": (7, 9, 3)}
+PARAM_MATCHED = {
+  "global_kernels": (3, 13),
+  "global_dilations": (5, 2),
+  "global_hidden": 25,
+}
+
+
+def prompter_shapes(variant, method, **kwargs):
+  spec = BackboneSpec(**decode_variant(variant), image_size=224)
+  prompter = create_method(method, spec, **kwargs)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+  def init(images):
+    return prompter.init(jax.random.key(0), images, method="prompts")
+
+  return prompter, jax.eval_shape(init, images)["params"]
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "patch", "global_", "specific", "common", "total", "trained"),
+  [
+    ({"preset": "paper"}, 25_360, 333, 14_886, 82_944, 123_523, 123_523),
+    (PARAM_MATCHED, 25_360, 13_378, 14_886, 82_944, 136_568, 136_568),
+    ({"preset": "release"}, 25_360, 13_437, 14_886, 82_944, 136_627, 121_741),
+    (
+      {"preset": "release", **RELEASE_16},
+      25_360,
+      13_437,
+      85_408,
+      147_456,
+      271_661,
+      186_253,
+    ),
+    (
+      {"preset": "release", **RELEASE_20},
+      25_360,
+      13_437,
+      132_680,
+      184_320,
+      355_797,
+      223_117,
+    ),
+  ],
+)
+def test_insvp_on_b16(kwargs, patch, global_, specific, common, total, trained):
+  prompter, shapes = prompter_shapes("B/16", "insvp", **kwargs)
+  counts = {name: trees.count(shapes[module]) for name, module in MODULES.items()}
+  assert counts == {"patch": patch, "global": global_, "specific": specific}
+  assert trees.count({"common_prompt": shapes["common_prompt"]}) == common
+  assert trees.count(shapes) == total
+
+  params = {"prompter": shapes, "head": {"kernel": jax.ShapeDtypeStruct((), float)}}
+  mask = trees.mask(params, prompter.trainable_patterns())
+  trainable, _ = trees.split(params, mask)
+  assert trees.count(trainable) - 1 == trained
+
+
+def test_insvp_specific_prompter_by_convolution():
+  _, shapes = prompter_shapes("B/16", "insvp")
+  specific = shapes["specific_prompter"]
+  counts = [trees.count(specific[f"Conv_{i}"]) for i in range(3)]
+  assert counts == [2_196, 6_102, 6_588]
+
+
+@pytest.mark.parametrize(
+  ("variant", "specific", "total"),
+  [
+    ("Ti/16", 14_886, 74_419),
+    ("S/16", 21_474, 101_743),
+    ("B/16", 14_886, 136_627),
+    ("L/16", 17_082, 277_063),
+    ("So400m/14", 47_826, None),
+    ("H/14", 19_278, 420_775),
+  ],
+)
+def test_insvp_on_other_widths(variant, specific, total):
+  _, shapes = prompter_shapes(variant, "insvp", preset="release")
+  assert trees.count(shapes["specific_prompter"]) == specific
+  assert total is None or trees.count(shapes) == total
+
+
+@pytest.mark.parametrize(
+  ("variant", "method", "prompt_length", "expected"),
+  [
+    ("B/16", "vpt_shallow", 50, 38_400),
+    ("B/16", "vpt_deep", 1, 9_216),
+    ("B/16", "vpt_deep", 5, 46_080),
+    ("B/16", "vpt_deep", 10, 92_160),
+    ("B/16", "vpt_deep", 50, 460_800),
+    ("B/16", "vpt_deep", 100, 921_600),
+    ("B/16", "vpt_deep", 200, 1_843_200),
+    ("L/16", "vpt_deep", 50, 1_228_800),
+    ("H/14", "vpt_deep", 50, 2_048_000),
+  ],
+)
+def test_vpt(variant, method, prompt_length, expected):
+  _, shapes = prompter_shapes(variant, method, prompt_length=prompt_length)
+  assert trees.count(shapes) == expected

@@ -1,0 +1,183 @@
+"""VPT, linear, full and bias; and how a method is found by its name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.methods import METHODS, BackboneSpec, create_method, method_fields
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.vit import decode_variant
+
+SPEC = BackboneSpec(
+  width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+)
+IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+
+
+def init(method, images=IMAGES):
+  return method.init(jax.random.key(0), images, method="prompts")
+
+
+def tokens(method, variables, **kwargs):
+  prompts = method.apply(variables, IMAGES, IMAGES, method="prompt_tokens", **kwargs)
+  return prompts.tokens
+
+
+def tiny_model(method, **method_kwargs):
+  return create_model(
+    "mu/4",
+    method,
+    num_classes=5,
+    image_size=16,
+    backbone_kwargs={"depth": 3},
+    method_kwargs=method_kwargs,
+    head_init="torch",
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "kwargs", "blocks"),
+  [
+    ("vpt_shallow", {}, 1),
+    ("vpt_deep", {}, 3),
+    ("vpt_deep", {"prompted_blocks": 2}, 2),
+  ],
+)
+def test_shapes(name, kwargs, blocks):
+  method = create_method(name, SPEC, prompt_length=4, **kwargs)
+  variables = init(method)
+  assert trees.flatten(variables["params"]).keys() == {"common_prompt"}
+  assert variables["params"]["common_prompt"].shape == (blocks, 4, 32)
+  # Shared by all instances, so the batch axis stays 1.
+  assert tokens(method, variables).shape == (blocks, 1, 4, 32)
+  prompts = method.apply(variables, IMAGES, method="prompts")
+  assert {k: v.shape for k, v in prompts.items()} == {"feature": (blocks, 2, 4, 32)}
+
+
+@pytest.mark.parametrize(
+  ("variant", "bound"),
+  [
+    ("Ti/16", 0.07906),
+    ("S/16", 0.07217),
+    ("B/16", 0.0625),
+    ("B/32", 0.03953),
+    ("L/16", 0.05786),
+    ("H/14", 0.05667),
+  ],
+)
+def test_init_is_uniform_within_the_published_bound(variant, bound):
+  spec = BackboneSpec(**decode_variant(variant), image_size=224)
+  method = create_method("vpt_shallow", spec, prompt_length=10)
+  prompt = init(method, jnp.zeros((1, 8, 8, 3)))["params"]["common_prompt"]
+  assert 0.99 * bound < np.max(np.abs(prompt)) < 1.0001 * bound
+  np.testing.assert_allclose(np.std(prompt), bound / np.sqrt(3), rtol=0.05)
+
+
+def test_projection_is_one_dense_layer_for_all_blocks():
+  method = create_method("vpt_deep", SPEC, prompt_length=4, project=8)
+  variables = init(method)
+  params = variables["params"]
+  shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
+  assert shapes == {
+    "common_prompt": (3, 4, 8),
+    "projection/kernel": (8, 32),
+    "projection/bias": (32,),
+  }
+  projection = params["projection"]
+  bias = projection["bias"].reshape(1, 1, 32)
+  expected = params["common_prompt"] @ projection["kernel"] + bias
+  np.testing.assert_allclose(tokens(method, variables)[:, 0], expected, atol=1e-6)
+  # The bound is that of the narrow prompts.
+  bound = np.sqrt(6 / (3 * 16 + 8))
+  assert 0.9 * bound < np.max(np.abs(params["common_prompt"])) <= bound
+
+
+def test_dropout_is_drawn_for_each_sample_and_only_in_training():
+  method = create_method("vpt_deep", SPEC, prompt_length=8, dropout=0.5)
+  variables = init(method)
+  np.testing.assert_array_equal(
+    tokens(method, variables)[:, 0], variables["params"]["common_prompt"]
+  )
+  dropped = tokens(method, variables, train=True, rngs={"dropout": jax.random.key(3)})
+  assert dropped.shape == (3, 2, 8, 32)
+  assert not np.array_equal(dropped[:, 0], dropped[:, 1])
+  assert 0.4 < np.mean(dropped == 0) < 0.6
+  kept = dropped[:, 0] != 0
+  np.testing.assert_allclose(
+    dropped[:, 0][kept], 2 * variables["params"]["common_prompt"][kept], rtol=1e-6
+  )
+
+
+def test_defaults_are_the_published_ones():
+  assert create_method("vpt_shallow", SPEC).dropout == 0
+  assert create_method("vpt_deep", SPEC).dropout == 0.1
+  # Without dropout, training needs no key and the prompts stay shared.
+  shallow = create_method("vpt_shallow", SPEC)
+  assert tokens(shallow, init(shallow), train=True).shape == (1, 1, 50, 32)
+  assert create_method("vpt_deep", SPEC, dropout=None).dropout == 0.1
+
+
+@pytest.mark.parametrize("name", ["linear", "full", "bias"])
+def test_methods_without_prompts(name):
+  model = tiny_model(name)
+  params = model.init(jax.random.key(0), IMAGES)["params"]
+  assert sorted(params) == ["backbone", "head"]
+  assert model.apply({"params": params}, IMAGES, method=model.prompts) == {}
+  feature = model.backbone.apply({"params": params["backbone"]}, IMAGES)
+  head = params["head"]
+  expected = feature @ head["kernel"] + head["bias"].reshape(1, -1)
+  logits = model.apply({"params": params}, IMAGES, train=True)
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+  mask = trees.flatten(trees.mask(params, model.prompter.trainable_patterns()))
+  trainable = {name for name, chosen in mask.items() if chosen}
+  expected = {
+    "linear": {name for name in mask if name.startswith("head/")},
+    "full": set(mask),
+    "bias": {name for name in mask if name.endswith("/bias") or "head/" in name},
+  }[name]
+  assert trainable == expected
+  assert name == "linear" or "backbone/embedding/bias" in trainable
+
+
+def test_every_method_is_found_by_name():
+  assert set(METHODS) == {
+    "insvp",
+    "vpt_shallow",
+    "vpt_deep",
+    "linear",
+    "full",
+    "bias",
+  }
+  for name, kind in METHODS.items():
+    assert type(create_method(name, SPEC)) is kind
+  assert method_fields("linear") == ()
+  assert set(method_fields("vpt_deep")) - set(method_fields("vpt_shallow")) == {
+    "prompted_blocks"
+  }
+
+
+@pytest.mark.parametrize(
+  ("name", "kwargs", "message"),
+  [
+    ("vpt_dep", {}, "unknown method 'vpt_dep'. Did you mean 'vpt_deep'"),
+    ("vpt_deep", {"prompt_lenght": 3}, "Did you mean 'prompt_length'"),
+    ("vpt_shallow", {"prompted_blocks": 2}, "unknown field 'prompted_blocks'"),
+    ("vpt_deep", {"spec": 2}, "unknown field 'spec'"),
+    ("vpt_deep", {"name": "x"}, "unknown field 'name'"),
+    ("linear", {"dropout": 0.1}, "'linear'. It has none"),
+    ("vpt_deep", {"prompt_length": 0}, "prompt_length is 0, expected an integer"),
+    ("vpt_deep", {"prompt_length": True}, "prompt_length is True"),
+    ("vpt_deep", {"dropout": 1.0}, r"dropout is 1.0, expected a dropout rate in \[0"),
+    ("vpt_deep", {"dropout": float("nan")}, "dropout is nan"),
+    ("vpt_deep", {"project": 0}, "project is 0"),
+    ("vpt_deep", {"prompted_blocks": 4}, "the backbone has 3 blocks"),
+    ("vpt_deep", {"prompted_blocks": 0}, "expected an integer from 1 to 3"),
+  ],
+)
+def test_bad_input_is_one_clear_line(name, kwargs, message):
+  with pytest.raises(ValueError, match=message) as error:
+    create_method(name, SPEC, **kwargs)
+  assert "\n" not in str(error.value)

@@ -1,0 +1,261 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import CLASSES, SIZE, make_run
+
+from insvp_jax import partition, program, trees
+from insvp_jax.data import preprocess
+from insvp_jax.models.classifier import create_model
+from insvp_jax.run import load_run
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("insvp"))
+
+
+@pytest.fixture(scope="module")
+def run(made):
+  return load_run(made[0])
+
+
+def edit_meta(workdir, **changes):
+  """Changes a run's description as if it had been written so."""
+  where = workdir / "checkpoints" / "1"
+  file = where / "meta" / "metadata"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  (where / "checksums.json").unlink(missing_ok=True)
+
+
+def dtypes(tree):
+  return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+  shutil.copytree(made[0] / "checkpoints", tmp_path / "checkpoints")
+  return tmp_path
+
+
+def test_the_parameters_come_back_exactly(made, run):
+  _, _, params = made
+  expected, got = trees.flatten(params), trees.flatten(run.params)
+  assert sorted(got) == sorted(expected)
+  for name, leaf in expected.items():
+    np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+  assert run.class_names == CLASSES
+  assert run.result == {"test_accuracy": 0.5}
+  assert run.meta["task"] == "insects"
+
+
+def test_predict_is_the_model_on_preprocessed_images(made, run):
+  _, model, params = made
+  images = draw(3, SIZE, SIZE, 3)
+  inputs = preprocess.eval_preprocess(run.preset, jnp.asarray(images), SIZE)
+  expected = jax.nn.softmax(model.apply({"params": params}, inputs))
+  got = run.predict(images)
+  assert got.shape == (3, len(CLASSES)) and got.dtype == np.float32
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  np.testing.assert_allclose(got.sum(axis=1), 1, atol=1e-5)
+  np.testing.assert_allclose(run.preprocess(images), inputs, atol=1e-6)
+  features = model.apply({"params": params}, inputs, method="features")
+  np.testing.assert_allclose(run.features(images), features, atol=1e-4)
+
+
+def test_prompts_have_the_documented_forms(run):
+  found = run.prompts(draw(5, 40, 30, 3))
+  image, depth, width = (5, SIZE, SIZE, 3), 2, run.model.backbone.width
+  assert {name: array.shape for name, array in found.items()} == {
+    "patch": image,
+    "global": image,
+    "image": image,
+    "specific": (5, 2, width),
+    "feature": (depth, 5, 2, width),
+  }
+  images = draw(5, 40, 30, 3)
+  np.testing.assert_allclose(
+    run.prompted(images), run.preprocess(images) + found["image"], atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_an_image_gets_the_same_in_any_company(run, count):
+  images = draw(count, SIZE, SIZE, 3)
+  alone = run.predict(images[-1])
+  assert alone.shape == (1, len(CLASSES))
+  np.testing.assert_allclose(run.predict(images)[-1:], alone, atol=1e-5)
+  feature = run.prompts(images)["feature"]
+  assert feature.shape[1] == count
+  np.testing.assert_allclose(
+    feature[:, -1:], run.prompts(images[-1])["feature"], atol=1e-5
+  )
+
+
+def test_images_of_any_size_and_kind(run, tmp_path):
+  from PIL import Image
+
+  sizes = [(20, 30), (7, 9), (SIZE, SIZE)]
+  images = [draw(*size, 3, seed=i) for i, size in enumerate(sizes)]
+  paths = [tmp_path / f"{i}.png" for i in range(len(images))]
+  for path, image in zip(paths, images, strict=True):
+    Image.fromarray(image).save(path)
+  expected = run.predict(images)
+  np.testing.assert_array_equal(run.predict(paths), expected)
+  np.testing.assert_array_equal(run.predict([str(path) for path in paths]), expected)
+  np.testing.assert_allclose(run.predict(str(paths[1])), expected[1:2], atol=1e-5)
+  np.testing.assert_allclose(run.predict(jnp.asarray(images[0])), expected[:1], 1e-4)
+
+
+def test_what_is_no_image_is_refused(run, tmp_path):
+  (tmp_path / "bad.jpg").write_bytes(b"not an image")
+  with pytest.raises(ValueError, match="bad.jpg is not an image"):
+    run.predict(tmp_path / "bad.jpg")
+  with pytest.raises(FileNotFoundError, match="nowhere.png"):
+    run.predict("nowhere.png")
+  with pytest.raises(
+    ValueError, match=r"float32\[4, 4, 3\], expected uint8\[h, w, 3\]"
+  ):
+    run.predict(np.zeros((4, 4, 3), np.float32))
+  with pytest.raises(ValueError, match=r"uint8\[4, 4\]"):
+    run.predict(np.zeros((4, 4), np.uint8))
+  with pytest.raises(ValueError, match="no pixels"):
+    run.predict(np.zeros((0, 4, 3), np.uint8))
+  for nothing in ([], np.zeros((0, 4, 4, 3), np.uint8), None):
+    with pytest.raises(ValueError, match="no images"):
+      run.predict(nothing)
+
+
+def test_shown_pixels_are_those_of_the_image(run):
+  images = draw(2, SIZE, SIZE, 3)
+  pixels = run.to_pixels(run.preprocess(images))
+  np.testing.assert_allclose(pixels, images / 255, atol=1e-6)
+
+
+def test_trained_on_four_devices_loaded_on_one(tmp_path, make_mesh):
+  mesh = make_mesh(4)
+  workdir, _, params = make_run(tmp_path, sharding=partition.replicated(mesh))
+  device = jax.devices()[2]
+  run = load_run(workdir, device=device)
+  for name, leaf in trees.flatten(run.params).items():
+    assert leaf.devices() == {device}
+    np.testing.assert_array_equal(leaf, trees.flatten(params)[name])
+  assert np.isfinite(run.predict(draw(SIZE, SIZE, 3))).all()
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_deep", "bias"])
+def test_other_methods(tmp_path, method):
+  workdir, model, params = make_run(tmp_path, method)
+  run = load_run(workdir)
+  images = draw(2, SIZE, SIZE, 3)
+  inputs = run.preprocess(images)
+  logits = model.apply({"params": params}, jnp.asarray(inputs))
+  np.testing.assert_allclose(run.predict(images), jax.nn.softmax(logits), atol=1e-5)
+  assert set(run.prompts(images)) == ({"feature"} if method == "vpt_deep" else set())
+  np.testing.assert_array_equal(run.prompted(images), inputs)
+
+
+def test_a_run_that_trained_everything_needs_no_backbone_file(tmp_path):
+  workdir, _, params = make_run(tmp_path, "full", patterns=[".*"])
+  (workdir / "backbone.npz").unlink()
+  got = trees.flatten(load_run(workdir).params)
+  for name, leaf in trees.flatten(params).items():
+    np.testing.assert_array_equal(got[name], leaf)
+
+
+def test_a_random_backbone_is_drawn_again(tmp_path):
+  kwargs = {"backbone": "mu/4", "method": "linear", "num_classes": len(CLASSES)}
+  kwargs |= {"image_size": SIZE, "backbone_kwargs": {"depth": 2}}
+  drawn = program.init_params(create_model(**kwargs), seed=5)["backbone"]
+  identity = {"id": "random", "seed": 5, "sha256": trees.digest(drawn)}
+  workdir, _, _ = make_run(tmp_path, "linear", meta={"backbone": identity})
+  run = load_run(workdir)
+  assert trees.digest(run.params["backbone"]) == identity["sha256"]
+  edit_meta(workdir, backbone={**identity, "seed": 6})
+  with pytest.raises(ValueError, match="drawing it again gave sha256 .* expected"):
+    load_run(workdir)
+
+
+def test_frozen_weights_keep_the_type_they_were_trained_in(copy):
+  edit_meta(copy, config={"backbone": {"frozen_dtype": "bfloat16"}})
+  run = load_run(copy)
+  assert dtypes(run.params["backbone"]) == {"bfloat16"}
+  assert dtypes(run.params["head"]) == {"float32"}
+
+
+def test_another_backbone_is_refused(made, copy, tmp_path_factory):
+  other = make_run(tmp_path_factory.mktemp("other"), "linear", num_classes=3)[0]
+  right, wrong = made[0] / "backbone.npz", other / "backbone.npz"
+  wrong.write_bytes(right.read_bytes()[:-1] + b"x")
+  with pytest.raises(ValueError, match=f"{wrong} has sha256 .*, expected .*Pass load"):
+    load_run(copy, backbone=wrong)
+  assert load_run(copy, backbone=right).class_names == CLASSES
+
+
+def test_a_backbone_that_has_moved(made, copy):
+  identity = json.loads((copy / "checkpoints/1/meta/metadata").read_text())["backbone"]
+  edit_meta(copy, backbone={**identity, "id": "gone/backbone.npz"})
+  with pytest.raises(FileNotFoundError, match="gone/backbone.npz.*--backbone=<path>"):
+    load_run(copy)
+  source = str(made[0] / "backbone.npz")
+  edit_meta(copy, backbone={**identity, "id": "gone/backbone.npz", "source": source})
+  assert load_run(copy).class_names == CLASSES
+
+
+def test_a_run_that_contradicts_itself_is_refused(made, copy):
+  meta = json.loads((copy / "checkpoints/1/meta/metadata").read_text())
+  edit_meta(copy, format=2)
+  with pytest.raises(ValueError, match="format 2, expected 1"):
+    load_run(copy)
+  edit_meta(copy, format=1, class_names=["a"])
+  with pytest.raises(ValueError, match="1 class names for 3 classes"):
+    load_run(copy)
+  names = ["a", "b", "c", "d"]
+  model = {**meta["model"], "num_classes": 4}
+  edit_meta(copy, class_names=names, model=model)
+  with pytest.raises(ValueError, match=r"head/bias: got \[3\], expected \[4\]"):
+    load_run(copy)
+  model = {**meta["model"], "method": "linear", "method_kwargs": {}}
+  edit_meta(copy, class_names=meta["class_names"], model=model)
+  with pytest.raises(ValueError, match="another model or method: it has prompter/"):
+    load_run(copy)
+  (copy / "checkpoints/1/meta/metadata").write_text("{")
+  with pytest.raises(ValueError, match="meta/metadata cannot be read"):
+    load_run(copy)
+
+
+def test_paths_that_mean_a_run(made, tmp_path):
+  workdir = made[0]
+  for path in (workdir / "checkpoints", workdir / "checkpoints/1", str(workdir)):
+    assert load_run(path).result == {"test_accuracy": 0.5}
+  parent = tmp_path / "insvp"
+  shutil.copytree(workdir, parent / "seed0")
+  assert load_run(parent).result == {"test_accuracy": 0.5}
+  shutil.copytree(workdir, parent / "seed1")
+  with pytest.raises(FileNotFoundError, match="Runs below it: seed0, seed1"):
+    load_run(parent)
+
+
+def test_loading_imports_neither_tensorflow_nor_figures(made, root):
+  code = (
+    "import sys\n"
+    "from insvp_jax.run import load_run\n"
+    "import numpy as np\n"
+    f"load_run({str(made[0])!r}).predict(np.zeros((4, 4, 3), np.uint8))\n"
+    "heavy = 'tensorflow', 'tensorboard', 'matplotlib', 'sklearn'\n"
+    "print([name for name in heavy if name in sys.modules])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=root, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == "[]"

@@ -1,0 +1,167 @@
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+from tiny_runs import CLASSES, SIZE, make_run
+
+from insvp_jax import tools
+from insvp_jax.run import load_run
+from insvp_jax.tools import predict, visualize
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("insvp"))[0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("photos")
+  rng = np.random.default_rng(0)
+  for i, size in enumerate([(20, 30), (12, 9), (SIZE, SIZE)]):
+    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+  return folder
+
+
+def test_predict_prints_the_most_probable_classes(workdir, photos, capsys):
+  status = predict.main([f"--run={workdir}", "--top=2", str(photos / "1.png")])
+  out = capsys.readouterr().out.splitlines()
+  assert status == 0
+  row = load_run(workdir).predict(photos / "1.png")[0]
+  best = sorted(zip(row, CLASSES, strict=True), reverse=True)[:2]
+  assert out == [str(photos / "1.png")] + [f"  {100 * p:5.1f}%  {c}" for p, c in best]
+
+
+def test_predict_takes_folders_and_asks_for_no_more_classes_than_there_are(
+  workdir, photos, capsys
+):
+  assert predict.main([f"--run={workdir}", str(photos)]) == 0
+  out = capsys.readouterr().out.splitlines()
+  assert len(out) == 3 * (1 + len(CLASSES))
+  assert out[0] == str(photos / "0.png")
+
+
+def test_predict_runs_as_a_module(workdir, photos, root):
+  command = [sys.executable, "-m", "insvp_jax.tools.predict"]
+  done = subprocess.run(
+    [*command, f"--run={workdir}", str(photos / "2.png")],
+    cwd=root,
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.count("%") == len(CLASSES)
+
+
+@pytest.mark.parametrize(
+  "arguments, line",
+  [
+    (["--run={run}", "{photos}/no.png"], "there is no image file or folder"),
+    (["--run={run}", "{photos}/bad.jpg"], "bad.jpg is not an image of a known"),
+    (["--run={run}", "{photos}/empty"], "holds no image (.jpg"),
+    (["--run={photos}", "{photos}/0.png"], "holds no checkpoint: expected"),
+    (["--run={run}/no", "{photos}/0.png"], "there is no run at"),
+    (["--run={run}", "--top=0", "{photos}/0.png"], "--top is 0, expected at least 1"),
+    (["--run={run}", "--backbone=no.npz", "{photos}/0.png"], "no.npz"),
+  ],
+)
+def test_bad_input_is_one_line_and_status_2(
+  workdir, photos, tmp_path, capsys, arguments, line
+):
+  for path in photos.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  (tmp_path / "bad.jpg").write_text("no image")
+  (tmp_path / "empty").mkdir()
+  status = predict.main([a.format(run=workdir, photos=tmp_path) for a in arguments])
+  captured = capsys.readouterr()
+  assert status == 2
+  assert captured.out == ""
+  assert captured.err.startswith("insvp_jax: ") and line in captured.err
+  assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", [predict, visualize])
+def test_wrong_flags_are_status_2(tool, capsys):
+  with pytest.raises(SystemExit) as stop:
+    tool.main(["--rum=x"])
+  assert stop.value.code == 2
+  assert "usage: python -m insvp_jax.tools." in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+  with pytest.raises(ValueError, match="invalid literal"):
+    tools.run_tool(lambda: int("x"))
+  assert tools.run_tool(lambda: None) == 0
+
+
+def test_visualize_writes_a_picture_of_every_prompt(workdir, photos, tmp_path, capsys):
+  output = tmp_path / "new" / "prompts.png"
+  arguments = [f"--run={workdir}", "--images", str(photos), f"--output={output}"]
+  assert visualize.main([*arguments, "--rows=2"]) == 0
+  assert capsys.readouterr().out == f"wrote {output}\n"
+  assert [path.name for path in output.parent.iterdir()] == ["prompts.png"]
+  with Image.open(output) as image:
+    pixels = np.asarray(image.convert("RGB"))
+  # Two rows of five panels, none of them blank.
+  height, width = pixels.shape[:2]
+  for i in range(2):
+    for j in range(5):
+      y, x = int(height * (i + 0.55) / 2), int(width * (j + 0.5) / 5)
+      panel = pixels[y - 30 : y + 30, x - 30 : x + 30]
+      assert panel.std() > 5, (i, j)
+
+
+def test_figure_shows_what_the_run_computes(workdir, photos):
+  run = load_run(workdir)
+  paths = [photos / "0.png", photos / "2.png"]
+  figure = visualize.prompt_figure(run, paths, labels=["bee", "$cat$"])
+  titles = [axis.get_title() for axis in figure.axes[:5]]
+  prompts = ["patch prompt", "global prompt", "fused prompt"]
+  assert titles == ["image", *prompts, "prompted image"]
+  shown = [axis.images[0].get_array() for axis in figure.axes]
+  prompt = run.prompts(paths)["global"][1]
+  expected = 0.5 + prompt / (2 * np.abs(prompt).max())
+  np.testing.assert_allclose(shown[7], expected, atol=1e-4)
+  prompted = np.clip(run.prompted(paths)[1] * 0.5 + 0.5, 0, 1)
+  np.testing.assert_allclose(shown[9], prompted, atol=1e-6)
+  best = CLASSES[run.predict(paths)[1].argmax()]
+  label = figure.axes[5].get_ylabel()
+  assert label.startswith(best) and label.endswith("(is $cat$)")
+
+
+def test_without_images_the_task_is_shown(workdir, tmp_path):
+  # The run says that it is of the digits, whose preset and splits it names.
+  run = load_run(workdir)
+  data = {"preset": "vtab", "split_seed": 0}
+  run.meta["config"]["data"] = data
+  images, labels = tools.task_images(run, 4)
+  assert images.shape == (4, SIZE, SIZE, 3) and images.dtype == np.uint8
+  assert set(labels) <= set("0123456789")
+  again, _ = tools.task_images(run, 4)
+  np.testing.assert_array_equal(images, again)
+  output = tmp_path / "digits.pdf"
+  visualize.save_figure(visualize.prompt_figure(run, images, labels=labels), output)
+  assert output.read_bytes().startswith(b"%PDF")
+
+
+def test_visualize_refuses_what_it_cannot_draw(workdir, photos, tmp_path, capsys):
+  linear = make_run(tmp_path / "linear", "linear")[0]
+  arguments = ["--images", str(photos)]
+  assert visualize.main([f"--run={linear}", *arguments]) == 2
+  assert "'linear' makes no image prompts" in capsys.readouterr().err
+  arguments += [f"--run={workdir}"]
+  assert visualize.main([*arguments, "--output=prompts.txt"]) == 2
+  assert "has to end with one of .png" in capsys.readouterr().err
+  assert visualize.main([*arguments, "--rows=0"]) == 2
+  (tmp_path / "file").write_text("")
+  assert visualize.main([*arguments, f"--output={tmp_path}/file/a.png"]) == 2
+  assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_spread_takes_from_everywhere():
+  assert visualize.spread(list(range(10)), 3) == [0, 3, 6]
+  assert visualize.spread([1, 2], 5) == [1, 2]
+  assert visualize.spread([], 5) == []

@@ -1,0 +1,248 @@
+"""The backbone: names, variants, prompts as keys only, scan, remat, precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.methods.base import BlockPrompts
+from insvp_jax.models import vit
+
+SIZES = {"width": 16, "depth": 3, "mlp_dim": 24, "num_heads": 2}
+
+
+def build(**changes):
+  fields = {**SIZES, "patch_size": 4, "image_size": 8, **changes}
+  return vit.ViT(**fields)
+
+
+def draw(model, seed=0):
+  """Parameters that are nowhere zero, so that every path counts."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape).astype("f"), shapes)
+
+
+def images(batch=2, size=8):
+  rng = np.random.default_rng(1)
+  return jnp.asarray(rng.normal(size=(batch, size, size, 3)), jnp.float32)
+
+
+def prompts(blocks, batch=1, length=2):
+  rng = np.random.default_rng(2)
+  shape = (blocks, batch, length, SIZES["width"])
+  return BlockPrompts(jnp.asarray(rng.normal(size=shape), jnp.float32))
+
+
+def features(model, params, x, given=None):
+  def run(module):
+    return module.encode(module.embed(x), given)
+
+  # Compiled as one program: op by op takes ten times as long.
+  return jax.jit(lambda p: model.apply({"params": p}, method=run))(params)
+
+
+def reference(params, x, given=None):
+  """The paper's way: prompts stand in the sequence and are replaced block by block."""
+  p = trees.flatten(params)
+
+  def norm(t, name):
+    mean, var = t.mean(-1, keepdims=True), t.var(-1, keepdims=True)
+    scaled = (t - mean) / np.sqrt(var + 1e-6)
+    return scaled * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+  def attend(t, name):
+    q, k, v = (
+      np.einsum("bnd,dhe->bhne", t, p[f"{name}/{n}/kernel"])
+      + p[f"{name}/{n}/bias"][:, None]
+      for n in ("query", "key", "value")
+    )
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = weights / weights.sum(-1, keepdims=True) @ v
+    return (
+      np.einsum("bhne,hed->bnd", out, p[f"{name}/out/kernel"]) + p[f"{name}/out/bias"]
+    )
+
+  b, size = len(x), 4
+  patches = np.asarray(x).reshape(b, 2, size, 2, size, 3).transpose(0, 1, 3, 2, 4, 5)
+  kernel = p["embedding/kernel"].reshape(-1, SIZES["width"])
+  t = patches.reshape(b, 4, -1) @ kernel + p["embedding/bias"] + p["pos_embedding"]
+  t = np.concatenate([np.repeat(p["cls"], b, 0), t], 1)
+  inserted = 0
+  for i in range(SIZES["depth"]):
+    if given is not None and i < given.tokens.shape[0]:
+      tokens = np.asarray(given.tokens[i])
+      tokens = np.broadcast_to(tokens, (b, *tokens.shape[1:]))
+      t = np.concatenate([t[:, :1], tokens, t[:, 1 + inserted :]], 1)
+      inserted = tokens.shape[1]
+    name = f"Transformer/encoderblock_{i}"
+    t = t + attend(
+      norm(t, f"{name}/LayerNorm_0"), f"{name}/MultiHeadDotProductAttention_0"
+    )
+    y = norm(t, f"{name}/LayerNorm_1")
+    mlp = f"{name}/MlpBlock_0"
+    y = y @ p[f"{mlp}/Dense_0/kernel"] + p[f"{mlp}/Dense_0/bias"]
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    t = t + y @ p[f"{mlp}/Dense_1/kernel"] + p[f"{mlp}/Dense_1/bias"]
+  return norm(t, "Transformer/encoder_norm")[:, 0]
+
+
+@pytest.mark.parametrize("blocks", [None, 1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("scan", [False, True])
+def test_prompts_as_keys_equal_prompts_in_the_sequence(blocks, batch, scan):
+  unrolled, model = build(), build(scan=scan)
+  params = draw(unrolled)
+  given = None if blocks is None else prompts(blocks, batch)
+  expected = reference(params, images(), given)
+  if scan:
+    params = stack(params)
+  np.testing.assert_allclose(
+    features(model, params, images(), given), expected, rtol=2e-4, atol=2e-5
+  )
+
+
+def stack(params):
+  """Unrolled to scanned layout."""
+  flat = trees.flatten(params)
+  first = "Transformer/encoderblock_0/"
+  stacked = {n: v for n, v in flat.items() if "encoderblock" not in n}
+  for name in [n for n in flat if n.startswith(first)]:
+    leaf = name.removeprefix(first)
+    blocks = [flat[f"Transformer/encoderblock_{i}/{leaf}"] for i in range(3)]
+    stacked[f"Transformer/encoderblock/{leaf}"] = np.stack(blocks)
+  return trees.unflatten(stacked)
+
+
+def test_scanned_parameters_have_the_stacked_names():
+  model = build(scan=True)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+  expected = {n: v.shape for n, v in trees.flatten(stack(draw(build()))).items()}
+  assert {n: v.shape for n, v in trees.flatten(shapes).items()} == expected
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_remat_changes_no_gradient(scan, blocks):
+  params = draw(build())
+  params = stack(params) if scan else params
+
+  def grads(model):
+    def loss(params, x):
+      return jnp.sum(features(model, params, x, prompts(blocks)) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, images())
+
+  plain = grads(build(scan=scan))
+  rematerialised = grads(build(scan=scan, remat=True))
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematerialised), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_replaced_prompts_pass_nothing_on():
+  """Block j + 1 does not see what block j made of its prompts."""
+  model, params = build(), draw(build())
+
+  def loss(tokens):
+    return jnp.sum(features(model, params, images(), BlockPrompts(tokens)) ** 2)
+
+  lowered = jax.jit(jax.grad(loss))
+  few = lowered.lower(prompts(3, length=1).tokens).compile().cost_analysis()["flops"]
+  many = lowered.lower(prompts(3, length=9).tokens).compile().cost_analysis()["flops"]
+  carried = jax.jit(jax.grad(loss)).lower(prompts(1, length=9).tokens)
+  # Keys and values only: far cheaper than carrying the same tokens along.
+  assert few < many < 0.8 * carried.compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("pool", vit.POOLS)
+def test_pools(pool):
+  model = build(pool=pool)
+  params = draw(model)
+  out = features(model, params, images(), prompts(3))
+  assert out.shape == (2, SIZES["width"])
+  assert ("cls" in params) == (pool == "tok")
+  assert ("MAPHead_0" in params) == (pool == "map")
+  if pool == "map":
+    assert set(params["MAPHead_0"]) == {
+      "probe",
+      "MultiHeadDotProductAttention_0",
+      "LayerNorm_0",
+      "MlpBlock_0",
+    }
+
+
+def test_gelu_is_a_choice():
+  params = draw(build())
+  tanh = features(build(), params, images())
+  exact = features(build(gelu="exact"), params, images())
+  assert 0 < float(jnp.max(jnp.abs(tanh - exact))) < 0.05
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+  model = build(dtype="bfloat16")
+  params = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+  out = features(model, draw(build()), images(), prompts(3))
+  assert out.dtype == jnp.bfloat16
+  expected = features(build(), draw(build()), images(), prompts(3))
+  np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.15)
+
+
+@pytest.mark.parametrize(
+  "variant, params",
+  [
+    ("Ti/16", 5_524_416),
+    ("S/16", 21_665_664),
+    ("B/16", 85_798_656),
+    ("L/16", 303_301_632),
+  ],
+)
+def test_published_parameter_counts(variant, params):
+  """Sizes of the published backbones without head."""
+  model = vit.ViT(image_size=224, **vit.decode_variant(variant))
+  x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+  # The class token has no position of its own here: d less than 197 positions.
+  assert trees.count(shapes) == params - model.width
+
+
+def test_every_variant_builds():
+  for name in vit.VARIANTS:
+    model = vit.ViT(image_size=28, **vit.decode_variant(f"{name}/14"))
+    x = jax.ShapeDtypeStruct((1, 28, 28, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    assert f"encoderblock_{model.depth - 1}" in shapes["Transformer"]
+
+
+@pytest.mark.parametrize(
+  "variant, message",
+  [("Q/16", "unknown ViT variant 'Q'"), ("B", "names no patch size"), ("B/x", "patch")],
+)
+def test_wrong_variants(variant, message):
+  with pytest.raises(ValueError, match=message):
+    vit.decode_variant(variant)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"pool": "avg"}, "pool is 'avg'"),
+    ({"gelu": "erf"}, "gelu is 'erf'"),
+    ({"dtype": "float16"}, "dtype is 'float16'"),
+    ({"num_heads": 3}, "width 16 is not divisible by num_heads 3"),
+    ({"image_size": 10}, "image_size 10 is not a multiple of patch_size 4"),
+  ],
+)
+def test_wrong_fields(changes, message):
+  with pytest.raises(ValueError, match=message):
+    build(**changes).init(jax.random.key(0), images())
+
+
+def test_wrong_image_size_and_too_many_prompted_blocks():
+  model, params = build(), draw(build())
+  with pytest.raises(ValueError, match="16 x 16 pixels.*built for 8 x 8"):
+    features(model, params, images(size=16))
+  with pytest.raises(ValueError, match="prompts for 4 blocks.*has 3"):
+    features(model, params, images(), prompts(4))

@@ -1,0 +1,82 @@
+"""Makes small runs without training: drawn weights, saved as a trainer would."""
+
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insvp_jax import trees
+from insvp_jax.checkpoints import Checkpointer
+from insvp_jax.models import pretrained
+from insvp_jax.models.classifier import create_model
+from insvp_jax.writers import write_json
+
+CLASSES = ("ant", "bee", "$cat$")
+SIZE = 16
+METHOD_KWARGS = {
+  "insvp": {"prompt_length": 2, "global_kernels": (3, 3), "global_dilations": (1, 1)},
+  "vpt_deep": {"prompt_length": 2},
+}
+
+
+@flax.struct.dataclass
+class State:
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  rng: jax.Array
+
+
+def make_params(model, seed=0):
+  """Draws every leaf, so that no zero hides a mistake; compiles nothing."""
+  images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  rng = np.random.default_rng(seed)
+
+  def draw(leaf):
+    return jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32)
+
+  return jax.tree.map(draw, shapes)
+
+
+def make_run(
+  workdir: Path, method="insvp", *, meta=None, sharding=None, patterns=None, **kwargs
+) -> tuple[Path, Any, Any]:
+  """Returns (workdir, model, params) of a saved run with its backbone beside it."""
+  kwargs = {
+    "backbone": "mu/4",
+    "method": method,
+    "num_classes": len(CLASSES),
+    "image_size": SIZE,
+    "method_kwargs": METHOD_KWARGS.get(method, {}),
+    "backbone_kwargs": {"depth": 2},
+  } | kwargs
+  model = create_model(**kwargs)
+  params = make_params(model)
+  weights = workdir / "backbone.npz"
+  pretrained.save_backbone(params["backbone"], weights)
+  mask = trees.mask(params, patterns or model.prompter.trainable_patterns())
+  flat = trees.flatten(mask)
+  description = {
+    "format": 1,
+    "model": kwargs,
+    "backbone": {"id": str(weights), "sha256": pretrained.file_digest(weights)},
+    "class_names": list(CLASSES),
+    "preset": "vtab",
+    "image_size": SIZE,
+    "method": method,
+    "task": "insects",
+    "trainable": [name for name, chosen in flat.items() if chosen],
+    "config": {"task": "digits"},
+    "versions": {},
+  } | (meta or {})
+  state = State(jnp.int32(1), params, (), jax.random.key(0))
+  if sharding is not None:
+    state = jax.device_put(state, sharding)
+  with Checkpointer(workdir, mask=mask, meta=description) as checkpointer:
+    checkpointer.save(state, progress={})
+  write_json(workdir / "result.json", {"test_accuracy": 0.5})
+  return workdir, model, params
