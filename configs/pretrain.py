@@ -1,6 +1,6 @@
 """Trains the backbone in the box: a small ViT on CIFAR-10, from scratch.
 
-  python -m insvp_jax.main --config=configs/pretrain.py \
+python -m insvp_jax.main --config=configs/pretrain.py \
       --config.data.root=path/to/cifar10 --workdir=runs/pretrain
 """
 

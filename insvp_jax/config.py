@@ -100,7 +100,7 @@ def _data() -> ConfigDict:
   section.test_fraction = 0.2
   section.split_seed = 0
   section.skip_corrupt = False
-  section.cache_dir = ""  # "": no cache of decoded images
+  section.cache_dir = ""  # of decoded images; "": the default place, "off": none
   section.data_dir = ""  # "": TFDS's default
   return section
 

@@ -12,6 +12,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from insvp_jax import errors
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, e.g. configs/quickstart.py.", lock_config=True
 )
@@ -21,7 +23,8 @@ _WORKDIR = flags.DEFINE_string(
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
 )
-INPUT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
+# What ml_collections raises for a wrong flag.
+_FLAG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
 def main(argv: list[str]) -> None:
@@ -43,27 +46,10 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print(f"insvp_jax: {stopped}", file=sys.stderr)
     sys.exit(stopped.exit_status)
-  except (ValueError, KeyError, FloatingPointError, OSError) as error:
-    if _TRACEBACK.value or not _is_ours(error):
+  except errors.INPUT_ERRORS as error:
+    if _TRACEBACK.value or not errors.is_ours(error):
       raise
-    _fail(_one_line(error))
-
-
-def _is_ours(error: BaseException) -> bool:
-  """Returns whether this package raised the error, so that its message suffices."""
-  if isinstance(error, OSError):
-    return True
-  frame = error.__traceback__
-  while frame.tb_next is not None:
-    frame = frame.tb_next
-  package = str(Path(__file__).parent)
-  return frame.tb_frame.f_code.co_filename.startswith(package)
-
-
-def _one_line(error: BaseException) -> str:
-  # str(KeyError) is the repr of its message.
-  text = error.args[0] if isinstance(error, KeyError) and error.args else error
-  return " ".join(str(text).split())
+    _fail(errors.one_line(error))
 
 
 def _fail(message: str) -> None:
@@ -85,8 +71,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Returns what is left after the flags; a wrong one ends in one line."""
   try:
     return app.parse_flags_with_usage(argv)
-  except INPUT_ERRORS as error:
-    _fail(_one_line(error))
+  except _FLAG_ERRORS as error:
+    _fail(errors.one_line(error))
     raise
 
 

@@ -61,8 +61,12 @@ class Writers:
     if self._is_main:
       workdir = Path(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
-      self._events = EventFile(workdir, start_step) if tensorboard else None
       self._metrics = _open_metrics(workdir / METRICS_FILE, start_step)
+      try:
+        self._events = EventFile(workdir, start_step) if tensorboard else None
+      except BaseException:
+        self._metrics.close()
+        raise
 
   def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Appends scalars to metrics.jsonl and to TensorBoard.

@@ -15,7 +15,8 @@ from insvp_jax.writers import Writers, duration, param_overview, write_json
 
 
 def lines(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
 
 
 def write_steps(workdir, steps, start_step=0, **kwargs):

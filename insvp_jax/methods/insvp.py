@@ -244,7 +244,7 @@ class InsVP(Method):
 
   def _common(self, batch_size: int, train: bool) -> Float[Array, "l b p d"]:
     """Common prompts; their batch axis is 1 unless dropout differs by sample."""
-    common = self.common_prompt[:, None]
+    common = jnp.expand_dims(self.common_prompt, 1)
     if not train or self.settings.prompt_dropout == 0:
       return common
     common = jnp.repeat(common, batch_size, axis=1)

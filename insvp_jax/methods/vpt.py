@@ -61,7 +61,7 @@ class _VPT(Method):
     tokens = self.common_prompt
     if self.project is not None:
       tokens = self.projection(tokens)
-    tokens = tokens[:, None]
+    tokens = jnp.expand_dims(tokens, 1)
     if train and self.dropout > 0:
       tokens = jnp.repeat(tokens, len(images), axis=1)
       tokens = self.prompt_dropout(tokens, deterministic=False)

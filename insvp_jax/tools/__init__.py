@@ -5,6 +5,8 @@ from pathlib import Path
 import sys
 from typing import Any
 
+from insvp_jax import errors
+
 
 def run_tool(main: Callable[[], None]) -> int:
   """Runs a tool and returns its exit status.
@@ -14,12 +16,10 @@ def run_tool(main: Callable[[], None]) -> int:
   """
   try:
     main()
-  except (ValueError, KeyError, OSError) as error:
-    if not isinstance(error, OSError) and not _is_ours(error):
+  except errors.INPUT_ERRORS as error:
+    if not errors.is_ours(error):
       raise
-    # str(KeyError) is the repr of its message.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"insvp_jax: {' '.join(str(text).split())}", file=sys.stderr)
+    print(f"insvp_jax: {errors.one_line(error)}", file=sys.stderr)
     return 2
   return 0
 
@@ -75,12 +75,3 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   rng = np.random.default_rng(seed)
   chosen = split.take(rng.permutation(len(split))[:count])
   return chosen.images, [data.class_names[label] for label in chosen.labels]
-
-
-def _is_ours(error: BaseException) -> bool:
-  """Returns whether this package raised the error, so that its message suffices."""
-  frame = error.__traceback__
-  while frame.tb_next is not None:
-    frame = frame.tb_next
-  package = str(Path(__file__).parents[1])
-  return frame.tb_frame.f_code.co_filename.startswith(package)

@@ -1,0 +1,88 @@
+"""Writes the backbone of a run to an .npz with big_vision's names.
+
+python -m insvp_jax.tools.export --run=runs/pretrain --output=backbone.npz
+
+Beside it goes backbone.json: the sizes that `create_model` needs, where the backbone
+comes from and what it reached. With --output=insvp_jax/assets/boxed.npz it becomes
+the backbone in the box.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+import sys
+from typing import Any
+
+from insvp_jax import tools
+
+_ARCHITECTURE = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "image_size")
+_CHOICES = ("pool", "gelu")
+
+
+def export_backbone(
+  run: Any, output: Path, *, dtype: str = "float32", command: str = ""
+) -> dict[str, Any]:
+  """Writes `output` and its description; returns the description.
+
+  Args:
+    run: from `load_run`.
+    output: path of the .npz.
+    dtype: of the stored values, "float32" or "float16" (half the size).
+    command: that trained the run, for the record.
+
+  Raises:
+    ValueError: unknown dtype, or values that float16 cannot hold.
+    OSError: the files cannot be written.
+  """
+  from insvp_jax.models import pretrained
+  from insvp_jax.writers import write_json
+
+  pretrained.save_backbone(run.params["backbone"], output, dtype=dtype)
+  vit = run.model.backbone
+  result = run.result or {}
+  described = {field: getattr(vit, field) for field in (*_ARCHITECTURE, *_CHOICES)}
+  described |= {
+    "sha256": pretrained.file_digest(output),
+    "dtype": dtype,
+    "preset": run.preset.name,
+    "trained_on": run.meta["task"],
+    "test_accuracy": result.get("test_accuracy"),
+    "num_test_examples": result.get("num_test_examples"),
+    "train_seconds": result.get("train_seconds"),
+    "images_per_second": result.get("images_per_second"),
+    "steps": result.get("steps"),
+    "command": command,
+    "versions": run.meta["versions"],
+  }
+  write_json(output.with_suffix(".json"), described)
+  return described
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
+  parser = argparse.ArgumentParser(
+    prog="python -m insvp_jax.tools.export", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument("--run", required=True, help="the run's directory")
+  parser.add_argument("--output", required=True, type=Path, help="path of the .npz")
+  parser.add_argument("--dtype", default="float32", help="float32 or float16")
+  parser.add_argument("--command", default="", help="that trained it, to be recorded")
+  args = parser.parse_args(argv)
+
+  def work() -> None:
+    if args.output.suffix != ".npz":
+      raise ValueError(f"--output is {args.output}, expected a path ending in .npz.")
+    from insvp_jax.run import load_run
+
+    run = load_run(args.run)
+    described = export_backbone(
+      run, args.output, dtype=args.dtype, command=args.command
+    )
+    size = args.output.stat().st_size / 2**20
+    print(f"{args.output}: {size:.2f} MiB, sha256 {described['sha256']}")
+
+  return tools.run_tool(work)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

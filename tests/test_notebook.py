@@ -1,0 +1,96 @@
+import base64
+import io
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from PIL import Image
+import pytest
+from tiny_runs import make_params
+
+from insvp_jax import config as config_lib
+from insvp_jax.models import pretrained
+from insvp_jax.models.classifier import create_model
+from insvp_jax.trainer import train
+
+KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 2}}
+
+
+def train_tiny(workdir: Path, method: str) -> Path:
+  """Trains for a few steps on the digits, with a backbone that was drawn."""
+  weights = workdir / "backbone.npz"
+  params = make_params(create_model(num_classes=10, method="linear", **KWARGS))
+  pretrained.save_backbone(params["backbone"], weights)
+  config = config_lib.defaults()
+  config.task = "digits"
+  config.method = method
+  config.total_steps = 3
+  config.image_size = KWARGS["image_size"]
+  config.backbone.name = KWARGS["backbone"]
+  config.backbone.weights = str(weights)
+  config.backbone.depth = 2
+  config.insvp.global_kernels = (3, 3)
+  config.insvp.global_dilations = (1, 1)
+  config.insvp.prompt_length = 2
+  config.tensorboard = False
+  train(config, workdir / "seed0")
+  return workdir
+
+
+def execute(
+  notebook: Path, run: Path, root: Path, monkeypatch
+) -> nbformat.NotebookNode:
+  from nbclient import NotebookClient
+
+  monkeypatch.setenv("INSVP_RUN", str(run))
+  monkeypatch.setenv("PYTHONPATH", str(root))
+  monkeypatch.delenv("MPLBACKEND", raising=False)
+  node = nbformat.read(notebook, as_version=4)
+  # Where Jupyter starts the kernel too.
+  where = {"metadata": {"path": str(notebook.parent)}}
+  NotebookClient(node, timeout=300, kernel_name="python3", resources=where).execute()
+  return node
+
+
+def pictures(node: nbformat.NotebookNode) -> list[np.ndarray]:
+  data = [out.data for c in node.cells for out in c.get("outputs", []) if "data" in out]
+  images = [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
+  return [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
+
+
+def text(node: nbformat.NotebookNode) -> str:
+  outputs = [out for cell in node.cells for out in cell.get("outputs", [])]
+  assert not [out for out in outputs if out.get("name") == "stderr"]
+  return "".join(out.get("text", "") for out in outputs)
+
+
+@pytest.fixture
+def notebook(root):
+  return root / "notebooks" / "load_run.ipynb"
+
+
+# Jupyter's client and its kernels warn about themselves.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method, figures", [("insvp", 3), ("linear", 2)])
+def test_notebook_runs_on_a_fresh_run(
+  notebook, tmp_path, root, monkeypatch, method, figures
+):
+  node = execute(notebook, train_tiny(tmp_path, method), root, monkeypatch)
+  printed = text(node)
+  assert f"task       digits, method {method}" in printed
+  assert "classes    0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in printed
+  assert printed.count("is taken for") == 6
+  shown = pictures(node)
+  assert len(shown) == figures
+  assert all(picture.std() > 10 for picture in shown)
+  assert ("global [6, 16, 16, 3]" in printed) == (method == "insvp")
+  assert printed.count("of the variation") == (2 if method == "insvp" else 0)
+
+
+def test_notebook_is_kept_without_outputs(notebook):
+  node = nbformat.read(notebook, as_version=4)
+  nbformat.validate(node)
+  for cell in node.cells:
+    assert cell.get("outputs", []) == []
+    assert cell.get("execution_count") is None
+  assert 'INSVP_RUN", "runs/quickstart/insvp"' in node.cells[1].source
