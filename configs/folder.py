@@ -26,4 +26,5 @@ def get_config():
   config.tune.methods = ("insvp", "vpt_deep", "linear")
   config.tune.lr = (1e-3, 3e-3, 1e-2)
   config.tune.seeds = (0, 1, 2)
+  config.prompt_images = 6
   return config

@@ -22,4 +22,5 @@ def get_config():
   config.vpt_deep.prompt_length = 9
   config.tune.methods = ("insvp", "linear", "vpt_deep")
   config.tune.seeds = (0,)
+  config.prompt_images = 6
   return config

@@ -182,7 +182,7 @@ class Checkpointer:
       step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
       params=trees.unflatten({**flat, **adapter}),
       rng=_decode_key(progress["rng"], state.rng, where),
-      **_un_flatten_rest(rest, state),
+      **_unflatten_rest(rest, state),
     )
 
   def progress(self) -> dict[str, Any]:
@@ -221,9 +221,11 @@ class Checkpointer:
         raise
 
   def _check_space(self, step: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-    needed = sum(leaf.nbytes for item in arrays.values() for leaf in item.values())
+    """Fails before anything is written where the disk is too full for it."""
+    # A MiB for all that is not arrays.
+    needed = 2**20 + sum(x.nbytes for item in arrays.values() for x in item.values())
     free = shutil.disk_usage(self.directory).free
-    if free < needed + 2**20:
+    if free < needed:
       self._pending = step
       self._fail(f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
 
@@ -247,11 +249,11 @@ class Checkpointer:
 
   def _check_same_run(self, stored: Mapping[str, Any], where: Path) -> None:
     mine, theirs = self._meta.get("backbone", {}), stored.get("backbone", {})
-    if mine.get("sha256") != theirs.get("sha256"):
+    # Random weights have the seed they were drawn from in place of a file's digest.
+    if any(mine.get(key) != theirs.get(key) for key in ("sha256", "seed", "init")):
       raise ValueError(
-        f"{where} is a checkpoint of another backbone: got sha256 "
-        f"{theirs.get('sha256')} ({theirs.get('id')}), expected "
-        f"{mine.get('sha256')} ({mine.get('id')}). Use another workdir."
+        f"{where} is a checkpoint of another backbone: got {_describe(theirs)}, "
+        f"expected {_describe(mine)}. Use another workdir."
       )
     for key in ("method", "class_names"):
       if self._meta.get(key) != stored.get(key):
@@ -271,6 +273,11 @@ class Checkpointer:
     )
 
 
+def _describe(backbone: Mapping[str, Any]) -> str:
+  seed = f", seed {backbone['seed']}" if "seed" in backbone else ""
+  return f"sha256 {backbone.get('sha256')} ({backbone.get('id')}{seed})"
+
+
 def _rest(state: Any) -> dict[str, Any]:
   """Returns the fields that have no item of their own: the optimizer's state."""
   names = [field.name for field in dataclasses.fields(state)]
@@ -285,7 +292,7 @@ def _flatten_rest(state: Any) -> dict[str, Any]:
   return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
 
 
-def _un_flatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
+def _unflatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
   leaves = [flat[name] for name in _flatten_rest(state)]
   return jax.tree.unflatten(jax.tree.structure(_rest(state)), leaves)
 

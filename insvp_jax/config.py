@@ -43,6 +43,7 @@ def defaults() -> ConfigDict:
   config.eval_every_epochs = 0.0  # 0: at the end only
   config.checkpoint_every_epochs = 0.0  # 0: at the end only
   config.tensorboard = True
+  config.prompt_images = 0  # how many test images to draw InsVP's prompts for
   config.multihost = placeholder(bool)  # None: where a cluster is detected
   return config.lock()
 

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
   try:
     partition.initialize_distributed(_CONFIG.value.multihost)
     tune.run(_CONFIG.value, workdir)
+    _draw_prompts(_CONFIG.value, workdir)
   except Stopped as stopped:
     print(f"insvp_jax: {stopped}", file=sys.stderr)
     sys.exit(stopped.exit_status)
@@ -50,6 +51,20 @@ def main(argv: list[str]) -> None:
     if _TRACEBACK.value or not errors.is_ours(error):
       raise
     _fail(errors.one_line(error))
+
+
+def _draw_prompts(config, workdir: Path) -> None:
+  """Draws the prompts of InsVP's first final run, if the config asks for it."""
+  import jax
+
+  from insvp_jax import run, tune
+  from insvp_jax.tools import visualize
+
+  run_dir = tune.first_run(config, workdir, "insvp")
+  if config.prompt_images and run_dir and jax.process_index() == 0:
+    picture = run_dir / "prompts.png"
+    visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)
+    print(f"The prompts of {config.prompt_images} test images: {picture}")
 
 
 def _fail(message: str) -> None:

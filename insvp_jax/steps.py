@@ -6,7 +6,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array
 import optax
 
 from insvp_jax import losses, trees
@@ -21,20 +21,23 @@ Metrics = dict[str, Array]
 class TrainState:
   """All that changes while training.
 
+  The annotations are wide because JAX's transformations put shapes, shardings and
+  masks where the arrays are.
+
   Attributes:
-    step: number of batches seen.
+    step: number of batches seen, int32 [].
     params: {"backbone", "prompter", "head"}, trainable and frozen together.
     opt_state: of the trainable leaves only.
-    rng: the run's key; step s draws from fold_in(rng, s).
-    peak_lr: multiplies the schedule, which is normalised to a peak of 1. As data
-      rather than a constant it lets one compiled step serve a whole search.
+    rng: the run's typed key; step s draws from fold_in(rng, s).
+    peak_lr: float32 []; multiplies the schedule, which is normalised to a peak of 1.
+      As data rather than a constant it lets one compiled step serve a whole search.
   """
 
-  step: Int[Array, ""]
-  params: dict[str, Any]
+  step: Any
+  params: Any
   opt_state: Any
-  rng: PRNGKeyArray
-  peak_lr: Float[Array, ""]
+  rng: Any
+  peak_lr: Any
 
 
 def create_train_step(

@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   tune = config.tune
   for method in tune.methods or (config.method,):
     trees.lookup(METHODS, method, "method")
-  if not any((tune.methods, tune.lr, tune.wd, tune.seeds)):
+  if not _is_search(config):
     result = trainer.train(config, workdir)
     print(describe(result))
     return result
@@ -60,6 +60,22 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     (workdir / "table.md").write_text(table)
   print(f"\n{table}")
   return summary
+
+
+def first_run(config: ConfigDict, workdir: str | Path, method: str) -> Path | None:
+  """Returns where `run` put a method's (first) final run; None if it had none."""
+  workdir = Path(workdir)
+  if method not in (config.tune.methods or (config.method,)):
+    return None
+  if not _is_search(config):
+    return workdir
+  seeds = config.tune.seeds or (config.seed,)
+  return workdir / method / f"seed{seeds[0]}"
+
+
+def _is_search(config: ConfigDict) -> bool:
+  tune = config.tune
+  return any((tune.methods, tune.lr, tune.wd, tune.seeds))
 
 
 def describe(result: dict[str, Any]) -> str:

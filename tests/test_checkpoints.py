@@ -266,7 +266,9 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
   mask, state = make_state()
   save(tmp_path, mask, state)
   other = {**META, "backbone": {"id": "B/16", "sha256": "bb"}}
-  with pytest.raises(ValueError, match="another backbone: got sha256 aa.*expected bb"):
+  with pytest.raises(
+    ValueError, match="another backbone: got sha256 aa.*expected sha256 bb"
+  ):
     restore(tmp_path, mask, state, other)
   with pytest.raises(ValueError, match="got method 'insvp', expected 'vpt_deep'"):
     restore(tmp_path, mask, state, {**META, "method": "vpt_deep"})

@@ -13,7 +13,9 @@ from insvp_jax.models.vit import decode_variant
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
 )
-IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+IMAGES = jnp.asarray(
+  np.random.default_rng(1).standard_normal((2, 16, 16, 3), np.float32)
+)
 
 
 def init(method, images=IMAGES):
@@ -122,7 +124,11 @@ def test_defaults_are_the_published_ones():
 @pytest.mark.parametrize("name", ["linear", "full", "bias"])
 def test_methods_without_prompts(name):
   model = tiny_model(name)
-  params = model.init(jax.random.key(0), IMAGES)["params"]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(0, 0.2, s.shape), jnp.float32), shapes
+  )
   assert sorted(params) == ["backbone", "head"]
   assert model.apply({"params": params}, IMAGES, method=model.prompts) == {}
   feature = model.backbone.apply({"params": params["backbone"]}, IMAGES)

@@ -6,6 +6,7 @@ a method overrides it, so a method's file holds only what the method is.
 """
 
 import dataclasses
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -38,10 +39,11 @@ class BlockPrompts:
   and l = depth is VPT-Deep.
 
   Attributes:
-    tokens: [l, b, p, d]; b is 1 where all instances share the prompts.
+    tokens: [l, b, p, d]; b is 1 where all instances share the prompts. The
+      annotation is wide because JAX's transformations put other leaves here.
   """
 
-  tokens: Float[Array, "l b p d"]
+  tokens: Any
 
 
 class Method(nn.Module):

@@ -120,6 +120,27 @@ def _show(axis: Any, pixels: np.ndarray, title: str) -> None:
     axis.set_title(title, fontsize=9)
 
 
+def draw(
+  run: Any, path: str | os.PathLike, *, images: Sequence[Any] = (), rows: int = 6
+) -> None:
+  """Draws the prompts for some images and writes the figure.
+
+  Args:
+    run: from `load_run`.
+    path: the figure's file.
+    images: evenly many of these are shown; test images of the run's own task,
+      with their classes, if there are none.
+    rows: how many images at most.
+
+  Raises:
+    ValueError, OSError: as `prompt_figure` and `save_figure`.
+  """
+  chosen, labels = spread(images, rows), None
+  if not images:
+    chosen, labels = tools.task_images(run, rows)
+  save_figure(prompt_figure(run, chosen, labels=labels), path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the tool; returns its exit status: 0, or 2 after bad input."""
   parser = argparse.ArgumentParser(
@@ -144,11 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from insvp_jax.run import load_run
 
     run = load_run(args.run, backbone=args.backbone)
-    images, labels = spread(images, args.rows), None
-    if not images:
-      images, labels = tools.task_images(run, args.rows)
-    figure = prompt_figure(run, images, labels=labels)
-    save_figure(figure, args.output)
+    draw(run, args.output, images=images, rows=args.rows)
     print(f"wrote {args.output}")
 
   return tools.run_tool(work)
