@@ -8,6 +8,7 @@ means "what the method, the backbone or its release says".
 from collections.abc import Mapping
 import json
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +17,11 @@ from ml_collections.config_dict import placeholder
 from insvp_jax import trees
 
 METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
+# What may change between a run and its resumption; all else shapes the result.
+MAY_CHANGE = (
+  r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"prompt_images|data/(root|cache_dir|data_dir)|backbone/(weights|remat)"
+)
 
 
 def defaults() -> ConfigDict:
@@ -177,13 +183,34 @@ def validate(config: ConfigDict) -> None:
       f"the config lacks {', '.join(sorted(missing))}; start it from "
       "insvp_jax.config.defaults()."
     )
-  for key in ("batch_size", "eval_batch_size", "log_every_steps"):
-    if config[key] < 1:
-      raise ValueError(f"config.{key} is {config[key]}, expected at least 1.")
-  if config.total_steps < 0 or (config.total_steps == 0 and config.total_epochs <= 0):
+  for key, low, high in _RANGES:
+    value = _get(config, key)
+    if not low <= value < math.inf or value > high:
+      expected = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+      raise ValueError(f"config.{key} is {value}, expected {expected}.")
+  if config.total_steps == 0 and config.total_epochs == 0:
     raise ValueError(
-      f"config.total_steps is {config.total_steps} and config.total_epochs "
-      f"{config.total_epochs}; one of them must be positive."
+      "config.total_steps and config.total_epochs are both 0; one of them must be "
+      "positive."
+    )
+  if not 0 <= config.loss.label_smoothing < 1:
+    raise ValueError(
+      f"config.loss.label_smoothing is {config.loss.label_smoothing}, expected in "
+      "[0, 1)."
+    )
+  _check_tune(config.tune)
+  for pattern in config.optim.no_decay:
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(
+        f"config.optim.no_decay has {pattern!r}, expected regular expressions over "
+        f"parameter names: {error}."
+      ) from error
+  if config.backbone.init not in ("default", "mimetic"):
+    raise ValueError(
+      f"config.backbone.init is {config.backbone.init!r}, expected 'default' or "
+      "'mimetic'."
     )
   if config.data.train_split not in ("train", "train_val"):
     raise ValueError(
@@ -196,6 +223,59 @@ def validate(config: ConfigDict) -> None:
         f"config.backbone.{key} is {config.backbone[key]!r}, expected 'float32' or "
         "'bfloat16'."
       )
+
+
+# (key, lowest value, highest value) of numbers.
+_RANGES = (
+  ("batch_size", 1, math.inf),
+  ("eval_batch_size", 1, math.inf),
+  ("log_every_steps", 1, math.inf),
+  ("eval_every_epochs", 0, math.inf),
+  ("checkpoint_every_epochs", 0, math.inf),
+  ("total_steps", 0, math.inf),
+  ("total_epochs", 0, math.inf),
+  ("image_size", 0, math.inf),
+  ("prompt_images", 0, math.inf),
+  ("data.val_fraction", 0, 1),
+  ("data.test_fraction", 0, 1),
+  ("loss.mixup_alpha", 0, math.inf),
+  ("loss.cutmix_alpha", 0, math.inf),
+  ("loss.mix_prob", 0, 1),
+  ("loss.mix_switch_prob", 0, 1),
+)
+
+
+def _check_tune(tune: ConfigDict) -> None:
+  # ml_collections checks that these are tuples, not what is in them.
+  kinds = {
+    "methods": (str, "names of methods"),
+    "lr": (float | int, "numbers >= 0"),
+    "wd": (float | int, "numbers >= 0"),
+    "seeds": (int, "whole numbers"),
+  }
+  for key, (kind, expected) in kinds.items():
+    for value in tune[key]:
+      wrong = isinstance(value, bool) or not isinstance(value, kind)
+      if wrong or (key in ("lr", "wd") and not 0 <= value < math.inf):
+        raise ValueError(
+          f"config.tune.{key} has {value!r}, expected {expected}, e.g. "
+          f'--config.tune.{key}="{_EXAMPLES[key]}".'
+        )
+    if len(set(tune[key])) < len(tune[key]):
+      raise ValueError(f"config.tune.{key} is {tune[key]}: a value is there twice.")
+
+
+_EXAMPLES = {
+  "methods": "('insvp', 'linear')",
+  "lr": "(0.001, 0.01)",
+  "wd": "(0.0001, 0.01)",
+  "seeds": "(0, 1, 2)",
+}
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+  section, _, field = key.rpartition(".")
+  return config[section][field] if section else config[field]
 
 
 def _has(config: ConfigDict, name: str) -> bool:
@@ -224,6 +304,25 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   if isinstance(config, ConfigDict):
     config = config.to_dict()
   return json.loads(json.dumps(config))
+
+
+def difference(config: ConfigDict, stored: Mapping[str, Any]) -> str:
+  """Returns the first setting that shapes a run's result and is not as stored.
+
+  Args:
+    config: of the run to be made.
+    stored: of one that was made, from `to_dict`.
+
+  Returns:
+    "config.optim.lr is 0.1, was 0.01", or "" where there is none.
+  """
+  before = trees.flatten(stored)
+  for name, value in trees.flatten(to_dict(config)).items():
+    # A setting that is newer than the stored run had no say in it.
+    was = before.get(name, value)
+    if value != was and not re.fullmatch(MAY_CHANGE, name):
+      return f"config.{name.replace('/', '.')} is {value!r}, was {was!r}"
+  return ""
 
 
 def parse_arg(arg: str, **known: str) -> dict[str, str]:

@@ -23,6 +23,8 @@ def is_ours(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
   """Returns the message without line breaks."""
-  # str(KeyError) is the repr of its message.
-  text = error.args[0] if isinstance(error, KeyError) and error.args else error
+  text: object = error
+  # str(KeyError) is the repr of its message; ml_collections puts one in the other.
+  while isinstance(text, KeyError | AttributeError) and text.args:
+    text = text.args[0]
   return " ".join(str(text).split())

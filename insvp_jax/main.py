@@ -7,12 +7,14 @@ resumes); anything else is a bug and comes with its traceback.
 
 import os
 from pathlib import Path
+import re
+import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from insvp_jax import errors
+from insvp_jax import errors, stopping
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, e.g. configs/quickstart.py.", lock_config=True
@@ -23,8 +25,15 @@ _WORKDIR = flags.DEFINE_string(
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
 )
-# What ml_collections raises for a wrong flag.
-_FLAG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
+# What absl and ml_collections raise for a wrong flag.
+_FLAG_ERRORS = (
+  flags.Error,
+  ValueError,
+  KeyError,
+  TypeError,
+  AttributeError,
+  OSError,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -38,15 +47,11 @@ def main(argv: list[str]) -> None:
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import partition, tune
-  from insvp_jax.stopping import Stopped
 
   try:
     partition.initialize_distributed(_CONFIG.value.multihost)
     tune.run(_CONFIG.value, workdir)
     _draw_prompts(_CONFIG.value, workdir)
-  except Stopped as stopped:
-    print(f"insvp_jax: {stopped}", file=sys.stderr)
-    sys.exit(stopped.exit_status)
   except errors.INPUT_ERRORS as error:
     if _TRACEBACK.value or not errors.is_ours(error):
       raise
@@ -84,17 +89,50 @@ def _setup_jax() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Returns what is left after the flags; a wrong one ends in one line."""
+  for arg in argv:
+    file = re.match(r"--?config=([^:]+)", arg)
+    if file and not Path(file[1]).is_file():
+      _fail(f"there is no config file {file[1]}; --config wants a path to one.")
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except _FLAG_ERRORS as error:
-    _fail(errors.one_line(error))
+    if "--traceback" in argv:
+      raise
+    _fail(_explain(error, argv))
     raise
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+  """Returns what is wrong with the flags; ml_collections leaves out which one."""
+  from insvp_jax import config, trees
+
+  defaults = config.defaults().to_dict()
+  known = [name.replace("/", ".") for name in trees.flatten(defaults)]
+  for arg in argv:
+    match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+    if match and not any(f"{name}.".startswith(f"{match[1]}.") for name in known):
+      hint = trees.did_you_mean(match[1], known)
+      return f"unknown config key {match[1]!r} in {arg}.{hint}"
+  # An error inside of get_config comes wrapped, with its traceback as the message.
+  inner = error
+  while "whilst parsing config file" in str(inner) and inner.__context__:
+    inner = inner.__context__
+  where = "" if inner is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
+  # A locked ConfigDict lists all of its fields.
+  text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(inner))
+  return f"{where}{text}"
 
 
 def run() -> None:
   """Runs `main` under absl, as `python -m insvp_jax.main` does."""
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=_parse_flags)
+  for signum in stopping.EXIT_STATUS:
+    signal.signal(signum, stopping.interrupt)
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except (stopping.Stopped, stopping.Interrupted) as stopped:
+    print(f"insvp_jax: {stopped}", file=sys.stderr)
+    sys.exit(stopped.exit_status)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,29 @@ def load_weights(
       "'random' to train from scratch."
     )
   if source == "random":
-    return None, {"id": "random", "seed": config.seed, "init": config.backbone.init}
+    return None, {"id": "random", "init": config.backbone.init}
   path = pretrained.resolve(source)
   weights = pretrained.load_backbone(str(path), model, report=logging.info)
-  return weights, {"id": source, "sha256": pretrained.file_digest(path)}
+  identity = {"id": source, "sha256": pretrained.file_digest(path)}
+  if source not in pretrained.RELEASES:
+    # The path as given may be relative; a run is loaded from anywhere.
+    identity["source"] = str(path.resolve())
+  return weights, identity
+
+
+def identify(
+  identity: Mapping[str, Any], seed: int, backbone: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the identity that is stored, with seed and digest of random weights.
+
+  Args:
+    identity: from `load_weights`.
+    seed: that random weights were drawn with.
+    backbone: the parameters before training.
+  """
+  if identity["id"] != "random":
+    return dict(identity)
+  return {**identity, "seed": seed, "sha256": trees.digest(backbone)}
 
 
 def init_params(
@@ -174,7 +193,9 @@ def init_params(
     # XLA removes what is not returned: loaded weights cost no random numbers.
     return {k: v for k, v in params.items() if not (drop and k == "backbone")}
 
-  params = jax.device_get(jax.jit(fresh)(jax.random.key(seed)))
+  # Always on the CPU: other devices round some distributions differently.
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    params = jax.device_get(jax.jit(fresh)(jax.random.key(seed)))
   if weights is not None:
     params["backbone"] = jax.tree.map(np.asarray, dict(weights))
   elif init == "mimetic":

@@ -62,7 +62,8 @@ def create_train_step(
 
   Returns:
     A pure function; metrics are float32 scalars: loss (mean, in nats), accuracy
-    (against the unmixed labels, in [0, 1]) and grad_norm (of the trainable leaves).
+    (against the unmixed labels, in [0, 1]), grad_norm (of the trainable leaves) and
+    param_norm (of the same leaves after the update).
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -106,6 +107,7 @@ def create_train_step(
       "loss": value,
       "accuracy": jnp.mean(correct.astype(jnp.float32)),
       "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(trainable),
     }
     state = state.replace(
       step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state

@@ -27,6 +27,26 @@ class Stopped(Exception):
     self.exit_status = EXIT_STATUS[signal.Signals(signum)]
 
 
+class Interrupted(KeyboardInterrupt):
+  """A signal came outside of training, when there is nothing to save.
+
+  Attributes:
+    exit_status: for the process, as of `Stopped`.
+  """
+
+  def __init__(self, signum: int):
+    """Names the signal."""
+    name = signal.Signals(signum).name
+    super().__init__(f"stopped by {name}. Start the same command again to go on.")
+    self.exit_status = EXIT_STATUS[signal.Signals(signum)]
+
+
+def interrupt(signum: int, frame: object) -> None:
+  """Raises `Interrupted`; the signal handler of the time outside of training."""
+  del frame
+  raise Interrupted(signum)
+
+
 class StopSignal:
   """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
 
@@ -35,13 +55,16 @@ class StopSignal:
     self.signum: int | None = None
 
   @contextlib.contextmanager
-  def listen(self) -> Iterator["StopSignal"]:
-    """Replaces the signal handlers inside the with block (main thread only)."""
-    if threading.current_thread() is not threading.main_thread():
+  def listen(self, enabled: bool = True) -> Iterator["StopSignal"]:
+    """Replaces the signal handlers inside the with block (main thread only).
+
+    Args:
+      enabled: False leaves them as they are.
+    """
+    if not enabled or threading.current_thread() is not threading.main_thread():
       yield self
       return
     previous = {s: signal.signal(s, self._handle) for s in EXIT_STATUS}
-    self._previous = previous
     try:
       yield self
     finally:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from insvp_jax import config as config_lib
 from insvp_jax import partition, trees
 from insvp_jax import program as program_lib
+from insvp_jax.checkpoint_files import read_json
 from insvp_jax.checkpoints import Checkpointer
 from insvp_jax.data import TaskData, load_data, pipeline
 from insvp_jax.data.preprocess import PRESETS
@@ -28,7 +29,7 @@ from insvp_jax.writers import Writers, param_overview, write_json
 
 
 class Diverged(FloatingPointError):
-  """The loss is no longer a number."""
+  """The loss, a gradient or a parameter is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +111,21 @@ def train(
   prepared = prepared or prepare(config)
   program = prepared.program
   workdir = Path(workdir)
-  write_json(workdir / "config.json", config_lib.to_dict(config))
   params = program_lib.init_params(
     program.model, config.seed, prepared.weights, config.backbone.init
   )
   state = program_lib.create_state(config, program, params)
-  meta = _meta(config, prepared)
+  backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
+  meta = _meta(config, prepared, backbone)
   with (
-    StopSignal().listen() as stop,
+    # Of several processes all must stop at the same step: there JAX's preemption
+    # service has to hear of the signal.
+    StopSignal().listen(jax.process_count() == 1) as stop,
     Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
   ):
     state = checkpointer.restore(state) or state
+    _check_same_config(config, checkpointer)
+    write_json(workdir / "config.json", config_lib.to_dict(config))
     with Writers(
       workdir,
       total_steps=program.total_steps,
@@ -128,21 +133,38 @@ def train(
       tensorboard=config.tensorboard,
       name=f"{prepared.data.name} {config.method}",
     ) as writers:
-      if not int(state.step):
-        writers.log(_announce(config, prepared))
+      writers.log(_announce(config, prepared, int(state.step)))
       loop = Loop(config, prepared, checkpointer, writers, stop)
       state = loop.run(state)
-      result = _result(config, prepared, state, loop, test)
+      result = _result(config, prepared, state, loop, meta, test)
       accuracies = {k: v for k, v in result.items() if k.endswith("_accuracy")}
       writers.scalars(
         int(state.step), {k: v for k, v in accuracies.items() if v is not None}
       )
   write_json(workdir / "result.json", result)
+  if stop.signum is not None:
+    # The signal came after the last step; a search must not go on to its next run.
+    raise Stopped(stop.signum, int(state.step))
   return result
 
 
-def _announce(config: ConfigDict, prepared: Prepared) -> str:
+def _check_same_config(config: ConfigDict, checkpointer: Checkpointer) -> None:
+  """Refuses to go on with a run that was started with other settings."""
+  step = checkpointer.latest_step()
+  if step is None:
+    return
+  meta = read_json(checkpointer.directory / str(step), "meta")
+  if difference := config_lib.difference(config, meta.get("config", {})):
+    raise ValueError(
+      f"{checkpointer.directory.parent} holds a run with other settings: {difference}. "
+      "Use another workdir, or delete this one to start over."
+    )
+
+
+def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
   """Returns what a run prints first: parameters, data, protocol, devices."""
+  if step:
+    return f"resumed at step {step} of {prepared.program.total_steps}"
   program, mesh = prepared.program, prepared.program.mesh
   shapes = program_lib.param_shapes(program.model)
   return "\n".join(
@@ -211,8 +233,9 @@ class Loop:
     self.checkpointer = checkpointer
     self.writers = writers
     self.stop = stop
-    before = checkpointer.progress()
-    self.clock = Clock(**{k: before[k] for k in Clock().state() if k in before})
+    self.before = checkpointer.progress()
+    known = {k: v for k, v in self.before.items() if k in Clock().state()}
+    self.clock = Clock(**known)
 
   def run(self, state):
     """Returns the state after the last step."""
@@ -225,6 +248,8 @@ class Loop:
       start_step=start,
       sharding=partition.batch_sharding(program.mesh),
     )
+    if self.before.get("evaluation_due"):
+      self._evaluate(start, state)
     self.clock.skip()
     previous = None
     for step in range(start + 1, program.total_steps + 1):
@@ -234,22 +259,25 @@ class Loop:
       previous = metrics
       first, last = step == start + 1, step == program.total_steps
       stopping = self._is_stopping(step)
-      logs = first or last or step % config.log_every_steps == 0
+      logs = step == 1 or last or step % config.log_every_steps == 0
       saves = last or stopping or self._is_due(step, config.checkpoint_every_epochs)
       evaluates = not last and self._is_due(step, config.eval_every_epochs)
-      if not (logs or saves or evaluates):
+      if not (first or logs or saves or evaluates):
         continue
       self._check_finite(metrics, step)
       self.clock.add(0 if first else (step - marked) * config.batch_size)
       marked = step
       if logs:
         self._log(step, metrics)
+      # There may be little time left before the machine is gone.
+      due = evaluates and stopping
+      if evaluates and not stopping:
+        self._evaluate(step, state)
       if saves:
-        self.checkpointer.save(state, progress=self.clock.state(), force=stopping)
+        progress = {**self.clock.state(), "evaluation_due": int(due)}
+        self.checkpointer.save(state, progress=progress, force=stopping)
       if stopping:
         raise Stopped(self.stop.signum or signal.SIGTERM, step)
-      if evaluates:
-        self._evaluate(step, state)
       self.clock.skip()
     return state
 
@@ -263,11 +291,17 @@ class Loop:
     return self.stop.signum is not None or self.checkpointer.reached_preemption(step)
 
   def _check_finite(self, metrics, step: int) -> None:
-    if metrics is None or math.isfinite(float(metrics["loss"])):
+    if metrics is None:
       return
+    found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    # The loss is that before the update: the norms tell of what a save would keep.
+    wrong = {name: v for name, v in found.items() if not math.isfinite(v)}
+    if not wrong:
+      return
+    name, value = ("loss", wrong["loss"]) if "loss" in wrong else wrong.popitem()
     last = self.checkpointer.latest_step()
     raise Diverged(
-      f"the loss is {float(metrics['loss'])} at step {step}. Lower config.optim.lr "
+      f"the {name} is {value} at step {step}. Lower config.optim.lr "
       f"(now {self.config.optim.lr:g}) or set config.optim.grad_clip_norm. "
       + (f"The checkpoint of step {last} is kept." if last else "No checkpoint yet.")
     )
@@ -295,13 +329,15 @@ class Loop:
     self.writers.log(f"step {step}: val accuracy {100 * found['accuracy']:.2f}%")
 
 
-def _meta(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
+def _meta(
+  config: ConfigDict, prepared: Prepared, backbone: Mapping[str, Any]
+) -> dict[str, Any]:
   program = prepared.program
   trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
   return {
     "format": 1,
     "model": config_lib.to_dict(program.model_kwargs),
-    "backbone": dict(prepared.backbone),
+    "backbone": dict(backbone),
     "class_names": list(prepared.data.class_names),
     "preset": config.data.preset,
     "image_size": program.model.backbone.image_size,
@@ -314,7 +350,7 @@ def _meta(config: ConfigDict, prepared: Prepared) -> dict[str, Any]:
 
 
 def _result(
-  config, prepared: Prepared, state, loop: Loop, test: bool
+  config, prepared: Prepared, state, loop: Loop, meta, test: bool
 ) -> dict[str, Any]:
   """Evaluates the final model and returns what result.json holds."""
   program, data = prepared.program, prepared.data
@@ -348,7 +384,7 @@ def _result(
     "trainable_params": sum(int(v.size) for v in trainable.values()),
     "prompter_params": sum(int(v.size) for v in prompter.values()),
     "total_params": trees.count(params),
-    "backbone": dict(prepared.backbone),
+    "backbone": meta["backbone"],
     "train_seconds": loop.clock.seconds,
     "images_per_second": loop.clock.images_per_second,
     "devices": jax.device_count(),

@@ -50,10 +50,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     result = trainer.train(config, workdir)
     print(describe(result))
     return result
-  summary, prepared = {}, None
+  # All at once: a wrong field of the last method shows before the first one trains.
+  programs, prepared = {}, None
   for method in tune.methods or (config.method,):
+    prepared = trainer.prepare(_with(config, method=method), like=prepared)
+    programs[method] = prepared
+  summary = {}
+  for method, prepared in programs.items():
     base = _with(config, method=method)
-    prepared = trainer.prepare(base, like=prepared)
     summary[method] = _tune_method(base, workdir / method, prepared)
     write_json(workdir / "summary.json", summary)
     table = format_table(prepared.data.name, summary)
@@ -100,9 +104,10 @@ def format_table(task: str, summary: dict[str, Any]) -> str:
     "|---|---|---|---|---|---|---|",
   ]
   for method, found in summary.items():
+    mean = "-" if found["mean"] is None else f"{100 * found['mean']:.2f}"
     spread = f" ± {100 * found['std']:.2f}" if found["std"] is not None else ""
     rows.append(
-      f"| {method} | {100 * found['mean']:.2f}{spread} | {len(found['seeds'])} "
+      f"| {method} | {mean}{spread} | {len(found['seeds'])} "
       f"| {found['lr']:g} | {found['wd']:g} | {found['trainable_params']:,} "
       f"| {found['train_seconds']:.0f} |"
     )
@@ -122,9 +127,10 @@ def _tune_method(
     result = _finish(_with(final, seed=seed), workdir / f"seed{seed}", retrained)
     print(f"seed {seed}: {describe(result)}")
     results.append(result)
-  accuracies = [result["test_accuracy"] for result in results]
+  # A task without a test split has no accuracies: its models are all there is.
+  accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
   return {
-    "mean": statistics.mean(accuracies),
+    "mean": statistics.mean(accuracies) if accuracies else None,
     "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
     "test_accuracies": accuracies,
     "seeds": [result["seed"] for result in results],
@@ -150,22 +156,39 @@ def _search(config, workdir: Path, prepared: Prepared):
       "test split never selects."
     )
   trials = []
-  programs = {config.optim.wd: prepared}
+  programs = {config.optim.wd: prepared} if config.data.train_split == "train" else {}
   for candidate in candidates:
     trial = _with(config, train_split="train", **candidate)
-    if candidate["wd"] not in programs or config.data.train_split != "train":
+    if candidate["wd"] not in programs:
       # lr is an argument of the compiled step; wd is a part of it.
       programs[candidate["wd"]] = trainer.prepare(trial, like=prepared)
-    name = f"lr{candidate['lr']:g}_wd{candidate['wd']:g}"
-    result = _finish(trial, workdir / name, programs[candidate["wd"]], test=False)
-    print(f"lr {candidate['lr']:g}, wd {candidate['wd']:g}: {describe(result)}")
+    name = f"lr{candidate['lr']:.12g}_wd{candidate['wd']:.12g}"
+    said = f"lr {candidate['lr']:g}, wd {candidate['wd']:g}"
+    try:
+      result = _finish(trial, workdir / name, programs[candidate["wd"]], test=False)
+    except trainer.Diverged as error:
+      # The others may still be good.
+      print(f"{said}: {error}")
+      trials.append({**candidate, "val_accuracy": None})
+      continue
+    print(f"{said}: {describe(result)}")
     trials.append({**candidate, "val_accuracy": result["val_accuracy"]})
   return choose(trials), trials
 
 
-def choose(trials: list[dict[str, float]]) -> dict[str, float]:
-  """Returns the {lr, wd} of the best val accuracy; ties go to the smaller lr, wd."""
-  best = min(trials, key=lambda t: (-t["val_accuracy"], t["lr"], t["wd"]))
+def choose(trials: list[dict[str, Any]]) -> dict[str, float]:
+  """Returns the {lr, wd} of the best val accuracy; ties go to the smaller lr, wd.
+
+  Args:
+    trials: with lr, wd and val_accuracy, which is None where the loss diverged.
+
+  Raises:
+    ValueError: all of them diverged.
+  """
+  finished = [trial for trial in trials if trial["val_accuracy"] is not None]
+  if not finished:
+    raise ValueError("every run of the search diverged; lower config.tune.lr.")
+  best = min(finished, key=lambda t: (-t["val_accuracy"], t["lr"], t["wd"]))
   return {"lr": best["lr"], "wd": best["wd"]}
 
 
@@ -177,10 +200,14 @@ def _candidates(config: ConfigDict) -> Iterator[dict[str, float]]:
 
 
 def _finish(config, workdir: Path, prepared: Prepared, test: bool = True):
-  """Trains, unless the same config has already finished in `workdir`."""
+  """Trains, unless the same run has already finished in `workdir`."""
   result, stored = workdir / "result.json", workdir / "config.json"
-  if result.exists() and json.loads(stored.read_text()) == config_lib.to_dict(config):
-    return json.loads(result.read_text())
+  if result.exists() and stored.exists():
+    found, before = json.loads(result.read_text()), json.loads(stored.read_text())
+    # Random weights have a seed beside what is prepared; the config compares it.
+    same = prepared.backbone.items() <= found["backbone"].items()
+    if same and not config_lib.difference(config, before):
+      return found
   return trainer.train(config, workdir, prepared=prepared, test=test)
 
 

@@ -121,7 +121,7 @@ class Attention(nn.Module):
     if context is not None:
       k = _join(k, key(context))
       v = _join(v, value(context))
-    attended = jax.nn.dot_product_attention(q, k, v)
+    attended = _attend(q, k, v)
     return nn.DenseGeneral(
       width,
       axis=(-2, -1),
@@ -129,6 +129,20 @@ class Attention(nn.Module):
       dtype=self.dtype,
       name="out",
     )(attended)
+
+
+def _attend(
+  q: Float[Array, "b q h e"], k: Float[Array, "b n h e"], v: Float[Array, "b n h e"]
+) -> Float[Array, "b q h e"]:
+  """Softmax attention, with the softmax in float32.
+
+  Heads stand before tokens while it computes: on CPUs the gradient takes 0.6 of the
+  time of `jax.nn.dot_product_attention` (benchmarks/attention.py).
+  """
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+  scores = jnp.einsum("bhqe,bhne->bhqn", q, k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.swapaxes(jnp.einsum("bhqn,bhne->bhqe", weights, v), 1, 2)
 
 
 def _join(x: Array, extra: Array) -> Array:
