@@ -18,13 +18,13 @@ def get_config():
   config = defaults()
   config.task = "folder"
   config.backbone.name = "boxed"
-  config.batch_size = 64
-  config.total_epochs = 30.0
+  config.batch_size = 32
+  config.total_epochs = 20.0
   config.optim.wd = 1e-4
-  config.optim.warmup_epochs = 3.0
+  config.optim.warmup_epochs = 2.0
   config.vpt_deep.prompt_length = 9
   config.tune.methods = ("insvp", "vpt_deep", "linear")
-  config.tune.lr = (1e-3, 3e-3, 1e-2)
+  config.tune.lr = (3e-3, 1e-2)
   config.tune.seeds = (0, 1, 2)
   config.prompt_images = 6
   return config

@@ -30,14 +30,25 @@ RESULT_KEYS = (
 
 
 def config_of(method="insvp", **changes):
+  """Evaluates every step, saves every other one."""
   every = {"eval_every_epochs": 1 / 3, "checkpoint_every_epochs": 2 / 3}
-  return tiny_config(method, **{**every, **changes})
+  # No decay, which moves leaves that no gradient reaches. The large eps keeps AdamW
+  # from making steps out of the rounding errors of gradients that should be 0.
+  return tiny_config(
+    method, **{**every, "optim__wd": 0.0, "optim__eps": 1e-5, **changes}
+  )
 
 
 @pytest.fixture(scope="module")
 def insvp():
   """The data and the compiled steps that many tests share."""
   return prepare(config_of())
+
+
+@pytest.fixture(scope="module")
+def linear():
+  """The same of a method that compiles quickly."""
+  return prepare(config_of("linear"))
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +126,11 @@ def test_the_result_says_all_that_was_promised(insvp, whole):
     "num_test_examples": SPLITS["test"],
     "steps": TOTAL,
     "train_split": "train",
-    "backbone": {"id": "random", "seed": 0, "init": "default"},
   }
   assert expected.items() <= result.items()
+  random = {"id": "random", "seed": 0, "init": "default"}
+  assert random.items() <= result["backbone"].items()
+  assert len(result["backbone"]["sha256"]) == 64
   for split in ("val", "test"):
     correct = result[f"{split}_accuracy"] * SPLITS[split]
     assert correct == pytest.approx(round(correct), abs=1e-9)
@@ -163,17 +176,34 @@ def test_the_run_loads_and_predicts_as_it_was_evaluated(insvp, whole):
   [("insvp", "zeros"), ("insvp", "torch"), ("vpt_deep", "zeros"), ("linear", "torch")],
 )
 def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
-  monkeypatch, tmp_path, method, head_init
+  insvp, linear, monkeypatch, tmp_path, method, head_init
 ):
-  # Without decay, which moves a leaf that no gradient reaches.
-  config = config_of(method, head_init=head_init, total_steps=2, optim__wd=0.0)
-  prepared = prepare(config)
-  before, after = run_to_state(monkeypatch, config, tmp_path, prepared)
-  mask = trees.flatten(prepared.program.mask)
+  config = config_of(method, head_init=head_init)
+  shared = {"insvp": insvp, "linear": linear}
+  prepared = shared.get(method) or prepare(config)
+  # The head's initial values are no part of what is compiled.
+  model = prepared.program.model
+  model = model.clone(head=model.head.clone(initializer=head_init))
+  program = dataclasses.replace(prepared.program, model=model)
+  prepared = dataclasses.replace(prepared, program=program)
+  states = []
+  step = program.train_step
+
+  def train_step(state, batch):
+    states.append(jax.device_get(trees.flatten(state.params)))
+    return step(state, batch)
+
+  program = dataclasses.replace(program, train_step=train_step)
+  prepared = dataclasses.replace(prepared, program=program)
+  train(config, tmp_path, prepared=prepared)
+  first, third, last = states[0], states[2], states[-1]
+  mask = trees.flatten(program.mask)
   assert set(mask.values()) == {True, False}
   for name, trainable in mask.items():
-    same = before[name].tobytes() == after[name].tobytes()
-    assert same != trainable, f"{name}: trainable {trainable}, unchanged {same}"
+    if trainable:
+      assert first[name].tobytes() != third[name].tobytes(), f"{name} did not move"
+    else:
+      assert first[name].tobytes() == last[name].tobytes(), f"{name} has moved"
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
@@ -187,7 +217,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
   assert all(np.asarray(a[n]).tobytes() != np.asarray(b[n]).tobytes() for n in a)
 
 
-@pytest.mark.parametrize("step", [1, 4, TOTAL])
+@pytest.mark.parametrize("step", [1, TOTAL])
 def test_stopped_and_resumed_equals_uninterrupted(
   insvp, whole, monkeypatch, tmp_path, step
 ):
@@ -240,9 +270,9 @@ def test_a_signal_after_the_last_step_keeps_the_result_and_still_stops(
 ):
   original = trainer._result
 
-  def result(config, prepared, state, loop, test):
+  def result(config, prepared, state, loop, *args):
     loop.stop.signum = signal.SIGTERM
-    return original(config, prepared, state, loop, test)
+    return original(config, prepared, state, loop, *args)
 
   monkeypatch.setattr(trainer, "_result", result)
   with pytest.raises(Stopped, match=f"at step {TOTAL}"):
@@ -407,14 +437,14 @@ class Untouchable(ArraySplit):
     return SPLITS["test"]
 
 
-def test_without_test_the_test_split_is_never_touched(tmp_path, monkeypatch):
+def test_without_test_the_test_split_is_never_touched(linear, tmp_path, monkeypatch):
   data = make_data()
   test = data.splits["test"]
   splits = {**data.splits, "test": Untouchable(test.images, test.labels)}
   data = dataclasses.replace(data, splits=splits)
   monkeypatch.setattr(Untouchable, "sealed", True)
   config = config_of("linear")
-  prepared = prepare(config, data)
+  prepared = dataclasses.replace(linear, data=data)
   result = train(config, tmp_path / "search", prepared=prepared, test=False)
   assert (result["test_accuracy"], result["num_test_examples"]) == (None, 0)
   assert result["val_accuracy"] is not None
@@ -423,26 +453,23 @@ def test_without_test_the_test_split_is_never_touched(tmp_path, monkeypatch):
     train(config, tmp_path / "final", prepared=prepared)
 
 
-def test_a_task_without_val_or_test_trains(tmp_path):
-  config = config_of("linear")
+def test_a_task_without_val_or_test_trains(linear, tmp_path):
   data = make_data(without=("val", "test", "train_val"))
-  result = train(config, tmp_path, prepared=prepare(config, data))
+  prepared = dataclasses.replace(linear, data=data)
+  result = train(config_of("linear"), tmp_path, prepared=prepared)
   assert (result["val_accuracy"], result["test_accuracy"]) == (None, None)
 
 
-def test_random_weights_are_those_of_the_seed_also_after_loading(monkeypatch, tmp_path):
+def test_random_weights_are_those_of_the_seed_also_after_loading(
+  linear, monkeypatch, tmp_path
+):
   """A search prepares once, with the config's seed, and then trains other seeds."""
-  prepared = prepare(config_of("linear"))
-  config = config_of("linear", seed=3)
-  _, after = run_to_state(monkeypatch, config, tmp_path, prepared)
+  config = config_of("linear", seed=3, tensorboard=True)
+  _, after = run_to_state(monkeypatch, config, tmp_path, linear)
   loaded = jax.device_get(trees.flatten(load_run(tmp_path).params))
   for name, leaf in after.items():
     np.testing.assert_array_equal(loaded[name], leaf, err_msg=name)
-
-
-def test_tensorboard_files_are_written_where_asked_for(tmp_path):
-  config = tiny_config("linear", tensorboard=True, total_steps=1)
-  train(config, tmp_path, prepared=prepare(config))
+  # TensorBoard's files are there where they were asked for.
   assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
