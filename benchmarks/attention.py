@@ -10,21 +10,21 @@ import time
 
 import jax
 
-from insvp_jax.models.vit import _attend
+from insvp_jax.models.layers import attend
 
 SHAPE = (64, 65, 4, 32)  # [b, n, h, e]
 ROUNDS = 20
 
 
-def gradient(attend):
-  """Returns the jitted gradient of `attend` with respect to all its arguments."""
-  return jax.jit(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d))
+def gradient(function):
+  """Returns the jitted gradient of a function with respect to all its arguments."""
+  return jax.jit(lambda q, k, v, d: jax.vjp(function, q, k, v)[1](d))
 
 
 def main() -> None:
   """Times both, alternating."""
   q, k, v, d = jax.random.normal(jax.random.key(0), (4, *SHAPE))
-  candidates = {"jax.nn": jax.nn.dot_product_attention, "insvp_jax": _attend}
+  candidates = {"jax.nn": jax.nn.dot_product_attention, "insvp_jax": attend}
   forward = {name: jax.jit(f) for name, f in candidates.items()}
   backward = {name: gradient(f) for name, f in candidates.items()}
   for what, functions, args in (
@@ -40,7 +40,9 @@ def main() -> None:
           spent[name] += time.process_time() - start
     ms = {name: 1e3 * seconds / ROUNDS for name, seconds in spent.items()}
     ratio = ms["insvp_jax"] / ms["jax.nn"]
-    print(f"{what}: {ms['jax.nn']:.2f} ms, ours {ms['insvp_jax']:.2f} ms, {ratio:.2f} x")
+    print(
+      f"{what}: {ms['jax.nn']:.2f} ms, ours {ms['insvp_jax']:.2f} ms, {ratio:.2f} x"
+    )
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ class Checkpointer:
   def _older(self, step: int) -> str:
     older = sorted(s for s in self._manager.all_steps() if s != step)
     if not older:
-      return ""
+      return f" To start over, delete {self.directory}."
     return (
       f" It is the newest; step {older[-1]} is there too. To resume from that one, "
       f"delete {self.directory / str(step)}."

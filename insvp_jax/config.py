@@ -180,7 +180,7 @@ def validate(config: ConfigDict) -> None:
   missing = {name for name in missing if not _has(config, name)}
   if missing:
     raise ValueError(
-      f"the config lacks {', '.join(sorted(missing))}; start it from "
+      f"the config lacks {', '.join(sorted(missing)).replace('/', '.')}; start it from "
       "insvp_jax.config.defaults()."
     )
   for key, low, high in _RANGES:
@@ -190,8 +190,8 @@ def validate(config: ConfigDict) -> None:
       raise ValueError(f"config.{key} is {value}, expected {expected}.")
   if config.total_steps == 0 and config.total_epochs == 0:
     raise ValueError(
-      "config.total_steps and config.total_epochs are both 0; one of them must be "
-      "positive."
+      f"config.total_epochs is {config.total_epochs} and config.total_steps is 0; one "
+      "of them must be positive."
     )
   if not 0 <= config.loss.label_smoothing < 1:
     raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import config as config_lib
-from insvp_jax import trainer, tune
+from insvp_jax import steps, trainer, tune
 from insvp_jax.trainer import Diverged
 
 
@@ -273,21 +273,25 @@ def test_first_run_is_where_the_first_final_run_lies(tmp_path):
 def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
   monkeypatch, tmp_path, capsys
 ):
-  prepared = []
-  original = trainer.prepare
+  traced = []
+  original = steps.create_train_step
 
-  def prepare(config, like=None):
-    prepared.append(original(config, like))
-    return prepared[-1]
+  def create_train_step(*args, **kwargs):
+    step = original(*args, **kwargs)
 
-  monkeypatch.setattr(trainer, "prepare", prepare)
+    def train_step(state, batch):
+      traced.append(batch["images"].shape)
+      return step(state, batch)
+
+    return train_step
+
+  monkeypatch.setattr(steps, "create_train_step", create_train_step)
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   lists = {"tune__lr": (0.0, 0.05), "tune__wd": (), "tune__seeds": (0, 1)}
   config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
   summary = tune.run(config, tmp_path)["linear"]
-  # One program for the search, one for train_val.
-  assert [p.program.train_step._cache_size() for p in prepared] == [1, 1]
-  assert [p.program.eval_step._cache_size() for p in prepared] == [1, 1]
+  # One program for both lrs of the search, one for both seeds on train_val.
+  assert traced == [(8, 16, 16, 3)] * 2
   results = [
     json.loads((tmp_path / "linear" / f"seed{s}" / "result.json").read_text())
     for s in (0, 1)

@@ -1,0 +1,143 @@
+"""The blocks of the Vision Transformer and how prompt tokens join them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from insvp_jax.methods.base import BlockPrompts
+from insvp_jax.models.layers import LAYER_NORM_EPS, Attention, MlpBlock, join
+
+
+class Block(nn.Module):
+  """One pre-norm encoder block over patch tokens and prompt tokens."""
+
+  mlp_dim: int
+  num_heads: int
+  gelu: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    prompts: Float[Array, "c p d"] | None,
+    keep: bool,
+  ) -> tuple[Float[Array, "b n d"], Float[Array, "c2 p d"] | None]:
+    """Applies the block.
+
+    Attention does not depend on the order of its keys, so prompts stand after
+    the tokens here, wherever a paper writes them.
+
+    Args:
+      x: tokens whose outputs are needed.
+      prompts: prompt tokens, c = b, or 1 when all instances share them.
+      keep: whether a later block reads the prompts' outputs.
+
+    Returns:
+      (tokens, prompts): the prompts' outputs if `keep`, else prompts unchanged.
+    """
+    num_tokens = x.shape[1]
+    if keep and prompts is not None:
+      x, context = join(x, prompts), None
+    else:
+      context = prompts
+    norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")
+    attention = Attention(
+      self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0"
+    )
+    x = x + attention(norm(x), context=None if context is None else norm(context))
+    y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_1")(x)
+    x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+    if keep and prompts is not None:
+      return x[:, :num_tokens], x[:, num_tokens:]
+    return x, prompts
+
+
+class _ScannedBlock(nn.Module):
+  """`Block` in the form that `nn.scan` wants: carry, inputs -> carry, outputs."""
+
+  block: Mapping[str, Any]
+  keep: bool
+
+  @nn.compact
+  def __call__(self, carry, inputs):
+    x, carried = carry
+    fresh, replace = inputs
+    prompts = fresh
+    if self.keep:
+      prompts = jnp.where(replace, fresh, carried)
+    block = Block(**self.block)
+    # The scanned block's parameters are the block's own, one level up.
+    nn.share_scope(self, block)
+    x, prompts = block(x, prompts, self.keep)
+    return (x, prompts if self.keep else carried), None
+
+
+class Encoder(nn.Module):
+  """The stack of blocks and the final norm."""
+
+  depth: int
+  mlp_dim: int
+  num_heads: int
+  gelu: str
+  dtype: Any
+  remat: bool
+  scan: bool
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b n d"], prompts: BlockPrompts | None
+  ) -> Float[Array, "b n d"]:
+    """Returns the normalised tokens of the last block, without prompts."""
+    tokens = None if prompts is None else prompts.tokens
+    if tokens is not None and not 1 <= tokens.shape[0] <= self.depth:
+      raise ValueError(
+        f"prompts for {tokens.shape[0]} blocks, but the backbone has {self.depth}; "
+        "prompt between 1 block and all of them."
+      )
+    x = (self._scanned if self.scan else self._unrolled)(x, tokens)
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")(
+      x
+    )
+
+  def _fields(self) -> dict[str, Any]:
+    return {
+      "mlp_dim": self.mlp_dim,
+      "num_heads": self.num_heads,
+      "gelu": self.gelu,
+      "dtype": self.dtype,
+    }
+
+  def _unrolled(self, x, tokens):
+    block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+    num_prompted = 0 if tokens is None else tokens.shape[0]
+    prompts = None
+    for i in range(self.depth):
+      if i < num_prompted:
+        prompts = tokens[i]
+      # Outputs of prompts that are replaced next, or stand last, are not read.
+      keep = prompts is not None and num_prompted <= i + 1 < self.depth
+      x, prompts = block(**self._fields(), name=f"encoderblock_{i}")(x, prompts, keep)
+    return x
+
+  def _scanned(self, x, tokens):
+    num_prompted = 0 if tokens is None else tokens.shape[0]
+    keep = 0 < num_prompted < self.depth
+    carried = None
+    if keep:
+      shape = (x.shape[0], *tokens.shape[2:])
+      carried = jnp.broadcast_to(tokens[0], shape).astype(x.dtype)
+      rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
+      tokens = jnp.concatenate([tokens, rest])
+    body = nn.remat(_ScannedBlock, prevent_cse=False) if self.remat else _ScannedBlock
+    blocks = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.depth,
+    )(self._fields(), keep, name="encoderblock")
+    (x, _), _ = blocks((x, carried), (tokens, jnp.arange(self.depth) < num_prompted))
+    return x

@@ -1,0 +1,214 @@
+"""The schema agrees with the methods, and bad values are named."""
+
+import importlib.util
+import json
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+import pytest
+
+from insvp_jax import config as config_lib
+from insvp_jax import methods, optim, trees
+from insvp_jax.config import defaults
+from insvp_jax.data import tasks
+from insvp_jax.data.preprocess import PRESETS
+from insvp_jax.methods.base import BackboneSpec
+from insvp_jax.models.classifier import create_backbone
+from insvp_jax.models.heads import HEAD_INITS
+
+CONFIGS = ("folder", "pretrain", "quickstart", "vtab")
+
+
+def load(root, name, *args):
+  path = root / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*args)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_method_s_section_has_exactly_its_fields(method):
+  fields = set(methods.method_fields(method))
+  assert (method in config_lib.METHOD_SECTIONS) == bool(fields)
+  if fields:
+    assert set(defaults()[method]) == fields
+
+
+def test_method_kwargs_are_what_is_set():
+  config = defaults()
+  assert config_lib.method_kwargs(config) == {"preset": "paper"}
+  config.insvp.prompt_length = 3
+  config.insvp.image_fusion = (0.5, 0.5)
+  config.insvp.simam = False
+  assert config_lib.method_kwargs(config) == {
+    "preset": "paper",
+    "prompt_length": 3,
+    "image_fusion": (0.5, 0.5),
+    "simam": False,
+  }
+  config.method = "linear"
+  assert config_lib.method_kwargs(config) == {}
+
+
+def test_backbone_kwargs_reach_the_vit():
+  config = defaults()
+  config.backbone.depth = 2
+  config.backbone.pool = "gap"
+  config.backbone.dtype = "bfloat16"
+  vit = create_backbone("mu/4", 16, config_lib.backbone_kwargs(config))
+  assert (vit.depth, vit.pool, vit.dtype) == (2, "gap", "bfloat16")
+
+
+def test_the_defaults_are_valid_and_locked():
+  config = defaults()
+  config_lib.validate(config)
+  with pytest.raises(KeyError, match='Did you mean "lr"'):
+    config.optim["lrr"] = 1.0
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("batch_size", 0),
+    ("eval_batch_size", -1),
+    ("log_every_steps", 0),
+    ("total_epochs", -1.0),
+    ("total_epochs", float("nan")),
+    ("total_epochs", float("inf")),
+    ("total_epochs", 0.0),
+    ("total_steps", -1),
+    ("image_size", -32),
+    ("eval_every_epochs", -0.5),
+    ("checkpoint_every_epochs", float("inf")),
+    ("data.train_split", "test"),
+    ("data.val_fraction", -0.1),
+    ("data.test_fraction", 1.5),
+    ("loss.label_smoothing", 1.0),
+    ("loss.mixup_alpha", -0.1),
+    ("loss.mix_prob", 1.1),
+    ("backbone.dtype", "float16"),
+    ("backbone.frozen_dtype", "int8"),
+    ("backbone.init", "zeros"),
+    ("optim.no_decay", ("(",)),
+    ("optim.no_decay", (3,)),
+    ("tune.lr", ("high",)),
+    ("tune.lr", (-0.1,)),
+    ("tune.lr", (float("nan"),)),
+    ("tune.wd", (True,)),
+    ("tune.seeds", (0.5,)),
+    ("tune.seeds", (1, 1)),
+    ("tune.methods", (1,)),
+  ],
+)
+def test_a_bad_value_is_named_with_its_key(key, value):
+  config = defaults()
+  section, _, field = key.rpartition(".")
+  (config[section] if section else config)[field] = value
+  shown = value[0] if isinstance(value, tuple) else value
+  with pytest.raises(ValueError) as raised:
+    config_lib.validate(config)
+  message = str(raised.value)
+  assert f"config.{key}" in message and str(shown) in message
+  assert re.search("expected|must be|twice", message) and "\n" not in message
+
+
+def test_a_config_that_lacks_keys_is_told_where_to_start():
+  config = defaults().copy_and_resolve_references()
+  with config.unlocked():
+    del config["seed"]
+    del config.optim["lr"]
+  with pytest.raises(ValueError, match="lacks optim.lr, seed; start it from .*default"):
+    config_lib.validate(config)
+
+
+@given(
+  number=st.integers(1, 500),
+  batch_size=st.integers(1, 100),
+  epochs=st.floats(0.1, 20, allow_nan=False),
+  steps=st.integers(0, 50),
+)
+def test_steps_come_from_epochs_unless_they_are_set(number, batch_size, epochs, steps):
+  config = defaults()
+  config.batch_size, config.total_epochs, config.total_steps = batch_size, epochs, steps
+  if batch_size > number:
+    with pytest.raises(ValueError, match=f"lower it to at most {number}"):
+      config_lib.num_steps(config, number)
+    return
+  total, per_epoch = config_lib.num_steps(config, number)
+  assert per_epoch * batch_size <= number < (per_epoch + 1) * batch_size
+  if steps:
+    assert total == steps
+  else:
+    assert total - 1 < epochs * per_epoch <= total
+
+
+def test_a_config_survives_json():
+  config = defaults()
+  config.tune.lr = (0.1, 0.01)
+  stored = json.loads(json.dumps(config_lib.to_dict(config)))
+  assert stored == config_lib.to_dict(config)
+  assert config_lib.to_dict(stored) == stored
+  assert stored["tune"]["lr"] == [0.1, 0.01]
+  assert stored["insvp"]["prompt_length"] is None
+  assert set(stored) == set(config)
+  assert config_lib.difference(config, stored) == ""
+
+
+def test_difference_names_what_shapes_a_result_and_nothing_else():
+  config = defaults()
+  stored = config_lib.to_dict(config)
+  config.tune.seeds = (1, 2)
+  config.data.root = "elsewhere"
+  config.log_every_steps = 7
+  assert config_lib.difference(config, stored) == ""
+  del stored["head_init"]  # a setting that is newer than the stored run
+  assert config_lib.difference(config, stored) == ""
+  config.loss.mixup_alpha = 0.5
+  assert config_lib.difference(config, stored) == (
+    "config.loss.mixup_alpha is 0.5, was 0.0"
+  )
+
+
+def test_parse_arg():
+  assert config_lib.parse_arg("", task="cifar100") == {"task": "cifar100"}
+  values = config_lib.parse_arg("b=2,a=x=y", a="0", b="1", c="3")
+  assert values == {"a": "x=y", "b": "2", "c": "3"}
+  for arg in ("tsk=svhn", "svhn", "=svhn"):
+    with pytest.raises(ValueError, match=f"'{arg}' after the colon.*task=..."):
+      config_lib.parse_arg(arg, task="cifar100")
+  with pytest.raises(ValueError, match="Did you mean 'task'"):
+    config_lib.parse_arg("tsk=svhn", task="cifar100")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_is_valid(root, name):
+  config = load(root, name)
+  config_lib.validate(config)
+  assert config.is_locked
+  assert trees.flatten(config.to_dict()).keys() == (
+    trees.flatten(defaults().to_dict()).keys()
+  )
+  sources = {*tasks.TASKS, "folder", "digits", "cifar10_npz"}
+  assert config.task in sources
+  assert config.data.preset in PRESETS
+  assert config.head_init in HEAD_INITS
+  optim.check_optim(config.optim)
+  vit = create_backbone(
+    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
+  )
+  sizes = (vit.width, vit.depth, vit.mlp_dim, vit.num_heads)
+  spec = BackboneSpec(*sizes, vit.patch_size, vit.image_size)
+  for method in config.tune.methods or (config.method,):
+    config.method = method
+    methods.create_method(method, spec, **config_lib.method_kwargs(config))
+
+
+def test_these_are_all_shipped_configs(root):
+  assert sorted(p.stem for p in (root / "configs").glob("*.py")) == sorted(CONFIGS)
+
+
+def test_vtab_takes_a_task(root):
+  assert load(root, "vtab").task == "cifar100"
+  assert load(root, "vtab", "task=svhn").task == "svhn"

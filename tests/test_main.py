@@ -1,0 +1,464 @@
+"""The command line: exit statuses, one clear line for bad input, signals."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from tiny_runs import make_params
+from tiny_training import CLASSES, SIZE, SPLITS, write_images
+
+from insvp_jax.models import pretrained
+from insvp_jax.models.classifier import create_model
+from insvp_jax.run import load_run
+
+BACKBONE = {"width": 16, "depth": 2, "mlp_dim": 16, "num_heads": 2}
+LONG = 1500  # steps: long enough to be stopped, short enough to be finished
+
+
+def flags_of(**values):
+  """Returns `--config.a.b=value` for `a__b=value`."""
+  return [f"--config.{n.replace('__', '.')}={value}" for n, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with images/ and two backbones."""
+  place = tmp_path_factory.mktemp("place")
+  write_images(place / "images")
+  model = create_model(
+    "mu/4", "linear", num_classes=3, image_size=SIZE, backbone_kwargs=BACKBONE
+  )
+  for seed in (0, 1):
+    params = make_params(model, seed)["backbone"]
+    pretrained.save_backbone(params, place / f"backbone{seed}.npz")
+  return place
+
+
+@pytest.fixture(scope="module")
+def base(root, place):
+  """The flags of a small run of configs/folder.py, without a workdir."""
+  sizes = {f"backbone__{name}": size for name, size in BACKBONE.items()}
+  lists = {f"tune__{name}": "()" for name in ("methods", "lr", "seeds")}
+  return [
+    f"--config={root / 'configs' / 'folder.py'}",
+    *flags_of(
+      data__root=place / "images",
+      data__cache_dir="off",
+      backbone__name="mu/4",
+      backbone__weights=place / "backbone0.npz",
+      **sizes,
+      **lists,
+      image_size=SIZE,
+      method="vpt_deep",
+      vpt_deep__prompt_length=2,
+      batch_size=4,
+      total_steps=3,
+      optim__warmup_epochs=0.0,
+      tensorboard=False,
+    ),
+  ]
+
+
+@pytest.fixture(scope="module")
+def main(root, tmp_path_factory):
+  """Runs the command line with some arguments: (status, out, err)."""
+  cwd = tmp_path_factory.mktemp("cwd")
+  environ = {**os.environ, "PYTHONPATH": str(root)}
+  driver = subprocess.Popen(
+    [sys.executable, root / "tests" / "main_driver.py"],
+    env=environ,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+  def run(*argv, **case):
+    case = {"argv": [str(arg) for arg in argv], "cwd": str(cwd), **case}
+    print(json.dumps(case), file=driver.stdin, flush=True)
+    return types.SimpleNamespace(**json.loads(driver.stdout.readline()))
+
+  yield run
+  driver.stdin.close()
+  assert driver.wait() == 0
+  driver.stdout.close()
+  assert not list(cwd.iterdir()), "a run wrote outside of its workdir"
+
+
+@pytest.fixture(scope="module")
+def finished(main, base, tmp_path_factory):
+  """The workdir of a run that has finished."""
+  workdir = tmp_path_factory.mktemp("finished")
+  done = main(*base, f"--workdir={workdir}")
+  assert done.status == 0, done.err
+  return workdir
+
+
+def contents(workdir):
+  """Returns {file: digest} of a workdir."""
+  return {
+    str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in workdir.rglob("*")
+    if path.is_file()
+  }
+
+
+def assert_one_line(done, *parts):
+  assert done.status == 2, done.err
+  assert done.out == ""
+  assert done.err.startswith("insvp_jax: ") and done.err.count("\n") == 1, done.err
+  for part in parts:
+    assert part in done.err
+
+
+def test_a_run_ends_with_its_result(main, base, finished):
+  result = json.loads((finished / "result.json").read_text())
+  assert (result["steps"], result["num_test_examples"]) == (3, SPLITS["test"])
+  again = main(*base, f"--workdir={finished}")
+  assert again.status == 0
+  assert again.out.startswith(
+    f"images vpt_deep: val {100 * result['val_accuracy']:.2f}%, "
+    f"test {100 * result['test_accuracy']:.2f}%; "
+  )
+  assert "resumed at step 3 of 3" in again.err
+  assert load_run(finished).class_names == CLASSES
+
+
+UNKNOWN = "unknown config key "
+
+
+@pytest.mark.parametrize(
+  "flags, parts",
+  [
+    (["--config.optim.lrr=1"], [f"{UNKNOWN}'optim.lrr'", "Did you mean 'optim.lr'?"]),
+    (["--config.insvp.patch=1"], [f"{UNKNOWN}'insvp.patch'"]),
+    (["--config.sead=1"], [f"{UNKNOWN}'sead'", "Did you mean 'seed'?"]),
+    (["--noconfig.tensorbord"], [f"{UNKNOWN}'tensorbord'"]),
+    (["--config.method=insvpp"], ["unknown method 'insvpp'. Did you mean 'insvp'?"]),
+    (["--config.tune.methods=('linaer',)"], ["'linaer'. Did you mean 'linear'?"]),
+    (["--config.backbone.name=mo/4"], ["unknown ViT variant 'mo'"]),
+    (["--config.backbone.name=boxd"], ["unknown backbone 'boxd'. Did you mean 'boxe"]),
+    (["--config.data.preset=vtap"], ["unknown preset 'vtap'. Did you mean 'vtab'?"]),
+    (["--config.task=foldr"], ["unknown task 'foldr'. Did you mean 'folder'?"]),
+    (["--config.batch_size=abc"], ["--config.batch_size=abc", "'abc'"]),
+    (["--config.batch_size=2.5"], ["--config.batch_size=2.5"]),
+    (["--config.optim.lr=high"], ["--config.optim.lr=high"]),
+    (["--config.tune.lr=abc"], ["config.tune.lr has 'abc', expected numbers"]),
+    (["--config.vpt_deep.prompt_length=0"], ["prompt_length is 0, expected"]),
+    (["--config.backbone.pool=x"], ["pool is 'x', expected one of"]),
+    (["--config.backbone.width=15"], ["15"]),
+    (["--config.loss.label_smoothing=2"], ["label_smoothing is 2.0, expected in"]),
+    (["--config.optim.no_decay=('[',)"], ["config.optim.no_decay has '['"]),
+    (["--config.optim.no_decay=('hed/.*',)"], ["'hed/.*' matches no parameter"]),
+    (["--config.optim.name=adam"], ["unknown optimizer 'adam'. Did you mean 'adamw'"]),
+    (["--config.optim.warmup_steps=3"], ["the warm-up takes 3 of the run's 3 upd"]),
+    (["--config.total_epochs=inf"], ["config.total_epochs is inf"]),
+    (["--config.batch_size=400"], ["only 24 images; lower it to at most 24"]),
+    (["--workdirr=x"], ["Unknown command line flag 'workdirr'", "workdir"]),
+    (["out"], ["unexpected argument 'out'"]),
+  ],
+)
+def test_a_wrong_flag_is_one_line(main, base, tmp_path, flags, parts):
+  done = main(*base, f"--workdir={tmp_path / 'run'}", *flags)
+  assert_one_line(done, *parts)
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_config_or_a_wrong_one_is_one_line(main, root, tmp_path):
+  vtab, folder = root / "configs" / "vtab.py", root / "configs" / "folder.py"
+  typo = tmp_path / "typo.py"
+  source = (
+    "from insvp_jax.config import defaults\ndef get_config():\n  c = defaults()\n"
+  )
+  typo.write_text(f"{source}  c.optim.lrr = 1\n  return c\n")
+  kind = tmp_path / "kind.py"
+  kind.write_text(f"{source}  c.optim.lr = 'high'\n  return c\n")
+  workdir = f"--workdir={tmp_path / 'run'}"
+  for flags, parts in (
+    ([], ["no config; give one, e.g. --config=configs/quickstart.py"]),
+    (["--config=no.py"], ["there is no config file no.py"]),
+    (["--config=no.py", "--config.seed=1"], ["there is no config file no.py"]),
+    ([f"--config={vtab}:tsk=x"], ["'tsk=x' after the colon", "Did you mean 'task'?"]),
+    ([f"--config={folder}:x"], [f"{folder}:x", "takes 0 positional arguments"]),
+    ([f"--config={typo}"], ['Key "lrr" does not exist', 'Did you mean "lr"']),
+    ([f"--config={kind}"], ["'lr'", "high", "float"]),
+    ([f"--config={tmp_path}"], [f"there is no config file {tmp_path}"]),
+  ):
+    assert_one_line(main(workdir, *flags), *parts)
+  assert {path.name for path in tmp_path.iterdir()} == {"typo.py", "kind.py"}
+
+
+def test_traceback_shows_where_an_input_error_comes_from(main, base, tmp_path):
+  flags = [f"--workdir={tmp_path / 'run'}", "--config.method=insvpp", "--traceback"]
+  done = main(*base, *flags)
+  assert done.status == 1
+  assert done.err.startswith("Traceback") and "ValueError: unknown method" in done.err
+
+
+def test_a_batch_that_the_devices_cannot_share_is_one_line(main, base, tmp_path):
+  four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  flags = [f"--workdir={tmp_path / 'run'}", "--config.batch_size=6"]
+  done = main(*base, *flags, env=four)
+  assert_one_line(done, "batch_size is 6", "over 4 devices. Use 4 or 8.")
+  assert not list(tmp_path.iterdir())
+
+
+def broken_images(images, tmp_path, how):
+  """Returns (root, what the message has to name) of images that are of no use."""
+  folder = tmp_path / "images"
+  if how == "missing":
+    return folder, ["no ", str(folder), "expected a folder or a .zip"]
+  if how == "loop":
+    folder.symlink_to(folder)
+    return folder, [str(folder), "expected a folder or a .zip"]
+  if how == "not a zip":
+    folder = tmp_path / "images.zip"
+    folder.write_text("no archive")
+    return folder, [str(folder), "no readable zip archive"]
+  if how == "truncated zip":
+    archive = shutil.make_archive(str(folder), "zip", images)
+    os.truncate(archive, os.path.getsize(archive) // 2)
+    return archive, [archive, "no readable zip archive"]
+  shutil.copytree(images, folder)
+  bee = folder / "train" / "bee"
+  if how == "empty folder":
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder, ["no class folders", str(folder)]
+  if how == "class without images":
+    (folder / "train" / "elk").mkdir()
+    return folder, ["the class 'elk' of train has no images"]
+  if how == "corrupt image":
+    os.truncate(bee / "01.png", 60)
+    return folder, [str(bee / "01.png"), "does not decode", "config.data.skip_corrupt"]
+  if how == "empty image":
+    (bee / "04.png").write_bytes(b"")
+    return folder, [str(bee / "04.png"), "is empty", "config.data.skip_corrupt"]
+  if how == "not an image":
+    (folder / "test" / "ant" / "x.jpg").write_text("hello")
+    return folder, [str(folder / "test" / "ant" / "x.jpg"), "is not an image"]
+  (folder / "val" / "bee").rename(folder / "val" / "bees")
+  return folder, ["val of", "'bees'. Did you mean 'bee'?", "alike in all splits"]
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    "missing",
+    "loop",
+    "not a zip",
+    "truncated zip",
+    "empty folder",
+    "class without images",
+    "corrupt image",
+    "empty image",
+    "not an image",
+    "other labels",
+  ],
+)
+def test_images_of_no_use_are_one_line(main, base, place, tmp_path, how):
+  images, parts = broken_images(place / "images", tmp_path, how)
+  workdir = tmp_path / "run"
+  done = main(*base, f"--workdir={workdir}", f"--config.data.root={images}")
+  assert_one_line(done, *parts)
+  assert not workdir.exists()
+
+
+def test_no_root_is_one_line(main, base, tmp_path):
+  done = main(*base, f"--workdir={tmp_path / 'run'}", "--config.data.root=")
+  assert_one_line(done, "config.data.root is empty", "--config.data.root=path/to")
+
+
+def test_corrupt_images_are_skipped_and_counted_where_asked(
+  main, base, place, tmp_path
+):
+  images, _ = broken_images(place / "images", tmp_path, "corrupt image")
+  workdir = tmp_path / "run"
+  flags = flags_of(data__root=images, data__skip_corrupt=True, total_steps=1)
+  done = main(*base, f"--workdir={workdir}", *flags)
+  assert done.status == 0, done.err
+  assert "train 23, val 10, test 13" in done.err
+  assert "1 unreadable images skipped" in done.err
+  assert (workdir / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+  "weights, parts",
+  [
+    ("missing.npz", ["missing.npz"]),
+    ("text.npz", ["text.npz"]),
+    ("truncated.npz", ["truncated.npz"]),
+    ("pickle.npz", ["pickle.npz"]),
+  ],
+)
+def test_a_backbone_of_no_use_is_one_line(main, base, place, tmp_path, weights, parts):
+  import numpy as np
+
+  path = tmp_path / weights
+  if weights == "text.npz":
+    path.write_text("no weights")
+  elif weights == "truncated.npz":
+    whole = (place / "backbone0.npz").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+  elif weights == "pickle.npz":
+    np.savez(path, **{"embedding/kernel": np.array([{"a": 1}], object)})
+  workdir = tmp_path / "run"
+  done = main(*base, f"--workdir={workdir}", f"--config.backbone.weights={path}")
+  assert_one_line(done, *parts)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "/proc/run"])
+def test_a_workdir_that_cannot_be_written_is_one_line(main, base, tmp_path, where):
+  (tmp_path / "file").write_text("kept")
+  workdir = where if where.startswith("/") else tmp_path / where
+  done = main(*base, f"--workdir={workdir}")
+  assert_one_line(done, str(workdir), "Choose another workdir")
+  assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+  "flags, parts",
+  [
+    (["--config.method=linear"], ["of another run", "method 'vpt_deep'", "'linear'"]),
+    (
+      ["--config.vpt_deep.prompt_length=3"],
+      ["other shapes", "common_prompt", "[2, 2, 16]", "[2, 3, 16]"],
+    ),
+    (["--config.backbone.weights={place}/backbone1.npz"], ["of another backbone"]),
+    (
+      ["--config.data.root={place}/other"],
+      ["got class_names ant, bee, cat, expected bee, cat, elk"],
+    ),
+    (["--config.optim.lr=0.5"], ["other settings: config.optim.lr is 0.5, was"]),
+    (["--config.seed=1"], ["other settings: config.seed is 1, was 0"]),
+  ],
+)
+def test_a_workdir_of_another_run_is_one_line_and_left_alone(
+  main, base, finished, place, flags, parts
+):
+  other = place / "other"
+  if not other.exists():
+    shutil.copytree(place / "images", other)
+    for split in SPLITS:
+      (other / split / "ant").rename(other / split / "elk")
+  before = contents(finished)
+  flags = [flag.format(place=place) for flag in flags]
+  done = main(*base, f"--workdir={finished}", *flags)
+  assert_one_line(done, str(finished), *parts)
+  assert re.search("another workdir|start over, delete", done.err)
+  assert contents(finished) == before
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing", "foreign", "file"])
+def test_a_damaged_checkpoint_is_one_line(main, base, finished, tmp_path, how):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  step = workdir / "checkpoints" / "3"
+  files = [path for path in (step / "adapter").rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  if how == "truncated":
+    os.truncate(largest, largest.stat().st_size // 2)
+  elif how == "altered":
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+  elif how == "missing":
+    shutil.rmtree(step / "progress")
+  else:
+    shutil.rmtree(step)
+    step.mkdir()
+    (step / "notes.txt").write_text("no checkpoint")
+  if how == "file":
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "checkpoints").write_text("no checkpoint")
+  (workdir / "result.json").unlink()
+  before = contents(workdir)
+  done = main(*base, f"--workdir={workdir}")
+  assert_one_line(done, str(workdir / "checkpoints"))
+  assert re.search("start over, delete|another workdir", done.err)
+  assert contents(workdir) == before
+
+
+def test_nan_is_one_last_line_and_keeps_no_result(main, base, tmp_path):
+  workdir = tmp_path / "run"
+  done = main(*base, f"--workdir={workdir}", "--config.optim.lr=1e30")
+  assert done.status == 2
+  last = done.err.splitlines()[-1]
+  assert last.startswith("insvp_jax: the ") and "Lower config.optim.lr" in last
+  assert "Traceback" not in done.err and done.out == ""
+  assert not (workdir / "result.json").exists()
+
+
+def last_line(text):
+  return text.rstrip("\n").splitlines()[-1]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(main, base, tmp_path):
+  workdir = tmp_path / "run"
+  command = [*base, f"--workdir={workdir}", f"--config.total_steps={LONG}"]
+  stop = {"signal": signal.SIGINT, "when": str(workdir / "metrics.jsonl")}
+  done = main(*command, **stop)
+  assert done.status == 130, done.err
+  assert last_line(done.err).startswith("insvp_jax: stopped by SIGINT at step ")
+  assert "Traceback" not in done.err
+  (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+  assert 0 < step < LONG and f"at step {step};" in last_line(done.err)
+  assert not (workdir / "result.json").exists()
+  done = main(*command)
+  assert done.status == 0, done.err
+  assert f"resumed at step {step} of {LONG}" in done.err
+  assert json.loads((workdir / "result.json").read_text())["steps"] == LONG
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_a_signal_before_training_is_one_line(main, tmp_path, signum, status):
+  flag, config = tmp_path / "flag", tmp_path / "slow.py"
+  config.write_text(
+    f"import time\ndef get_config():\n  open({str(flag)!r}, 'w').write('x')\n"
+    "  time.sleep(60)\n"
+  )
+  done = main(f"--config={config}", signal=signum, when=str(flag))
+  assert done.status == status
+  name = signal.Signals(signum).name
+  assert done.err == (
+    f"insvp_jax: stopped by {name}. Start the same command again to go on.\n"
+  )
+
+
+def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_path):
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-m", "insvp_jax.main", *base, f"--workdir={workdir}"]
+  command.append(f"--config.total_steps={LONG}")
+  options = {"cwd": root, "text": True, "stdin": subprocess.DEVNULL}
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+  )
+  metrics = workdir / "metrics.jsonl"
+  while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 42, err
+  assert out == ""
+  assert last_line(err).startswith("insvp_jax: stopped by SIGTERM at step ")
+  assert "Start the same command again to resume." in err
+  done = subprocess.run(command, capture_output=True, timeout=300, **options)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("images vpt_deep: val ")
+  assert "resumed at step" in done.stderr
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["steps"] == LONG and result["test_accuracy"] > 0.5
+  names = {"config.json", "metrics.jsonl", "checkpoints", "result.json"}
+  assert {path.name for path in workdir.iterdir()} == names
+  run = load_run(workdir)
+  image = next(Path(base[1].split("=")[1]).glob("test/ant/*.png"))
+  assert run.predict(image).shape == (1, len(CLASSES))
