@@ -1,0 +1,40 @@
+"""The benchmarks run; what they measure is theirs to say."""
+
+import importlib.util
+
+import pytest
+
+
+@pytest.fixture
+def benchmark(root):
+  def load(name):
+    path = root / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+  return load
+
+
+def test_gradient_economy(benchmark):
+  module = benchmark("gradient_economy")
+  forward, multiple = module.ratio("boxed", "linear", batch_size=2)
+  # 65 tokens' worth of a 0.8 M parameter ViT, and nothing but a head on top.
+  assert 80 < forward < 160
+  assert multiple == pytest.approx(1, abs=0.02)
+
+
+def test_attention(benchmark, monkeypatch, capsys):
+  module = benchmark("attention")
+  monkeypatch.setattr(module, "ROUNDS", 1)
+  monkeypatch.setattr(module, "SHAPE", (2, 5, 2, 4))
+  module.main()
+  assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+    "forward",
+    "gradient",
+  ]
+
+
+def test_startup_measures_an_import_without_tensorflow(benchmark):
+  assert 0 < benchmark("startup").import_seconds()
