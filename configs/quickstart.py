@@ -14,9 +14,9 @@ def get_config():
   config = defaults()
   config.task = "digits"
   config.backbone.name = "boxed"
-  config.batch_size = 64
-  config.total_epochs = 15.0
-  config.optim.lr = 3e-3
+  config.batch_size = 32
+  config.total_epochs = 12.0
+  config.optim.lr = 1e-2
   config.optim.wd = 1e-4
   config.optim.warmup_epochs = 1.0
   config.vpt_deep.prompt_length = 9
