@@ -12,6 +12,7 @@ from pathlib import Path
 import statistics
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     trees.lookup(METHODS, method, "method")
   if not _is_search(config):
     result = trainer.train(config, workdir)
-    print(describe(result))
+    _say(describe(result))
     return result
   # All at once: a wrong field of the last method shows before the first one trains.
   programs, prepared = {}, None
@@ -61,9 +62,16 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     summary[method] = _tune_method(base, workdir / method, prepared)
     write_json(workdir / "summary.json", summary)
     table = format_table(prepared.data.name, summary)
-    (workdir / "table.md").write_text(table)
-  print(f"\n{table}")
+    if jax.process_index() == 0:
+      (workdir / "table.md").write_text(table)
+  _say(f"\n{table}")
   return summary
+
+
+def _say(text: str) -> None:
+  """Prints on the first of several processes."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def first_run(config: ConfigDict, workdir: str | Path, method: str) -> Path | None:
@@ -125,7 +133,7 @@ def _tune_method(
   results = []
   for seed in config.tune.seeds or (config.seed,):
     result = _finish(_with(final, seed=seed), workdir / f"seed{seed}", retrained)
-    print(f"seed {seed}: {describe(result)}")
+    _say(f"seed {seed}: {describe(result)}")
     results.append(result)
   # A task without a test split has no accuracies: its models are all there is.
   accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
@@ -168,10 +176,10 @@ def _search(config, workdir: Path, prepared: Prepared):
       result = _finish(trial, workdir / name, programs[candidate["wd"]], test=False)
     except trainer.Diverged as error:
       # The others may still be good.
-      print(f"{said}: {error}")
+      _say(f"{said}: {error}")
       trials.append({**candidate, "val_accuracy": None})
       continue
-    print(f"{said}: {describe(result)}")
+    _say(f"{said}: {describe(result)}")
     trials.append({**candidate, "val_accuracy": result["val_accuracy"]})
   return choose(trials), trials
 
