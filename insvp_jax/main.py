@@ -44,6 +44,11 @@ def main(argv: list[str]) -> None:
     _fail("no config; give one, e.g. --config=configs/quickstart.py.")
   config_file = flags.FLAGS["config"].config_filename.split(":")[0]
   workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
+  if "://" in (_WORKDIR.value or ""):
+    _fail(
+      f"--workdir is {_WORKDIR.value}, a URL; expected a folder. Mount the bucket "
+      "(gcsfuse does) and name the folder."
+    )
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import partition, tune

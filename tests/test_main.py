@@ -164,6 +164,7 @@ UNKNOWN = "unknown config key "
     (["--config.batch_size=400"], ["only 24 images; lower it to at most 24"]),
     (["--workdirr=x"], ["Unknown command line flag 'workdirr'", "workdir"]),
     (["out"], ["unexpected argument 'out'"]),
+    (["--workdir=gs://bucket/run"], ["gs://bucket/run, a URL; expected a folder"]),
   ],
 )
 def test_a_wrong_flag_is_one_line(main, base, tmp_path, flags, parts):
