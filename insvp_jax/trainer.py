@@ -124,7 +124,7 @@ def train(
     Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
   ):
     state = checkpointer.restore(state) or state
-    _check_same_config(config, checkpointer)
+    _check_same_run(config, prepared.data, checkpointer)
     write_json(workdir / "config.json", config_lib.to_dict(config))
     with Writers(
       workdir,
@@ -148,13 +148,18 @@ def train(
   return result
 
 
-def _check_same_config(config: ConfigDict, checkpointer: Checkpointer) -> None:
-  """Refuses to go on with a run that was started with other settings."""
+def _check_same_run(
+  config: ConfigDict, data: TaskData, checkpointer: Checkpointer
+) -> None:
+  """Refuses to go on with a run that was started with other settings or data."""
   step = checkpointer.latest_step()
   if step is None:
     return
   meta = read_json(checkpointer.directory / str(step), "meta")
-  if difference := config_lib.difference(config, meta.get("config", {})):
+  difference = config_lib.difference(config, meta.get("config", {}))
+  if not difference and meta.get("data_sha256") != data.digest:
+    difference = f"the images of {data.name!r} or their labels have changed"
+  if difference:
     raise ValueError(
       f"{checkpointer.directory.parent} holds a run with other settings: {difference}. "
       "Use another workdir, or delete this one to start over."
@@ -343,6 +348,7 @@ def _meta(
     "image_size": program.model.backbone.image_size,
     "method": config.method,
     "task": prepared.data.name,
+    "data_sha256": prepared.data.digest,
     "trainable": trainable,
     "config": config_lib.to_dict(config),
     "versions": versions(),
@@ -385,6 +391,7 @@ def _result(
     "prompter_params": sum(int(v.size) for v in prompter.values()),
     "total_params": trees.count(params),
     "backbone": meta["backbone"],
+    "data_sha256": meta["data_sha256"],
     "train_seconds": loop.clock.seconds,
     "images_per_second": loop.clock.images_per_second,
     "devices": jax.device_count(),

@@ -214,6 +214,7 @@ def _finish(config, workdir: Path, prepared: Prepared, test: bool = True):
     found, before = json.loads(result.read_text()), json.loads(stored.read_text())
     # Random weights have a seed beside what is prepared; the config compares it.
     same = prepared.backbone.items() <= found["backbone"].items()
+    same &= found.get("data_sha256") == prepared.data.digest
     if same and not config_lib.difference(config, before):
       return found
   return trainer.train(config, workdir, prepared=prepared, test=test)

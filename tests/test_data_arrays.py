@@ -23,6 +23,16 @@ def test_task_data_checks_labels():
     TaskData("t", ("a", "b"), {"val": _split([0]).take(np.array([], np.int64))})
 
 
+def test_the_digest_sees_classes_images_and_labels():
+  def data(names=("a", "b"), labels=(0, 1), shift=0, split="train"):
+    images = np.stack([pixels(i + shift, 2) for i in range(len(labels))])
+    return TaskData("t", names, {split: ArraySplit(images, np.array(labels, np.int32))})
+
+  same = {data().digest, data().digest}
+  others = [data(("a", "c")), data(labels=(1, 0)), data(shift=1), data(split="val")]
+  assert len(same) == 1 and len(same | {d.digest for d in others}) == 5
+
+
 def test_unknown_tasks_and_sizes_are_named():
   with pytest.raises(ValueError, match="unknown task 'cifar_100'.*mean 'cifar100'"):
     load_data("cifar_100", data_config(), 32)

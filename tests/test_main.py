@@ -339,6 +339,10 @@ def test_a_workdir_that_cannot_be_written_is_one_line(main, base, tmp_path, wher
       ["--config.data.root={place}/other"],
       ["got class_names ant, bee, cat, expected bee, cat, elk"],
     ),
+    (
+      ["--config.data.root={place}/darker"],
+      ["the images of", "or their labels have changed"],
+    ),
     (["--config.optim.lr=0.5"], ["other settings: config.optim.lr is 0.5, was"]),
     (["--config.seed=1"], ["other settings: config.seed is 1, was 0"]),
   ],
@@ -351,6 +355,10 @@ def test_a_workdir_of_another_run_is_one_line_and_left_alone(
     shutil.copytree(place / "images", other)
     for split in SPLITS:
       (other / split / "ant").rename(other / split / "elk")
+    # The same names, one other image.
+    darker = shutil.copytree(place / "images", place / "darker")
+    first, second = sorted((darker / "train" / "ant").iterdir())[:2]
+    shutil.copy(second, first)
   before = contents(finished)
   flags = [flag.format(place=place) for flag in flags]
   done = main(*base, f"--workdir={finished}", *flags)

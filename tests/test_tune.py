@@ -45,6 +45,7 @@ class FakeTrainer:
       "train_seconds": 2.0,
       "images_per_second": 8.0,
       "backbone": {**prepared.backbone, "seed": config.seed} if prepared else {},
+      "data_sha256": prepared.data.digest if prepared else "",
     }
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "result.json").write_text(json.dumps(result))
@@ -162,7 +163,7 @@ def test_finished_runs_are_not_repeated(install, tmp_path):
   assert (again["lr"], again["seeds"]) == (0.01, [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("what", ["config", "backbone", "interrupted"])
+@pytest.mark.parametrize("what", ["config", "backbone", "data", "interrupted"])
 def test_a_run_of_something_else_is_not_taken_for_finished(install, tmp_path, what):
   config = search_config(tune__lr=(), tune__wd=(), tune__seeds=(0,))
   install(best_at(0.01))
@@ -173,6 +174,10 @@ def test_a_run_of_something_else_is_not_taken_for_finished(install, tmp_path, wh
   elif what == "backbone":
     found = json.loads(result.read_text())
     found["backbone"]["id"] = "another"
+    result.write_text(json.dumps(found))
+  elif what == "data":
+    found = json.loads(result.read_text())
+    found["data_sha256"] = "of other images"
     result.write_text(json.dumps(found))
   else:
     result.unlink()

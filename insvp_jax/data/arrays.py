@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
+import hashlib
 
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
@@ -77,6 +79,16 @@ class TaskData:
   def num_classes(self) -> int:
     """Returns k. Never inferred from labels: a split may miss classes."""
     return len(self.class_names)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The sha256 (hex) of classes, images and labels: what a result depends on."""
+    sha = hashlib.sha256("\n".join(self.class_names).encode())
+    for name, split in sorted(self.splits.items()):
+      sha.update(f"{name}{split.images.shape}".encode())
+      sha.update(np.ascontiguousarray(split.images))
+      sha.update(np.ascontiguousarray(split.labels))
+    return sha.hexdigest()
 
   def describe(self) -> str:
     """Returns one line: name, classes, sizes of the splits, skipped files."""
