@@ -116,7 +116,8 @@ def train(
   )
   state = program_lib.create_state(config, program, params)
   backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
-  meta = _meta(config, prepared, backbone)
+  data_sha256 = data_digest(config, prepared.data, test)
+  meta = _meta(config, prepared, backbone, data_sha256)
   with (
     # Of several processes all must stop at the same step: there JAX's preemption
     # service has to hear of the signal.
@@ -124,7 +125,7 @@ def train(
     Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
   ):
     state = checkpointer.restore(state) or state
-    _check_same_run(config, prepared.data, checkpointer)
+    _check_same_run(config, meta, checkpointer)
     write_json(workdir / "config.json", config_lib.to_dict(config))
     with Writers(
       workdir,
@@ -148,8 +149,14 @@ def train(
   return result
 
 
+def data_digest(config: ConfigDict, data: TaskData, test: bool) -> str:
+  """Returns the digest of the splits that a run reads."""
+  splits = {config.data.train_split, "val"} | ({"test"} if test else set())
+  return data.digest(splits)
+
+
 def _check_same_run(
-  config: ConfigDict, data: TaskData, checkpointer: Checkpointer
+  config: ConfigDict, mine: Mapping[str, Any], checkpointer: Checkpointer
 ) -> None:
   """Refuses to go on with a run that was started with other settings or data."""
   step = checkpointer.latest_step()
@@ -157,8 +164,8 @@ def _check_same_run(
     return
   meta = read_json(checkpointer.directory / str(step), "meta")
   difference = config_lib.difference(config, meta.get("config", {}))
-  if not difference and meta.get("data_sha256") != data.digest:
-    difference = f"the images of {data.name!r} or their labels have changed"
+  if not difference and meta.get("data_sha256") != mine["data_sha256"]:
+    difference = f"the images of {mine['task']!r} or their labels have changed"
   if difference:
     raise ValueError(
       f"{checkpointer.directory.parent} holds a run with other settings: {difference}. "
@@ -335,7 +342,10 @@ class Loop:
 
 
 def _meta(
-  config: ConfigDict, prepared: Prepared, backbone: Mapping[str, Any]
+  config: ConfigDict,
+  prepared: Prepared,
+  backbone: Mapping[str, Any],
+  data_sha256: str,
 ) -> dict[str, Any]:
   program = prepared.program
   trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
@@ -348,7 +358,7 @@ def _meta(
     "image_size": program.model.backbone.image_size,
     "method": config.method,
     "task": prepared.data.name,
-    "data_sha256": prepared.data.digest,
+    "data_sha256": data_sha256,
     "trainable": trainable,
     "config": config_lib.to_dict(config),
     "versions": versions(),

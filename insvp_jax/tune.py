@@ -214,7 +214,8 @@ def _finish(config, workdir: Path, prepared: Prepared, test: bool = True):
     found, before = json.loads(result.read_text()), json.loads(stored.read_text())
     # Random weights have a seed beside what is prepared; the config compares it.
     same = prepared.backbone.items() <= found["backbone"].items()
-    same &= found.get("data_sha256") == prepared.data.digest
+    digest = trainer.data_digest(config, prepared.data, test)
+    same &= found.get("data_sha256") == digest
     if same and not config_lib.difference(config, before):
       return found
   return trainer.train(config, workdir, prepared=prepared, test=test)

@@ -28,9 +28,13 @@ def test_the_digest_sees_classes_images_and_labels():
     images = np.stack([pixels(i + shift, 2) for i in range(len(labels))])
     return TaskData("t", names, {split: ArraySplit(images, np.array(labels, np.int32))})
 
-  same = {data().digest, data().digest}
-  others = [data(("a", "c")), data(labels=(1, 0)), data(shift=1), data(split="val")]
-  assert len(same) == 1 and len(same | {d.digest for d in others}) == 5
+  def digest(*args, names=("train",), **kwargs):
+    return data(*args, **kwargs).digest(names)
+
+  assert digest() == digest() == digest(names=("train", "not there"))
+  others = [digest(("a", "c")), digest(labels=(1, 0)), digest(shift=1)]
+  others += [digest(names=()), digest(split="val", names=("val",))]
+  assert len({digest(), *others}) == 6
 
 
 def test_unknown_tasks_and_sizes_are_named():

@@ -45,7 +45,9 @@ class FakeTrainer:
       "train_seconds": 2.0,
       "images_per_second": 8.0,
       "backbone": {**prepared.backbone, "seed": config.seed} if prepared else {},
-      "data_sha256": prepared.data.digest if prepared else "",
+      "data_sha256": trainer.data_digest(config, prepared.data, test)
+      if prepared
+      else "",
     }
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "result.json").write_text(json.dumps(result))

@@ -1,6 +1,6 @@
 """Decoded images in memory: what every data source hands to the pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -38,6 +38,14 @@ class ArraySplit:
   def __len__(self) -> int:
     """Returns the number of examples."""
     return len(self.labels)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The sha256 (hex) of images and labels."""
+    sha = hashlib.sha256(str(self.images.shape).encode())
+    sha.update(np.ascontiguousarray(self.images))
+    sha.update(np.ascontiguousarray(self.labels))
+    return sha.hexdigest()
 
   def take(self, indices: Int[np.ndarray, "m"]) -> "ArraySplit":
     """Returns the examples at `indices`, in that order."""
@@ -80,14 +88,11 @@ class TaskData:
     """Returns k. Never inferred from labels: a split may miss classes."""
     return len(self.class_names)
 
-  @functools.cached_property
-  def digest(self) -> str:
-    """The sha256 (hex) of classes, images and labels: what a result depends on."""
+  def digest(self, names: Iterable[str]) -> str:
+    """The sha256 (hex) of the classes and of some splits, e.g. those a run reads."""
     sha = hashlib.sha256("\n".join(self.class_names).encode())
-    for name, split in sorted(self.splits.items()):
-      sha.update(f"{name}{split.images.shape}".encode())
-      sha.update(np.ascontiguousarray(split.images))
-      sha.update(np.ascontiguousarray(split.labels))
+    for name in sorted(set(names) & set(self.splits)):
+      sha.update(f"{name} {self.splits[name].digest}".encode())
     return sha.hexdigest()
 
   def describe(self) -> str:
