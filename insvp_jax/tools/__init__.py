@@ -47,6 +47,21 @@ def find_images(paths: Sequence[str]) -> list[Path]:
   return found
 
 
+def task_data(run: Any) -> Any:
+  """Returns the `TaskData` of a run's own task; its data have to be where they were.
+
+  Raises:
+    ValueError, FileNotFoundError: the data are not to be had; see the message.
+  """
+  from ml_collections import ConfigDict
+
+  from insvp_jax.data import load_data
+
+  config = run.meta["config"]
+  size = run.model.backbone.image_size
+  return load_data(config["task"], ConfigDict(config["data"]), size)
+
+
 def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   """Returns some test images of the run's own task, with their class names.
 
@@ -62,14 +77,9 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   Raises:
     ValueError, FileNotFoundError: the data are not to be had; see the message.
   """
-  from ml_collections import ConfigDict
   import numpy as np
 
-  from insvp_jax.data import load_data
-
-  config = run.meta["config"]
-  size = run.model.backbone.image_size
-  data = load_data(config["task"], ConfigDict(config["data"]), size)
+  data = task_data(run)
   name = next(name for name in ("test", "val", "train") if name in data.splits)
   split = data.splits[name]
   rng = np.random.default_rng(seed)
