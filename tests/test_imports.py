@@ -25,7 +25,7 @@ LAYERS = (
   ("optim", "losses", "partition"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions"),
+  ("config", "trees", "errors", "stopping", "versions", "clock"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
