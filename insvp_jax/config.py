@@ -173,11 +173,8 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ValueError: names the key, its value and what is expected.
   """
-  missing = set(trees.flatten(defaults().to_dict())) - set(
-    trees.flatten(config.to_dict())
-  )
-  # Empty tuples and dicts do not survive flattening on both sides alike.
-  missing = {name for name in missing if not _has(config, name)}
+  known = trees.flatten(defaults().to_dict())
+  missing = [name for name in known if not _has(config, name)]
   if missing:
     raise ValueError(
       f"the config lacks {', '.join(sorted(missing)).replace('/', '.')}; start it from "

@@ -92,7 +92,7 @@ def create_program(
     batch_size=config.batch_size,
   )
   optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
-  preset = trees.lookup(preprocess.PRESETS, config.data.preset, "preset")
+  preset = preprocess.get_preset(config.data.preset)
   train_step = steps.create_train_step(
     model, optimizer, mask, preset=preset, loss=config.loss.to_dict()
   )

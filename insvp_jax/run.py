@@ -169,11 +169,7 @@ def load_run(
   verify(where)
   meta = _check_meta(read_json(where, "meta"), where)
   model = create_model(**meta["model"])
-  size = model.backbone.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  shapes = trees.flatten(
-    jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-  )
+  shapes = trees.flatten(program.param_shapes(model))
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
   adapter = read_arrays(where, "adapter", sharding=sharding)
   trained = {*meta["trainable"], *adapter}

@@ -20,7 +20,7 @@ from insvp_jax.checkpoint_files import read_json
 from insvp_jax.checkpoints import Checkpointer
 from insvp_jax.clock import Clock
 from insvp_jax.data import TaskData, load_data, pipeline
-from insvp_jax.data.preprocess import PRESETS
+from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.program import Program
 from insvp_jax.stopping import Stopped, StopSignal
@@ -61,7 +61,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
     ValueError, FileNotFoundError: bad input; see the message.
   """
   config_lib.validate(config)
-  trees.lookup(PRESETS, config.data.preset, "preset")
+  get_preset(config.data.preset)
   mesh = partition.create_mesh()
   partition.check_batch_size(config.batch_size, mesh)
   backbone = create_backbone(
@@ -183,7 +183,7 @@ def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
     [
       param_overview(shapes, program.mask),
       prepared.data.describe(),
-      PRESETS[config.data.preset].describe(),
+      get_preset(config.data.preset).describe(),
       f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
       f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
       f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "

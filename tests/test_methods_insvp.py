@@ -89,18 +89,23 @@ def test_feature_prompt_fuses_common_and_specific():
   np.testing.assert_array_equal(tokens, prompts["feature"])
 
 
-def test_specific_prompt_is_the_same_in_every_block():
-  method = insvp(preset="release", prompt_dropout=0.0)
-  variables = init(method)
-  # In training too: one p^s, with one draw of dropout, for all blocks.
-  tokens = method.apply(
+def train_tokens(method, variables, seed):
+  """Prompt tokens with dropout on."""
+  return method.apply(
     variables,
     IMAGES,
     IMAGES,
     train=True,
     method="prompt_tokens",
-    rngs={"dropout": jax.random.key(2)},
+    rngs={"dropout": jax.random.key(seed)},
   ).tokens
+
+
+def test_specific_prompt_is_the_same_in_every_block():
+  method = insvp(preset="release", prompt_dropout=0.0)
+  variables = init(method)
+  # In training too: one p^s, with one draw of dropout, for all blocks.
+  tokens = train_tokens(method, variables, 2)
   specific = tokens - variables["params"]["common_prompt"][:, None]
   np.testing.assert_allclose(specific[1:], specific[:-1], atol=1e-6)
   assert not np.allclose(specific[:, 0], specific[:, 1])
@@ -310,14 +315,7 @@ def test_without_dropout_training_computes_what_evaluation_does():
 def test_prompt_dropout_is_drawn_for_each_sample():
   method = insvp(**only("common"), prompt_dropout=0.5)
   variables = init(method)
-  tokens = method.apply(
-    variables,
-    IMAGES,
-    IMAGES,
-    train=True,
-    method="prompt_tokens",
-    rngs={"dropout": jax.random.key(0)},
-  ).tokens
+  tokens = train_tokens(method, variables, 0)
   assert tokens.shape == (3, 2, 4, 32)
   assert not np.array_equal(tokens[:, 0], tokens[:, 1])
   assert 0.4 < np.mean(tokens == 0) < 0.6

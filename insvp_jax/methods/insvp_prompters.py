@@ -167,7 +167,7 @@ def _center(x: Array, side: int) -> Array:
 
 
 def _max_pool(x: Array, size: int) -> Array:
-  # As a reduction: its gradient is several times faster than a window's on CPU.
+  # As a reduction: its gradient is faster than a window's on CPUs.
   x = x[:, : x.shape[1] // size * size, : x.shape[2] // size * size]
   pattern = "b (h p) (w q) c -> b h w c"
   return einops.reduce(x, pattern, "max", p=size, q=size)

@@ -10,7 +10,7 @@ from insvp_jax import trees
 from insvp_jax.models.vit import decode_variant
 
 ASSETS = Path(__file__).parents[1] / "assets"
-_ARCHITECTURE = (
+ARCHITECTURE = (
   "width",
   "depth",
   "mlp_dim",
@@ -123,13 +123,13 @@ def architecture_of(name: str) -> dict[str, Any]:
       "gelu": release.gelu,
     }
   described = sidecar(name)
-  missing = [field for field in _ARCHITECTURE if field not in described]
+  missing = [field for field in ARCHITECTURE if field not in described]
   if missing:
     raise ValueError(
       f"{ASSETS / name}.json lacks {', '.join(missing)}; it has to hold "
-      f"{', '.join(_ARCHITECTURE)}."
+      f"{', '.join(ARCHITECTURE)}."
     )
-  return {field: described[field] for field in _ARCHITECTURE}
+  return {field: described[field] for field in ARCHITECTURE}
 
 
 def release_of(path_or_name: str | os.PathLike[str]) -> Release | None:

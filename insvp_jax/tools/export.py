@@ -15,9 +15,6 @@ from typing import Any
 
 from insvp_jax import tools
 
-_ARCHITECTURE = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "image_size")
-_CHOICES = ("pool", "gelu")
-
 
 def export_backbone(
   run: Any, output: Path, *, dtype: str = "float32", command: str = ""
@@ -35,12 +32,13 @@ def export_backbone(
     OSError: the files cannot be written.
   """
   from insvp_jax.models import pretrained
+  from insvp_jax.models.releases import ARCHITECTURE
   from insvp_jax.writers import write_json
 
   pretrained.save_backbone(run.params["backbone"], output, dtype=dtype)
   vit = run.model.backbone
   result = run.result or {}
-  described = {field: getattr(vit, field) for field in (*_ARCHITECTURE, *_CHOICES)}
+  described = {field: getattr(vit, field) for field in ARCHITECTURE}
   described |= {
     "sha256": pretrained.file_digest(output),
     "dtype": dtype,
