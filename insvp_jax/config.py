@@ -20,7 +20,7 @@ METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|data/(root|cache_dir|data_dir)|backbone/(weights|remat)"
+  r"prompt_images|data/(root|cache_dir|data_dir|lists|resident_mb)|backbone/(weights|remat)"
 )
 
 
@@ -109,6 +109,9 @@ def _data() -> ConfigDict:
   section.skip_corrupt = False
   section.cache_dir = ""  # of decoded images; "": the default place, "off": none
   section.data_dir = ""  # "": TFDS's default
+  section.subset = ""  # which training images; "": the task's first choice
+  section.lists = ""  # folder of VPT-style train.json, val.json, test.json
+  section.resident_mb = 1024  # splits above stay in their files and are streamed
   return section
 
 
@@ -233,6 +236,7 @@ _RANGES = (
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
   ("prompt_images", 0, math.inf),
+  ("data.resident_mb", 0, math.inf),
   ("data.val_fraction", 0, 1),
   ("data.test_fraction", 0, 1),
   ("loss.mixup_alpha", 0, math.inf),

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 from jaxtyping import Array
+
+_AHEAD = 3
 
 
 def evaluate(
@@ -24,8 +27,11 @@ def evaluate(
   Raises:
     ValueError: there is no example to evaluate.
   """
-  # Nothing is read back before the last batch is under way.
-  sums = [eval_step(params, batch) for batch in batches]
+  sums = []
+  for batch in batches:
+    sums.append(eval_step(params, batch))
+    # Batches that wait for the device hold their images: not too many at a time.
+    jax.block_until_ready(sums[-_AHEAD:][0])
   count = sum(int(s["count"]) for s in sums)
   if count == 0:
     raise ValueError("evaluation found no example; the split is empty.")

@@ -68,10 +68,9 @@ def create_train_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.rng, state.step)
-    augment_key, mix_key, dropout_key = jax.random.split(key, 3)
-    images = preprocess.train_preprocess(
-      preset, batch["images"], augment_key, model.backbone.image_size
-    )
+    # The first one is the pipeline's, for crops and flips.
+    _, mix_key, dropout_key = jax.random.split(key, 3)
+    images = preprocess.normalise(preset, batch["images"])
     targets = losses.targets(
       batch["labels"], model.head.num_classes, loss["label_smoothing"]
     )

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -208,15 +209,23 @@ class Loop:
 
   def run(self, state):
     """Returns the state after the last step."""
-    config, program = self.config, self.prepared.program
-    start = marked = int(state.step)
+    program = self.prepared.program
     batches = pipeline.train_batches(
-      self.prepared.data.splits[config.data.train_split],
-      batch_size=config.batch_size,
-      seed=config.seed,
-      start_step=start,
+      self.prepared.data.splits[self.config.data.train_split],
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      preset=get_preset(self.config.data.preset),
+      image_size=program.model.backbone.image_size,
+      start_step=int(state.step),
       sharding=partition.batch_sharding(program.mesh),
     )
+    # A stream has threads, which end with it.
+    with contextlib.closing(batches):
+      return self._run(state, batches)
+
+  def _run(self, state, batches):
+    config, program = self.config, self.prepared.program
+    start = marked = int(state.step)
     if self.before.get("evaluation_due"):
       self._evaluate(start, state)
     self.clock.skip()

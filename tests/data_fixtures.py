@@ -21,6 +21,9 @@ def data_config(**changes) -> ml_collections.ConfigDict:
     "skip_corrupt": False,
     "cache_dir": "off",
     "data_dir": "",
+    "subset": "",
+    "lists": "",
+    "resident_mb": 1024,
   }
   return ml_collections.ConfigDict({**values, **changes})
 

@@ -12,6 +12,13 @@ from insvp_jax.data import preprocess
 from insvp_jax.data.preprocess import PRESETS
 
 
+def _train(preset, images, key, image_size):
+  """Returns what the backbone sees of stored images while training."""
+  return preprocess.normalise(
+    preset, preprocess.augment(preset, images, key, image_size)
+  )
+
+
 def _noise(*shape, seed=0):
   return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -106,7 +113,7 @@ def test_eval_takes_the_centre_and_normalises():
 @pytest.mark.parametrize("name", ["vtab", "vpt", "modern"])
 def test_presets_without_augmentation_train_as_they_evaluate(name):
   images = jax.numpy.asarray(_noise(3, 12, 12, 3))
-  train = preprocess.train_preprocess(PRESETS[name], images, jax.random.key(0), 12)
+  train = _train(PRESETS[name], images, jax.random.key(0), 12)
   evaluated = preprocess.eval_preprocess(PRESETS[name], images, 12)
   np.testing.assert_array_equal(train, evaluated)
 
@@ -130,7 +137,7 @@ def test_augmented_images_are_crops_and_flips(name, stored):
   image = _noise(stored, stored, 3)
   known = {crop.tobytes(): what for what, crop in _candidates(preset, image, 16)}
   batch = jax.numpy.asarray(np.stack([image] * 256))
-  train = jax.jit(lambda x, key: preprocess.train_preprocess(preset, x, key, 16))
+  train = jax.jit(lambda x, key: _train(preset, x, key, 16))
   out = np.rint(np.asarray(train(batch, jax.random.key(1))) * 255).astype(np.uint8)
   drawn = [known[augmented.tobytes()] for augmented in out]
   # Every offset and both directions occur, and no offset is favoured.
@@ -151,7 +158,7 @@ def test_images_of_another_size_are_refused():
   images = jax.numpy.asarray(pixels(0, 20)[None])
   for call in (
     lambda: preprocess.eval_preprocess(PRESETS["vtab"], images, 16),
-    lambda: preprocess.train_preprocess(PRESETS["vtab"], images, jax.random.key(0), 16),
+    lambda: _train(PRESETS["vtab"], images, jax.random.key(0), 16),
   ):
     with pytest.raises(ValueError, match="images of 20 pixels came.*keeps 16 pixels"):
       call()

@@ -1,6 +1,6 @@
-"""Decoded images in memory: what every data source hands to the pipeline."""
+"""Decoded images in memory, and a task: what every data source hands on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -8,10 +8,14 @@ import hashlib
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
 
+from insvp_jax.data.splits import Indices, Pixels, Split, StreamSplit
+
+_CHUNK = 256
+
 
 @dataclasses.dataclass(frozen=True)
-class ArraySplit:
-  """The images of one split, all of one size, and their labels.
+class ArraySplit(Split):
+  """The images of one split, all of one size, and their labels, in memory.
 
   Attributes:
     images: pixels in [0, 255].
@@ -35,9 +39,15 @@ class ArraySplit:
         f"{labels.dtype} {list(labels.shape)}."
       )
 
-  def __len__(self) -> int:
-    """Returns the number of examples."""
-    return len(self.labels)
+  @property
+  def stored_size(self) -> int:
+    return self.images.shape[1]
+
+  def read(
+    self, requests: Iterable[Indices], *, whole: bool = False
+  ) -> Iterator[Pixels]:
+    for request in requests:
+      yield self.images[request]
 
   @functools.cached_property
   def digest(self) -> str:
@@ -60,16 +70,17 @@ class TaskData:
     name: the task, e.g. "cifar100", or the name of the user's folder.
     class_names: one name per class; their order defines the labels.
     splits: those of "train", "val", "train_val", "test" that exist.
-      "train_val" is what the final model of a protocol is trained on.
     skipped: number of unreadable images left out (see `skip_corrupt`).
     source: what was read, with its version; stored with the result.
+    final_split: what the final model of the task's protocol is trained on.
   """
 
   name: str
   class_names: tuple[str, ...]
-  splits: Mapping[str, ArraySplit]
+  splits: Mapping[str, Split]
   skipped: int = 0
   source: str = ""
+  final_split: str = "train_val"
 
   def __post_init__(self):
     """Checks that labels are class indices and that no split is empty."""
@@ -97,7 +108,10 @@ class TaskData:
 
   def describe(self) -> str:
     """Returns one line: name, classes, sizes of the splits, skipped files."""
-    sizes = ", ".join(f"{name} {len(split)}" for name, split in self.splits.items())
+    sizes = ", ".join(
+      f"{name} {len(split)}" + (" (streamed)" if isinstance(split, StreamSplit) else "")
+      for name, split in self.splits.items()
+    )
     skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
     return f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
 
@@ -108,3 +122,25 @@ def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:
     np.concatenate([first.images, second.images]),
     np.concatenate([first.labels, second.labels]),
   )
+
+
+def take(split: Split, indices: Int[np.ndarray, "m"] | None = None) -> ArraySplit:
+  """Returns some examples of a split, or all of them, in memory.
+
+  Args:
+    split: of either kind.
+    indices: positions; None for every one in order.
+
+  Raises:
+    ValueError: an image does not decode; the message names it.
+  """
+  if isinstance(split, ArraySplit):
+    return split if indices is None else split.take(indices)
+  indices = np.arange(len(split)) if indices is None else np.asarray(indices)
+  size = split.stored_size
+  images = np.empty((len(indices), size, size, 3), np.uint8)
+  starts = range(0, len(indices), _CHUNK)
+  pieces = split.read(indices[start : start + _CHUNK] for start in starts)
+  for start, piece in zip(starts, pieces, strict=True):
+    images[start : start + len(piece)] = piece
+  return ArraySplit(images, split.labels[indices])

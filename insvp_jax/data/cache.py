@@ -49,8 +49,36 @@ def cached(
     read: reads and decodes the source.
     cache_dir: folder; "" for `default_dir()`, "off" for no cache.
   """
+  return _through(key, read, _pack, _unpack, cache_dir)
+
+
+def cached_split(
+  key: Mapping[str, Any], read: Callable[[], ArraySplit], cache_dir: str = ""
+) -> ArraySplit:
+  """As `cached`, for one split."""
+
+  def pack(split: ArraySplit) -> dict[str, np.ndarray]:
+    return {"images": split.images, "labels": split.labels}
+
+  def unpack(stored: Mapping[str, np.ndarray]) -> ArraySplit:
+    return ArraySplit(stored["images"], stored["labels"])
+
+  return _through(key, read, pack, unpack, cache_dir)
+
+
+def cached_arrays(
+  key: Mapping[str, Any],
+  make: Callable[[], dict[str, np.ndarray]],
+  cache_dir: str = "",
+) -> dict[str, np.ndarray]:
+  """As `cached`, for arrays by name."""
+  return _through(key, make, lambda arrays: arrays, dict, cache_dir)
+
+
+def _through(key, make, pack, unpack, cache_dir: str):
+  """Returns `make()`; its packed arrays go through the cache."""
   if cache_dir == "off":
-    return read()
+    return make()
   import PIL
 
   text = json.dumps({**key, "format": _FORMAT, "pillow": PIL.__version__})
@@ -59,19 +87,21 @@ def cached(
   path = folder / f"{digest}.npz"
   if path.exists():
     try:
-      return _load(path)
+      # Opened here, because np.load leaves a damaged file open.
+      with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        return unpack({name: stored[name] for name in stored.files})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
       logging.warning("the cached data %s are damaged, read anew: %s", path, error)
   start = time.monotonic()
-  data = read()
+  made = make()
   worthwhile = bool(cache_dir) or time.monotonic() - start > _MIN_SECONDS
-  size = sum(split.images.nbytes for split in data.splits.values())
-  if worthwhile and size <= _MAX_BYTES:
+  arrays = pack(made) if worthwhile else {}
+  if arrays and sum(array.nbytes for array in arrays.values()) <= _MAX_BYTES:
     try:
-      _save(path, data)
+      _save(path, arrays)
     except OSError as error:
       logging.warning("decoded data are not cached in %s: %s", folder, error)
-  return data
+  return made
 
 
 def fingerprint(path: Path) -> list[Any]:
@@ -87,21 +117,7 @@ def fingerprint(path: Path) -> list[Any]:
   return [path.name, status.st_size, status.st_mtime_ns]
 
 
-def _load(path: Path) -> TaskData:
-  # Opened here, because np.load leaves a damaged file open.
-  with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-    meta = json.loads(str(stored["meta"]))
-    splits = {
-      name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])
-      for name in meta.pop("split_names")
-    }
-  class_names = tuple(meta.pop("class_names"))
-  return TaskData(class_names=class_names, splits=splits, **meta)
-
-
-def _save(path: Path, data: TaskData):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _remove_stale(path.parent)
+def _pack(data: TaskData) -> dict[str, np.ndarray]:
   meta = {
     "name": data.name,
     "class_names": data.class_names,
@@ -113,6 +129,22 @@ def _save(path: Path, data: TaskData):
   for name, split in data.splits.items():
     arrays[f"{name}_images"] = split.images
     arrays[f"{name}_labels"] = split.labels
+  return arrays
+
+
+def _unpack(stored: Mapping[str, np.ndarray]) -> TaskData:
+  meta = json.loads(str(stored["meta"]))
+  splits = {
+    name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])
+    for name in meta.pop("split_names")
+  }
+  class_names = tuple(meta.pop("class_names"))
+  return TaskData(class_names=class_names, splits=splits, **meta)
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _remove_stale(path.parent)
   handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
   try:
     with os.fdopen(handle, "wb") as file:

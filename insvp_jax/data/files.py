@@ -43,6 +43,10 @@ class Root(abc.ABC):
     """Returns how messages name a file."""
 
   @abc.abstractmethod
+  def sizes(self, names: Iterable[str]) -> list[int]:
+    """Returns the files' sizes in bytes; -1 for one that is not there."""
+
+  @abc.abstractmethod
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     """Returns what changes when the content of one of the files does."""
 
@@ -121,6 +125,15 @@ class _Folder(Root):
   def describe(self, name: str) -> str:
     return str(self.path / name)
 
+  def sizes(self, names: Iterable[str]) -> list[int]:
+    found = []
+    for name in names:
+      try:
+        found.append((self.path / name).stat().st_size)
+      except OSError:
+        found.append(-1)
+    return found
+
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     rows = []
     for name in names:
@@ -174,6 +187,10 @@ class _Zip(Root):
 
   def describe(self, name: str) -> str:
     return f"{self.path}/{name}"
+
+  def sizes(self, names: Iterable[str]) -> list[int]:
+    known = self._members
+    return [known[name].file_size if name in known else -1 for name in names]
 
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     return [

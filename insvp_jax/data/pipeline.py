@@ -1,21 +1,26 @@
 """Batches on the devices: a deterministic train stream and complete evaluation.
 
-The training images live on the devices as uint8. Each step only names a position;
-shuffling and gathering happen on the device, so the host does nothing per step.
-Evaluation reads from the host's memory, because test sets may be large.
+A training set in memory lives on the devices as uint8: each step only names a
+position; shuffling, cropping and flipping happen there, so the host does nothing per
+step. A streamed one is read, cropped and flipped by the host, a bounded way ahead.
+Both give the same batches, and batch t depends only on the split, the seed and t.
 
-Every process of a multi-host job holds the same split and hands to its devices
-only their rows.
+Every process of a multi-host job hands to its devices only their rows, and of a
+stream it reads only those.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Key
 import numpy as np
 
+from insvp_jax.data import preprocess
 from insvp_jax.data.arrays import ArraySplit
+from insvp_jax.data.preprocess import Preset
+from insvp_jax.data.splits import Split
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -34,22 +39,26 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def train_batches(
-  split: ArraySplit,
+  split: Split,
   *,
   batch_size: int,
   seed: int,
+  preset: Preset | None = None,
+  image_size: int = 0,
   start_step: int = 0,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, Array]]:
   """Yields batches for ever; batch t depends only on the split, `seed` and t.
 
   Each epoch visits the examples in a new order; what does not fill a last batch
-  is left out of that epoch.
+  is left out of that epoch. Close the iterator to end a stream's threads.
 
   Args:
     split: the training examples.
     batch_size: b, over all devices and processes.
-    seed: of the order.
+    seed: of the order, crops and flips.
+    preset: how images are cropped and flipped; None leaves them as they are stored.
+    image_size: side of the crops in pixels; read with a preset only.
     start_step: the first step to yield, to go on after an interruption.
     sharding: of the batch's leading axis; None for the default device.
 
@@ -61,25 +70,46 @@ def train_batches(
   """
   # The checks run now, not at the first `next`.
   per_epoch = steps_per_epoch(len(split), batch_size)
-  return _train_batches(split, batch_size, per_epoch, seed, start_step, sharding)
+  steps = _Steps(len(split), batch_size, per_epoch, seed, start_step)
+  if preset is not None and not preset.augments:
+    preset = None
+  batches = _resident if isinstance(split, ArraySplit) else _streamed
+  return batches(split, steps, preset, image_size, sharding)
 
 
-def _train_batches(split, batch_size, per_epoch, seed, start_step, sharding):
-  everywhere = _replicated(sharding)
-  # One copy per device: a gather then needs no communication.
-  images, labels = _put(split.images, everywhere), _put(split.labels, everywhere)
-  # Static arguments, not closures: the next call finds the compiled programs.
-  permute = jax.jit(_permutation, static_argnames="size", out_shardings=everywhere)
-  gather = jax.jit(_gather, static_argnames="batch_size", out_shardings=sharding)
-  epoch, order = None, None
-  step = start_step
-  while True:
-    if epoch != step // per_epoch:
-      epoch = step // per_epoch
-      order = permute(np.uint32(seed % 2**32), np.uint32(epoch), size=len(split))
-    position = np.int32(step % per_epoch)
-    yield gather(images, labels, order, position, batch_size=batch_size)
-    step += 1
+class _Steps:
+  """Which examples make up which batch."""
+
+  def __init__(self, number, batch_size, per_epoch, seed, start):
+    self.number, self.batch_size = number, batch_size
+    self.per_epoch, self.seed, self.start = per_epoch, seed, start
+
+  def orders(self, out_shardings=None) -> Iterator[tuple[int, Array]]:
+    """Yields (step, order of its epoch) for ever."""
+    # Static arguments, not closures: the next call finds the compiled program.
+    permute = jax.jit(_permutation, static_argnames="size", out_shardings=out_shardings)
+    epoch, order, step = None, None, self.start
+    while True:
+      if epoch != step // self.per_epoch:
+        epoch = step // self.per_epoch
+        seed = np.uint32(self.seed % 2**32)
+        order = permute(seed, np.uint32(epoch), size=self.number)
+      yield step, order
+      step += 1
+
+  def key(self, step: int) -> Key[Array, ""]:
+    return augment_key(self.seed, step)
+
+
+def augment_key(seed: int, step: int) -> Key[Array, ""]:
+  """Returns the key of a step's crops and flips: the first of the step's three.
+
+  Args:
+    seed: the run's.
+    step: number of batches before this one.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.random.split(key, 3)[0]
 
 
 def _permutation(seed, epoch, size: int):
@@ -87,17 +117,84 @@ def _permutation(seed, epoch, size: int):
   return jax.random.permutation(key, size)
 
 
-def _gather(images, labels, order, position, batch_size: int):
+def _resident(split, steps: _Steps, preset, image_size, sharding):
+  everywhere = _replicated(sharding)
+  # One copy per device: a gather then needs no communication.
+  images, labels = _put(split.images, everywhere), _put(split.labels, everywhere)
+  gather = jax.jit(
+    _gather,
+    static_argnames=("batch_size", "preset", "image_size"),
+    out_shardings=sharding,
+  )
+  options = {
+    "batch_size": steps.batch_size,
+    "preset": preset,
+    "image_size": image_size,
+  }
+  for step, order in steps.orders(everywhere):
+    position = np.int32(step % steps.per_epoch)
+    seed = np.uint32(steps.seed % 2**32)
+    yield gather(images, labels, order, position, seed, np.int32(step), **options)
+
+
+def _gather(
+  images, labels, order, position, seed, step, *, batch_size, preset, image_size
+):
   start = position * batch_size
   indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-  return {
-    "images": jnp.take(images, indices, 0, mode="clip"),
-    "labels": jnp.take(labels, indices, 0, mode="clip"),
-  }
+  chosen = jnp.take(images, indices, 0, mode="clip")
+  if preset is not None:
+    chosen = preprocess.augment(preset, chosen, augment_key(seed, step), image_size)
+  return {"images": chosen, "labels": jnp.take(labels, indices, 0, mode="clip")}
+
+
+def _streamed(split, steps: _Steps, preset, image_size, sharding):
+  rows = _local_rows(sharding, steps.batch_size)
+  whole = preset is not None and preset.keeps_aspect
+  taken: list[tuple[int, np.ndarray]] = []
+
+  def requests():
+    epoch, order = None, np.zeros(0, np.int64)
+    for step, on_device in steps.orders():
+      if epoch != step // steps.per_epoch:
+        epoch, order = step // steps.per_epoch, jax.device_get(on_device)
+      start = step % steps.per_epoch * steps.batch_size
+      indices = order[start : start + steps.batch_size][rows]
+      taken.append((step, indices))
+      yield indices
+
+  images = split.read(requests(), whole=whole)
+  try:
+    for pixels in images:
+      step, indices = taken.pop(0)
+      if preset is not None:
+        pixels = _cut(pixels, preset, steps.key(step), rows, steps, image_size)
+      yield _place(
+        {"images": np.asarray(pixels), "labels": split.labels[indices]},
+        rows,
+        steps.batch_size,
+        sharding,
+      )
+  finally:
+    images.close()
+
+
+def _cut(pixels, preset, key, rows, steps: _Steps, image_size):
+  """Returns this process's rows of a batch, cropped and flipped."""
+  # Each row has its own random numbers, so the sides of other rows do not matter.
+  sides = np.full((2, steps.batch_size), image_size, np.int32)
+  sides[:, rows] = np.transpose([image.shape[:2] for image in pixels])
+  draw = jax.jit(preprocess.draw_windows, static_argnums=(0, 4))
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    offsets, flips = jax.device_get(draw(preset, key, *sides, image_size))
+  out = np.empty((len(rows), image_size, image_size, 3), np.uint8)
+  for i, (row, image) in enumerate(zip(rows, pixels, strict=True)):
+    out[i] = preprocess.cut_window(image, offsets[row], flips[row], image_size)
+  return out
 
 
 def eval_batches(
-  split: ArraySplit,
+  split: Split,
   *,
   batch_size: int,
   sharding: jax.sharding.Sharding | None = None,
@@ -124,19 +221,31 @@ def eval_batches(
 
 
 def _eval_batches(split, batch_size, sharding):
-  for start in range(0, len(split), batch_size):
-    stop = min(start + batch_size, len(split))
-    batch = {
-      "images": split.images[start:stop],
-      "labels": split.labels[start:stop],
-      "mask": np.ones(stop - start, np.float32),
-    }
-    if missing := batch_size - (stop - start):
+  rows = _local_rows(sharding, batch_size)
+  starts = range(0, len(split), batch_size)
+  # In the last batch a process may have no real rows: nothing is read for it.
+  indices = [start + rows[start + rows < len(split)] for start in starts]
+  images = split.read(some for some in indices if len(some))
+  try:
+    for some in indices:
+      pixels = np.asarray(next(images)) if len(some) else _nothing(split)
       batch = {
-        name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        for name, array in batch.items()
+        "images": pixels,
+        "labels": split.labels[some],
+        "mask": np.ones(len(some), np.float32),
       }
-    yield {name: _put(array, sharding) for name, array in batch.items()}
+      if missing := len(rows) - len(some):
+        batch = {
+          name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+          for name, array in batch.items()
+        }
+      yield _place(batch, rows, batch_size, sharding)
+  finally:
+    images.close()
+
+
+def _nothing(split: Split) -> np.ndarray:
+  return np.empty((0, split.stored_size, split.stored_size, 3), np.uint8)
 
 
 def _replicated(sharding):
@@ -151,3 +260,32 @@ def _put(array: np.ndarray, sharding) -> Array:
     return jnp.asarray(array)
   # Unlike device_put, this also serves devices of which this process owns a part.
   return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def _local_rows(sharding, batch_size: int) -> np.ndarray:
+  """Returns the rows of a batch that lie on this process's devices, ascending."""
+  everything = np.arange(batch_size)
+  if sharding is None:
+    return everything
+  parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([everything[index] for index in parts]))
+
+
+def _place(
+  batch: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, sharding: Any
+) -> dict[str, Array]:
+  """Returns global arrays of which this process knows `rows` alone."""
+  if sharding is None:
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+  # Where a global row stands among those of this process.
+  local = np.zeros(batch_size, np.int64)
+  local[rows] = np.arange(len(rows))
+
+  def put(array: np.ndarray) -> Array:
+    def part(index):
+      return array[local[index[0]]]
+
+    shape = (batch_size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return {name: put(array) for name, array in batch.items()}

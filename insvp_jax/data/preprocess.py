@@ -3,15 +3,16 @@
 A preset belongs to the backbone and the protocol, never to the method. Work is
 divided so that nothing is done twice: the host decodes and resizes every image
 once to `Preset.stored_size` and keeps it as uint8 (rounded, so at most half a
-grey level away from the float result of the published code); cropping, flipping
-and normalising run on the device, inside the train step.
+grey level away from the float result of the published code). What training draws
+anew each time, crops and flips, is applied to the stored pixels where they are: on
+the device for sets that live there, by the host for streams, with equal results.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, UInt8
+from jaxtyping import Array, Bool, Float32, Int, Key, UInt8
 import numpy as np
 
 from insvp_jax import trees
@@ -23,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _RESIZES = {
   "tf1": "stretched bilinearly as TF1 does (no half-pixel centres, no antialias)",
   "antialias": "stretched bilinearly with antialias",
-  "shorter_side": "shorter side bilinearly with antialias, central square",
+  "shorter_side": "shorter side bilinearly with antialias, aspect ratio kept",
 }
 
 
@@ -36,7 +37,8 @@ class Preset:
     mean: subtracted from pixels in [0, 1], per channel.
     std: the centred pixels are divided by it, per channel.
     resize: "tf1" and "antialias" stretch the image to the square, ignoring its
-      aspect ratio; "shorter_side" keeps it and stores the central square.
+      aspect ratio; "shorter_side" keeps it: training crops from the whole image,
+      evaluation sees the centre.
     margin: the stored image is this many times larger than the model's input;
       training crops at random from it, evaluation at its centre.
     pad: while training, this share of the side is added all around by reflection
@@ -51,6 +53,16 @@ class Preset:
   margin: float = 1.0
   pad: float = 0.0
   flip: bool = False
+
+  @property
+  def augments(self) -> bool:
+    """Returns whether training sees other pixels of an image each time."""
+    return self.margin > 1 or self.pad > 0 or self.flip
+
+  @property
+  def keeps_aspect(self) -> bool:
+    """Returns whether training crops from the whole of an elongated image."""
+    return self.resize == "shorter_side"
 
   def stored_size(self, image_size: int) -> int:
     """Returns the side in pixels of the images that the host keeps."""
@@ -78,7 +90,6 @@ PRESETS = {
   # VPT on VTAB-1k: the same resize, but ImageNet's mean and deviation.
   "vpt": Preset("vpt", IMAGENET_MEAN, IMAGENET_STD, "tf1"),
   # Resize(256), RandomCrop(224), flip. Also for digits and signs, as published.
-  # The random crop is taken from the central square of an elongated image.
   "insvp_release": Preset(
     "insvp_release", IMAGENET_MEAN, IMAGENET_STD, "shorter_side", 256 / 224, flip=True
   ),
@@ -153,13 +164,13 @@ def resize_antialias(
   return np.asarray(resized)
 
 
-def resize(
+def resize_whole(
   preset: Preset, image: UInt8[np.ndarray, "h w 3"], image_size: int
-) -> UInt8[np.ndarray, "s s 3"]:
-  """Returns the square that the host keeps, of side `stored_size(image_size)`.
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """Returns the resized image: the stored square, or more where the aspect is kept.
 
   Args:
-    preset: says how.
+    preset: says how; its `stored_size(image_size)` is the shorter side.
     image: pixels in [0, 255].
     image_size: side of the model's input in pixels.
   """
@@ -173,10 +184,29 @@ def resize(
     return resize_antialias(image, size, size)
   # torchvision's Resize: the longer side is truncated, not rounded.
   shorter = min(height, width)
-  height, width = size * height // shorter, size * width // shorter
-  resized = resize_antialias(image, height, width)
-  top, left = round((height - size) / 2), round((width - size) / 2)
-  return resized[top : top + size, left : left + size]
+  return resize_antialias(image, size * height // shorter, size * width // shorter)
+
+
+def central_square(
+  image: UInt8[np.ndarray, "h w 3"], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+  """Returns the middle of an image, where torchvision's CenterCrop finds it."""
+  top, left = (round((side - size) / 2) for side in image.shape[:2])
+  return image[top : top + size, left : left + size]
+
+
+def resize(
+  preset: Preset, image: UInt8[np.ndarray, "h w 3"], image_size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+  """Returns the square that the host keeps, of side `stored_size(image_size)`.
+
+  Args:
+    preset: says how.
+    image: pixels in [0, 255].
+    image_size: side of the model's input in pixels.
+  """
+  whole = resize_whole(preset, image, image_size)
+  return central_square(whole, preset.stored_size(image_size))
 
 
 def resize_all(
@@ -192,36 +222,74 @@ def resize_all(
   return out
 
 
-def train_preprocess(
+def draw_windows(
+  preset: Preset,
+  key: Key[Array, ""],
+  heights: Int[Array, "b"],
+  widths: Int[Array, "b"],
+  image_size: int,
+) -> tuple[Int[Array, "b 2"], Bool[Array, "b"]]:
+  """Draws which part of each stored image training sees; pure and jit-able.
+
+  Whole numbers only, so the host and any device draw the same.
+
+  Args:
+    preset: static under jit, as is `image_size`.
+    key: each image draws its own crop and flip from it.
+    heights: of the stored images in pixels.
+    widths: of the stored images in pixels.
+    image_size: side of the result in pixels.
+
+  Returns:
+    (top and left of the crop, negative inside of a reflected border; whether it is
+    mirrored).
+  """
+  pad = round(image_size * preset.pad)
+  slack = jnp.stack([heights, widths], axis=-1) + (2 * pad - image_size)
+  crop_key, flip_key = jax.random.split(key)
+  offsets = jax.random.randint(crop_key, slack.shape, 0, slack + 1) - pad
+  flips = jax.random.bernoulli(flip_key, 0.5, (len(heights), 1)) & preset.flip
+  return offsets, flips[:, 0]
+
+
+def augment(
   preset: Preset,
   images: UInt8[Array, "b s s 3"],
   key: Key[Array, ""],
   image_size: int,
-) -> Float32[Array, "b h w 3"]:
-  """Augments and normalises one batch on the device; pure and jit-able.
+) -> UInt8[Array, "b h w 3"]:
+  """Crops and flips a batch of stored squares on the device; pure and jit-able.
 
   Args:
     preset: static under jit, as is `image_size`.
     images: stored pixels in [0, 255], of side `preset.stored_size(image_size)`.
     key: each image draws its own crop and flip from it.
     image_size: side h = w of the result in pixels.
-
-  Returns:
-    Images as the backbone expects them.
   """
   b, stored = images.shape[:2]
   _check_stored(preset, stored, image_size)
-  pad = round(image_size * preset.pad)
-  slack = stored + 2 * pad - image_size
-  if slack or preset.flip:
-    crop_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(crop_key, (b, 2), 0, slack + 1) - pad
-    flips = jax.random.bernoulli(flip_key, 0.5, (b, 1)) & preset.flip
-    i = jnp.arange(image_size)[None]
-    rows = _reflect(offsets[:, :1] + i, stored)
-    columns = _reflect(offsets[:, 1:] + jnp.where(flips, i[:, ::-1], i), stored)
-    images = jax.vmap(_take)(images, rows, columns)
-  return _normalise(preset, images)
+  if not preset.augments:
+    return images
+  sides = jnp.full((b,), stored, jnp.int32)
+  offsets, flips = draw_windows(preset, key, sides, sides, image_size)
+  i = jnp.arange(image_size)[None]
+  rows = _reflect(offsets[:, :1] + i, stored)
+  columns = jnp.where(flips[:, None], i[:, ::-1], i)
+  columns = _reflect(offsets[:, 1:] + columns, stored)
+  return jax.vmap(_take)(images, rows, columns)
+
+
+def cut_window(
+  image: UInt8[np.ndarray, "h w 3"],
+  offset: Int[np.ndarray, "2"],
+  flip: bool | np.bool_,
+  image_size: int,
+) -> UInt8[np.ndarray, "size size 3"]:
+  """Returns on the host what `augment` makes of one image for the same draw."""
+  i = np.arange(image_size)
+  rows = _reflect(int(offset[0]) + i, image.shape[0])
+  columns = _reflect(int(offset[1]) + (i[::-1] if flip else i), image.shape[1])
+  return image[rows].take(columns, axis=1)
 
 
 def eval_preprocess(
@@ -241,10 +309,13 @@ def eval_preprocess(
   _check_stored(preset, stored, image_size)
   start = round((stored - image_size) / 2)
   stop = start + image_size
-  return _normalise(preset, images[:, start:stop, start:stop])
+  return normalise(preset, images[:, start:stop, start:stop])
 
 
-def _normalise(preset: Preset, images: UInt8[Array, "b h w 3"]):
+def normalise(
+  preset: Preset, images: UInt8[Array, "b h w 3"]
+) -> Float32[Array, "b h w 3"]:
+  """Returns pixels in [0, 255] as the backbone expects them; pure and jit-able."""
   mean = jnp.array(preset.mean).reshape(1, 1, 1, 3)
   std = jnp.array(preset.std).reshape(1, 1, 1, 3)
   return (images.astype(jnp.float32) / 255 - mean) / std
@@ -252,7 +323,7 @@ def _normalise(preset: Preset, images: UInt8[Array, "b h w 3"]):
 
 def _reflect(index, size: int):
   """Maps indices in (-size, 2 size - 1) into [0, size) by reflection."""
-  return size - 1 - jnp.abs(size - 1 - jnp.abs(index))
+  return size - 1 - abs(size - 1 - abs(index))
 
 
 def _take(image, rows, columns):

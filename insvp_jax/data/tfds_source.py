@@ -1,9 +1,9 @@
-"""Reading prepared TensorFlow Datasets. The only file that needs TensorFlow."""
+"""Reading prepared TensorFlow Datasets; with `tfrecords`, all that needs TensorFlow."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 import functools
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -13,11 +13,18 @@ from absl import logging
 import ml_collections
 import numpy as np
 
-from insvp_jax.data import cache, preprocess
-from insvp_jax.data.arrays import ArraySplit, TaskData, concatenate
-from insvp_jax.data.tasks import LABEL_RULES, Task, supported
+from insvp_jax.data import labels, name_lists, placement, preprocess, subsets, tfrecords
+from insvp_jax.data import splits as splits_lib
+from insvp_jax.data.arrays import TaskData
+from insvp_jax.data.splits import StreamSplit
+from insvp_jax.data.tasks import Task
+from insvp_jax.data.tfrecords import Records
 
-_CHUNK = 256
+_CHUNK = 32
+# Of records that were read and wait to be decoded.
+_AHEAD = 2
+# Raise it when decoding changes: splits decoded before are then decoded anew.
+_DECODER = 1
 
 
 def load(
@@ -27,68 +34,107 @@ def load(
 
   Args:
     task: a row of the table.
-    data_config: `data_dir` is TFDS's folder ("" for its default); `preset` and
-      `cache_dir` as everywhere.
+    data_config: `data_dir` is TFDS's folder ("" for its default); `subset`, `lists`,
+      `split_seed`, `preset`, `resident_mb` and `cache_dir` as in `config`.
     image_size: side of the model's input in pixels.
 
   Returns:
-    Splits train (800 for VTAB-1k), val (200), train_val (both, in this order) and
-    test.
+    Splits train, val, train_val (both, in this order) and test.
 
   Raises:
     FileNotFoundError: the data set is not prepared, or files of it are missing.
-    ValueError: the task's label rule is not there, the version on disk is another,
-      or the files are damaged.
+    ValueError: the version on disk is another, or the files are damaged.
   """
-  if task.label_rule not in LABEL_RULES:
-    raise ValueError(
-      f"the task {task.name!r} needs the label rule {task.label_rule!r}, which is not "
-      f"supported. Supported tasks: {', '.join(supported())}."
+  if not task.spec:
+    raise FileNotFoundError(
+      f"TFDS has no data set for {task.name}; point config.data.root to its folder. "
+      f"python -m insvp_jax.tools.prepare_data --task={task.name} says what it holds."
     )
   preset = preprocess.get_preset(data_config.preset)
-  builder = _builder(task, data_config.data_dir)
-  expressions = {"train": task.train, "val": task.val, "test": task.test}
-  key = {
-    "task": task.name,
-    "builder": builder.info.full_name,
-    "files": _fingerprint(Path(builder.data_dir)),
-    "expressions": expressions,
-    "resize": preset.resize,
-    "size": preset.stored_size(image_size),
+  builder = find_builder(task, data_config.data_dir)
+  class_names = _class_names(builder, task)
+  records = find_records(builder, task, data_config)
+  streams = {
+    name: _stream(builder, task, part, preset, image_size)
+    for name, part in records.items()
   }
-
-  def read() -> TaskData:
-    class_names = tuple(builder.info.features["label"].names)
-    if len(class_names) != task.num_classes:
-      raise ValueError(
-        f"{builder.data_dir} has {len(class_names)} classes, {task.name} is published "
-        f"with {task.num_classes}: another version or another data set."
-      )
-    splits = {
-      name: _read_split(builder, expression, preset, image_size)
-      for name, expression in expressions.items()
-    }
-    return TaskData(task.name, class_names, splits, source=_source(builder))
-
-  return _with_train_val(cache.cached(key, read, data_config.cache_dir), task)
+  for name, part in records.items():
+    check_labels(part, len(class_names), name, task)
+  sizes = {name: len(part) for name, part in records.items()}
+  for warning in task.unpublished_sizes(sizes, data_config.subset):
+    logging.warning("%s", warning)
+  return TaskData(
+    task.name,
+    class_names,
+    placement.place_all(streams, data_config, preset),
+    source=_source(builder, task, data_config),
+    final_split=task.final_split(data_config.subset),
+  )
 
 
-def _with_train_val(data: TaskData, task: Task) -> TaskData:
-  """Adds the split train_val; warns of a test split of another size."""
-  train, val, test = (data.splits[name] for name in ("train", "val", "test"))
-  if len(test) != task.num_test:
-    logging.warning(
-      "%s: the test split has %d images, published are %d",
-      task.name,
-      len(test),
-      task.num_test,
+def check_labels(records: Records, num_classes: int, split: str, task: Task) -> None:
+  """Checks that labels are class indices.
+
+  Raises:
+    ValueError: one is not; the message names its record.
+  """
+  wrong = np.flatnonzero((records.labels < 0) | (records.labels >= num_classes))
+  if wrong.size:
+    raise ValueError(
+      f"the label of {records.describe(wrong[0])} ({split} of {task.name}) is "
+      f"{records.labels[wrong[0]]}, expected 0 to {num_classes - 1}: another data set, "
+      f"or a damaged one; prepare {task.spec} anew."
     )
-  both = concatenate(train, val)
-  splits = {"train": train, "val": val, "train_val": both, "test": test}
-  return TaskData(data.name, data.class_names, splits, source=data.source)
 
 
-def _import_tfds() -> Any:
+def _class_names(builder: Any, task: Task) -> tuple[str, ...]:
+  rule = labels.LABEL_RULES[task.label_rule]
+  if rule.class_names is not None:
+    return tuple(rule.class_names)
+  names = tuple(builder.info.features["label"].names)
+  if len(names) != task.num_classes:
+    raise ValueError(
+      f"{builder.data_dir} has {len(names)} classes, {task.name} is published with "
+      f"{task.num_classes}: another version or another data set."
+    )
+  return names
+
+
+def find_records(
+  builder: Any, task: Task, data_config: ml_collections.ConfigDict
+) -> dict[str, Records]:
+  """Returns where the examples of train, val, train_val and test lie.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a file is damaged, or the data set is smaller than the published one.
+  """
+  subset = task.subset(data_config.subset)
+  rule = labels.LABEL_RULES[task.label_rule]
+  named = subset.rule in ("first", "shuffled", "long_tail", "lists")
+
+  def find(expression: str, id_feature: str = "") -> Records:
+    return tfrecords.find(builder, expression, rule, id_feature, data_config.cache_dir)
+
+  if subset.rule == "slices":
+    train, val = find(task.train), find(task.val)
+  else:
+    everything = find(task.train, task.id_feature if named else "")
+    if subset.rule == "lists":
+      found = name_lists.join(
+        task, data_config.lists, everything.names, everything.labels
+      )
+    else:
+      found = subsets.draw(
+        task, subset, everything.labels, everything.names, data_config.split_seed
+      )
+    train, val = (everything.take(positions) for positions in found)
+  test = find(task.test)
+  both = tfrecords.concatenate([train, val])
+  return {"train": train, "val": val, "train_val": both, "test": test}
+
+
+def import_tfds() -> Any:
   """Imports TFDS; TensorFlow must not take the accelerator's memory from JAX."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   import tensorflow as tf
@@ -103,34 +149,38 @@ def _import_tfds() -> Any:
   return tfds
 
 
-def _source(builder: Any) -> str:
-  tfds = _import_tfds()
-  return f"tfds {builder.info.full_name} (tensorflow-datasets {tfds.__version__})"
+def _source(builder: Any, task: Task, data_config: ml_collections.ConfigDict) -> str:
+  tfds = import_tfds()
+  source = f"tfds {builder.info.full_name} (tensorflow-datasets {tfds.__version__})"
+  if len(task.subsets) > 1:
+    source += f", subset {data_config.subset or next(iter(task.subsets))}"
+  return source
 
 
-def _builder(task: Task, data_dir: str) -> Any:
+def find_builder(task: Task, data_dir: str) -> Any:
   """Returns the builder of a prepared data set.
 
   Raises:
     FileNotFoundError: not prepared; the message holds the command that does it.
-    ValueError: this TFDS does not know such a version.
+    ValueError: this TFDS does not know such a version, or it was prepared in another
+      format of files.
   """
-  tfds = _import_tfds()
+  tfds = import_tfds()
   folder = str(Path(data_dir).expanduser()) if data_dir else None
   name = task.spec.split(":")[0]
   where = folder or "TFDS's default folder"
-  argument = f", data_dir={folder!r}" if folder else ""
+  argument = f" --data_dir={folder}" if folder else ""
   mend = (
-    f'Prepare it once, on a machine with internet: python -c "import '
-    f"tensorflow_datasets as tfds; tfds.builder('{task.spec}'{argument})"
-    f'.download_and_prepare()", then point config.data.data_dir to the folder.'
+    f"Prepare it once, on a machine with internet: python -m "
+    f"insvp_jax.tools.prepare_data --task={task.name}{argument}, then point "
+    f"config.data.data_dir to the folder."
   )
   try:
     builder = tfds.builder(task.spec, data_dir=folder)
   except (AssertionError, ValueError, OSError) as error:
     raise ValueError(
       f"TFDS has no {task.spec} (for {task.name}), neither in its code nor in "
-      f"{where}: {_first_line(error)}"
+      f"{where}: {tfrecords.first_line(error)}"
     ) from error
   if not builder.info.splits:
     versions = _versions_on_disk(Path(builder.data_dir).parent)
@@ -139,6 +189,11 @@ def _builder(task: Task, data_dir: str) -> Any:
       f"{task.name}: {name} {task.spec.split(':')[1]} is not prepared in {where}."
       f"{found} {mend}"
     )
+  file_format = builder.info.file_format.value
+  if file_format != "tfrecord":
+    raise ValueError(
+      f"{builder.data_dir} holds {file_format} files, expected tfrecord. {mend}"
+    )
   return builder
 
 
@@ -146,70 +201,157 @@ def _versions_on_disk(folder: Path) -> list[str]:
   return sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
 
 
-def _fingerprint(folder: Path) -> list[Any]:
-  return [cache.fingerprint(path) for path in sorted(folder.iterdir())]
-
-
-def _read_split(
-  builder: Any, expression: str, preset: preprocess.Preset, image_size: int
-) -> ArraySplit:
-  """Returns the images and labels of a TFDS split expression, in TFDS's order."""
-  with _explained(builder, expression):
-    number = builder.info.splits[expression].num_examples
-    size = preset.stored_size(image_size)
-    images = np.empty((number, size, size, 3), np.uint8)
-    labels = np.empty((number,), np.int32)
-    done = 0
-    resize = functools.partial(_resize, preset=preset, image_size=image_size)
-    examples = _examples(builder, expression)
-    with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
-      while chunk := list(itertools.islice(examples, _CHUNK)):
-        here = slice(done, done + len(chunk))
-        images[here] = list(pool.map(resize, [example["image"] for example in chunk]))
-        labels[here] = [example["label"] for example in chunk]
-        done += len(chunk)
-    if done != number:
-      raise ValueError(f"{done} examples, but dataset_info.json says {number}")
-  return ArraySplit(images, labels)
-
-
-def _examples(builder: Any, expression: str) -> Iterator[Any]:
-  tfds = _import_tfds()
-  dataset = builder.as_dataset(
-    split=expression,
-    shuffle_files=False,
-    # Shard by shard: the order then does not depend on the number of shards.
-    read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-    # Decodes nothing that is not needed.
-    decoders=tfds.decode.PartialDecoding({"image": True, "label": True}),
+def _stream(
+  builder: Any,
+  task: Task,
+  records: Records,
+  preset: preprocess.Preset,
+  image_size: int,
+) -> StreamSplit:
+  """Returns the split of some records, decoded while it is read."""
+  size = preset.stored_size(image_size)
+  sha = hashlib.sha256(records.identity().encode())
+  sha.update(f"{task.label_rule} {preset.resize} {size} {_DECODER}".encode())
+  height, width = builder.info.features["image"].shape[:2]
+  return StreamSplit(
+    labels=records.labels,
+    size=size,
+    identity=sha.hexdigest(),
+    open=functools.partial(_read, builder, task, records, preset, image_size),
+    square=height is not None and height == width or not preset.keeps_aspect,
   )
-  return iter(tfds.as_numpy(dataset))
 
 
-@contextlib.contextmanager
-def _explained(builder: Any, expression: str) -> Iterator[None]:
-  """Turns what goes wrong inside into one line that names the files and the mend."""
+def _read(
+  builder: Any,
+  task: Task,
+  records: Records,
+  preset: preprocess.Preset,
+  image_size: int,
+  requests: Iterable[np.ndarray],
+  whole: bool,
+) -> Iterator[Any]:
+  """Yields the decoded and resized images of each request."""
+  decode = decoder(builder, task, preset, image_size, whole)
+  # Images of one size come out of TensorFlow a chunk at a time.
+  together = not whole
+  read = functools.partial(_decode_all, records, decode, together)
+  for piece in splits_lib.grouped(requests, read):
+    yield piece if whole else np.stack(piece)
+
+
+def _decode_all(
+  records: Records, decode: Callable, together: bool, positions: Iterator[int]
+) -> Iterator[np.ndarray]:
+  """Yields decoded images, read by one thread and decoded by TensorFlow's."""
   import tensorflow as tf
 
-  where = f"{expression} of {builder.data_dir}"
-  mend = "prepare the data set anew"
+  asked: deque[int] = deque()
+
+  def read() -> Iterator[list[bytes]]:
+    with _Files(records) as files:
+      while chunk := list(itertools.islice(positions, _CHUNK)):
+        asked.extend(chunk)
+        yield [files.read(i) for i in chunk]
+
+  data = tf.data.Dataset.from_generator(
+    read, output_signature=tf.TensorSpec([None], tf.string)
+  )
+  data = data.prefetch(_AHEAD).unbatch()
+  data = data.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  if together:
+    data = data.batch(_CHUNK)
+  options = tf.data.Options()
+  options.autotune.enabled = True
+  data = data.with_options(options).prefetch(_AHEAD)
   try:
-    yield
-  except tf.errors.NotFoundError as error:
-    raise FileNotFoundError(
-      f"{where}: a file is missing, {mend}: {_first_line(error)}."
-    ) from error
+    for piece in data.as_numpy_iterator():
+      for image in piece if together else [piece]:
+        asked.popleft()
+        yield image
   except tf.errors.OpError as error:
-    raise ValueError(
-      f"{where}: the files are damaged, {mend}: {_first_line(error)}."
-    ) from error
-  except ValueError as error:
-    raise ValueError(f"{where}: {_first_line(error)}; {mend}.") from error
+    raise _explain(records, decode, list(asked), error) from error
 
 
-def _resize(pixels: Any, preset: preprocess.Preset, image_size: int) -> np.ndarray:
-  return preprocess.resize(preset, np.asarray(pixels), image_size)
+def _explain(records: Records, decode, positions: list[int], error) -> ValueError:
+  """Returns an error that names the image at which decoding stopped."""
+  import tensorflow as tf
+
+  with _Files(records) as files:
+    for position in positions:
+      try:
+        decode(tf.constant(files.read(position)))
+      except tf.errors.OpError as found:
+        return ValueError(
+          f"the image of {records.describe(position)} does not decode: "
+          f"{tfrecords.first_line(found)}; prepare the data set anew."
+        )
+  return ValueError(f"reading {records.files[0]}: {tfrecords.first_line(error)}.")
 
 
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+class _Files:
+  """The open files of some records."""
+
+  def __init__(self, records: Records):
+    self._records = records
+    self._open: dict[int, int] = {}
+
+  def __enter__(self) -> "_Files":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for handle in self._open.values():
+      os.close(handle)
+
+  def read(self, position: int) -> bytes:
+    """Returns the data of a record."""
+    records = self._records
+    file = int(records.file[position])
+    if file not in self._open:
+      self._open[file] = os.open(records.files[file], os.O_RDONLY)
+    length = int(records.length[position])
+    return os.pread(self._open[file], length, int(records.offset[position]))
+
+
+def decoder(
+  builder: Any,
+  task: Task,
+  preset: preprocess.Preset,
+  image_size: int,
+  whole: bool = False,
+) -> Callable[[Any], Any]:
+  """Returns the graph function from a record's data to a resized uint8 image.
+
+  Args:
+    builder: of a prepared data set.
+    task: says how pixels are scaled.
+    preset: says how images are resized.
+    image_size: side of the model's input in pixels.
+    whole: leave an elongated image whole, where the preset keeps its aspect.
+  """
+  import tensorflow as tf
+
+  parse = tfrecords.parser(builder, {"image": True})
+  size = preset.stored_size(image_size)
+  resize = preprocess.resize_whole if whole else preprocess.resize
+
+  def on_host(image: np.ndarray) -> np.ndarray:
+    return resize(preset, image, image_size)
+
+  def decode(data):
+    image = parse(data)["image"]
+    if image.shape[-1] == 1:
+      image = tf.tile(image, [1, 1, 3])
+    if task.spec.startswith("dsprites"):
+      # It stores 0 and 1; in uint8, as the official code does it.
+      image = image * tf.constant(255, tf.uint8)
+    if preset.resize == "tf1":
+      # The C++ twin of preprocess.resize_tf1.
+      floats = tf.raw_ops.ResizeBilinear(images=image[None], size=[size, size])[0]
+      image = tf.cast(tf.round(floats), tf.uint8)
+    else:
+      image = tf.numpy_function(on_host, [image], tf.uint8, stateful=False)
+    image.set_shape([None, None, 3] if whole else [size, size, 3])
+    return image
+
+  return decode
