@@ -1,19 +1,27 @@
 """VTAB-1k: choose on val200, retrain on all 1,000 images, report test.
 
-  python -m insvp_jax.main --config=configs/vtab.py:task=cifar100 \
+  python -m insvp_jax.main --config=configs/vtab.py:task=svhn \
       --config.data.data_dir=/path/to/tensorflow_datasets
 
-ViT-B/16 pre-trained on ImageNet-21k (`vit_b16_i21k`, downloaded on first use), the
-`vtab` preset, InsVP. Another method: --config.method=vpt_deep; several side by side:
+`task` is one of the 19, or natural, specialized, structured or all: one run per task
+and one table. `method` is one of insvp, vpt_deep, linear, ...; several side by side:
 --config.tune.methods="('insvp', 'vpt_deep', 'linear')".
+
+The images come from TFDS (`python -m insvp_jax.tools.prepare_data --task=svhn`), or
+from folders in NOAH's form: --config.data.root=/path/to/vtab-1k.
+
+ViT-B/16 pre-trained on ImageNet-21k (`vit_b16_i21k`, downloaded on first use) and the
+`vtab` preset. VPT's papers normalise by ImageNet's mean: --config.data.preset=vpt.
 """
 
 from insvp_jax.config import defaults, parse_arg
 
 
 def get_config(arg=""):
+  arg = parse_arg(arg, task="cifar100", method="insvp")
   config = defaults()
-  config.task = parse_arg(arg, task="cifar100")["task"]
+  config.task = {"all": "vtab"}.get(arg["task"], arg["task"])
+  config.method = arg["method"]
   config.backbone.name = "vit_b16_i21k"
   config.image_size = 224
   config.batch_size = 64

@@ -51,12 +51,13 @@ def main(argv: list[str]) -> None:
     )
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
-  from insvp_jax import partition, tune
+  from insvp_jax import partition, suite
 
   try:
     partition.initialize_distributed(_CONFIG.value.multihost)
-    tune.run(_CONFIG.value, workdir)
-    _draw_prompts(_CONFIG.value, workdir)
+    suite.run(_CONFIG.value, workdir)
+    for config, where in suite.members(_CONFIG.value, workdir):
+      _draw_prompts(config, where)
   except errors.INPUT_ERRORS as error:
     if _TRACEBACK.value or not errors.is_ours(error):
       raise

@@ -27,9 +27,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   With `config.tune` empty this is `trainer.train` alone. Otherwise each method of
   `tune.methods` tries every (lr, wd) of `tune.lr` x `tune.wd` on the train split,
-  is chosen by its last accuracy on val, and is trained again on train_val for each
-  of `tune.seeds`; only these runs ever see the test split. Finished runs are not
-  repeated when the same command is started again.
+  is chosen by its last accuracy on val, and is trained again, on what the task's
+  protocol says (`TaskData.final_split`), for each of `tune.seeds`; only these runs
+  ever see the test split. Finished runs are not repeated when the same command is
+  started again.
 
   Args:
     config: the whole configuration.
@@ -49,7 +50,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     trees.lookup(METHODS, method, "method")
   if not _is_search(config):
     result = trainer.train(config, workdir)
-    _say(describe(result))
+    say(describe(result))
     return result
   # All at once: a wrong field of the last method shows before the first one trains.
   programs, prepared = {}, None
@@ -64,11 +65,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     table = format_table(prepared.data.name, summary)
     if jax.process_index() == 0:
       (workdir / "table.md").write_text(table)
-  _say(f"\n{table}")
+  say(f"\n{table}")
   return summary
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
   """Prints on the first of several processes."""
   if jax.process_index() == 0:
     print(text, flush=True)
@@ -126,14 +127,14 @@ def _tune_method(
   config: ConfigDict, workdir: Path, prepared: Prepared
 ) -> dict[str, Any]:
   chosen, trials = _search(config, workdir / "search", prepared)
-  final = _with(config, lr=chosen["lr"], wd=chosen["wd"], train_split="train_val")
-  if "train_val" not in prepared.data.splits:
-    final.data.train_split = "train"
+  data = prepared.data
+  split = data.final_split if data.final_split in data.splits else "train"
+  final = _with(config, lr=chosen["lr"], wd=chosen["wd"], train_split=split)
   retrained = trainer.prepare(final, like=prepared)
   results = []
   for seed in config.tune.seeds or (config.seed,):
     result = _finish(_with(final, seed=seed), workdir / f"seed{seed}", retrained)
-    _say(f"seed {seed}: {describe(result)}")
+    say(f"seed {seed}: {describe(result)}")
     results.append(result)
   # A task without a test split has no accuracies: its models are all there is.
   accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
@@ -176,10 +177,10 @@ def _search(config, workdir: Path, prepared: Prepared):
       result = _finish(trial, workdir / name, programs[candidate["wd"]], test=False)
     except trainer.Diverged as error:
       # The others may still be good.
-      _say(f"{said}: {error}")
+      say(f"{said}: {error}")
       trials.append({**candidate, "val_accuracy": None})
       continue
-    _say(f"{said}: {describe(result)}")
+    say(f"{said}: {describe(result)}")
     trials.append({**candidate, "val_accuracy": result["val_accuracy"]})
   return choose(trials), trials
 

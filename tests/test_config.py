@@ -17,7 +17,15 @@ from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.models.heads import HEAD_INITS
 
-CONFIGS = ("folder", "pretrain", "quickstart", "vtab")
+CONFIGS = (
+  "cifar100_lt",
+  "fgvc",
+  "folder",
+  "hta",
+  "pretrain",
+  "quickstart",
+  "vtab",
+)
 
 
 def load(root, name, *args):
@@ -209,6 +217,38 @@ def test_these_are_all_shipped_configs(root):
   assert sorted(p.stem for p in (root / "configs").glob("*.py")) == sorted(CONFIGS)
 
 
-def test_vtab_takes_a_task(root):
+def test_vtab_takes_a_task_or_a_group(root):
   assert load(root, "vtab").task == "cifar100"
-  assert load(root, "vtab", "task=svhn").task == "svhn"
+  assert load(root, "vtab", "task=svhn,method=linear").task == "svhn"
+  assert load(root, "vtab", "task=svhn,method=linear").method == "linear"
+  assert tasks.GROUPS[load(root, "vtab", "task=all").task] == tuple(VTAB)
+  assert load(root, "vtab", "task=natural").task in tasks.GROUPS
+
+
+VTAB = [name for name, task in tasks.TASKS.items() if task.benchmark == "vtab"]
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_task_has_a_config(root, name):
+  benchmark, _, short = name.partition("_")
+  if tasks.TASKS[name].benchmark == "vtab":
+    config = load(root, "vtab", f"task={name}")
+  elif benchmark == "cifar100":
+    config = load(root, "cifar100_lt", f"imbalance={short.removeprefix('lt')}")
+  else:
+    config = load(root, benchmark, f"task={short}")
+  assert config.task == name
+  # Their choice of training images is one that the task has.
+  tasks.TASKS[name].subset(config.data.subset)
+
+
+@pytest.mark.parametrize("name", tasks.GROUPS["hta"])
+def test_the_released_recipe_of_each_hta_task_is_valid(root, name):
+  short = name.removeprefix("hta_")
+  config = load(root, "hta", f"task={short},subset=insvp_release")
+  config_lib.validate(config)
+  assert config.insvp.preset == "release" and config.seed == 3407
+  assert not any(config.tune.values())
+  assert tasks.TASKS[name].subset(config.data.subset).retrain is False
+  with pytest.raises(ValueError, match="task is 'all'.*cifar100"):
+    load(root, "hta", "task=all,subset=insvp_release")

@@ -18,6 +18,7 @@ import pytest
 # A module may import from its own line and from the lines below it.
 LAYERS = (
   ("main",),
+  ("suite",),
   ("tune", "tools"),
   ("trainer", "run"),
   ("program",),

@@ -12,7 +12,16 @@ from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split, StreamSplit
 from insvp_jax.data.tasks import GROUPS, TASKS
 
-__all__ = ["GROUPS", "ArraySplit", "Split", "StreamSplit", "TaskData", "load_data"]
+__all__ = [
+  "GROUPS",
+  "TASKS",
+  "ArraySplit",
+  "Split",
+  "StreamSplit",
+  "TaskData",
+  "check_data",
+  "load_data",
+]
 
 # Tasks that are no row of `TASKS`.
 _SOURCES: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
@@ -65,3 +74,16 @@ def load_data(
       f"leave data.root empty and point data.data_dir to TFDS's folder."
     )
   return _FOLDERS[source.folder](source, data_config, image_size)
+
+
+def check_data(
+  task: str, data_config: ml_collections.ConfigDict, image_size: int
+) -> None:
+  """Does all of `load_data` but decoding images: for many tasks before the first.
+
+  Raises:
+    ValueError, FileNotFoundError: as `load_data`.
+  """
+  unread = data_config.copy_and_resolve_references()
+  unread.resident_mb = 0
+  load_data(task, unread, image_size)

@@ -79,9 +79,11 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   """
   import numpy as np
 
+  from insvp_jax.data import arrays
+
   data = task_data(run)
   name = next(name for name in ("test", "val", "train") if name in data.splits)
   split = data.splits[name]
   rng = np.random.default_rng(seed)
-  chosen = split.take(rng.permutation(len(split))[:count])
+  chosen = arrays.take(split, rng.permutation(len(split))[:count])
   return chosen.images, [data.class_names[label] for label in chosen.labels]

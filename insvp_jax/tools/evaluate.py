@@ -14,21 +14,31 @@ import numpy as np
 
 from insvp_jax import tools
 
+CHUNK = 256  # images in memory at a time
+
 
 def evaluate_split(run: Any, split: Any) -> dict[str, float | int]:
   """Returns accuracy in [0, 1], mean loss in nats and the number of examples.
 
   Args:
     run: from `load_run`.
-    split: an `ArraySplit` of images at the stored size of the run's preset.
+    split: of images at the stored size of the run's preset; a large one is read
+      piece by piece.
   """
-  # The stored size already: what `Run.predict` resizes stays as it is.
-  probabilities = run.predict(split.images)
-  own = probabilities[np.arange(len(split)), split.labels]
-  return {
-    "accuracy": float(np.mean(probabilities.argmax(axis=1) == split.labels)),
+  positions = np.arange(len(split))
+  chunks = [positions[i : i + CHUNK] for i in range(0, len(split), CHUNK)]
+  correct, nats = 0, 0.0
+  for chunk, images in zip(chunks, split.read(chunks), strict=True):
+    # The stored size already: what `Run.predict` resizes stays as it is.
+    probabilities = run.predict(images)
+    labels = split.labels[chunk]
+    own = probabilities[np.arange(len(chunk)), labels]
+    correct += int(np.sum(probabilities.argmax(axis=1) == labels))
     # float32 underflows to 0 beyond 100 nats.
-    "loss": float(np.mean(-np.log(np.maximum(own, np.finfo(np.float32).tiny)))),
+    nats += float(np.sum(-np.log(np.maximum(own, np.finfo(np.float32).tiny))))
+  return {
+    "accuracy": correct / len(split),
+    "loss": nats / len(split),
     "num_examples": len(split),
   }
 

@@ -1,0 +1,33 @@
+"""FGVC: five fine-grained tasks, choose on val, report test.
+
+  python -m insvp_jax.main --config=configs/fgvc.py:task=cub \
+      --config.data.root=/path/to/CUB_200_2011
+
+`task` is cub, nabirds, oxford_flowers, stanford_dogs, stanford_cars, or all. The
+training images are those of VPT's train.json and val.json: beside the images
+(`data.root`), or in a folder of their own (`data.lists`) with the images from TFDS
+(`data.data_dir`; cub and stanford_dogs). Without the lists, --config.data.subset=drawn
+draws as many of each class; oxford_flowers needs neither.
+
+As in VPT the final model is trained on train alone. Images: shorter side to 256,
+random crop of 224 and flip; centre crop in evaluation; ImageNet's mean.
+"""
+
+from insvp_jax.config import defaults, parse_arg
+
+
+def get_config(arg=""):
+  arg = parse_arg(arg, task="cub", method="insvp")
+  config = defaults()
+  config.task = "fgvc" if arg["task"] == "all" else f"fgvc_{arg['task']}"
+  config.method = arg["method"]
+  config.backbone.name = "vit_b16_i21k"
+  config.image_size = 224
+  config.batch_size = 64
+  config.total_epochs = 100.0
+  config.optim.warmup_epochs = 10.0
+  config.data.preset = "insvp_release"
+  config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+  config.tune.wd = (1e-4, 1e-2)
+  config.tune.seeds = (42, 44, 82, 100, 800)
+  return config
