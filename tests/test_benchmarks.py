@@ -1,6 +1,9 @@
 """The benchmarks run; what they measure is theirs to say."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +41,22 @@ def test_attention(benchmark, monkeypatch, capsys):
 
 def test_startup_measures_an_import_without_tensorflow(benchmark):
   assert 0 < benchmark("startup").import_seconds()
+
+
+def test_input_compares_the_stream_with_tf_data(benchmark, monkeypatch):
+  pytest.importorskip("tensorflow_datasets")
+  module = benchmark("input")
+  monkeypatch.setattr(module, "ROUNDS", 1)
+  found = module.throughput(70)
+  assert set(found["images_per_second"]) == {"tf.data", "stream", "stream, shuffled"}
+  assert found["ratio"]["tf.data"] == 1 and found["images"] == 70
+
+
+def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
+  pytest.importorskip("tensorflow_datasets")
+  command = [sys.executable, "-m", "benchmarks.input", "--memory", "--images=6000"]
+  subprocess.run([*command, f"--json={tmp_path / 'm'}"], cwd=root, check=True)
+  found = json.loads((tmp_path / "m").read_text())
+  assert found["MiB of the split in memory"] == pytest.approx(861, abs=1)
+  # A few batches of 37 MiB, and TensorFlow's own threads and buffers.
+  assert found["MiB above"] < 500
