@@ -23,10 +23,10 @@ LAYERS = (
   ("trainer", "run"),
   ("program",),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
-  ("optim", "losses", "partition"),
+  ("optim", "losses", "partition", "event_file"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "appended_file"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
