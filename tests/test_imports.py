@@ -21,12 +21,13 @@ LAYERS = (
   ("suite",),
   ("tune", "tools"),
   ("trainer", "run"),
-  ("program",),
+  ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
-  ("optim", "losses", "partition", "event_file"),
+  ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock", "appended_file"),
+  ("config", "trees", "errors", "stopping", "versions", "clock"),
+  ("appended_file", "lock", "memory", "profiling"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
