@@ -337,14 +337,15 @@ def _encode_key(key: jax.Array) -> dict[str, Any]:
 
 
 def _decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
-  data = np.asarray(stored["data"], np.uint32)
+  # Numbers, unlike keys, can be put on devices of which this process owns a part.
+  data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
   key = jax.random.wrap_key_data(data, impl=stored["impl"])
   if key.dtype != like.dtype or key.shape != like.shape:
     raise ValueError(
       f"the random key of the checkpoint {where} is {key.dtype}{list(key.shape)}, "
       f"expected {like.dtype}{list(like.shape)}. Set jax_default_prng_impl as then."
     )
-  return jax.device_put(key, sharding_of(like))
+  return key
 
 
 def _check_writable(directory: Path) -> None:

@@ -15,7 +15,7 @@ class Clock:
     timed_seconds: without the first step of each attempt, which compiles.
     timed_steps: taken in `timed_seconds`.
     timed_images: trained on in `timed_seconds`.
-    compile_seconds: that the first steps took to be compiled and started.
+    compile_seconds: that the first batches and steps took to be compiled and started.
     input_wait_seconds: in which the host waited for batches.
   """
 
@@ -53,18 +53,19 @@ class Clock:
 
   @contextlib.contextmanager
   def compiling(self, enabled: bool = True) -> Iterator[None]:
-    """Counts the with block as compilation."""
+    """Counts the with block as compilation, if enabled."""
     before = time.perf_counter()
     yield
     if enabled:
       self.compile_seconds += time.perf_counter() - before
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the with block as waiting for input."""
+  def waiting(self, enabled: bool = True) -> Iterator[None]:
+    """Counts the with block as waiting for input, if enabled."""
     before = time.perf_counter()
     yield
-    self.input_wait_seconds += time.perf_counter() - before
+    if enabled:
+      self.input_wait_seconds += time.perf_counter() - before
 
   @property
   def images_per_second(self) -> float:

@@ -53,9 +53,11 @@ def check_same(what: str, mine: Mapping[str, Any], mend: str = "") -> None:
   Raises:
     ValueError: this process and the first one differ; the message names the keys.
   """
-  if jax.process_count() == 1:
+  # Unlike the number of processes, this starts no device.
+  store = _store()
+  if store is None:
     return
-  store, index = _store(), jax.process_index()
+  index = jax.process_index()
   # Every process makes the same calls in the same order.
   key = f"insvp_jax/same/{next(_numbers)}"
   if index == 0:
@@ -78,8 +80,8 @@ def check_same(what: str, mine: Mapping[str, Any], mend: str = "") -> None:
 
 def wait(name: str) -> None:
   """Returns when every process has called it with this name."""
-  if jax.process_count() > 1:
-    _store().wait_at_barrier(f"{name}/barrier/{next(_numbers)}", _DAY)
+  if store := _store():
+    store.wait_at_barrier(f"{name}/barrier/{next(_numbers)}", _DAY)
 
 
 @contextlib.contextmanager
@@ -167,17 +169,17 @@ class Watch(threading.Thread):
       index = _index_of(name)
       status, message = json.loads(text)
       if index != self._index:
-        self._end(status, f"process {index} stopped: {message}")
+        self._give_up(status, f"process {index} stopped: {message}")
     now = time.monotonic()
     for name, text in self._store.key_value_dir_get("insvp_jax/alive/"):
       if self._said[_index_of(name)][0] != text:
         self._said[_index_of(name)] = (text, now)
     if lost := self._silent_for(self._timeout):
-      self._end(LOST, _lost(lost, self._timeout))
+      self._give_up(LOST, _lost(lost, self._timeout))
 
   def finish(self) -> None:
     """Says that this process has done its work, and stops watching."""
-    self._stop()
+    self._close()
     self._say("done")
 
   def fail(self, status: int, message: str) -> NoReturn:
@@ -185,7 +187,7 @@ class Watch(threading.Thread):
 
     JAX's orderly end would wait for the others, which wait for this one.
     """
-    self._stop()
+    self._close()
     text = json.dumps([status, message])
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._store.key_value_set(
@@ -237,12 +239,12 @@ class Watch(threading.Thread):
     key = f"insvp_jax/alive/{self._index}"
     self._store.key_value_set(key, text, allow_overwrite=True)
 
-  def _stop(self) -> None:
+  def _close(self) -> None:
     self._over.set()
     if self.is_alive() and threading.current_thread() is not self:
       self.join(self._timeout)
 
-  def _end(self, status: int, line: str) -> None:
+  def _give_up(self, status: int, line: str) -> None:
     if not self._over.is_set():
       self._over.set()
       print(f"insvp_jax: {line}", file=sys.stderr, flush=True)

@@ -271,7 +271,7 @@ class Loop:
     for step in range(start + 1, program.total_steps + 1):
       first, last = step == start + 1, step == program.total_steps
       self.profiler.before(step)
-      with self.clock.waiting():
+      with self.clock.compiling(first), self.clock.waiting(not first):
         batch = next(batches)
       with self.clock.compiling(first):
         state, metrics = program.train_step(state, batch)
