@@ -20,7 +20,7 @@ METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|data/(root|cache_dir|data_dir|lists|resident_mb)|backbone/(weights|remat)"
+  r"prompt_images|data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat)"
 )
 
 
