@@ -210,11 +210,11 @@ def test_a_ready_task_is_counted_without_decoding(
     f"  test: 12 images of 12 {spread}",
   ]
   assert lines[5:] == [
-    "  note: cifar100: the train split has 80 images, published are 800",
-    "  note: cifar100: the val split has 5 images, published are 200",
-    "  note: train_val has no image of 15 of 100 classes: thing 80, thing 81, "
+    "  warning: cifar100: the train split has 80 images, published are 800",
+    "  warning: cifar100: the val split has 5 images, published are 200",
+    "  warning: train_val has no image of 15 of 100 classes: thing 80, thing 81, "
     "thing 82, thing 83, thing 84, ...",
-    "  note: test has no image of 88 of 100 classes: thing 12, thing 13, thing 14, "
+    "  warning: test has no image of 88 of 100 classes: thing 12, thing 13, thing 14, "
     "thing 15, thing 16, ...",
     "tasks: 1 ready",
   ]
@@ -560,7 +560,7 @@ def test_a_task_that_the_folder_lacks_may_be_prepared_already(
   prepare_cifar100(tmp_path, (100,))
   status, lines = run(capsys, *arguments)
   assert status == 0
-  assert any(line.startswith(f"  note: not there: --root: {root}") for line in lines)
+  assert any(line.startswith(f"  warning: not there: --root: {root}") for line in lines)
 
 
 # What cannot be read

@@ -150,7 +150,7 @@ def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
     for line in describe_splits(state.data) if state.ready else ():
       print(f"  {line}")
     for note in state.notes:
-      print(f"  note: {note}")
+      print(f"  {'warning' if state.ready else 'note'}: {note}")
     statuses.append(state.status)
   counts = collections.Counter(statuses)
   print("tasks:", ", ".join(f"{number} {name}" for name, number in counts.items()))
