@@ -17,8 +17,6 @@ from data_fixtures import write_folder
 import numpy as np
 import pytest
 import requests
-import test_data_tfds
-from test_data_tfds import prepare_cifar100
 
 from insvp_jax.data import downloads, original_rows, readiness, subsets, tfds_source
 from insvp_jax.data.tasks import TASKS, Subset
@@ -36,10 +34,49 @@ def small(monkeypatch):
   monkeypatch.setitem(TASKS, "cifar100", task)
 
 
-@pytest.fixture
-def no_pixels(monkeypatch):
-  """Writes images that do not decode."""
-  monkeypatch.setattr(test_data_tfds, "png", lambda array: b"no image")
+def prepare_cifar100(root, number):
+  """Writes what TFDS would prepare as cifar100, with images that do not decode.
+
+  The i-th of the training images, and of the 12 test images, is of class i % 100.
+  """
+  tf = pytest.importorskip("tensorflow")
+  builder = tfds_source.import_tfds().builder("cifar100", data_dir=str(root))
+  Path(builder.data_dir).mkdir(parents=True)
+  infos = []
+  for split, size in {"train": number, "test": 12}.items():
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=builder.data_path,
+      dataset_name=builder.name,
+      split=split,
+      filetype_suffix="tfrecord",
+    )
+    path = template.sharded_filepath(shard_index=0, num_shards=1)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+      for i in range(size):
+        writer.write(_example(tf, f"{split}_{i:05d}".encode(), i % 100))
+    infos.append(
+      tfds.core.SplitInfo(
+        name=split, shard_lengths=[size], num_bytes=1, filename_template=template
+      )
+    )
+  # The names come with the download: here they are ours.
+  builder.info.features["label"].names = [f"thing {i:02d}" for i in range(100)]
+  builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+  builder.info.write_to_directory(builder.data_path)
+  return root
+
+
+def _example(tf, name, label):
+  def of_bytes(value):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+  def of_int(value):
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+  features = {"id": of_bytes(name), "image": of_bytes(b"no image")}
+  features |= {"label": of_int(label), "coarse_label": of_int(0)}
+  example = tf.train.Example(features=tf.train.Features(feature=features))
+  return example.SerializeToString()
 
 
 @pytest.fixture
@@ -194,9 +231,9 @@ def test_rows_that_no_rule_tells_are_an_error():
 
 
 def test_a_ready_task_is_counted_without_decoding(
-  small, no_pixels, no_download, tmp_path, capsys, caplog
+  small, no_download, tmp_path, capsys, caplog
 ):
-  prepare_cifar100(tmp_path, (100,))
+  prepare_cifar100(tmp_path, 100)
   status, lines = run(capsys, "--task=cifar100", f"--data_dir={tmp_path}")
   assert status == 0 and not no_download
   assert "published" not in caplog.text  # said once, below
@@ -221,10 +258,10 @@ def test_a_ready_task_is_counted_without_decoding(
 
 
 def test_classes_are_counted_each(small, monkeypatch, tmp_path):
-  # From record 10 on all are of class 0 in a split that starts there.
+  # The first ten classes come a second time.
   task = dataclasses.replace(TASKS["cifar100"], train="train[:110]", val="train[:3]")
   monkeypatch.setitem(TASKS, "cifar100", task)
-  data = state_of("cifar100", data_dir=str(prepare_cifar100(tmp_path, (120,)))).data
+  data = state_of("cifar100", data_dir=str(prepare_cifar100(tmp_path, 120))).data
   counts = readiness.class_counts(data, "train")
   assert counts.tolist() == [2] * 10 + [1] * 90
   assert list(prepare_data.describe_splits(data))[0] == (
@@ -316,7 +353,7 @@ def test_what_is_downloadable_is_prepared_once_for_all_its_tasks(
 
 
 def test_after_a_failed_download_the_others_go_on(small, no_download, tmp_path, capsys):
-  prepare_cifar100(tmp_path, (100,))
+  prepare_cifar100(tmp_path, 100)
   names = ["clevr_count", "clevr_distance", "cifar100"]
   status, lines = run(capsys, "--task", *names, f"--data_dir={tmp_path}")
   assert status == 1
@@ -360,7 +397,7 @@ def test_a_missing_package_is_named_before_anything_is_downloaded(
 
 
 def test_a_version_that_no_task_reads_is_named(small, tmp_path):
-  folder = prepare_cifar100(tmp_path, (100,)) / "cifar100"
+  folder = prepare_cifar100(tmp_path, 100) / "cifar100"
   (folder / "3.0.2").rename(folder / "1.0.0")
   state = state_of("cifar100", data_dir=str(tmp_path))
   assert state.status == "downloadable"
@@ -428,7 +465,7 @@ def test_lists_of_tfds_images_are_asked_for_before_and_after(
   state = state_of("fgvc_cub", data_dir=folder)
   assert state.status == "downloadable"
   assert state.notes[0].startswith(f"when it is prepared: {wanted}")
-  prepare_cifar100(Path(folder), (100,))
+  prepare_cifar100(Path(folder), 200)
   state = state_of("fgvc_cub", data_dir=folder)
   assert state.status == "manual"
   assert state.text.startswith(f"cifar100/3.0.2 is prepared, but {wanted}")
@@ -437,17 +474,16 @@ def test_lists_of_tfds_images_are_asked_for_before_and_after(
   assert state.status == "manual"
   # One folder of lists, or one with a folder for each data set.
   lists = tmp_path / "lists" / "CUB_200_2011"
-  split = {"train": range(80), "val": range(80, 90)}
+  split = {"train": range(100), "val": range(100, 110)}
   lists.mkdir(parents=True)
   for name, numbers in split.items():
-    members = {f"{name}_{i:05d}": i for i in numbers}
-    members = {f"train_{i:05d}": i for i in numbers}
+    members = {f"train_{i:05d}": i % 100 for i in numbers}
     (lists / f"{name}.json").write_text(json.dumps(members))
-  monkeypatch.setattr(test_data_tfds, "png", lambda array: b"no image")
   for path in (lists, lists.parent):
     state = state_of("fgvc_cub", data_dir=folder, lists=str(path))
     assert state.ready, state.text
-    assert readiness.class_counts(state.data, "train").sum() == 80
+    assert readiness.class_counts(state.data, "train").sum() == 100
+    assert len(state.data.splits["val"]) == 10
 
 
 # Folders of files
@@ -557,7 +593,7 @@ def test_a_task_that_the_folder_lacks_may_be_prepared_already(
   assert lines[0].startswith(f"cifar100: manual: --root: {root} holds neither test.txt")
   assert "It needs cifar/ with train800.txt" in lines[0]
   assert "Or leave --root out: downloadable: TFDS" in lines[0]
-  prepare_cifar100(tmp_path, (100,))
+  prepare_cifar100(tmp_path, 100)
   status, lines = run(capsys, *arguments)
   assert status == 0
   assert any(line.startswith(f"  warning: not there: --root: {root}") for line in lines)
@@ -567,14 +603,14 @@ def test_a_task_that_the_folder_lacks_may_be_prepared_already(
 
 
 def test_damaged_records_are_broken_and_stay(small, no_download, tmp_path, capsys):
-  folder = prepare_cifar100(tmp_path, (100,)) / "cifar100" / "3.0.2"
+  folder = prepare_cifar100(tmp_path, 100) / "cifar100" / "3.0.2"
   path = folder / "cifar100-train.tfrecord-00000-of-00001"
   raw = bytearray(path.read_bytes())
   raw[300] ^= 255
   path.write_bytes(bytes(raw))
   status, lines = run(capsys, "--task=cifar100", f"--data_dir={tmp_path}")
   assert status == 1 and not no_download
-  assert re.match(r"cifar100: broken: the file .* is damaged near record 0", lines[0])
+  assert re.match(r"cifar100: broken: .*-train.tfrecord-.* is damaged", lines[0])
   assert lines[1:] == [
     f"  note: for TFDS to prepare it anew, delete {folder} first",
     "tasks: 1 broken",
