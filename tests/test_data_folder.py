@@ -6,7 +6,7 @@ from data_fixtures import data_config, number_of, pixels, png
 import numpy as np
 import pytest
 
-from insvp_jax.data import load_data
+from insvp_jax.data import arrays, load_data
 
 _SPLIT = {
   "train/cat": 4,
@@ -259,7 +259,7 @@ def test_images_of_all_sizes_get_the_presets_size(tmp_path):
   }
   root = fixtures.write_folder(tmp_path, content)
   for preset, size in {"vtab": 14, "insvp_release": 16}.items():
-    images = _load(root, 14, preset=preset).splits["train"].images
+    images = arrays.take(_load(root, 14, preset=preset).splits["train"]).images
     assert images.shape[1:] == (size, size, 3) and (images == 90).all()
 
 
