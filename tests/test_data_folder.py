@@ -380,6 +380,10 @@ def test_large_sets_are_checked_once_where_corrupt_images_are_skipped(
   assert _numbers(train) == [i for i in range(40) if i != 17]
   assert train.labels.tolist() == [0] * 19 + [1] * 20
   assert _numbers(test) == [40, 42]
+  # Another limit finds its own in the cache.
+  changes["cache_dir"] = str(tmp_path / "other cache")
+  assert not _streamed(_load(root, **{**changes, "resident_mb": 9}))
+  assert _streamed(_load(root, **changes)) == set(data.splits)
   for name in ("000", "002"):
     (root / f"test/a/{name}.png").write_bytes(b"junk")
   with pytest.raises(ValueError, match="class 'a' of test .* no readable images"):

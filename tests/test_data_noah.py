@@ -158,7 +158,7 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path):
   content = _content()
   for i in (11, 13, 14):
     del content[f"images/{i:03d}.png"]
-  content["images/014.png/sub.png"] = b""  # a folder of that name is no image
+  content["images/014.png"] = None  # a folder of that name is no image
   for root in (
     fixtures.write_folder(tmp_path / "f", content),
     fixtures.write_zip(tmp_path / "f.zip", content),

@@ -413,7 +413,13 @@ def test_grouped_serves_any_requests_from_a_reader_that_runs_ahead(data):
 
   starts = np.cumsum([0, *sizes])
   requests = [start + np.arange(n) for start, n in zip(starts, sizes, strict=False)]
-  groups = splits.grouped(iter(requests), read)
+  readers = []  # held, so that only an explicit close ends one
+
+  def remember(positions):
+    readers.append(read(positions))
+    return readers[-1]
+
+  groups = splits.grouped(iter(requests), remember)
   got = list(itertools.islice(groups, stop))
   assert got == [(10 * request).tolist() for request in requests[:stop]]
   groups.close()
@@ -456,6 +462,19 @@ def test_ordered_map_raises_the_first_error_in_its_turn(bad, ahead):
   with pytest.raises(ValueError, match=f"item {first}$"):
     next(results)
   assert not _decoders() and not list(results)
+
+
+def test_closing_ordered_map_cancels_what_has_not_begun():
+  begun = []
+
+  def work(i):
+    begun.append(i)
+    time.sleep(0.002)
+
+  results = threads.ordered_map(work, range(300), ahead=300)
+  next(results)
+  results.close()
+  assert len(begun) < 200 and not _decoders()
 
 
 def test_ordered_map_works_in_parallel():
