@@ -6,7 +6,8 @@ keeps nothing.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import itertools
 from typing import Any
@@ -102,13 +103,15 @@ class StreamSplit(Split):
 
 
 def grouped(
-  requests: Iterable[Indices], read: Callable[[Iterator[int]], Iterator[Any]]
+  requests: Iterable[Indices],
+  read: Callable[[Iterator[int]], Generator[Any, None, None]],
 ) -> Iterator[list[Any]]:
   """Serves requests of many positions from a reader of single ones.
 
   Args:
     requests: non-empty arrays of positions.
-    read: maps positions to their images, in order, some way ahead.
+    read: maps positions to their images, in order, some way ahead; closed at the
+      end, whatever ends it.
 
   Yields:
     A list of images for each request.
@@ -120,11 +123,6 @@ def grouped(
       sizes.append(len(request))
       yield from request.tolist()
 
-  images = read(positions())
-  try:
+  with contextlib.closing(read(positions())) as images:
     for first in images:
-      size = sizes.pop(0)
-      yield [first, *itertools.islice(images, size - 1)]
-  finally:
-    if hasattr(images, "close"):
-      images.close()
+      yield [first, *itertools.islice(images, sizes.pop(0) - 1)]
