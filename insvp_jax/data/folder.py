@@ -65,6 +65,7 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     if split in decoded
   }
   splits = image_lists.place(files_of, data_config, preset, image_size, in_memory)
+  splits["train_val"] = splits.pop("train_val")  # the last, as lines list them
   skipped = sum(len(lists[split]) - len(readable[split]) for split in lists)
   source = f"images of {root.path}"
   return TaskData(root.name, found.class_names, splits, skipped, source)
