@@ -6,86 +6,20 @@ from pathlib import Path
 import subprocess
 import sys
 
-from data_fixtures import data_config, number_of, pixels, png
+from data_fixtures import data_config, number_of
 import numpy as np
 import pytest
+from tfds_fixtures import import_tfds, prepare_cifar
 
-from insvp_jax.data import load_data, tfds_source
+from insvp_jax.data import load_data
 from insvp_jax.data.tasks import TASKS
 
-_TRAIN, _TEST = 45_200, 12
-_SHARDS = (30_000, 15_000, 200)
-
-
-def _tfds():
-  pytest.importorskip("tensorflow_datasets")
-  return tfds_source.import_tfds()
-
-
-def _example(tf, name, image, label):
-  def feature(value):
-    if isinstance(value, bytes):
-      return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-  content = {"id": name, "image": image, "label": label, "coarse_label": 0}
-  features = {key: feature(value) for key, value in content.items()}
-  return tf.train.Example(
-    features=tf.train.Features(feature=features)
-  ).SerializeToString()
-
-
-def prepare_cifar100(root: Path, train_shards=_SHARDS) -> Path:
-  """Writes what TFDS would prepare under the name cifar100.
-
-  The i-th training image shows i % 65536 where the published splits look, black
-  elsewhere; its label is i % 100. Test images show 50000 + i.
-  """
-  tfds = _tfds()
-  import tensorflow as tf
-
-  builder = tfds.builder("cifar100", data_dir=str(root))
-  folder = Path(builder.data_dir)
-  folder.mkdir(parents=True)
-  black, infos = png(np.zeros((32, 32, 3), np.uint8)), []
-  unseen = [_example(tf, b"", black, label) for label in range(100)]
-  for split, shards, offset in (("train", train_shards, 0), ("test", (_TEST,), 50_000)):
-    number = 0
-    for shard, length in enumerate(shards):
-      name = f"cifar100-{split}.tfrecord-{shard:05d}-of-{len(shards):05d}"
-      with tf.io.TFRecordWriter(str(folder / name)) as writer:
-        for _ in range(length):
-          seen = split == "test" or number < 800 or number >= 45_000
-          if seen:
-            image = png(pixels(offset + number, 32))
-            key = f"{split}_{number:05d}".encode()
-            writer.write(_example(tf, key, image, number % 100))
-          else:
-            writer.write(unseen[number % 100])
-          number += 1
-    infos.append(
-      tfds.core.splits.SplitInfo(
-        name=split,
-        shard_lengths=list(shards),
-        num_bytes=1,
-        filename_template=tfds.core.ShardedFileTemplate(
-          data_dir=builder.data_path,
-          dataset_name=builder.name,
-          split=split,
-          filetype_suffix="tfrecord",
-        ),
-      )
-    )
-  # The names come with the download: here they are ours.
-  builder.info.features["label"].names = [f"thing {i:02d}" for i in range(100)]
-  builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-  builder.info.write_to_directory(builder.data_path)
-  return root
+_TEST = 12
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  return prepare_cifar100(tmp_path_factory.mktemp("tfds"))
+  return prepare_cifar(tmp_path_factory.mktemp("tfds"))
 
 
 def _numbers(split):
@@ -123,7 +57,7 @@ def small(monkeypatch):
 def test_the_order_does_not_depend_on_the_shards(small, tmp_path):
   orders = []
   for i, shards in enumerate([(100,), (3, 90, 7), (2,) * 50]):
-    root = prepare_cifar100(tmp_path / str(i), shards)
+    root = prepare_cifar(tmp_path / str(i), shards=shards)
     data = load_data("cifar100", data_config(data_dir=str(root)), 32)
     orders.append([_numbers(data.splits[name]) for name in ("train", "val")])
     assert data.splits["val"].labels.tolist() == [90, 91, 92, 93, 94]
@@ -132,7 +66,7 @@ def test_the_order_does_not_depend_on_the_shards(small, tmp_path):
 
 
 def test_images_are_resized_by_the_preset(small, tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   for preset, size in {"vtab": 48, "insvp_release": 54}.items():
     data = load_data("cifar100", data_config(data_dir=str(root), preset=preset), 48)
     images = data.splits["train"].images
@@ -141,7 +75,7 @@ def test_images_are_resized_by_the_preset(small, tmp_path):
 
 
 def test_an_unprepared_set_names_the_command(tmp_path):
-  _tfds()
+  import_tfds()
   config = data_config(data_dir=str(tmp_path))
   with pytest.raises(FileNotFoundError) as caught:
     load_data("cifar100", config, 32)
@@ -153,7 +87,7 @@ def test_an_unprepared_set_names_the_command(tmp_path):
 
 
 def test_a_wrong_version_is_named(small, tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   (root / "cifar100" / "3.0.2").rename(root / "cifar100" / "1.0.0")
   with pytest.raises(FileNotFoundError, match=r"3\.\*\.\*.*Found only: 1.0.0"):
     load_data("cifar100", data_config(data_dir=str(root)), 32)
@@ -166,7 +100,7 @@ def _broken(root, change):
 
 
 def test_damaged_files_are_named_and_nothing_is_cached(small, tmp_path):
-  _tfds()
+  import_tfds()
 
   def cut(path):
     path.write_bytes(path.read_bytes()[:600])
@@ -177,19 +111,21 @@ def test_damaged_files_are_named_and_nothing_is_cached(small, tmp_path):
     path.write_bytes(bytes(raw))
 
   for name, change in {"cut": cut, "flip": flip}.items():
-    config = _broken(prepare_cifar100(tmp_path / name, (100,)), change)
+    config = _broken(prepare_cifar(tmp_path / name, shards=(100,)), change)
     with pytest.raises(
       ValueError, match=r"tfrecord-00000-of.* near record 0: [^{]*; prepare"
     ):
       load_data("cifar100", config, 32)
     assert not (tmp_path / name / "cache").exists()
-  config = _broken(prepare_cifar100(tmp_path / "gone", (100,)), lambda p: p.unlink())
+  config = _broken(
+    prepare_cifar(tmp_path / "gone", shards=(100,)), lambda p: p.unlink()
+  )
   with pytest.raises(FileNotFoundError, match="cifar100-train.tfrecord"):
     load_data("cifar100", config, 32)
 
 
 def test_a_split_too_small_for_the_task_is_named(tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   with pytest.raises(ValueError, match=r"train\[:800\].*100 examples"):
     load_data("cifar100", data_config(data_dir=str(root)), 32)
 
@@ -214,7 +150,7 @@ def test_the_table():
 
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.spec])
 def test_tfds_knows_every_builder(name, tmp_path):
-  tfds = _tfds()
+  tfds = import_tfds()
   builder = tfds.builder(TASKS[name].spec, data_dir=str(tmp_path))
   if TASKS[name].label_rule == "label":
     assert builder.info.features["label"].num_classes == TASKS[name].num_classes

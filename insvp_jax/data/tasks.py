@@ -232,7 +232,8 @@ _SETS = {
     "stanford-cars",
   ),
   "food101": (
-    "food101:2.*.*",
+    # TFDS's default, 2.0.0, has no ids.
+    "food101:2.1.0",
     101,
     "train",
     "",
