@@ -216,12 +216,11 @@ def prepare_cifar(
   *,
   num_test: int = 12,
   seen: Callable[[int], bool] = lambda number: number < 800 or number >= 45_000,
-  ids: Sequence[int] | None = None,
 ) -> Path:
   """Prepares CIFAR-10 or CIFAR-100 with numbered images of `data_fixtures.pixels`.
 
   The i-th training image shows i % 65536 where `seen` says so, black elsewhere; its
-  label is i % k and its id "train_<ids[i]>". Test images show 50000 + i.
+  label is i % k. Test images show 50000 + i.
 
   Args:
     root: TFDS's folder.
@@ -229,7 +228,6 @@ def prepare_cifar(
     shards: lengths of the training split's.
     num_test: size of the test split.
     seen: which training images show their number.
-    ids: numbers in the names of training images; None for those of their place.
 
   Returns:
     The root.
@@ -241,11 +239,10 @@ def prepare_cifar(
 
   def make(split: str, number: int, place: int) -> bytes:
     shown = split == "test" or seen(place)
-    name = ids[place] if ids is not None and split == "train" else place
     return copies(
       image=png(pixels(number, 32)) if shown else black,
       label=place % num_classes,
-      id=f"{split}_{name:05d}".encode(),
+      id=f"{split}_{place:05d}".encode(),
     )
 
   starts = np.cumsum([0, *shards]).tolist()
@@ -257,3 +254,54 @@ def prepare_cifar(
   names = [f"thing {i:02d}" for i in range(num_classes)]
   prepare(root, name, {"train": train, "test": test}, class_names=names)
   return root
+
+
+def prepare_named(
+  root: Path,
+  spec: str,
+  feature: str,
+  names: Sequence[str],
+  labels: Sequence[int],
+  test: tuple[str, int],
+) -> np.ndarray:
+  """Prepares a set whose training images have names, in an order of its own.
+
+  Every 50th image shows its number, as `number_in` finds it.
+
+  Args:
+    root: TFDS's folder.
+    spec: of a builder that TFDS knows.
+    feature: the one that holds names; "" for none.
+    names: of the training images, in the order of the original files.
+    labels: of the training images.
+    test: name and size of the test split.
+
+  Returns:
+    The number of the original file at each place of the training split.
+  """
+  features = features_of(spec)
+
+  def image(number: int) -> bytes:
+    return png(coloured(bit_image(number, 32, 32)))
+
+  unseen = record(features, image=image(UNSEEN))
+  copies, hidden = Copies(unseen), image(UNSEEN)
+
+  def make(number: int) -> bytes:
+    named = {feature: names[number].encode()} if feature else {}
+    shown = hidden if number % 50 else image(number)
+    return copies(image=shown, label=int(labels[number]), **named)
+
+  order = np.random.default_rng(7).permutation(len(labels))
+  content = [make(i) for i in order.tolist()]
+  cut = len(content) // 3
+  splits = {"train": [content[:cut], content[cut:]], test[0]: [test[1]]}
+  prepare(root, spec, splits, unseen=unseen)
+  return order
+
+
+def places(builder: Any, split: str, records: Any) -> np.ndarray:
+  """Returns where in a split records are, by their files and rows."""
+  starts = np.cumsum([0, *builder.info.splits[split].shard_lengths])
+  shards = [int(name[-14:-9]) for name in records.files]  # ...-00012-of-00034
+  return starts[np.array(shards)[records.file]] + records.row

@@ -232,8 +232,7 @@ _SETS = {
     "stanford-cars",
   ),
   "food101": (
-    # TFDS's default, 2.0.0, has no ids.
-    "food101:2.1.0",
+    "food101:2.*.*",
     101,
     "train",
     "",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import functools
 import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def check_labels(records: Records, num_classes: int, split: str, task: Task) -> 
   wrong = np.flatnonzero((records.labels < 0) | (records.labels >= num_classes))
   if wrong.size:
     raise ValueError(
-      f"the label of {records.describe(wrong[0])} ({split} of {task.name}) is "
+      f"the label of {records.describe(int(wrong[0]))} ({split} of {task.name}) is "
       f"{records.labels[wrong[0]]}, expected 0 to {num_classes - 1}: another data set, "
       f"or a damaged one; prepare {task.spec} anew."
     )
@@ -175,6 +176,8 @@ def find_builder(task: Task, data_dir: str) -> Any:
       format of files.
   """
   tfds = import_tfds()
+  from google.protobuf import json_format
+
   folder = str(Path(data_dir).expanduser()) if data_dir else None
   name = task.spec.split(":")[0]
   where = folder or "TFDS's default folder"
@@ -186,6 +189,11 @@ def find_builder(task: Task, data_dir: str) -> Any:
   )
   try:
     builder = tfds.builder(task.spec, data_dir=folder)
+  except (json.JSONDecodeError, json_format.Error) as error:
+    raise ValueError(
+      f"what describes {name} in {where} is damaged: {tfrecords.first_line(error)}. "
+      f"Delete its folder. {mend}"
+    ) from error
   except (AssertionError, ValueError, OSError) as error:
     raise ValueError(
       f"TFDS has no {task.spec} (for {task.name}), neither in its code nor in "

@@ -117,6 +117,7 @@ def find(
     ValueError: a file is damaged or ends early, the split is smaller than that, or
       the data set lacks a feature.
   """
+  scan = _Scan(builder, rule, id_feature)
   try:
     instructions = builder.info.splits[expression].file_instructions
   except (ValueError, KeyError) as error:
@@ -128,7 +129,6 @@ def find(
     raise ValueError(
       f"{expression} of {builder.data_dir} has no examples; prepare the data set anew."
     )
-  scan = _Scan(builder, rule, id_feature)
   return concatenate([_part(scan, part, cache_dir) for part in instructions])
 
 
@@ -329,8 +329,8 @@ def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
     if missing := [name for name in inner if name not in known]:
       raise ValueError(
         f"{builder.info.full_name} in {builder.data_dir} has no feature "
-        f"{missing[0]!r}, only {', '.join(known) or 'one'}; prepare another version "
-        f"of it."
+        f"{missing[0]!r}, only {', '.join(sorted(known)) or 'one'}; prepare another version "
+        f"of it with insvp_jax.tools.prepare_data."
       )
     return tfds.features.FeaturesDict(
       {k: part(feature[k], v) for k, v in inner.items()}
