@@ -86,11 +86,18 @@ def prepared(tmp_path_factory):
   return make
 
 
+def _config(root, **options):
+  cache_dir = str(root / "cache")
+  return data_config(data_dir=str(root), resident_mb=0, cache_dir=cache_dir, **options)
+
+
 def _load(task, root, order, **options):
   """Returns a task and for each split the numbers of the original files."""
-  config = data_config(data_dir=str(root), resident_mb=0, **options)
-  config.cache_dir = str(root / "cache")
-  data = load_data(task, config, 8)
+  config = _config(root, **options)
+  return load_data(task, config, 8), _numbers(task, config, order)
+
+
+def _numbers(task, config, order):
   builder = tfds_source.find_builder(TASKS[task], config.data_dir)
   records = tfds_source.find_records(builder, TASKS[task], config)
   numbers = {
@@ -98,7 +105,7 @@ def _load(task, root, order, **options):
     for split in ("train", "val", "train_val")
   }
   assert numbers["train_val"] == numbers["train"] + numbers["val"]
-  return data, numbers
+  return numbers
 
 
 def _check_pixels(data, numbers, labels):
@@ -134,7 +141,7 @@ def test_a_drawn_val_has_its_share_of_each_class(task, subset, prepared, caplog)
   place = np.argsort(order)
   for split in ("train", "val"):
     assert np.all(np.diff(place[numbers[split]]) > 0)
-  _, other = _load(task, root, order, subset=subset, split_seed=1)
+  other = _numbers(task, _config(root, subset=subset, split_seed=1), order)
   assert set(other["val"]) != set(numbers["val"])
   _check_pixels(data, numbers, labels)
   # VPT trains FGVC on its 90% alone.

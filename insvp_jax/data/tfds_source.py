@@ -145,7 +145,7 @@ def import_tfds() -> Any:
   # Not its own lines on standard error: what they say of errors is in ours. "1" is
   # what JAX sets; whoever wants to see all of them sets "0".
   if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   import tensorflow as tf
 

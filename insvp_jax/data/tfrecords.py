@@ -329,8 +329,8 @@ def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
     if missing := [name for name in inner if name not in known]:
       raise ValueError(
         f"{builder.info.full_name} in {builder.data_dir} has no feature "
-        f"{missing[0]!r}, only {', '.join(sorted(known)) or 'one'}; prepare another version "
-        f"of it with insvp_jax.tools.prepare_data."
+        f"{missing[0]!r}, only {', '.join(sorted(known)) or 'one'}; prepare another "
+        f"version of it with insvp_jax.tools.prepare_data."
       )
     return tfds.features.FeaturesDict(
       {k: part(feature[k], v) for k, v in inner.items()}
