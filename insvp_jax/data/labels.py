@@ -26,8 +26,7 @@ class LabelRule:
   """One rule.
 
   Attributes:
-    features: the TFDS features it reads, as `tfds.decode.PartialDecoding` names
-      them.
+    features: the TFDS features it reads, as `tfrecords.pick` names them.
     compute: maps these features of one example to a class index.
     class_names: one name per class; None takes those of TFDS's feature.
   """
@@ -50,17 +49,18 @@ def clevr_count(example: Mapping[str, Any]) -> int:
 def clevr_distance(example: Mapping[str, Any]) -> int:
   """Returns the bin of the closest object's distance.
 
-  A bin is open at its lower bound: 8.0 is in bin 0, 8.01 in bin 1.
+  A bin is open at its lower bound: 8.0 is in bin 0, 8.01 in bin 1. What lies in none,
+  such as a scene without objects, gets an invalid class: -1 or 6.
   """
   depths = np.asarray(example["objects"]["pixel_coords"], np.float32)[:, 2]
-  return _bin(float(depths.min()), _CLEVR_BOUNDS)
+  return _bin(min(depths.tolist(), default=np.inf), _CLEVR_BOUNDS)
 
 
 def kitti_distance(example: Mapping[str, Any]) -> int:
   """Returns the bin of the closest car's, van's or truck's distance.
 
   Bins are open at their lower bound: 0 is up to 8 m, 1 up to 20 m, 2 beyond; 3 means
-  no vehicle.
+  no vehicle. -1, an invalid class, stands for what is no distance.
   """
   types = np.asarray(example["objects"]["type"])
   depths = np.asarray(example["objects"]["location"], np.float32)[:, 2]
@@ -69,8 +69,8 @@ def kitti_distance(example: Mapping[str, Any]) -> int:
 
 
 def _bin(value: float, bounds: np.ndarray) -> int:
-  """Returns the largest i with bounds[i] < value."""
-  return int(np.flatnonzero(bounds < value)[-1])
+  """Returns the largest i with bounds[i] < value; -1 where there is none."""
+  return int(np.count_nonzero(bounds < value)) - 1
 
 
 def dsprites_location(example: Mapping[str, Any]) -> int:

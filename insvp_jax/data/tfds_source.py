@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import functools
 import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def load(
       f"python -m insvp_jax.tools.prepare_data --task={task.name} says what it holds."
     )
   preset = preprocess.get_preset(data_config.preset)
+  task.subset(data_config.subset)
   builder = find_builder(task, data_config.data_dir)
+  tfrecords.pick(builder, {"image": True})
   class_names = _class_names(builder, task)
   records = find_records(builder, task, data_config)
   streams = {
@@ -81,7 +84,7 @@ def check_labels(records: Records, num_classes: int, split: str, task: Task) -> 
   wrong = np.flatnonzero((records.labels < 0) | (records.labels >= num_classes))
   if wrong.size:
     raise ValueError(
-      f"the label of {records.describe(wrong[0])} ({split} of {task.name}) is "
+      f"the label of {records.describe(int(wrong[0]))} ({split} of {task.name}) is "
       f"{records.labels[wrong[0]]}, expected 0 to {num_classes - 1}: another data set, "
       f"or a damaged one; prepare {task.spec} anew."
     )
@@ -91,7 +94,8 @@ def _class_names(builder: Any, task: Task) -> tuple[str, ...]:
   rule = labels.LABEL_RULES[task.label_rule]
   if rule.class_names is not None:
     return tuple(rule.class_names)
-  names = tuple(builder.info.features["label"].names)
+  (feature,) = tfrecords.pick(builder, rule.features).values()
+  names = tuple(getattr(feature, "names", None) or ())
   if len(names) != task.num_classes:
     raise ValueError(
       f"{builder.data_dir} has {len(names)} classes, {task.name} is published with "
@@ -119,10 +123,12 @@ def find_records(
   if subset.rule == "slices":
     train, val = find(task.train), find(task.val)
   else:
+    # Read first: all that may be wrong with lists is known before the long search.
+    lists = name_lists.find(task, data_config.lists) if subset.rule == "lists" else {}
     everything = find(task.train, task.id_feature if named else "")
-    if subset.rule == "lists":
+    if lists:
       found = name_lists.join(
-        task, data_config.lists, everything.names, everything.labels
+        task, data_config.lists, lists, everything.names or (), everything.labels
       )
     else:
       found = subsets.draw(
@@ -136,7 +142,11 @@ def find_records(
 
 def import_tfds() -> Any:
   """Imports TFDS; TensorFlow must not take the accelerator's memory from JAX."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  # Not its own lines on standard error: what they say of errors is in ours. "1" is
+  # what JAX sets; whoever wants to see all of them sets "0".
+  if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   import tensorflow as tf
 
   for kind in ("GPU", "TPU"):
@@ -166,6 +176,8 @@ def find_builder(task: Task, data_dir: str) -> Any:
       format of files.
   """
   tfds = import_tfds()
+  from google.protobuf import json_format
+
   folder = str(Path(data_dir).expanduser()) if data_dir else None
   name = task.spec.split(":")[0]
   where = folder or "TFDS's default folder"
@@ -177,6 +189,11 @@ def find_builder(task: Task, data_dir: str) -> Any:
   )
   try:
     builder = tfds.builder(task.spec, data_dir=folder)
+  except (json.JSONDecodeError, json_format.Error) as error:
+    raise ValueError(
+      f"what describes {name} in {where} is damaged: {tfrecords.first_line(error)}. "
+      f"Delete its folder. {mend}"
+    ) from error
   except (AssertionError, ValueError, OSError) as error:
     raise ValueError(
       f"TFDS has no {task.spec} (for {task.name}), neither in its code nor in "
@@ -247,12 +264,18 @@ def _decode_all(
   import tensorflow as tf
 
   asked: deque[int] = deque()
+  failed: list[Exception] = []
 
   def read() -> Iterator[list[bytes]]:
-    with _Files(records) as files:
-      while chunk := list(itertools.islice(positions, _CHUNK)):
-        asked.extend(chunk)
-        yield [files.read(i) for i in chunk]
+    try:
+      with _Files(records) as files:
+        while chunk := list(itertools.islice(positions, _CHUNK)):
+          asked.extend(chunk)
+          yield [files.read(i) for i in chunk]
+    except Exception as error:
+      # TensorFlow would hand on its text alone.
+      failed.append(error)
+      raise
 
   data = tf.data.Dataset.from_generator(
     read, output_signature=tf.TensorSpec([None], tf.string)
@@ -270,6 +293,8 @@ def _decode_all(
         asked.popleft()
         yield image
   except tf.errors.OpError as error:
+    if failed:
+      raise failed[0] from None
     raise _explain(records, decode, list(asked), error) from error
 
 
@@ -304,13 +329,28 @@ class _Files:
       os.close(handle)
 
   def read(self, position: int) -> bytes:
-    """Returns the data of a record."""
+    """Returns the data of a record.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
     records = self._records
     file = int(records.file[position])
-    if file not in self._open:
-      self._open[file] = os.open(records.files[file], os.O_RDONLY)
     length = int(records.length[position])
-    return os.pread(self._open[file], length, int(records.offset[position]))
+    try:
+      if file not in self._open:
+        self._open[file] = os.open(records.files[file], os.O_RDONLY)
+      data = os.pread(self._open[file], length, int(records.offset[position]))
+    except OSError as error:
+      raise ValueError(
+        f"cannot read {records.describe(position)} ({error.strerror})."
+      ) from error
+    if len(data) < length:
+      raise ValueError(
+        f"{records.describe(position)} is cut off: the file became shorter after it "
+        f"was opened. Start again."
+      )
+    return data
 
 
 def decoder(
