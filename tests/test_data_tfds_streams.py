@@ -100,11 +100,7 @@ def test_positions_come_in_the_order_asked_for(load):
     np.testing.assert_array_equal(found, everything.images[asked])
 
 
-# pipeline.augment_key is annotated with int, but jit traces its arguments.
-_AUGMENTS = pytest.param("insvp_release", marks=pytest.mark.xfail(strict=True))
-
-
-@pytest.mark.parametrize("preset", ["vtab", _AUGMENTS])
+@pytest.mark.parametrize("preset", ["vtab", "insvp_release"])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_train_batches_are_the_same_from_files_and_from_memory(
   preset, devices, load, make_mesh
