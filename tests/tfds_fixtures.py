@@ -39,17 +39,16 @@ def bit_image(
 
   Args:
     number: what `number_in` finds.
-    height: in pixels, at least 8.
-    width: in pixels, at least 8.
+    height: in pixels, a multiple of 8.
+    width: in pixels, a multiple of 8.
     low: the grey level of bits that are not set.
     high: the grey level of bits that are set.
   """
   bits = [number >> i & 1 for i in range(_BITS)]
   # The last one shows that an image is not turned or mirrored.
   grid = np.array([*bits, *[0] * (_GRID**2 - _BITS - 1), 1]).reshape(_GRID, _GRID)
-  rows = np.arange(height) * _GRID // height
-  columns = np.arange(width) * _GRID // width
-  return np.where(grid[rows][:, columns], high, low).astype(np.uint8)
+  levels = np.where(grid, high, low).astype(np.uint8)
+  return levels.repeat(height // _GRID, 0).repeat(width // _GRID, 1)
 
 
 def number_in(image: np.ndarray) -> int:

@@ -6,7 +6,7 @@ name; after that any record is one read away, so that an epoch can be shuffled a
 whole and go on in its middle. The notes are kept in the cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import math
@@ -178,6 +178,9 @@ class _Scan:
     }
     ragged = {name: tf.io.RaggedFeature(specs[name].dtype) for name in self._several}
     self._specs = {**specs, **ragged}
+    records = tf.TensorSpec([None], tf.string)
+    # Traced once, not for each file.
+    self._note = tf.function(self._parse, input_signature=[records])
 
   def __call__(
     self, path: Path, skip: int, take: int, total: int
@@ -203,7 +206,7 @@ class _Scan:
     }
     return self._finish(notes, start)
 
-  def _note(self, data):
+  def _parse(self, data):
     """Notes what can be without Python; `data` is a batch of records."""
     import tensorflow as tf
 
@@ -228,34 +231,33 @@ class _Scan:
     return found
 
   def _labels(self, notes: dict[str, np.ndarray]) -> np.ndarray:
-    def column(name: str) -> Sequence[Any]:
-      if name not in self._several:
-        return notes[name].tolist()
+    wanted = self.rule.features
+    if not self._several:
+      labels = self.rule.compute({name: notes[name] for name in wanted})
+    else:
+      labels = np.array([self.rule.compute(one) for one in self._examples(notes)])
+    # What no label can be stays so.
+    limits = np.iinfo(np.int32)
+    return labels.clip(limits.min, limits.max).astype(np.int32)
+
+  def _examples(self, notes: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Yields what the rule reads of each record."""
+
+    def column(name: str) -> Sequence[np.ndarray]:
       # What was counted are numbers, of which each value may have several.
       shape = self._several[name]
       ends = np.cumsum(notes[f"number of {name}"]) // math.prod(shape)
       return np.split(notes[name].reshape(-1, *shape), ends[:-1])
 
     columns = {
-      key: column(key)
-      if inner is True
-      else {part: column(f"{key}/{part}") for part in inner}
+      key: {part: column(f"{key}/{part}") for part in inner}
       for key, inner in self.rule.features.items()
     }
-
-    def example(i: int) -> dict[str, Any]:
-      return {
-        key: values[i]
-        if not isinstance(values, dict)
-        else {part: column[i] for part, column in values.items()}
-        for key, values in columns.items()
+    for i in range(len(notes["length"])):
+      yield {
+        key: {part: column[i] for part, column in parts.items()}
+        for key, parts in columns.items()
       }
-
-    number = len(notes["length"])
-    labels = np.array([self.rule.compute(example(i)) for i in range(number)], np.int64)
-    # What no label can be stays so.
-    limits = np.iinfo(np.int32)
-    return labels.clip(limits.min, limits.max).astype(np.int32)
 
   def _explain(self, path: Path, skip: int, take: int, error) -> ValueError:
     """Returns an error that names the record at which reading stopped."""
@@ -265,7 +267,7 @@ class _Scan:
     try:
       for data in tf.data.TFRecordDataset(str(path)).take(skip + take):
         if row >= skip:
-          self._note(data[None])
+          self._parse(data[None])
         row += 1
     except tf.errors.OpError as found:
       error = found
