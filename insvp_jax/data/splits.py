@@ -6,6 +6,7 @@ keeps nothing.
 """
 
 import abc
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -126,3 +127,39 @@ def grouped(
   with contextlib.closing(read(positions())) as images:
     for first in images:
       yield [first, *itertools.islice(images, sizes.pop(0) - 1)]
+
+
+def joined(
+  requests: Iterable[Indices],
+  read: Callable[[Iterator[int], int], Iterator[UInt8[np.ndarray, "c h w 3"]]],
+) -> Iterator[UInt8[np.ndarray, "m h w 3"]]:
+  """Serves requests from a reader of stacked images, without copying as a rule.
+
+  Args:
+    requests: non-empty arrays of positions, most of them of one length.
+    read: maps (positions, length of the first request) to arrays of consecutive
+      images, in order, some way ahead.
+
+  Yields:
+    The images of each request.
+  """
+  requests = iter(requests)
+  first = next(requests, None)
+  if first is None:
+    return
+  sizes: deque[int] = deque()
+
+  def positions() -> Iterator[int]:
+    for request in itertools.chain([first], requests):
+      sizes.append(len(request))
+      yield from request.tolist()
+
+  parts: list[np.ndarray] = []
+  with contextlib.closing(read(positions(), len(first))) as pieces:
+    for piece in pieces:
+      parts.append(piece)
+      while sizes and sum(map(len, parts)) >= sizes[0]:
+        size = sizes.popleft()
+        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [images[size:]] if len(images) > size else []
+        yield images[:size]

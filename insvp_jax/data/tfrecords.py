@@ -300,15 +300,6 @@ def _start(path: Path, number: int) -> tuple[int, int]:
   return position, number
 
 
-def parser(builder: Any, features: Mapping[str, Any]) -> Any:
-  """Returns the graph function from a record's data to some decoded features.
-
-  Raises:
-    ValueError: the data set has no such feature.
-  """
-  return pick(builder, features).deserialize_example
-
-
 def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
   """Returns TFDS's description of some of a data set's features.
 
