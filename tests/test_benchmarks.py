@@ -38,3 +38,9 @@ def test_attention(benchmark, monkeypatch, capsys):
 
 def test_startup_measures_an_import_without_tensorflow(benchmark):
   assert 0 < benchmark("startup").import_seconds()
+
+
+def test_convolutions(benchmark):
+  module = benchmark("convolutions")
+  layer = module.Layer("tiny", 6, 2, 1, 3, 1, "k")
+  assert set(module.measure(layer, batch_size=1, rounds=1)) == set(module.FORMS)
