@@ -71,6 +71,8 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
+    skip_unread: leave out of the last block what the pool does not read: with "tok"
+      the queries and the MLP of all patch tokens. The feature stays the same.
   """
 
   width: int
@@ -84,6 +86,7 @@ class ViT(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   scan: bool = False
+  skip_unread: bool = True
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
@@ -105,7 +108,11 @@ class ViT(nn.Module):
       "dtype": dtype,
     }
     self.Transformer = Encoder(
-      depth=self.depth, remat=self.remat, scan=self.scan, **block
+      depth=self.depth,
+      remat=self.remat,
+      scan=self.scan,
+      num_read=1 if self.skip_unread and self.pool == "tok" else None,
+      **block,
     )
     if self.pool == "map":
       self.MAPHead_0 = MAPHead(**block)
