@@ -20,7 +20,7 @@ METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat)"
+  r"prompt_images|data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat|fsdp)"
 )
 
 
@@ -67,6 +67,7 @@ def _backbone() -> ConfigDict:
   section.remat = False
   section.scan = False
   section.frozen_dtype = "float32"
+  section.fsdp = 1  # over how many devices frozen weights are split
   return section
 
 
@@ -235,6 +236,7 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
+  ("backbone.fsdp", 1, math.inf),
   ("prompt_images", 0, math.inf),
   ("data.resident_mb", 0, math.inf),
   ("data.val_fraction", 0, 1),

@@ -23,6 +23,7 @@ LAYERS = (
   ("trainer", "run"),
   ("program",),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
+  ("shardings",),
   ("optim", "losses", "partition"),
   ("models",),
   ("methods",),
