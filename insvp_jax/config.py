@@ -19,8 +19,8 @@ from insvp_jax import trees
 METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
-  r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat)"
+  r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"prompt_images|data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat|fsdp)"
 )
 
 
@@ -45,6 +45,7 @@ def defaults() -> ConfigDict:
   config.optim = _optim()
   config.loss = _loss()
   config.tune = _tune()
+  config.plan = _plan()
   config.log_every_steps = 50
   config.eval_every_epochs = 0.0  # 0: at the end only
   config.checkpoint_every_epochs = 0.0  # 0: at the end only
@@ -68,6 +69,7 @@ def _backbone() -> ConfigDict:
   section.scan = False
   section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
+  section.fsdp = 1  # over how many devices frozen weights are split
   return section
 
 
@@ -156,6 +158,13 @@ def _tune() -> ConfigDict:
   return section
 
 
+def _plan() -> ConfigDict:
+  section = ConfigDict()  # of --plan alone; 0: from the task
+  section.num_classes = 0
+  section.num_train = 0
+  return section
+
+
 def method_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the section of `config.method` without its unset (None) fields."""
   if config.method not in METHOD_SECTIONS:
@@ -236,6 +245,9 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
+  ("backbone.fsdp", 1, math.inf),
+  ("plan.num_classes", 0, math.inf),
+  ("plan.num_train", 0, math.inf),
   ("prompt_images", 0, math.inf),
   ("data.resident_mb", 0, math.inf),
   ("data.val_fraction", 0, 1),

@@ -63,7 +63,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
   """
   config_lib.validate(config)
   get_preset(config.data.preset)
-  mesh = partition.create_mesh()
+  mesh = partition.create_mesh(fsdp=config.backbone.fsdp)
   partition.check_batch_size(config.batch_size, mesh)
   backbone = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)

@@ -20,13 +20,14 @@ LAYERS = (
   ("main",),
   ("suite",),
   ("tune", "tools"),
-  ("trainer", "run"),
+  ("trainer", "run", "plan"),
   ("program",),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
+  ("shardings",),
   ("optim", "losses", "partition"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "flops"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {

@@ -1,6 +1,6 @@
 """The blocks of the Vision Transformer and how prompt tokens join them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -86,6 +86,15 @@ class _ScannedBlock(nn.Module):
     return (x, prompts if self.keep else carried), None
 
 
+def gathering(
+  module: type[nn.Module], gather: Callable[[Any], Any] | None
+) -> type[nn.Module]:
+  """Returns the module's class with `gather` applied to its parameters in use."""
+  if gather is None:
+    return module
+  return nn.map_variables(module, "params", trans_in_fn=gather)
+
+
 class Encoder(nn.Module):
   """The stack of blocks and the final norm."""
 
@@ -97,6 +106,7 @@ class Encoder(nn.Module):
   remat: bool
   scan: bool
   num_read: int | None = None
+  gather: Callable[[Any], Any] | None = None
 
   @nn.compact
   def __call__(
@@ -125,8 +135,20 @@ class Encoder(nn.Module):
       "dtype": self.dtype,
     }
 
+  def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
+    """Returns the block's class as the stack uses it: gathering, rematerialised."""
+    block = gathering(block, self.gather)
+    if self.remat:
+      return nn.remat(block, **options)
+    if self.gather is None:
+      return block
+    # What is no matrix product is computed again in the backward pass. Otherwise the
+    # gathered weights of all blocks would be kept for it: a whole backbone.
+    policy = jax.checkpoint_policies.dots_saveable
+    return nn.remat(block, policy=policy, **options)
+
   def _unrolled(self, x, tokens):
-    block = nn.remat(Block, static_argnums=(3, 4)) if self.remat else Block
+    block = self._lifted(Block, static_argnums=(3, 4))
     num_prompted = 0 if tokens is None else tokens.shape[0]
     prompts = None
     for i in range(self.depth):
@@ -150,11 +172,12 @@ class Encoder(nn.Module):
       rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
       tokens = jnp.concatenate([tokens, rest])
     inputs = (tokens, jnp.arange(self.depth) < num_prompted)
-    if self.num_read is not None and not self.is_initializing():
+    # Gathering happens inside of lifted blocks, which the last one alone is not.
+    alone = self.num_read is not None and self.gather is None
+    if alone and not self.is_initializing():
       return self._scanned_but_last((x, carried), inputs, keep)
-    body = nn.remat(_ScannedBlock, prevent_cse=False) if self.remat else _ScannedBlock
     blocks = nn.scan(
-      body,
+      self._lifted(_ScannedBlock, prevent_cse=False),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.depth,
