@@ -138,14 +138,18 @@ class Encoder(nn.Module):
   def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
     """Returns the block's class as the stack uses it: gathering, rematerialised."""
     block = gathering(block, self.gather)
+    options = self._remat_options(**options)
+    return block if options is None else nn.remat(block, **options)
+
+  def _remat_options(self, **options: Any) -> dict[str, Any] | None:
+    """Returns the options of `remat`; None where blocks are not computed again."""
     if self.remat:
-      return nn.remat(block, **options)
+      return options
     if self.gather is None:
-      return block
-    # What is no matrix product is computed again in the backward pass. Otherwise the
-    # gathered weights of all blocks would be kept for it: a whole backbone.
-    policy = jax.checkpoint_policies.dots_saveable
-    return nn.remat(block, policy=policy, **options)
+      return None
+    # What is no matrix product is computed again. Otherwise the gathered weights of
+    # all blocks would be kept for the backward pass: a whole backbone.
+    return {"policy": jax.checkpoint_policies.dots_saveable, **options}
 
   def _unrolled(self, x, tokens):
     block = self._lifted(Block, static_argnums=(3, 4))
@@ -172,9 +176,7 @@ class Encoder(nn.Module):
       rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
       tokens = jnp.concatenate([tokens, rest])
     inputs = (tokens, jnp.arange(self.depth) < num_prompted)
-    # Gathering happens inside of lifted blocks, which the last one alone is not.
-    alone = self.num_read is not None and self.gather is None
-    if alone and not self.is_initializing():
+    if self.num_read is not None and not self.is_initializing():
       return self._scanned_but_last((x, carried), inputs, keep)
     blocks = nn.scan(
       self._lifted(_ScannedBlock, prevent_cse=False),
@@ -188,21 +190,22 @@ class Encoder(nn.Module):
   def _scanned_but_last(self, carry, inputs, keep):
     """The last block stands alone, since it computes less than the others."""
     stacked = self.variables["params"]["encoderblock"]
-    body = _ScannedBlock(self._fields(), keep, parent=None)
+    gather = self.gather or (lambda params: params)
+    options = self._remat_options(prevent_cse=False)
 
     def step(carry, params_and_inputs):
       params, inputs = params_and_inputs
-      return body.apply({"params": params}, carry, inputs)
+      body = _ScannedBlock(self._fields(), keep, parent=None)
+      return body.apply({"params": gather(params)}, carry, inputs)
 
-    if self.remat:
-      step = jax.checkpoint(step, prevent_cse=False)
+    def last(params, x, prompts):
+      block = Block(**self._fields(), parent=None)
+      return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
+
+    if options is not None:
+      step, last = jax.checkpoint(step, **options), jax.checkpoint(last, **options)
     first = jax.tree.map(lambda leaf: leaf[:-1], (stacked, inputs))
     params, (tokens, _) = jax.tree.map(lambda leaf: leaf[-1], (stacked, inputs))
     (x, carried), _ = jax.lax.scan(step, carry, first, length=self.depth - 1)
-    last = Block(**self._fields(), parent=None).apply
-    if self.remat:
-      last = jax.checkpoint(last, static_argnums=(3, 4))
-    x, _ = last(
-      {"params": params}, x, carried if keep else tokens, False, self.num_read
-    )
+    x, _ = last(params, x, carried if keep else tokens)
     return x
