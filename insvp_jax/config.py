@@ -68,7 +68,7 @@ def _backbone() -> ConfigDict:
   section.remat = False
   section.scan = False
   section.frozen_dtype = "float32"
-  section.fsdp = 1  # over how many devices frozen weights are split
+  section.fsdp = 1  # over how many devices frozen weights are split; set scan too
   return section
 
 
