@@ -67,6 +67,7 @@ def _backbone() -> ConfigDict:
   section.dtype = "float32"
   section.remat = False
   section.scan = False
+  section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
   section.fsdp = 1  # over how many devices frozen weights are split; set scan too
   return section
@@ -85,7 +86,7 @@ def _insvp() -> ConfigDict:
     section[field] = placeholder(tuple)
   for field in ("image_fusion", "feature_fusion"):
     section[field] = placeholder(tuple)
-  for field in ("specific_activation", "specific_input", "prompt_init"):
+  for field in ("specific_activation", "specific_input", "prompt_init", "conv"):
     section[field] = placeholder(str)
   for field in ("dropout", "prompt_dropout"):
     section[field] = placeholder(float)
@@ -175,7 +176,7 @@ def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the ViT fields that the config sets."""
   section = config.backbone
   fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
-  fields += ("dtype", "remat", "scan")
+  fields += ("dtype", "remat", "scan", "skip_unread")
   return {f: section[f] for f in fields if section[f] is not None}
 
 

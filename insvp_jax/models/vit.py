@@ -74,6 +74,8 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
+    skip_unread: leave out of the last block what the pool does not read: with "tok"
+      the queries and the MLP of all patch tokens. The feature stays the same.
     gather: applied to parameters where they are used, a block's within the block:
       parameters that are split over devices become whole there. It must keep the
       values. None leaves them alone, and initialisation needs None.
@@ -90,6 +92,7 @@ class ViT(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   scan: bool = False
+  skip_unread: bool = True
   gather: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
@@ -113,7 +116,12 @@ class ViT(nn.Module):
       "dtype": dtype,
     }
     self.Transformer = Encoder(
-      depth=self.depth, remat=self.remat, scan=self.scan, gather=self.gather, **block
+      depth=self.depth,
+      remat=self.remat,
+      scan=self.scan,
+      num_read=1 if self.skip_unread and self.pool == "tok" else None,
+      gather=self.gather,
+      **block,
     )
     if self.pool == "map":
       self.MAPHead_0 = gathering(MAPHead, self.gather)(**block)
