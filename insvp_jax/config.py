@@ -69,7 +69,7 @@ def _backbone() -> ConfigDict:
   section.scan = False
   section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
-  section.fsdp = 1  # over how many devices frozen weights are split
+  section.fsdp = 1  # over how many devices frozen weights are split; set scan too
   return section
 
 

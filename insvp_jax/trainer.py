@@ -188,7 +188,10 @@ def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
       f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
       f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
       f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
-      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}",
+      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+      + (
+        f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""
+      ),
     ]
   )
 

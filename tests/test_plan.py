@@ -150,7 +150,6 @@ def test_a_plan_is_told_in_powers_of_1024():
   assert "unrolled" not in plan.describe(found)
 
 
-@pytest.mark.slow
 def test_the_largest_vit_is_planned_without_room_for_it(root, tmp_path):
   argv = [sys.executable, "-m", "insvp_jax.main", "--plan=8", f"--workdir={tmp_path}"]
   argv += [f"--config={root / 'configs' / 'vtab.py'}:task=cifar100"]
