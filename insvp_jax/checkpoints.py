@@ -49,6 +49,15 @@ OLD = "deleted"  # where checkpoints go that are no longer kept
 ALWAYS_STORED = r"(prompter|head)/.*"
 
 
+def stored_names(mask: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the parameters that a checkpoint's `adapter` holds."""
+  return [
+    name
+    for name, trainable in trees.flatten(mask).items()
+    if trainable or re.fullmatch(ALWAYS_STORED, name)
+  ]
+
+
 class Checkpointer:
   """Saves and restores the state of one run.
 
@@ -80,11 +89,7 @@ class Checkpointer:
     """
     quieten_orbax()
     self.directory = Path(workdir).absolute() / FOLDER
-    self._stored = [
-      name
-      for name, trainable in trees.flatten(mask).items()
-      if trainable or re.fullmatch(ALWAYS_STORED, name)
-    ]
+    self._stored = stored_names(mask)
     self._meta = json.loads(json.dumps(dict(meta)))
     self._report = report
     self._pending: int | None = None

@@ -19,9 +19,9 @@ from insvp_jax import trees
 METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
-  r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"prompt_images|profile|keep_checkpoints|"
-  r"data/(root|cache_dir|data_dir|lists|resident_mb)|backbone/(weights|remat)"
+  r"data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
 PER_HOST = r"data/(root|cache_dir|data_dir|lists)|backbone/weights"
@@ -48,6 +48,7 @@ def defaults() -> ConfigDict:
   config.optim = _optim()
   config.loss = _loss()
   config.tune = _tune()
+  config.plan = _plan()
   config.log_every_steps = 50
   config.eval_every_epochs = 0.0  # 0: at the end only
   config.checkpoint_every_epochs = 0.0  # 0: at the end only
@@ -71,7 +72,9 @@ def _backbone() -> ConfigDict:
   section.dtype = "float32"
   section.remat = False
   section.scan = False
+  section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
+  section.fsdp = 1  # over how many devices frozen weights are split; set scan too
   return section
 
 
@@ -88,7 +91,7 @@ def _insvp() -> ConfigDict:
     section[field] = placeholder(tuple)
   for field in ("image_fusion", "feature_fusion"):
     section[field] = placeholder(tuple)
-  for field in ("specific_activation", "specific_input", "prompt_init"):
+  for field in ("specific_activation", "specific_input", "prompt_init", "conv"):
     section[field] = placeholder(str)
   for field in ("dropout", "prompt_dropout"):
     section[field] = placeholder(float)
@@ -160,6 +163,13 @@ def _tune() -> ConfigDict:
   return section
 
 
+def _plan() -> ConfigDict:
+  section = ConfigDict()  # of --plan alone; 0: from the task
+  section.num_classes = 0
+  section.num_train = 0
+  return section
+
+
 def method_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the section of `config.method` without its unset (None) fields."""
   if config.method not in METHOD_SECTIONS:
@@ -171,7 +181,7 @@ def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the ViT fields that the config sets."""
   section = config.backbone
   fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
-  fields += ("dtype", "remat", "scan")
+  fields += ("dtype", "remat", "scan", "skip_unread")
   return {f: section[f] for f in fields if section[f] is not None}
 
 
@@ -241,6 +251,9 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
+  ("backbone.fsdp", 1, math.inf),
+  ("plan.num_classes", 0, math.inf),
+  ("plan.num_train", 0, math.inf),
   ("prompt_images", 0, math.inf),
   ("keep_checkpoints", 1, math.inf),
   ("data.resident_mb", 0, math.inf),

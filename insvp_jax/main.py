@@ -36,6 +36,31 @@ _LOST_TIMEOUT = flags.DEFINE_integer(
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
 )
+
+
+class _Count(flags.ArgumentParser):
+  """Reads `--plan` as 0, `--plan=8` as 8."""
+
+  def parse(self, argument: str) -> int | None:
+    if argument in ("true", "false"):
+      return 0 if argument == "true" else None
+    if not argument.isdigit() or int(argument) == 0:
+      raise ValueError("expected a number of devices, or --plan for those here.")
+    return int(argument)
+
+
+_PLAN = flags.DEFINE_flag(
+  # Boolean: the value may be left out.
+  flags.Flag(
+    parser=_Count(),
+    serializer=None,
+    name="plan",
+    default=None,
+    help_string="Train nothing: print the bytes and FLOPs that the run would need, on "
+    "this machine's devices or, as in --plan=8, on so many. Needs no data, no weights.",
+    boolean=True,
+  )
+)
 # What absl and ml_collections raise for a wrong flag.
 _FLAG_ERRORS = (
   flags.Error,
@@ -70,6 +95,9 @@ def main(argv: list[str]) -> None:
   from insvp_jax import cluster
 
   try:
+    if _PLAN.value is not None:
+      _plan(config, _PLAN.value)
+      return
     with cluster.joined(
       config.multihost,
       join_timeout=_JOIN_TIMEOUT.value,
@@ -80,6 +108,19 @@ def main(argv: list[str]) -> None:
     if _is_bug(error):
       raise
     _fail(errors.one_line(error))
+
+
+def _plan(config, count: int) -> None:
+  """Prints what each method needs, and writes plan.json if a workdir was given."""
+  from insvp_jax import plan, writers
+
+  devices, found = plan.find_devices(count), {}
+  for method in config.tune.methods or (config.method,):
+    config.method = method
+    found[method] = plan.plan(config, devices)
+    print(plan.describe(found[method]), flush=True)
+  if _WORKDIR.value:
+    writers.write_json(Path(_WORKDIR.value) / "plan.json", found)
 
 
 def _work(config, workdir: Path, watch) -> None:

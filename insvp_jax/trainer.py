@@ -64,7 +64,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
   """
   config_lib.validate(config)
   get_preset(config.data.preset)
-  mesh = partition.create_mesh()
+  mesh = partition.create_mesh(fsdp=config.backbone.fsdp)
   partition.check_batch_size(config.batch_size, mesh)
   backbone = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
@@ -225,7 +225,10 @@ def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
       f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
       f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
       f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
-      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}",
+      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+      + (
+        f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""
+      ),
     ]
   )
 

@@ -20,13 +20,14 @@ LAYERS = (
   ("main",),
   ("suite",),
   ("tune", "tools"),
-  ("trainer", "run"),
+  ("trainer", "run", "plan"),
   ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
+  ("shardings",),
   ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "flops"),
   ("appended_file", "lock", "memory", "profiling"),
 )
 # What a part may import of the package where that is less than the order allows.

@@ -508,3 +508,26 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   run = load_run(workdir)
   image = next(Path(base[1].split("=")[1]).glob("test/ant/*.png"))
   assert run.predict(image).shape == (1, len(CLASSES))
+
+
+def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(
+  main, base, tmp_path
+):
+  gone = flags_of(
+    data__root=tmp_path / "none",
+    backbone__weights=tmp_path / "none.npz",
+    plan__num_classes=3,
+    plan__num_train=24,
+    batch_size=8,
+    backbone__fsdp=2,
+  )
+  workdir = tmp_path / "planned"
+  done = main(*base, *gone, "--plan=8", f"--workdir={workdir}")
+  assert done.status == 0, done.err
+  assert "8 x cpu, fsdp 2" in done.out and "checkpoint: adapter" in done.out
+  assert [path.name for path in workdir.iterdir()] == ["plan.json"]
+  found = json.loads((workdir / "plan.json").read_text())
+  assert list(found) == ["vpt_deep"] and found["vpt_deep"]["devices"] == 8
+  done = main(*base, *gone, "--plan=8", "--noplan", "--plan=x")
+  assert_one_line(done, "--plan=x", "number of devices")
+  assert_one_line(main(*base, *gone, "--plan=5"), "backbone.fsdp is 2", "5 devices")
