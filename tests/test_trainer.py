@@ -14,11 +14,11 @@ import pytest
 from test_writers import stored_events
 from tiny_training import CLASSES, SIZE, SPLITS, make_data, prepare, tiny_config
 
+from insvp_jax import partition, prompt_panels, trainer, trees
 from insvp_jax import program as program_lib
-from insvp_jax import trainer, trees
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.config import to_dict
-from insvp_jax.data import ArraySplit
+from insvp_jax.data import ArraySplit, preprocess
 from insvp_jax.profiling import Profiler
 from insvp_jax.run import load_run
 from insvp_jax.stopping import Stopped
@@ -510,6 +510,23 @@ def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
   config = config_of("linear", tensorboard=True)
   train(config, tmp_path / "linear", prepared=linear)
   assert shown(tmp_path / "search") == shown(tmp_path / "linear") == {"config"}
+
+
+def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
+  model, test = insvp.program.model, insvp.data.splits["test"]
+  params = program_lib.init_params(model, 0)
+  whole = jax.device_put(params, partition.replicated(insvp.program.mesh))
+  split = {**whole, "backbone": dict(whole["backbone"])}
+  rows = partition.batch_sharding(insvp.program.mesh)
+  split["backbone"]["embedding"] = jax.device_put(params["backbone"]["embedding"], rows)
+  preset = preprocess.get_preset("vtab")
+  expected = prompt_panels.prompt_panels(model, whole, test, preset, number=2)
+  assert list(expected) == ["prompts/0", "prompts/1"]
+  found = prompt_panels.prompt_panels(model, split, test, preset, number=2)
+  for name, pixels in expected.items():
+    np.testing.assert_allclose(found[name], pixels, atol=1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert prompt_panels.prompt_panels(model, split, test, preset) == {}
 
 
 def test_what_was_logged_after_a_save_at_its_step_is_not_there_twice(linear, tmp_path):
