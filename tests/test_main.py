@@ -278,7 +278,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(main, base, tmp_path, wher
 @pytest.mark.parametrize(
   "flags, parts",
   [
-    (["--config.method=linear"], ["of another run", "method 'vpt_deep'", "'linear'"]),
+    (["--config.method=linear"], ["config.method is 'linear', was 'vpt_deep'"]),
     (
       ["--config.vpt_deep.prompt_length=3"],
       ["config.vpt_deep.prompt_length is 3, was 2"],
