@@ -86,6 +86,14 @@ class _ScannedBlock(nn.Module):
     return (x, prompts if self.keep else carried), None
 
 
+def _is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Returns whether the backward pass may keep what a block computed this way.
+
+  Weights are taken from the stack, and cast, once more: kept, they are all blocks'.
+  """
+  return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
+
+
 def gathering(
   module: type[nn.Module], gather: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
@@ -137,15 +145,18 @@ class Encoder(nn.Module):
 
   def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
     """Returns the block's class as the stack uses it: gathering, rematerialised."""
-    block = gathering(block, self.gather)
+    return self._saving(gathering(block, self.gather), nn.remat, **options)
+
+  def _saving(self, block: Any, remat: Callable, **options: Any) -> Any:
+    """Returns a block that keeps for the backward pass no more than it should."""
     if self.remat:
-      return nn.remat(block, **options)
+      return remat(block, **options)
     if self.gather is None:
       return block
     # What is no matrix product is computed again in the backward pass. Otherwise the
     # gathered weights of all blocks would be kept for it: a whole backbone.
     policy = jax.checkpoint_policies.dots_saveable
-    return nn.remat(block, policy=policy, **options)
+    return remat(block, policy=policy, **options)
 
   def _unrolled(self, x, tokens):
     block = self._lifted(Block, static_argnums=(3, 4))
@@ -172,9 +183,7 @@ class Encoder(nn.Module):
       rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
       tokens = jnp.concatenate([tokens, rest])
     inputs = (tokens, jnp.arange(self.depth) < num_prompted)
-    # Gathering happens inside of lifted blocks, which the last one alone is not.
-    alone = self.num_read is not None and self.gather is None
-    if alone and not self.is_initializing():
+    if self.num_read is not None and not self.is_initializing():
       return self._scanned_but_last((x, carried), inputs, keep)
     blocks = nn.scan(
       self._lifted(_ScannedBlock, prevent_cse=False),
@@ -188,21 +197,30 @@ class Encoder(nn.Module):
   def _scanned_but_last(self, carry, inputs, keep):
     """The last block stands alone, since it computes less than the others."""
     stacked = self.variables["params"]["encoderblock"]
+    gather = self.gather or (lambda params: params)
     body = _ScannedBlock(self._fields(), keep, parent=None)
 
-    def step(carry, params_and_inputs):
-      params, inputs = params_and_inputs
-      return body.apply({"params": params}, carry, inputs)
+    def take(i):
+      # Taken from the whole stack: a shorter one to scan over would be a copy.
+      return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False),
+        (stacked, inputs),
+      )
 
-    if self.remat:
-      step = jax.checkpoint(step, prevent_cse=False)
-    first = jax.tree.map(lambda leaf: leaf[:-1], (stacked, inputs))
-    params, (tokens, _) = jax.tree.map(lambda leaf: leaf[-1], (stacked, inputs))
-    (x, carried), _ = jax.lax.scan(step, carry, first, length=self.depth - 1)
-    last = Block(**self._fields(), parent=None).apply
-    if self.remat:
-      last = jax.checkpoint(last, static_argnums=(3, 4))
-    x, _ = last(
-      {"params": params}, x, carried if keep else tokens, False, self.num_read
-    )
-    return x
+    def step(carry, i):
+      params, inputs = take(i)
+      return body.apply({"params": gather(params)}, carry, inputs)
+
+    def last(carry):
+      params, (tokens, _) = take(self.depth - 1)
+      x, carried = carry
+      prompts = carried if keep else tokens
+      block = Block(**self._fields(), parent=None)
+      return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
+
+    if self.gather is None and not self.remat:
+      step = jax.checkpoint(step, policy=_is_no_weight, prevent_cse=False)
+    else:
+      step = self._saving(step, jax.checkpoint, prevent_cse=False)
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(self.depth - 1))
+    return self._saving(last, jax.checkpoint)(carry)[0]
