@@ -135,12 +135,18 @@ def detect_cluster(environ: Mapping[str, str] | None = None) -> str | None:
   return None
 
 
-def initialize_distributed(multihost: bool | None = None) -> bool:
+def is_one_of_several(multihost: bool | None = None) -> bool:
+  """Returns whether this process is to join others; see `initialize_distributed`."""
+  return detect_cluster() is not None if multihost is None else multihost
+
+
+def initialize_distributed(multihost: bool | None = None, **options: int) -> bool:
   """Joins the processes of a cluster; call it before any use of a device.
 
   Args:
     multihost: True joins in any case, False never does, None (the default) does
       where `detect_cluster` finds a cluster. A single host needs no joining.
+    **options: time-outs, for `jax.distributed.initialize`.
 
   Returns:
     Whether this process is now one of a joined group.
@@ -150,12 +156,12 @@ def initialize_distributed(multihost: bool | None = None) -> bool:
   """
   if jax.distributed.is_initialized():
     return True
-  cluster = detect_cluster()
-  if multihost is False or (multihost is None and cluster is None):
+  if not is_one_of_several(multihost):
     return False
   try:
-    jax.distributed.initialize(**_manual_settings())
+    jax.distributed.initialize(**_manual_settings(), **options)
   except ValueError as error:
+    cluster = detect_cluster()
     raise ValueError(
       f"multihost={multihost}, detected cluster: {cluster}, but JAX could not join "
       f"other processes: {error} Start one process per host with SLURM, Open MPI, "

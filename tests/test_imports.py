@@ -21,13 +21,14 @@ LAYERS = (
   ("suite",),
   ("tune", "tools"),
   ("trainer", "run", "plan"),
-  ("program",),
+  ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
   ("shardings",),
-  ("optim", "losses", "partition"),
+  ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
   ("config", "trees", "errors", "stopping", "versions", "clock", "flops"),
+  ("appended_file", "lock", "memory", "profiling"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {

@@ -145,18 +145,19 @@ class Encoder(nn.Module):
 
   def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
     """Returns the block's class as the stack uses it: gathering, rematerialised."""
-    return self._saving(gathering(block, self.gather), nn.remat, **options)
+    block = gathering(block, self.gather)
+    options = self._remat_options(**options)
+    return block if options is None else nn.remat(block, **options)
 
-  def _saving(self, block: Any, remat: Callable, **options: Any) -> Any:
-    """Returns a block that keeps for the backward pass no more than it should."""
+  def _remat_options(self, **options: Any) -> dict[str, Any] | None:
+    """Returns the options of `remat`; None where blocks are not computed again."""
     if self.remat:
-      return remat(block, **options)
+      return options
     if self.gather is None:
-      return block
-    # What is no matrix product is computed again in the backward pass. Otherwise the
-    # gathered weights of all blocks would be kept for it: a whole backbone.
-    policy = jax.checkpoint_policies.dots_saveable
-    return remat(block, policy=policy, **options)
+      return None
+    # What is no matrix product is computed again. Otherwise the gathered weights of
+    # all blocks would be kept for the backward pass: a whole backbone.
+    return {"policy": jax.checkpoint_policies.dots_saveable, **options}
 
   def _unrolled(self, x, tokens):
     block = self._lifted(Block, static_argnums=(3, 4))
@@ -198,7 +199,6 @@ class Encoder(nn.Module):
     """The last block stands alone, since it computes less than the others."""
     stacked = self.variables["params"]["encoderblock"]
     gather = self.gather or (lambda params: params)
-    body = _ScannedBlock(self._fields(), keep, parent=None)
 
     def take(i):
       # Taken from the whole stack: a shorter one to scan over would be a copy.
@@ -209,18 +209,20 @@ class Encoder(nn.Module):
 
     def step(carry, i):
       params, inputs = take(i)
+      body = _ScannedBlock(self._fields(), keep, parent=None)
       return body.apply({"params": gather(params)}, carry, inputs)
 
-    def last(carry):
+    def last(x, carried):
       params, (tokens, _) = take(self.depth - 1)
-      x, carried = carry
       prompts = carried if keep else tokens
       block = Block(**self._fields(), parent=None)
       return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
 
-    if self.gather is None and not self.remat:
-      step = jax.checkpoint(step, policy=_is_no_weight, prevent_cse=False)
-    else:
-      step = self._saving(step, jax.checkpoint, prevent_cse=False)
-    carry, _ = jax.lax.scan(step, carry, jnp.arange(self.depth - 1))
-    return self._saving(last, jax.checkpoint)(carry)[0]
+    options = self._remat_options()
+    if options is not None:
+      last = jax.checkpoint(last, **options)
+    options = {"policy": _is_no_weight} if options is None else options
+    step = jax.checkpoint(step, prevent_cse=False, **options)
+    (x, carried), _ = jax.lax.scan(step, carry, jnp.arange(self.depth - 1))
+    x, _ = last(x, carried)
+    return x
