@@ -196,10 +196,13 @@ class SpecificPrompter(nn.Module):
     grid = specific_grid(self.width, images.shape[1])
     activation = ACTIVATIONS[self.activation]
     p = self.prompt_length
+    # Of what the crop cuts off, the convolution needs only what its kernel reaches.
+    spare = max(grid.crop - self.kernels[0] // 2, 0)
+    x = _center(images, images.shape[1] - 2 * spare)
+    x = Conv(p, self.kernels[0], form=self.conv)(x)
     # Pooling first equals the paper's order, since activations are monotone, and
     # leaves the activation a fraction of the pixels.
-    x = Conv(p, self.kernels[0], form=self.conv)(images)
-    x = _max_pool(_center(x, x.shape[1] - 2 * grid.crop), 4)
+    x = _max_pool(_center(x, images.shape[1] - 2 * grid.crop), 4)
     x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
     x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
     x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)

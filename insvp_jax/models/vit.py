@@ -71,8 +71,9 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
-    skip_unread: leave out of the last block what the pool does not read: with "tok"
-      the queries and the MLP of all patch tokens. The feature stays the same.
+    skip_unread: leave out what the pool does not read: with "tok" the queries and the
+      MLP of all patch tokens in the last block; and where there is one query only, the
+      projections of all keys and values. The feature stays the same.
   """
 
   width: int
@@ -115,7 +116,7 @@ class ViT(nn.Module):
       **block,
     )
     if self.pool == "map":
-      self.MAPHead_0 = MAPHead(**block)
+      self.MAPHead_0 = MAPHead(**block, absorb=self.skip_unread)
 
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
