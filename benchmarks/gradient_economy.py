@@ -8,6 +8,8 @@ gradients of weights); a method whose frozen weights get no gradient about 2.
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,43 @@ from insvp_jax import optim, program, steps, trees
 from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods import METHODS
-from insvp_jax.models.classifier import create_model
+from insvp_jax.models.classifier import PromptedClassifier, create_model
 
 
-def count_flops(function, *args) -> float:
-  """Returns the FLOPs of a compiled function."""
-  return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+def count_flops(function, *args, compiled: bool = True) -> float:
+  """Returns the FLOPs of a function, after the compiler's work or before it."""
+  lowered = jax.jit(function).lower(*args)
+  return (lowered.compile() if compiled else lowered).cost_analysis()["flops"]
 
 
-def ratio(backbone: str, method: str, batch_size: int) -> tuple[float, float]:
-  """Returns (MFLOPs of the method's forward pass per image, train step / forward)."""
-  model = create_model(backbone, method, num_classes=10)
+def _images(model: PromptedClassifier, batch_size: int, dtype: Any):
+  size = model.backbone.image_size
+  return jax.ShapeDtypeStruct((batch_size, size, size, 3), dtype)
+
+
+def forward_flops(
+  model: PromptedClassifier, batch_size: int, *, compiled: bool = True
+) -> float:
+  """Returns the FLOPs of a model's forward pass; allocates no weights."""
+  images = _images(model, batch_size, jnp.float32)
+  shapes = program.param_shapes(model)
+  return count_flops(
+    lambda p, x: model.apply({"params": p}, x), shapes, images, compiled=compiled
+  )
+
+
+def plain_forward_flops(backbone: str, batch_size: int) -> float:
+  """Returns the FLOPs of the backbone alone, computing every token in every block."""
+  fields = {"skip_unread": False}
+  model = create_model(backbone, "linear", num_classes=10, backbone_kwargs=fields)
+  # Matrix products: what the compiler makes of them are the same products.
+  return forward_flops(model, batch_size, compiled=False)
+
+
+def train_step_flops(
+  model: PromptedClassifier, batch_size: int, *, compiled: bool = True
+) -> float:
+  """Returns the FLOPs of a model's train step; allocates no weights."""
   config = defaults()
   config.optim.lr = 1.0
   shapes = program.param_shapes(model)
@@ -42,17 +70,35 @@ def ratio(backbone: str, method: str, batch_size: int) -> tuple[float, float]:
     rng=jax.eval_shape(lambda: jax.random.key(0)),
     peak_lr=jax.ShapeDtypeStruct((), jnp.float32),
   )
-  size = model.backbone.image_size
   batch = {
-    "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+    "images": _images(model, batch_size, jnp.uint8),
     "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   }
-  images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
-  forward = count_flops(lambda p, x: model.apply({"params": p}, x), shapes, images)
   step = steps.create_train_step(
     model, optimizer, mask, preset=PRESETS["vtab"], loss=config.loss.to_dict()
   )
-  return forward / batch_size / 1e6, count_flops(step, state, batch) / forward
+  return count_flops(step, state, batch, compiled=compiled)
+
+
+def ratio(
+  backbone: str,
+  method: str,
+  batch_size: int,
+  method_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[float, float, float]:
+  """Counts one method's FLOPs.
+
+  Returns:
+    MFLOPs of the method's forward pass per image; its train step over that forward
+    pass; its train step over the plain backbone's forward pass.
+  """
+  model = create_model(
+    backbone, method, num_classes=10, method_kwargs=dict(method_kwargs or {})
+  )
+  forward = forward_flops(model, batch_size)
+  step = train_step_flops(model, batch_size)
+  plain = plain_forward_flops(backbone, batch_size)
+  return forward / batch_size / 1e6, step / forward, step / plain
 
 
 def main() -> None:
@@ -61,11 +107,17 @@ def main() -> None:
   parser.add_argument("--backbone", default="boxed")
   parser.add_argument("--batch_size", type=int, default=8)
   args = parser.parse_args()
-  print(f"| {args.backbone} | forward, MFLOP per image | train step / forward |")
-  print("|---|---|---|")
-  for method in METHODS:
-    forward, multiple = ratio(args.backbone, method, args.batch_size)
-    print(f"| {method} | {forward:,.0f} | {multiple:.2f} |", flush=True)
+  print(
+    f"| {args.backbone} | forward, MFLOP per image | train step / forward "
+    "| train step / plain ViT forward |"
+  )
+  print("|---|---|---|---|")
+  rows = [(method, {}) for method in METHODS]
+  rows.append(("insvp", {"preset": "release"}))
+  for method, kwargs in rows:
+    numbers = ratio(args.backbone, method, args.batch_size, kwargs)
+    name = " ".join((method, *kwargs.values()))
+    print("| {} | {:,.0f} | {:.2f} | {:.2f} |".format(name, *numbers), flush=True)
 
 
 if __name__ == "__main__":

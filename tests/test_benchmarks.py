@@ -22,10 +22,41 @@ def benchmark(root):
 
 def test_gradient_economy(benchmark):
   module = benchmark("gradient_economy")
-  forward, multiple = module.ratio("boxed", "linear", batch_size=2)
+  forward, multiple, of_plain = module.ratio("boxed", "linear", batch_size=2)
   # 65 tokens' worth of a 0.8 M parameter ViT, and nothing but a head on top.
   assert 80 < forward < 160
   assert multiple == pytest.approx(1, abs=0.02)
+  # Its head reads the mean of all tokens, so there is none to leave out.
+  assert of_plain == pytest.approx(1, abs=0.02)
+
+
+def train_step_over_plain_forward(module, preset, conv, compiled):
+  model = module.create_model(
+    "B/16", num_classes=10, method_kwargs={"preset": preset, "conv": conv}
+  )
+  assert model.backbone.image_size == 224
+  step = module.train_step_flops(model, 8, compiled=compiled)
+  return step / module.plain_forward_flops("B/16", 8)
+
+
+MOST_FLOPS = {"paper": 2.05, "release": 2.4}
+
+
+@pytest.mark.parametrize("preset", MOST_FLOPS)
+@pytest.mark.parametrize("conv", ["fft", "blocks"])
+def test_flops_of_a_train_step_at_full_size(benchmark, preset, conv):
+  module = benchmark("gradient_economy")
+  share = train_step_over_plain_forward(module, preset, conv, compiled=False)
+  # Forward and backward, of which the last block needs little.
+  assert 1.85 < share <= MOST_FLOPS[preset]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", MOST_FLOPS)
+def test_compiled_flops_of_a_train_step_at_full_size(benchmark, preset):
+  module = benchmark("gradient_economy")
+  share = train_step_over_plain_forward(module, preset, "auto", compiled=True)
+  assert 1.85 < share <= MOST_FLOPS[preset]
 
 
 def test_attention(benchmark, monkeypatch, capsys):

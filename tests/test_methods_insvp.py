@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -482,6 +483,26 @@ def test_specific_prompter_fits_every_width_and_resolution(width, image_size, le
   assert prompt.shape == (2, length, width)
   last = variables["params"]["Conv_2"]["kernel"]
   assert last.shape == (3, 3, 3 * length, grid.channels * length)
+
+
+@pytest.mark.parametrize("kernel", [1, 7, 8, 21])
+def test_pixels_beyond_the_crop_are_left_out_without_a_trace(kernel):
+  """The published order: convolve all, activate, crop, pool."""
+  module = SpecificPrompter(16, 2, (kernel, 1, 1), "leaky_relu", 0.0)
+  images = jnp.asarray(
+    np.random.default_rng(0).standard_normal((1, 64, 64, 3), np.float32)
+  )
+  variables = draw(jax.eval_shape(module.init, jax.random.key(0), images))
+  params = variables["params"]
+  convolve = nn.Conv(2, (kernel, kernel), padding="SAME")
+  x = nn.leaky_relu(convolve.apply({"params": params["Conv_0"]}, images))
+  x = nn.max_pool(x[:, 8:56, 8:56], (4, 4), (4, 4))
+  for name in ("Conv_1", "Conv_2"):
+    x = x @ params[name]["kernel"][0, 0] + params[name]["bias"]
+    if name == "Conv_1":
+      x = nn.max_pool(nn.leaky_relu(x), (3, 3), (3, 3))
+  expected = x.reshape(1, 4, 4, 2, 1).transpose(0, 3, 4, 1, 2).reshape(1, 2, 16)
+  np.testing.assert_allclose(module.apply(variables, images), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def fft_length(size: int, extent: int) -> int:
 
 
 def _is_smooth(length: int) -> bool:
-  for prime in (2, 3, 5):
+  for prime in (2, 3, 5, 7):
     while length % prime == 0:
       length //= prime
   return length == 1

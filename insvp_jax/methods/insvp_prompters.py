@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.conv import AUTO, Conv
+from insvp_jax.methods.dropout import Dropout
 from insvp_jax.methods.initializers import torch_uniform
 
 SIMAM_LAMBDA = 1e-3
@@ -70,7 +71,7 @@ class PatchPrompter(nn.Module):
     patches = _dense(length, self.hidden)(hidden)
     reverse = "b h w (p q c) -> b (h p) (w q) c"
     prompt = einops.rearrange(patches, reverse, **size)
-    return nn.Dropout(self.dropout)(prompt, deterministic=not train)
+    return Dropout(self.dropout)(prompt, train=train)
 
 
 class GlobalPrompter(nn.Module):
@@ -100,7 +101,7 @@ class GlobalPrompter(nn.Module):
     channels = images.shape[-1]
     x = Conv(self.hidden, self.kernels[0], self.dilations[0], self.conv)(images)
     x = Conv(channels, self.kernels[1], self.dilations[1], self.conv)(nn.relu(x))
-    return nn.Dropout(self.dropout)(x, deterministic=not train)
+    return Dropout(self.dropout)(x, train=train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +159,11 @@ def _center(x: Array, side: int) -> Array:
 
 
 def _max_pool(x: Array, size: int) -> Array:
-  # As a reduction: its gradient is faster than a window's on CPUs.
+  # As reductions, one axis after the other: their gradient takes a fraction of the
+  # time of a window's on CPUs.
   x = x[:, : x.shape[1] // size * size, : x.shape[2] // size * size]
-  pattern = "b (h p) (w q) c -> b h w c"
-  return einops.reduce(x, pattern, "max", p=size, q=size)
+  x = einops.reduce(x, "b (h p) w c -> b h w c", "max", p=size)
+  return einops.reduce(x, "b h (w q) c -> b h w c", "max", q=size)
 
 
 class SpecificPrompter(nn.Module):
@@ -196,13 +198,16 @@ class SpecificPrompter(nn.Module):
     grid = specific_grid(self.width, images.shape[1])
     activation = ACTIVATIONS[self.activation]
     p = self.prompt_length
+    # Of what the crop cuts off, the convolution needs only what its kernel reaches.
+    spare = max(grid.crop - self.kernels[0] // 2, 0)
+    x = _center(images, images.shape[1] - 2 * spare)
+    x = Conv(p, self.kernels[0], form=self.conv)(x)
     # Pooling first equals the paper's order, since activations are monotone, and
     # leaves the activation a fraction of the pixels.
-    x = Conv(p, self.kernels[0], form=self.conv)(images)
-    x = _max_pool(_center(x, x.shape[1] - 2 * grid.crop), 4)
-    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = _max_pool(_center(x, images.shape[1] - 2 * grid.crop), 4)
+    x = Dropout(self.dropout)(activation(x), train=train)
     x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
     x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)
-    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = Dropout(self.dropout)(activation(x), train=train)
     x = Conv(grid.channels * p, self.kernels[2], form=self.conv)(x)
     return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)

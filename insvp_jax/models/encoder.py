@@ -51,7 +51,10 @@ class Block(nn.Module):
       context = prompts
     norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")
     attention = Attention(
-      self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0"
+      self.num_heads,
+      self.dtype,
+      absorb=num_read == 1,
+      name="MultiHeadDotProductAttention_0",
     )
     y = norm(x)
     context = None if context is None else norm(context)

@@ -38,16 +38,62 @@ class PatchEmbedding(nn.Module):
     return patches.astype(self.dtype) @ kernel + bias.astype(self.dtype)
 
 
+class HeadProjection(nn.Module):
+  """The projection of tokens to each head's queries, keys or values.
+
+  Parameters as those of `nn.DenseGeneral`: kernel [d, h, e] and bias [h, e].
+  """
+
+  width: int
+  num_heads: int
+  dtype: Any
+
+  def setup(self) -> None:
+    """Creates the parameters."""
+    shape = (self.width, self.num_heads, self.width // self.num_heads)
+
+    def init(key, shape):
+      # Fan-in and fan-out are those of the matrix [d, h e].
+      flat = nn.initializers.xavier_uniform()(key, (shape[0], shape[1] * shape[2]))
+      return flat.reshape(shape)
+
+    self.kernel = self.param("kernel", init, shape)
+    self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
+
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n h e"]:
+    """Returns what each head sees of the tokens."""
+    kernel = self.kernel.astype(self.dtype)
+    y = x.astype(self.dtype) @ kernel.reshape(self.width, -1)
+    return y.reshape(*y.shape[:2], *kernel.shape[1:]) + self.bias.astype(self.dtype)
+
+  def transposed(self, x: Float[Array, "b q h e"]) -> Float[Array, "b q h d"]:
+    """Returns, for each head, the direction that its dot product with x reads."""
+    return jnp.einsum("bqhe,dhe->bqhd", x, self.kernel.astype(self.dtype))
+
+  def of_each_head(self, x: Float[Array, "b q h d"]) -> Float[Array, "b q h e"]:
+    """Returns the projections of tokens that differ from head to head."""
+    y = jnp.einsum("bqhd,dhe->bqhe", x, self.kernel.astype(self.dtype))
+    return y + self.bias.astype(self.dtype)
+
+
 class Attention(nn.Module):
   """Multi-head attention of queries over themselves, or over `keys`.
 
   `context` tokens are keys and values only. A prompt whose output nobody reads
   enters this way: the result is that of the full sequence without computing
   the prompt's query, and a prompt shared by all instances is projected once.
+
+  Attributes:
+    num_heads: h.
+    dtype: of the computation.
+    absorb: attend to the tokens themselves: the query goes through the key's
+      projection, backwards, and the tokens' mean through the value's. The result is
+      the same; for one query it costs next to nothing, for many too much.
   """
 
   num_heads: int
   dtype: Any
+  absorb: bool = False
 
   @nn.compact
   def __call__(
@@ -58,23 +104,21 @@ class Attention(nn.Module):
   ) -> Float[Array, "b q d"]:
     """Returns the attended queries; c is b, or 1 for a shared context."""
     width = queries.shape[-1]
-
-    def project(name: str) -> nn.DenseGeneral:
-      return nn.DenseGeneral(
-        (self.num_heads, width // self.num_heads),
-        kernel_init=nn.initializers.xavier_uniform(),
-        dtype=self.dtype,
-        name=name,
-      )
-
-    query, key, value = project("query"), project("key"), project("value")
+    query, key, value = (
+      HeadProjection(width, self.num_heads, self.dtype, name=name)
+      for name in ("query", "key", "value")
+    )
     q = query(queries)
     source = queries if keys is None else keys
-    k, v = key(source), value(source)
-    if context is not None:
-      k = join(k, key(context))
-      v = join(v, value(context))
-    attended = attend(q, k, v)
+    if self.absorb:
+      tokens = source if context is None else join(source, context)
+      attended = value.of_each_head(attend_tokens(key.transposed(scaled(q)), tokens))
+    else:
+      k, v = key(source), value(source)
+      if context is not None:
+        k = join(k, key(context))
+        v = join(v, value(context))
+      attended = attend(q, k, v)
     return nn.DenseGeneral(
       width,
       axis=(-2, -1),
@@ -82,6 +126,11 @@ class Attention(nn.Module):
       dtype=self.dtype,
       name="out",
     )(attended)
+
+
+def scaled(q: Float[Array, "b q h e"]) -> Float[Array, "b q h e"]:
+  """Returns the queries over the root of a head's width."""
+  return q * q.shape[-1] ** -0.5
 
 
 def attend(
@@ -92,10 +141,29 @@ def attend(
   Heads stand before tokens while it computes: on CPUs the gradient takes two thirds
   of the time of `jax.nn.dot_product_attention` (benchmarks/attention.py).
   """
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-  scores = jnp.einsum("bhqe,bhne->bhqn", q, k, preferred_element_type=jnp.float32)
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled(q), k, v))
+  scores = _scores("bhqe,bhne->bhqn", q, k)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.swapaxes(jnp.einsum("bhqn,bhne->bhqe", weights, v), 1, 2)
+
+
+def attend_tokens(
+  q: Float[Array, "b q h d"], tokens: Float[Array, "b n d"]
+) -> Float[Array, "b q h d"]:
+  """Softmax attention of each head over the tokens, its keys and its values.
+
+  The queries are scaled already. A key's bias, which is left out, would add the same
+  to all scores of a query: the softmax does not see it.
+  """
+  scores = _scores("bqhd,bnd->bqhn", q, tokens)
+  weights = jax.nn.softmax(scores, axis=-1).astype(tokens.dtype)
+  return jnp.einsum("bqhn,bnd->bqhd", weights, tokens)
+
+
+def _scores(pattern: str, queries: Array, keys: Array) -> Array:
+  """Returns dot products in float32 at least, for the softmax."""
+  dtype = jnp.promote_types(queries.dtype, jnp.float32)
+  return jnp.einsum(pattern, queries, keys, preferred_element_type=dtype)
 
 
 def join(x: Array, extra: Array) -> Array:
@@ -134,6 +202,7 @@ class MAPHead(nn.Module):
   num_heads: int
   gelu: str
   dtype: Any
+  absorb: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
@@ -141,9 +210,10 @@ class MAPHead(nn.Module):
     width = x.shape[-1]
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
     probe = jnp.broadcast_to(probe, (x.shape[0], 1, width)).astype(self.dtype)
-    x = Attention(self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0")(
-      probe, keys=x
+    attention = Attention(
+      self.num_heads, self.dtype, self.absorb, name="MultiHeadDotProductAttention_0"
     )
+    x = attention(probe, keys=x)
     y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")(x)
     x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
     return x[:, 0]

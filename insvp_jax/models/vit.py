@@ -74,8 +74,9 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
-    skip_unread: leave out of the last block what the pool does not read: with "tok"
-      the queries and the MLP of all patch tokens. The feature stays the same.
+    skip_unread: leave out what the pool does not read: with "tok" the queries and the
+      MLP of all patch tokens in the last block; and where there is one query only, the
+      projections of all keys and values. The feature stays the same.
     gather: applied to parameters where they are used, a block's within the block:
       parameters that are split over devices become whole there. It must keep the
       values. None leaves them alone, and initialisation needs None.
@@ -124,7 +125,8 @@ class ViT(nn.Module):
       **block,
     )
     if self.pool == "map":
-      self.MAPHead_0 = gathering(MAPHead, self.gather)(**block)
+      head = gathering(MAPHead, self.gather)
+      self.MAPHead_0 = head(**block, absorb=self.skip_unread)
 
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
