@@ -25,6 +25,8 @@ from insvp_jax.data.tfrecords import Records
 _CHUNK = 32
 # Of records that were read and wait to be decoded.
 _AHEAD = 2
+# Of images that are decoded at a time, so that a large one holds nobody up.
+_CALLS_PER_CORE = 4
 # Raise it when decoding changes: splits decoded before are then decoded anew.
 _DECODER = 1
 
@@ -289,10 +291,15 @@ def _decode_all(
     read, output_signature=tf.TensorSpec([None], tf.string)
   )
   data = data.prefetch(_AHEAD).unbatch()
-  data = data.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  # AUTOTUNE now and then settles on one core, for half the images per second.
+  calls = _CALLS_PER_CORE * (os.cpu_count() or 1)
+  data = data.map(decode, num_parallel_calls=calls, deterministic=True)
   if together:
     data = data.batch(together)
   data = data.prefetch(_AHEAD)
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  data = data.with_options(options)
   try:
     for piece in data.as_numpy_iterator():
       for _ in range(len(piece) if together else 1):
