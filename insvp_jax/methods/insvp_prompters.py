@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from insvp_jax.methods.dropout import Dropout, Number
 from insvp_jax.methods.initializers import torch_uniform
 
 SIMAM_LAMBDA = 1e-3
@@ -66,7 +67,7 @@ class PatchPrompter(nn.Module):
 
   patch_size: int
   hidden: int
-  dropout: float
+  dropout: Number
 
   @nn.compact
   def __call__(
@@ -81,7 +82,7 @@ class PatchPrompter(nn.Module):
     patches = _dense(length, self.hidden)(hidden)
     reverse = "b h w (p q c) -> b (h p) (w q) c"
     prompt = einops.rearrange(patches, reverse, **size)
-    return nn.Dropout(self.dropout)(prompt, deterministic=not train)
+    return Dropout(self.dropout)(prompt, deterministic=not train)
 
 
 class GlobalPrompter(nn.Module):
@@ -99,7 +100,7 @@ class GlobalPrompter(nn.Module):
   hidden: int
   kernels: Sequence[int]
   dilations: Sequence[int]
-  dropout: float
+  dropout: Number
 
   @nn.compact
   def __call__(
@@ -109,7 +110,7 @@ class GlobalPrompter(nn.Module):
     channels = images.shape[-1]
     x = _conv(self.hidden, channels, self.kernels[0], self.dilations[0])(images)
     x = _conv(channels, self.hidden, self.kernels[1], self.dilations[1])(nn.relu(x))
-    return nn.Dropout(self.dropout)(x, deterministic=not train)
+    return Dropout(self.dropout)(x, deterministic=not train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ class SpecificPrompter(nn.Module):
   prompt_length: int
   kernels: Sequence[int]
   activation: str
-  dropout: float
+  dropout: Number
 
   @nn.compact
   def __call__(
@@ -207,9 +208,9 @@ class SpecificPrompter(nn.Module):
     # leaves the activation a fraction of the pixels.
     x = _conv(p, images.shape[-1], self.kernels[0])(images)
     x = _max_pool(_center(x, x.shape[1] - 2 * grid.crop), 4)
-    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = Dropout(self.dropout)(activation(x), deterministic=not train)
     x = _conv(3 * p, p, self.kernels[1])(x)
     x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)
-    x = nn.Dropout(self.dropout)(activation(x), deterministic=not train)
+    x = Dropout(self.dropout)(activation(x), deterministic=not train)
     x = _conv(grid.channels * p, 3 * p, self.kernels[2])(x)
     return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)
