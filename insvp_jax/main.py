@@ -22,6 +22,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run goes; default runs/<name of the config file>."
 )
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "auto",
+  ("auto", "train", "tune"),
+  "train: one run with config.optim. tune: choose on val, then retrain; the grid is "
+  "config.tune's or, where tune.lr is empty, the method's own. auto: tune if there are "
+  "lists in config.tune, else train.",
+)
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
 )
@@ -55,7 +63,7 @@ def main(argv: list[str]) -> None:
 
   try:
     partition.initialize_distributed(_CONFIG.value.multihost)
-    suite.run(_CONFIG.value, workdir)
+    suite.run(_CONFIG.value, workdir, _MODE.value)
     for config, where in suite.members(_CONFIG.value, workdir):
       _draw_prompts(config, where)
   except errors.INPUT_ERRORS as error:
@@ -71,7 +79,7 @@ def _draw_prompts(config, workdir: Path) -> None:
   from insvp_jax import run, tune
   from insvp_jax.tools import visualize
 
-  run_dir = tune.first_run(config, workdir, "insvp")
+  run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)
   if config.prompt_images and run_dir and jax.process_index() == 0:
     picture = run_dir / "prompts.png"
     visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)

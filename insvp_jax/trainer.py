@@ -50,13 +50,16 @@ class Prepared:
   program: Program
 
 
-def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
+def prepare(
+  config: ConfigDict, like: Prepared | None = None, numbers: tuple[str, ...] = ()
+) -> Prepared:
   """Reads data and weights and builds the program; trains nothing.
 
   Args:
     config: the whole configuration.
     like: a preparation for the same task and backbone, whose data and weights are
       used again (another method, another training split).
+    numbers: the method's fields that shall be data; see `create_program`.
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
@@ -76,7 +79,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
       f"{', '.join(data.splits)}; set config.data.train_split to one of them."
     )
   program = program_lib.create_program(
-    config, data.num_classes, len(data.splits[split]), mesh
+    config, data.num_classes, len(data.splits[split]), mesh, numbers
   )
   if like:
     return Prepared(data, like.weights, like.backbone, program)
@@ -118,7 +121,7 @@ def train(
   state = program_lib.create_state(config, program, params)
   backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
   data_sha256 = data_digest(config, prepared.data, test)
-  meta = _meta(config, prepared, backbone, data_sha256)
+  meta = describe_run(config, prepared, backbone, data_sha256)
   with (
     # Of several processes all must stop at the same step: there JAX's preemption
     # service has to hear of the signal.
@@ -126,7 +129,7 @@ def train(
     Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
   ):
     state = checkpointer.restore(state) or state
-    _check_same_run(config, meta, checkpointer)
+    check_same_run(config, meta, checkpointer)
     write_json(workdir / "config.json", config_lib.to_dict(config))
     with Writers(
       workdir,
@@ -135,7 +138,7 @@ def train(
       tensorboard=config.tensorboard,
       name=f"{prepared.data.name} {config.method}",
     ) as writers:
-      writers.log(_announce(config, prepared, int(state.step)))
+      writers.log(announce(config, prepared, int(state.step)))
       loop = Loop(config, prepared, checkpointer, writers, stop)
       state = loop.run(state)
       result = _result(config, prepared, state, loop, meta, test)
@@ -156,7 +159,7 @@ def data_digest(config: ConfigDict, data: TaskData, test: bool) -> str:
   return data.digest(splits)
 
 
-def _check_same_run(
+def check_same_run(
   config: ConfigDict, mine: Mapping[str, Any], checkpointer: Checkpointer
 ) -> None:
   """Refuses to go on with a run that was started with other settings or data."""
@@ -174,7 +177,7 @@ def _check_same_run(
     )
 
 
-def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
+def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
   """Returns what a run prints first: parameters, data, protocol, devices."""
   if step:
     return f"resumed at step {step} of {prepared.program.total_steps}"
@@ -206,19 +209,24 @@ class Loop:
     self.before = checkpointer.progress()
     known = {k: v for k, v in self.before.items() if k in Clock().state()}
     self.clock = Clock(**known)
+    self.peak_lr = program_lib.peak_lr(config)
 
-  def run(self, state):
-    """Returns the state after the last step."""
+  def batches(self, start_step: int):
+    """Returns the iterator over the batches from a step on."""
     program = self.prepared.program
-    batches = pipeline.train_batches(
+    return pipeline.train_batches(
       self.prepared.data.splits[self.config.data.train_split],
       batch_size=self.config.batch_size,
       seed=self.config.seed,
       preset=get_preset(self.config.data.preset),
       image_size=program.model.backbone.image_size,
-      start_step=int(state.step),
+      start_step=start_step,
       sharding=partition.batch_sharding(program.mesh),
     )
+
+  def run(self, state):
+    """Returns the state after the last step."""
+    batches = self.batches(int(state.step))
     # A stream has threads, which end with it.
     with contextlib.closing(batches):
       return self._run(state, batches)
@@ -272,22 +280,13 @@ class Loop:
     if metrics is None:
       return
     found = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    # The loss is that before the update: the norms tell of what a save would keep.
-    wrong = {name: v for name, v in found.items() if not math.isfinite(v)}
-    if not wrong:
-      return
-    name, value = ("loss", wrong["loss"]) if "loss" in wrong else wrong.popitem()
-    last = self.checkpointer.latest_step()
-    raise Diverged(
-      f"the {name} is {value} at step {step}. Lower config.optim.lr "
-      f"(now {self.config.optim.lr:g}) or set config.optim.grad_clip_norm. "
-      + (f"The checkpoint of step {last} is kept." if last else "No checkpoint yet.")
-    )
+    if wrong := divergence(found, step, self.config):
+      raise Diverged(f"{wrong} {kept(self.checkpointer)}")
 
   def _log(self, step: int, metrics) -> None:
     program = self.prepared.program
     update = (step - 1) // self.config.optim.accumulate_steps
-    lr = float(program.schedule(update)) * program_lib.peak_lr(self.config)
+    lr = float(program.schedule(update)) * self.peak_lr
     epoch = step / program.steps_per_epoch
     self.writers.train(
       step,
@@ -307,12 +306,32 @@ class Loop:
     self.writers.log(f"step {step}: val accuracy {100 * found['accuracy']:.2f}%")
 
 
-def _meta(
+def divergence(metrics: Mapping[str, float], step: int, config: ConfigDict) -> str:
+  """Returns what is wrong with the metrics of a step, and how to mend it, or ""."""
+  # The loss is that before the update: the norms tell of what a save would keep.
+  wrong = {name: v for name, v in metrics.items() if not math.isfinite(v)}
+  if not wrong:
+    return ""
+  name, value = ("loss", wrong["loss"]) if "loss" in wrong else wrong.popitem()
+  return (
+    f"the {name} is {value} at step {step}. Lower config.optim.lr "
+    f"(now {config.optim.lr:g}) or set config.optim.grad_clip_norm."
+  )
+
+
+def kept(checkpointer: Checkpointer) -> str:
+  """Returns which checkpoint of a run there is."""
+  last = checkpointer.latest_step()
+  return f"The checkpoint of step {last} is kept." if last else "No checkpoint yet."
+
+
+def describe_run(
   config: ConfigDict,
   prepared: Prepared,
   backbone: Mapping[str, Any],
   data_sha256: str,
 ) -> dict[str, Any]:
+  """Returns what a run is, as stored with each of its checkpoints."""
   program = prepared.program
   trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
   return {

@@ -20,13 +20,15 @@ LAYERS = (
   ("main",),
   ("suite",),
   ("tune", "tools"),
-  ("trainer", "run"),
+  ("together", "sizing"),
+  ("trainer", "run", "tables", "trials", "member_files"),
+  ("population",),
   ("program",),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
   ("optim", "losses", "partition"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "grids"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
