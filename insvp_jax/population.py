@@ -112,12 +112,12 @@ class Population:
       params[name] = leaf if trainable else np.asarray(leaf, frozen_dtype)
     mesh = self.program.mesh
     params = partition.put_replicated(trees.unflatten(params), mesh)
-    keys = [jax.random.key(config.seed) for config in configs]
+    seeds = np.array([config.seed % 2**32 for config in configs], np.uint32)
     numbers = [program_lib.numbers_of(config, self.program) for config in configs]
 
     return self._create(
       params,
-      keys[0] if self.one_seed else jnp.stack(keys),
+      seeds[0] if self.one_seed else seeds,
       np.array([program_lib.peak_lr(config) for config in configs], np.float32),
       np.array([config.optim.wd for config in configs], np.float32),
       {n: np.stack([x[n] for x in numbers]) for n in self.program.numbers},
@@ -127,7 +127,8 @@ class Population:
   def _create(self) -> Callable:
     """Jitted; adds the optimizer's state, which the parameters alone decide."""
 
-    def create(params, rng, peak_lr, wd, numbers):
+    def create(params, seed, peak_lr, wd, numbers):
+      rng = jax.random.key(seed)
       step, opt_state = jnp.zeros((), jnp.int32), self.program.optimizer.init(params)
       return TrainState(step, params, opt_state, rng, peak_lr, wd, numbers)
 

@@ -149,6 +149,8 @@ def test_seeds_end_as_runs_of_their_own(weights, monkeypatch, tmp_path):
     drawn = program_lib.init_params(model, 7)
     pretrained.save_backbone(drawn["backbone"], path)
     config.backbone.weights = str(path)
+    # Frozen, and yet drawn by each seed.
+    config.insvp.train_specific = False
   configs = [trials.at(config, seed=seed) for seed in (3, 4)]
   prepared = trainer.prepare(config)
   population = Population.of(configs, prepared.program, prepared.weights)
