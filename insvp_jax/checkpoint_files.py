@@ -5,29 +5,39 @@ see `checkpoints.py` for what lies in it. Reading writes nothing, so a run on a
 read-only disk can be loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import hashlib
 import json
 import logging
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
+T = TypeVar("T")
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
 
 
+class Damaged(ValueError):
+  """A checkpoint that cannot be read, or is not as it was written."""
+
+
 def find_step(path: str | os.PathLike) -> Path:
-  """Returns the directory of the checkpoint that `path` means.
+  """Returns the directory of the checkpoint that `path` means; see `find_steps`."""
+  return find_steps(path)[0]
+
+
+def find_steps(path: str | os.PathLike) -> list[Path]:
+  """Returns the directories of the checkpoints that `path` means, newest first.
 
   Args:
-    path: a workdir, its checkpoints directory or the directory of one step, of
-      which the newest is meant; or the parent of a single workdir.
+    path: a workdir, its checkpoints directory or the directory of one step; or the
+      parent of a single workdir.
 
   Raises:
     FileNotFoundError: there is none; the message says what was looked for, and
@@ -37,18 +47,46 @@ def find_step(path: str | os.PathLike) -> Path:
   if not path.exists():
     raise FileNotFoundError(f"there is no run at {path}: no such directory.")
   if (path / "meta").is_dir() or (path / "adapter").is_dir():
-    return path
+    return [path]
   runs = sorted(folder.parent for folder in path.glob(f"*/{FOLDER}"))
   single = [runs[0] / FOLDER] if len(runs) == 1 else []
   for folder in (path / FOLDER, path, *single):
     steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
     if steps:
-      return max(steps, key=lambda p: int(p.name))
+      return sorted(steps, key=lambda p: int(p.name), reverse=True)
   below = f" Runs below it: {', '.join(run.name for run in runs)}." if runs else ""
   raise FileNotFoundError(
     f"{path} holds no checkpoint: expected a run's workdir, with "
     f"{FOLDER}/<step>/meta in it.{below}"
   )
+
+
+def newest_good(
+  steps: Iterable[Path], read: Callable[[Path], T], report: Callable[[str], Any]
+) -> tuple[Path, T]:
+  """Returns (directory, `read(directory)`) of the first checkpoint that is whole.
+
+  Args:
+    steps: directories, the preferred one first; at least one.
+    read: raises `Damaged` where it finds damage.
+    report: is told of each damaged checkpoint that is passed over.
+
+  Raises:
+    Damaged: all of them are damaged.
+  """
+  errors: list[Damaged] = []
+  for where in steps:
+    try:
+      found = read(where)
+    except Damaged as error:
+      errors.append(error)
+      continue
+    for error in errors:
+      report(f"{error} The checkpoint of step {where.name} is used instead.")
+    return where, found
+  folder = where.parent
+  others = f" So are the {len(errors) - 1} older ones." if errors[1:] else ""
+  raise Damaged(f"{errors[0]}{others} To start over, delete {folder}.") from errors[0]
 
 
 def verify(where: Path) -> None:
@@ -58,25 +96,25 @@ def verify(where: Path) -> None:
     where: the directory of one step.
 
   Raises:
-    ValueError: an item is missing, or a file is missing, truncated or altered.
+    Damaged: an item is missing, or a file is missing, truncated or altered.
   """
   for item in ("adapter", "progress", "meta"):
     if not (where / item).is_dir():
-      raise ValueError(f"{where} is no checkpoint of this package: it has no {item!r}.")
-  # A run killed right after Orbax's commit has none; reading still checks then.
+      raise Damaged(f"{where} is no checkpoint of this package: it has no {item!r}.")
+  # Those of other versions have none; reading still checks then.
   if not (where / CHECKSUMS).exists():
     return
   for name, (size, sha256) in _load_json(where / CHECKSUMS).items():
     file = where / name
     if not file.is_file():
-      raise ValueError(f"the checkpoint {where} is damaged: {name} is missing.")
+      raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
     if file.stat().st_size != size:
-      raise ValueError(
+      raise Damaged(
         f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
         f"bytes, expected {size}."
       )
     if _sha256(file) != sha256:
-      raise ValueError(
+      raise Damaged(
         f"the checkpoint {where} is damaged: the content of {name} has changed "
         "since it was written."
       )
@@ -86,7 +124,7 @@ def read_json(where: Path, item: str) -> dict[str, Any]:
   """Returns a JSON item ("meta" or "progress") of the checkpoint at `where`.
 
   Raises:
-    ValueError: it is missing or unreadable.
+    Damaged: it is missing or unreadable.
   """
   return _load_json(where / item / JSON_FILE)
 
@@ -107,7 +145,8 @@ def read_arrays(
     sharding: where the values go if `expected` is None; None is the first device.
 
   Raises:
-    ValueError: the item is unreadable, or its names, shapes or types are others.
+    Damaged: the item is unreadable.
+    ValueError: its names, shapes or types are others.
   """
   if expected is not None and not expected:
     return {}
@@ -136,7 +175,7 @@ def _read_item(where: Path, item: str, target: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"no readable item {item!r}")
       return dict(metadata.tree)
   except Exception as error:
-    raise ValueError(
+    raise Damaged(
       f"{item!r} of the checkpoint {where} cannot be read: {reason_of(error)}."
     ) from error
 
@@ -186,25 +225,20 @@ def sharding_of(leaf: Any) -> jax.sharding.Sharding:
 
 
 def write_checksums(where: Path) -> None:
-  """Writes size and sha256 of every file of a finished checkpoint beside them."""
-  files = sorted(p for p in where.rglob("*") if p.is_file())
-  sums = {
-    str(p.relative_to(where)): [p.stat().st_size, _sha256(p)]
-    for p in files
-    if p.name != CHECKSUMS
-  }
-  partial = where / f"{CHECKSUMS}.tmp"
-  partial.write_text(json.dumps(sums, indent=1))
-  partial.replace(where / CHECKSUMS)
+  """Writes size and sha256 of every file of a checkpoint's items beside them."""
+  # The files beside the items are Orbax's, written last, and read by nobody here.
+  files = sorted(p for p in where.glob("*/**/*") if p.is_file())
+  sums = {str(p.relative_to(where)): [p.stat().st_size, _sha256(p)] for p in files}
+  (where / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
 def _load_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read: {reason_of(error)}.") from error
+    raise Damaged(f"{path} cannot be read: {reason_of(error)}.") from error
   if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
+    raise Damaged(f"{path} holds a {type(value).__name__}, expected a JSON object.")
   return value
 
 

@@ -7,13 +7,15 @@ A checkpoint `<workdir>/checkpoints/<step>/` holds separate items:
 - `optimizer`: the optimizer's state and the peak lr, by '/'-joined path.
 - `progress`: JSON; step, random key and what else the trainer counts.
 - `meta`: JSON; what the run is (model, backbone and its digest, class names, ...).
-- `checksums.json`: size and sha256 of each file, written last.
+- `checksums.json`: size and sha256 of each file.
+
+All of it is written to another directory, which then gets the name of the step.
 
 Frozen weights are never written: the backbone is named by its digest instead.
 Nothing is pickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import os
@@ -21,15 +23,18 @@ from pathlib import Path
 import re
 import shutil
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from insvp_jax import trees
+from insvp_jax import cluster, trees
+from insvp_jax import config as config_lib
 from insvp_jax.checkpoint_files import (
   FOLDER,
+  newest_good,
   quieten_orbax,
   read_arrays,
   read_json,
@@ -41,6 +46,15 @@ from insvp_jax.checkpoint_files import (
 )
 
 ALWAYS_STORED = r"(prompter|head)/.*"
+
+
+def stored_names(mask: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the parameters that a checkpoint's `adapter` holds."""
+  return [
+    name
+    for name, trainable in trees.flatten(mask).items()
+    if trainable or re.fullmatch(ALWAYS_STORED, name)
+  ]
 
 
 class Checkpointer:
@@ -56,8 +70,8 @@ class Checkpointer:
     *,
     mask: Mapping[str, Any],
     meta: Mapping[str, Any],
-    keep: int = 1,
-    async_ok: bool = True,
+    keep: int = 2,
+    report: Callable[[str], Any] = warnings.warn,
   ):
     """Opens, or creates, `<workdir>/checkpoints`.
 
@@ -66,7 +80,7 @@ class Checkpointer:
       mask: nested tree of bools over the parameters: True where trainable.
       meta: JSON-like description of the run, written into every checkpoint.
       keep: how many checkpoints stay on disk; the newest ones do.
-      async_ok: whether `save` may return before everything is on disk.
+      report: is told of a damaged checkpoint that is passed over.
 
     Raises:
       OSError: the directory cannot be written to.
@@ -74,21 +88,17 @@ class Checkpointer:
     """
     quieten_orbax()
     self.directory = Path(workdir).absolute() / FOLDER
-    self._stored = [
-      name
-      for name, trainable in trees.flatten(mask).items()
-      if trainable or re.fullmatch(ALWAYS_STORED, name)
-    ]
+    self._stored = stored_names(mask)
     self._meta = json.loads(json.dumps(dict(meta)))
-    self._async = async_ok
+    self._report = report
     self._pending: int | None = None
     _check_writable(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
-        enable_async_checkpointing=async_ok,
         cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
       ),
     )
 
@@ -128,7 +138,7 @@ class Checkpointer:
       self._manager.save(step, args=ocp.args.Composite(**items))
     except Exception as error:
       self._fail(error)
-    if force or not self._async:
+    if force:
       self.wait()
     return True
 
@@ -142,8 +152,6 @@ class Checkpointer:
       return
     try:
       self._manager.wait_until_finished()
-      if jax.process_index() == 0:
-        write_checksums(self.directory / str(self._pending))
     except Exception as error:
       self._fail(error)
     self._pending = None
@@ -157,33 +165,55 @@ class Checkpointer:
         leaves' shardings, on any number of devices. Frozen leaves are kept.
 
     Returns:
-      The state, or None where there is no checkpoint yet.
+      The state, or None where there is no checkpoint yet. A damaged checkpoint is
+      reported, set aside as `<step>.damaged`, and the one before it is taken.
 
     Raises:
-      ValueError: the newest checkpoint is damaged, or is of another backbone,
-        method or shape. An older one is never taken silently.
+      ValueError: all checkpoints are damaged, or the run is another one: of other
+        settings, data, backbone or shapes.
     """
-    step = self.latest_step()
-    if step is None:
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    cluster.check_same(
+      "the checkpoints it sees",
+      {"steps": steps},
+      f"Is {self.directory} one directory that all of them share?",
+    )
+    if not steps:
       return None
-    where = self.directory / str(step)
-    try:
-      verify(where)
-      self._check_same_run(read_json(where, "meta"), where)
-      flat = trees.flatten(state.params)
-      adapter = read_arrays(
-        where, "adapter", {name: flat[name] for name in self._stored}
-      )
-      rest = read_arrays(where, "optimizer", _flatten_rest(state))
-      progress = read_json(where, "progress")
-    except ValueError as error:
-      raise ValueError(f"{error}{self._older(step)}") from error
+    where, found = newest_good(
+      [self.directory / str(step) for step in steps],
+      lambda where: self._read(where, state),
+      self._report,
+    )
+    self._set_aside([step for step in steps if step > int(where.name)])
+    return found
+
+  def _read(self, where: Path, state: Any) -> Any:
+    """Returns `state` with the values of one checkpoint."""
+    verify(where)
+    self._check_same_run(read_json(where, "meta"), where)
+    flat = trees.flatten(state.params)
+    adapter = read_arrays(where, "adapter", {name: flat[name] for name in self._stored})
+    rest = read_arrays(where, "optimizer", _flatten_rest(state))
+    progress = read_json(where, "progress")
     return state.replace(
       step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
       params=trees.unflatten({**flat, **adapter}),
       rng=_decode_key(progress["rng"], state.rng, where),
       **_unflatten_rest(rest, state),
     )
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Renames damaged checkpoints: their steps will be saved again."""
+    if not steps:
+      return
+    cluster.wait("read")
+    for step in steps if jax.process_index() == 0 else ():
+      aside = self.directory / f"{step}.damaged"
+      shutil.rmtree(aside, ignore_errors=True)
+      (self.directory / str(step)).rename(aside)
+    cluster.wait("set aside")
+    self._manager.reload()
 
   def progress(self) -> dict[str, Any]:
     """Returns what `save` was told with the newest checkpoint; {} without one."""
@@ -220,6 +250,11 @@ class Checkpointer:
       if error is None:
         raise
 
+  def _seal(self) -> None:
+    """Adds the checksums to a checkpoint that is about to get its name."""
+    (partial,) = self.directory.glob(f"{self._pending}.orbax-checkpoint-tmp*")
+    write_checksums(partial)
+
   def _check_space(self, step: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     """Fails before anything is written where the disk is too full for it."""
     # A MiB for all that is not arrays.
@@ -248,29 +283,28 @@ class Checkpointer:
         shutil.rmtree(leftover, ignore_errors=True)
 
   def _check_same_run(self, stored: Mapping[str, Any], where: Path) -> None:
+    wrong = []
+    if "config" in self._meta:
+      before = stored.get("config", {})
+      wrong.append(config_lib.difference(self._meta["config"], before))
     mine, theirs = self._meta.get("backbone", {}), stored.get("backbone", {})
     # Random weights have the seed they were drawn from in place of a file's digest.
     if any(mine.get(key) != theirs.get(key) for key in ("sha256", "seed", "init")):
-      raise ValueError(
-        f"{where} is a checkpoint of another backbone: got {_describe(theirs)}, "
-        f"expected {_describe(mine)}. Use another workdir."
-      )
-    for key in ("method", "class_names"):
+      wrong.append(f"the backbone is {_describe(mine)}, was {_describe(theirs)}")
+    for key in (
+      ("class_names",) if "config" in self._meta else ("class_names", "method")
+    ):
       if self._meta.get(key) != stored.get(key):
-        raise ValueError(
-          f"{where} is a checkpoint of another run: got {key} "
-          f"{short(stored.get(key))}, expected {short(self._meta.get(key))}. "
-          "Use another workdir."
-        )
-
-  def _older(self, step: int) -> str:
-    older = sorted(s for s in self._manager.all_steps() if s != step)
-    if not older:
-      return f" To start over, delete {self.directory}."
-    return (
-      f" It is the newest; step {older[-1]} is there too. To resume from that one, "
-      f"delete {self.directory / str(step)}."
-    )
+        got, expected = short(stored.get(key)), short(self._meta.get(key))
+        wrong.append(f"{key} is {expected}, was {got}")
+    if self._meta.get("data_sha256") != stored.get("data_sha256"):
+      wrong.append("the images or their labels have changed")
+    if any(wrong):
+      raise ValueError(
+        f"{where.parents[1]} holds a run with other settings: "
+        f"{'; '.join(filter(None, wrong))}. Use another workdir, or delete this one to "
+        "start over."
+      )
 
 
 def _describe(backbone: Mapping[str, Any]) -> str:
@@ -308,20 +342,21 @@ def _encode_key(key: jax.Array) -> dict[str, Any]:
 
 
 def _decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
-  data = np.asarray(stored["data"], np.uint32)
+  # Numbers, unlike keys, can be put on devices of which this process owns a part.
+  data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
   key = jax.random.wrap_key_data(data, impl=stored["impl"])
   if key.dtype != like.dtype or key.shape != like.shape:
     raise ValueError(
       f"the random key of the checkpoint {where} is {key.dtype}{list(key.shape)}, "
       f"expected {like.dtype}{list(like.shape)}. Set jax_default_prng_impl as then."
     )
-  return jax.device_put(key, sharding_of(like))
+  return key
 
 
 def _check_writable(directory: Path) -> None:
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".probe{os.getpid()}"
+    probe = directory / f".probe{jax.process_index()}"
     probe.write_bytes(b"")
     probe.unlink()
   except OSError as error:

@@ -20,9 +20,12 @@ from insvp_jax import trees
 METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
-  r"tune/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|data/(root|cache_dir|data_dir|lists|resident_mb)|backbone/(weights|remat)"
+  r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"prompt_images|profile|keep_checkpoints|"
+  r"data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat|fsdp)"
 )
+# What may differ between the processes of one run: where a host has its files.
+PER_HOST = r"data/(root|cache_dir|data_dir|lists)|backbone/weights"
 
 
 def defaults() -> ConfigDict:
@@ -46,11 +49,14 @@ def defaults() -> ConfigDict:
   config.optim = _optim()
   config.loss = _loss()
   config.tune = _tune()
+  config.plan = _plan()
   config.log_every_steps = 50
   config.eval_every_epochs = 0.0  # 0: at the end only
   config.checkpoint_every_epochs = 0.0  # 0: at the end only
+  config.keep_checkpoints = 2  # the newest ones; with 1 a damaged one is the end
   config.tensorboard = True
   config.prompt_images = 0  # how many test images to draw InsVP's prompts for
+  config.profile = ""  # "10:15": a trace of these steps, into <workdir>/profile
   config.multihost = placeholder(bool)  # None: where a cluster is detected
   return config.lock()
 
@@ -67,7 +73,9 @@ def _backbone() -> ConfigDict:
   section.dtype = "float32"
   section.remat = False
   section.scan = False
+  section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
+  section.fsdp = 1  # over how many devices frozen weights are split; set scan too
   return section
 
 
@@ -84,7 +92,7 @@ def _insvp() -> ConfigDict:
     section[field] = placeholder(tuple)
   for field in ("image_fusion", "feature_fusion"):
     section[field] = placeholder(tuple)
-  for field in ("specific_activation", "specific_input", "prompt_init"):
+  for field in ("specific_activation", "specific_input", "prompt_init", "conv"):
     section[field] = placeholder(str)
   for field in ("dropout", "prompt_dropout"):
     section[field] = placeholder(float)
@@ -161,6 +169,13 @@ def _tune() -> ConfigDict:
   return section
 
 
+def _plan() -> ConfigDict:
+  section = ConfigDict()  # of --plan alone; 0: from the task
+  section.num_classes = 0
+  section.num_train = 0
+  return section
+
+
 def method_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the section of `config.method` without its unset (None) fields."""
   if config.method not in METHOD_SECTIONS:
@@ -172,7 +187,7 @@ def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the ViT fields that the config sets."""
   section = config.backbone
   fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
-  fields += ("dtype", "remat", "scan")
+  fields += ("dtype", "remat", "scan", "skip_unread")
   return {f: section[f] for f in fields if section[f] is not None}
 
 
@@ -204,6 +219,7 @@ def validate(config: ConfigDict) -> None:
       f"config.loss.label_smoothing is {config.loss.label_smoothing}, expected in "
       "[0, 1)."
     )
+  profile_steps(config)
   _check_tune(config.tune)
   if config.tune.select != "val":
     raise ValueError(
@@ -246,7 +262,11 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
+  ("backbone.fsdp", 1, math.inf),
+  ("plan.num_classes", 0, math.inf),
+  ("plan.num_train", 0, math.inf),
   ("prompt_images", 0, math.inf),
+  ("keep_checkpoints", 1, math.inf),
   ("data.resident_mb", 0, math.inf),
   ("tune.population", 0, math.inf),
   ("data.val_fraction", 0, 1),
@@ -311,6 +331,24 @@ def _has(config: ConfigDict, name: str) -> bool:
   return True
 
 
+def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
+  """Returns the first and the last step to be profiled; None for none.
+
+  Raises:
+    ValueError: `config.profile` is no range of steps.
+  """
+  if not config.profile:
+    return None
+  found = re.fullmatch(r"(\d+):(\d+)", config.profile)
+  first, last = map(int, found.groups()) if found else (0, 0)
+  if not 1 <= first <= last:
+    raise ValueError(
+      f"config.profile is {config.profile!r}, expected the first and the last step to "
+      "be recorded, counted from 1, e.g. '10:15'."
+    )
+  return first, last
+
+
 def num_steps(config: ConfigDict, num_examples: int) -> tuple[int, int]:
   """Returns (total steps, steps per epoch); a remainder of an epoch is dropped."""
   steps_per_epoch = num_examples // config.batch_size
@@ -330,23 +368,35 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps(config))
 
 
-def difference(config: ConfigDict, stored: Mapping[str, Any]) -> str:
-  """Returns the first setting that shapes a run's result and is not as stored.
+def difference(
+  config: ConfigDict | Mapping[str, Any], stored: Mapping[str, Any]
+) -> str:
+  """Returns the settings that shape a run's result and are not as stored.
 
   Args:
     config: of the run to be made.
     stored: of one that was made, from `to_dict`.
 
   Returns:
-    "config.optim.lr is 0.1, was 0.01", or "" where there is none.
+    "config.optim.lr is 0.1, was 0.01; config.seed is 1, was 0", or "" where there is
+    none.
   """
   before = trees.flatten(stored)
+  found = []
   for name, value in trees.flatten(to_dict(config)).items():
     # A setting that is newer than the stored run had no say in it.
     was = before.get(name, value)
     if value != was and not re.fullmatch(MAY_CHANGE, name):
-      return f"config.{name.replace('/', '.')} is {value!r}, was {was!r}"
-  return ""
+      found.append(f"config.{name.replace('/', '.')} is {value!r}, was {was!r}")
+  return "; ".join(found)
+
+
+def shared_settings(config: ConfigDict) -> dict[str, Any]:
+  """Returns the settings that all processes of a run must have alike."""
+  flat = trees.flatten(to_dict(config))
+  return trees.unflatten(
+    {name: v for name, v in flat.items() if not re.fullmatch(PER_HOST, name)}
+  )
 
 
 def parse_arg(arg: str, **known: str) -> dict[str, str]:

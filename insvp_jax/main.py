@@ -2,7 +2,8 @@
 
 Exit status: 0 done; 2 bad input, one line on stderr says what and how to mend it;
 42 SIGTERM and 130 Ctrl-C, both after a checkpoint was written (the same command
-resumes); anything else is a bug and comes with its traceback.
+resumes); of several processes 42 also where another one was lost; anything else is a
+bug and comes with its traceback.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import re
 import signal
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -30,8 +32,42 @@ _MODE = flags.DEFINE_enum(
   "config.tune's or, where tune.lr is empty, the method's own. auto: tune if there are "
   "lists in config.tune, else train.",
 )
+_PROFILE = flags.DEFINE_string(
+  "profile", "", "Steps to record, e.g. 10:15, for TensorBoard or Perfetto."
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout", 300, "Seconds in which all of several processes have to come."
+)
+_LOST_TIMEOUT = flags.DEFINE_integer(
+  "lost_timeout", 60, "Seconds without a sign of life: that process is lost."
+)
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
+)
+
+
+class _Count(flags.ArgumentParser):
+  """Reads `--plan` as 0, `--plan=8` as 8."""
+
+  def parse(self, argument: str) -> int | None:
+    if argument in ("true", "false"):
+      return 0 if argument == "true" else None
+    if not argument.isdigit() or int(argument) == 0:
+      raise ValueError("expected a number of devices, or --plan for those here.")
+    return int(argument)
+
+
+_PLAN = flags.DEFINE_flag(
+  # Boolean: the value may be left out.
+  flags.Flag(
+    parser=_Count(),
+    serializer=None,
+    name="plan",
+    default=None,
+    help_string="Train nothing: print the bytes and FLOPs that the run would need, on "
+    "this machine's devices or, as in --plan=8, on so many. Needs no data, no weights.",
+    boolean=True,
+  )
 )
 # What absl and ml_collections raise for a wrong flag.
 _FLAG_ERRORS = (
@@ -57,19 +93,75 @@ def main(argv: list[str]) -> None:
       f"--workdir is {_WORKDIR.value}, a URL; expected a folder. Mount the bucket "
       "(gcsfuse does) and name the folder."
     )
+  for flag in (_JOIN_TIMEOUT, _LOST_TIMEOUT):
+    if flag.value < 1:
+      _fail(f"--{flag.name} is {flag.value}, expected at least 1 second.")
+  config = _CONFIG.value
+  config.profile = _PROFILE.value or config.profile
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
-  from insvp_jax import partition, suite
+  from insvp_jax import cluster
 
   try:
-    partition.initialize_distributed(_CONFIG.value.multihost)
-    suite.run(_CONFIG.value, workdir, _MODE.value)
-    for config, where in suite.members(_CONFIG.value, workdir):
-      _draw_prompts(config, where)
+    if _PLAN.value is not None:
+      _plan(config, _PLAN.value)
+      return
+    with cluster.joined(
+      config.multihost,
+      join_timeout=_JOIN_TIMEOUT.value,
+      lost_timeout=_LOST_TIMEOUT.value,
+    ) as watch:
+      _work(config, workdir, watch)
   except errors.INPUT_ERRORS as error:
-    if _TRACEBACK.value or not errors.is_ours(error):
+    if _is_bug(error):
       raise
     _fail(errors.one_line(error))
+
+
+def _plan(config, count: int) -> None:
+  """Prints what each method needs, and writes plan.json if a workdir was given."""
+  from insvp_jax import plan, writers
+
+  devices, found = plan.find_devices(count), {}
+  for method in config.tune.methods or (config.method,):
+    config.method = method
+    found[method] = plan.plan(config, devices)
+    print(plan.describe(found[method]), flush=True)
+  if _WORKDIR.value:
+    writers.write_json(Path(_WORKDIR.value) / "plan.json", found)
+
+
+def _work(config, workdir: Path, watch) -> None:
+  """Does what the config says; as one of several processes never fails silently."""
+  from insvp_jax import cluster, suite
+  from insvp_jax import config as config_lib
+
+  try:
+    shared = {"config": config_lib.shared_settings(config), "workdir": str(workdir)}
+    shared["mode"] = _MODE.value
+    cluster.check_same("its settings", shared, "Start the same command on all hosts.")
+    suite.run(config, workdir, _MODE.value)
+    for single, where in suite.members(config, workdir):
+      _draw_prompts(single, where)
+  except stopping.Stopped:
+    raise
+  except BaseException as error:
+    if watch is None:
+      raise
+    watch.await_verdict(error)
+    if isinstance(error, stopping.Interrupted):
+      status = error.exit_status
+    elif isinstance(error, errors.INPUT_ERRORS) and not _is_bug(error):
+      status = 2
+    else:
+      traceback.print_exc()
+      watch.fail(1, f"{type(error).__name__}: {errors.one_line(error)[:500]}")
+    print(f"insvp_jax: {errors.one_line(error)}", file=sys.stderr)
+    watch.fail(status, errors.one_line(error))
+
+
+def _is_bug(error: BaseException) -> bool:
+  return _TRACEBACK.value or not errors.is_ours(error)
 
 
 def _draw_prompts(config, workdir: Path) -> None:

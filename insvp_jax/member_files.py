@@ -85,6 +85,11 @@ class MemberWriters:
         mine = {n: v[i] if np.ndim(v) else v for n, v in found.items()}
         yield writers, mine
 
+  @property
+  def lines(self) -> int:
+    """Of the metrics of each member that is left."""
+    return max(writers.lines for writers in self.each)
+
   def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     for writers, mine in self._mine(scalars):
       writers.scalars(step, mine)
@@ -105,6 +110,10 @@ class MeanWriter:
 
   def __init__(self, writers: Writers):
     self.writers = writers
+
+  @property
+  def lines(self) -> int:
+    return self.writers.lines
 
   def train(self, step, scalars, *, images_per_second=0.0) -> None:
     found = jax.device_get(dict(scalars))

@@ -1,8 +1,8 @@
 """Devices: one mesh, how arrays lie on it, and the set-up of several processes.
 
-The batch is split over all devices along the one axis "data"; everything else is
-replicated. A step that is correct on one device is then correct on many: XLA inserts
-the communication.
+The batch is split over all devices; everything else is replicated, but for frozen
+backbones that are too large for one device (see `shardings.py`). A step that is
+correct on one device is then correct on many: XLA inserts the communication.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,42 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 DATA_AXIS = "data"
+FSDP_AXIS = "fsdp"
 
 
-def create_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns a mesh with the one axis "data" over `devices`, or over all of them."""
+def create_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
+  """Returns the mesh over `devices`, or over all of them.
+
+  Args:
+    devices: the devices.
+    fsdp: over how many devices a frozen backbone is split. With 1 the mesh has the
+      one axis "data", else ("data", "fsdp") of sizes (devices / fsdp, fsdp), where
+      neighbours share a backbone.
+
+  Raises:
+    ValueError: `fsdp` does not divide the number of devices.
+  """
   devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if fsdp < 1 or count % fsdp:
+    fits = [str(n) for n in range(1, count + 1) if count % n == 0]
+    raise ValueError(
+      f"config.backbone.fsdp is {fsdp}, which does not divide {count} devices. Use "
+      f"{' or '.join(fits)}."
+    )
+  shape, axes = ((count,), (DATA_AXIS,))
+  if fsdp > 1:
+    shape, axes = ((count // fsdp, fsdp), (DATA_AXIS, FSDP_AXIS))
   # Auto: with the default (Explicit) a plain linen ViT raises ShardingTypeError.
   return jax.make_mesh(
-    (len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices
+    shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices
   )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  # Over all axes: devices that share a backbone still have rows of their own.
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -113,12 +135,18 @@ def detect_cluster(environ: Mapping[str, str] | None = None) -> str | None:
   return None
 
 
-def initialize_distributed(multihost: bool | None = None) -> bool:
+def is_one_of_several(multihost: bool | None = None) -> bool:
+  """Returns whether this process is to join others; see `initialize_distributed`."""
+  return detect_cluster() is not None if multihost is None else multihost
+
+
+def initialize_distributed(multihost: bool | None = None, **options: int) -> bool:
   """Joins the processes of a cluster; call it before any use of a device.
 
   Args:
     multihost: True joins in any case, False never does, None (the default) does
       where `detect_cluster` finds a cluster. A single host needs no joining.
+    **options: time-outs, for `jax.distributed.initialize`.
 
   Returns:
     Whether this process is now one of a joined group.
@@ -128,12 +156,12 @@ def initialize_distributed(multihost: bool | None = None) -> bool:
   """
   if jax.distributed.is_initialized():
     return True
-  cluster = detect_cluster()
-  if multihost is False or (multihost is None and cluster is None):
+  if not is_one_of_several(multihost):
     return False
   try:
-    jax.distributed.initialize(**_manual_settings())
+    jax.distributed.initialize(**_manual_settings(), **options)
   except ValueError as error:
+    cluster = detect_cluster()
     raise ValueError(
       f"multihost={multihost}, detected cluster: {cluster}, but JAX could not join "
       f"other processes: {error} Start one process per host with SLURM, Open MPI, "

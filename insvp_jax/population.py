@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import evaluate, partition, steps, trees
+from insvp_jax import evaluate, partition, shardings, steps, trees
 from insvp_jax import program as program_lib
 from insvp_jax.data import ArraySplit, members, pipeline, preprocess
 from insvp_jax.data.splits import Split
@@ -87,6 +87,16 @@ class Population:
       numbers=0,
     )
 
+  @functools.cached_property
+  def state_sharding(self) -> TrainState:
+    """Where a stacked state lies: a shared backbone as each run's would."""
+    sharding = self.program.state_sharding
+    whole = partition.replicated(self.program.mesh)
+    axes = trees.flatten(self.axes.params)
+    shared = trees.flatten(sharding.params)
+    params = {n: shared[n] if axes[n] is None else whole for n in axes}
+    return sharding.replace(params=trees.unflatten(params))
+
   def draw(
     self, configs: Sequence[ConfigDict], weights: Mapping | None
   ) -> dict[int, dict[str, Any]]:
@@ -110,8 +120,7 @@ class Population:
       leaves = [params_of[name] for params_of in each]
       leaf = leaves[0] if axes[name] is None else np.stack(leaves)
       params[name] = leaf if trainable else np.asarray(leaf, frozen_dtype)
-    mesh = self.program.mesh
-    params = partition.put_replicated(trees.unflatten(params), mesh)
+    params = shardings.put(trees.unflatten(params), self.state_sharding.params)
     seeds = np.array([config.seed % 2**32 for config in configs], np.uint32)
     numbers = [program_lib.numbers_of(config, self.program) for config in configs]
 
@@ -135,7 +144,8 @@ class Population:
     axes = self.axes
     return jax.jit(
       jax.vmap(create, (axes.params, axes.rng, 0, 0, 0), axes),
-      out_shardings=partition.replicated(self.program.mesh),
+      out_shardings=self.state_sharding,
+      donate_argnums=0,
     )
 
   def member(self, state: TrainState, index: int) -> TrainState:
@@ -160,8 +170,8 @@ class Population:
     return jax.jit(
       function,
       donate_argnums=0,
-      in_shardings=(whole, self._batch_sharding),
-      out_shardings=(whole, whole),
+      in_shardings=(self.state_sharding, self._batch_sharding),
+      out_shardings=(self.state_sharding, whole),
     )
 
   @functools.cached_property
@@ -171,7 +181,7 @@ class Population:
     whole, rows = partition.replicated(mesh), partition.batch_sharding(mesh)
     return jax.jit(
       jax.vmap(function, (self.axes.params, None, 0)),
-      in_shardings=(whole, rows, whole),
+      in_shardings=(self.state_sharding.params, rows, whole),
       out_shardings=whole,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from insvp_jax import config as config_lib
-from insvp_jax import evaluate, optim, partition, steps, trees
+from insvp_jax import evaluate, optim, partition, shardings, steps, trees
 from insvp_jax.data import TaskData, pipeline, preprocess
 from insvp_jax.models import mimetic, pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
@@ -33,7 +33,8 @@ class Program:
     steps_per_epoch: batches of an epoch.
     train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
     eval_step: jitted `(params, batch) -> sums`.
-    mesh: all devices on one axis.
+    mesh: all devices, from `partition.create_mesh`.
+    state_sharding: where the state lies: a `TrainState` of shardings.
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
     numbers: names of the method's fields that are data; see `Method.number`.
@@ -49,6 +50,7 @@ class Program:
   train_step: Any
   eval_step: Any
   mesh: jax.sharding.Mesh
+  state_sharding: steps.TrainState
   train_function: Any = None
   eval_function: Any = None
   numbers: tuple[str, ...] = ()
@@ -105,12 +107,24 @@ def create_program(
   )
   optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
   preset = preprocess.get_preset(config.data.preset)
+  # Of the same parameters; `model` itself is what is initialised and stored.
+  gathered = shardings.gathered(model, mesh)
   train_step = steps.create_train_step(
-    model, optimizer, mask, preset=preset, loss=config.loss.to_dict()
+    gathered, optimizer, mask, preset=preset, loss=config.loss.to_dict()
   )
-  eval_step = steps.create_eval_step(model, preset=preset)
+  eval_step = steps.create_eval_step(gathered, preset=preset)
   whole = partition.replicated(mesh)
   rows = partition.batch_sharding(mesh)
+  params = shardings.param_shardings(shapes, mask, mesh)
+  state = steps.TrainState(
+    step=whole,
+    params=params,
+    opt_state=whole,
+    rng=whole,
+    peak_lr=whole,
+    wd=whole,
+    numbers=whole,
+  )
   return Program(
     model=model,
     model_kwargs=kwargs,
@@ -122,15 +136,16 @@ def create_program(
     train_step=jax.jit(
       train_step,
       donate_argnums=0,
-      in_shardings=(whole, rows),
-      out_shardings=(whole, whole),
+      in_shardings=(state, rows),
+      out_shardings=(state, whole),
     ),
     eval_step=jax.jit(
       eval_step,
-      in_shardings=(whole, rows),
+      in_shardings=(params, rows),
       out_shardings=whole,
     ),
     mesh=mesh,
+    state_sharding=state,
     train_function=train_step,
     eval_function=eval_step,
     numbers=numbers,
@@ -247,26 +262,49 @@ def numbers_of(config: ConfigDict, program: Program) -> dict[str, np.ndarray]:
 def create_state(
   config: ConfigDict, program: Program, params: Mapping[str, Any]
 ) -> steps.TrainState:
-  """Returns the state before the first step, placed on every device."""
-  frozen_dtype = jnp.dtype(config.backbone.frozen_dtype)
+  """Returns the state before the first step, placed on the devices."""
+  sharding = program.state_sharding
+  # On the host until each device gets its part: none has room for all of it.
+  params = shardings.put(_stored(config, program, params, np.asarray), sharding.params)
+  # Donated: there is no second copy of the parameters, not even for a moment.
+  create = jax.jit(
+    functools.partial(_new_state, config, program),
+    out_shardings=sharding,
+    donate_argnums=0,
+  )
+  return create(params)
+
+
+def abstract_state(config: ConfigDict, program: Program) -> steps.TrainState:
+  """Returns what `create_state` does as `jax.ShapeDtypeStruct`; allocates nothing."""
+
+  def cast(leaf, dtype):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  params = _stored(config, program, param_shapes(program.model), cast)
+  return jax.eval_shape(functools.partial(_new_state, config, program), params)
+
+
+def _stored(config: ConfigDict, program: Program, params, cast) -> dict[str, Any]:
+  """Returns the parameters in the types that they have on the devices."""
   trainable, frozen = trees.split(params, program.mask)
-  frozen = {name: np.asarray(leaf, frozen_dtype) for name, leaf in frozen.items()}
-  params = trees.merge(trainable, frozen)
+  dtype = jnp.dtype(config.backbone.frozen_dtype)
+  return trees.merge(
+    {name: cast(leaf, leaf.dtype) for name, leaf in trainable.items()},
+    {name: cast(leaf, dtype) for name, leaf in frozen.items()},
+  )
 
-  def create(params):
-    return steps.TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=program.optimizer.init(params),
-      rng=jax.random.key(config.seed),
-      peak_lr=jnp.float32(peak_lr(config)),
-      wd=jnp.float32(config.optim.wd),
-      numbers=numbers_of(config, program),
-    )
 
-  whole = partition.replicated(program.mesh)
-  params = partition.put_replicated(params, program.mesh)
-  return jax.jit(create, out_shardings=whole)(params)
+def _new_state(config: ConfigDict, program: Program, params) -> steps.TrainState:
+  return steps.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=program.optimizer.init(params),
+    rng=jax.random.key(config.seed),
+    peak_lr=jnp.float32(peak_lr(config)),
+    wd=jnp.float32(config.optim.wd),
+    numbers=numbers_of(config, program),
+  )
 
 
 def evaluate_split(

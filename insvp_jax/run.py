@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import re
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from insvp_jax import program, trees
 from insvp_jax.checkpoint_files import (
   FOLDER,
   check_leaves,
-  find_step,
+  find_steps,
+  newest_good,
   read_arrays,
   read_json,
   verify,
@@ -155,23 +157,27 @@ def load_run(
   """Loads a run to be used, wherever and on however many devices it was trained.
 
   Args:
-    path: the run's workdir, its checkpoints directory, or that of one step.
+    path: the run's workdir, its checkpoints directory, or that of one step. A
+      damaged newest checkpoint is warned of, and the one before it is loaded.
     backbone: where the backbone's file is now, if it has moved. It must be the
       same file: its digest is compared.
     device: where the parameters go; None is the first local device.
 
   Raises:
     FileNotFoundError: there is no run, or its backbone is not to be found.
-    ValueError: the checkpoint is damaged or does not fit its own description, or
-      the backbone is not the one that the run was trained on.
+    ValueError: the checkpoint is damaged, and so are older ones, or does not fit its
+      own description, or the backbone is not the one that the run was trained on.
   """
-  where = find_step(path)
-  verify(where)
-  meta = _check_meta(read_json(where, "meta"), where)
+  sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+
+  def read(where: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    verify(where)
+    return read_json(where, "meta"), read_arrays(where, "adapter", sharding=sharding)
+
+  where, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
+  meta = _check_meta(meta, where)
   model = create_model(**meta["model"])
   shapes = trees.flatten(program.param_shapes(model))
-  sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-  adapter = read_arrays(where, "adapter", sharding=sharding)
   trained = {*meta["trainable"], *adapter}
   expected = {
     name: leaf

@@ -22,12 +22,11 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import program as program_lib
 from insvp_jax import trainer
-from insvp_jax.checkpoints import Checkpointer
 from insvp_jax.member_files import MeanWriter, MemberFiles, MemberWriters, NoFiles
 from insvp_jax.population import Population
 from insvp_jax.stopping import Stopped, StopSignal
 from insvp_jax.trainer import Diverged, Prepared
-from insvp_jax.writers import Writers, write_json
+from insvp_jax.writers import Writers, remove_partial, write_json
 
 
 class PopulationLoop(trainer.Loop):
@@ -38,11 +37,13 @@ class PopulationLoop(trainer.Loop):
       that nobody looks at.
   """
 
-  def __init__(self, configs, prepared, population, checkpointer, writers, stop):
+  def __init__(
+    self, configs, prepared, population, checkpointer, writers, stop, workdir
+  ):
     """Takes the members' configs, and what stands for all their files."""
     program = dataclasses.replace(prepared.program, train_step=population.train_step)
     prepared = dataclasses.replace(prepared, program=program)
-    super().__init__(configs[0], prepared, checkpointer, writers, stop)
+    super().__init__(configs[0], prepared, checkpointer, writers, stop, workdir)
     self.configs = configs
     self.population = population
     self.peak_lr = np.array([program_lib.peak_lr(config) for config in configs])
@@ -107,12 +108,15 @@ def search(
   config = configs[0].copy_and_resolve_references()
   # The choice is the last epoch's; nothing before it counts.
   config.eval_every_epochs = config.checkpoint_every_epochs = 0.0
+  config.profile = ""
   configs = [config, *configs[1:]]
   state = population.create(configs, drawn)
   total = prepared.program.total_steps
   with Writers(workdir, total_steps=total, tensorboard=False, name=name) as writers:
     writers = MeanWriter(writers)
-    loop = PopulationLoop(configs, prepared, population, files, writers, StopSignal())
+    loop = PopulationLoop(
+      configs, prepared, population, files, writers, StopSignal(), workdir
+    )
     try:
       state = loop.run(state)
     except Diverged:
@@ -177,6 +181,8 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
   drawn = population.draw(configs, prepared.weights)
   data_sha256 = trainer.data_digest(configs[0], prepared.data, True)
   with contextlib.ExitStack() as stack:
+    for workdir in workdirs:
+      stack.enter_context(trainer.own(workdir))
     stop = stack.enter_context(StopSignal().listen(jax.process_count() == 1))
     checkpointers = []
     for config, workdir in zip(configs, workdirs, strict=True):
@@ -184,9 +190,10 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
         prepared.backbone, config.seed, drawn[config.seed]["backbone"]
       )
       meta = trainer.describe_run(config, prepared, backbone, data_sha256)
-      opened = Checkpointer(workdir, mask=prepared.program.mask, meta=meta)
+      trainer.check_processes(meta)
+      opened = trainer.open_checkpoints(config, workdir, prepared.program, meta)
       checkpointers.append(stack.enter_context(opened))
-      trainer.check_same_run(config, meta, opened)
+      remove_partial(workdir)
     state = population.create(configs, drawn)
     if {c.latest_step() for c in checkpointers} != {None}:
       states = [
@@ -198,8 +205,11 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
         return {}
       state = population.stack(states)
     files = MemberFiles(population, checkpointers)
-    writers = _open_writers(stack, configs, workdirs, prepared, int(state.step))
-    loop = PopulationLoop(configs, prepared, population, files, writers, stop)
+    progress = checkpointers[0].progress()
+    writers = _open_writers(stack, configs, workdirs, prepared, progress)
+    loop = PopulationLoop(
+      configs, prepared, population, files, writers, stop, workdirs[0]
+    )
     try:
       state = loop.run(state)
     except Diverged:
@@ -209,16 +219,17 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
   return loop.lost
 
 
-def _open_writers(stack, configs, workdirs, prepared, step) -> MemberWriters:
+def _open_writers(stack, configs, workdirs, prepared, progress) -> MemberWriters:
   silent = stack.enter_context(open(os.devnull, "w"))
   name = f"{prepared.data.name} {configs[0].method}, {len(configs)} runs"
-  opened = []
+  opened, step = [], progress.get("step", 0)
   for i, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
     write_json(workdir / "config.json", config_lib.to_dict(config))
     writers = Writers(
       workdir,
       total_steps=prepared.program.total_steps,
       start_step=step,
+      start_lines=progress.get("metrics_lines"),
       tensorboard=config.tensorboard,
       name=name,
       # They are at the same step: one progress line will do.

@@ -9,24 +9,25 @@ import dataclasses
 import math
 from pathlib import Path
 import signal
+import sys
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from insvp_jax import cluster, lock, memory, partition, prompt_panels, trees
 from insvp_jax import config as config_lib
-from insvp_jax import partition, trees
 from insvp_jax import program as program_lib
-from insvp_jax.checkpoint_files import read_json
 from insvp_jax.checkpoints import Checkpointer
 from insvp_jax.clock import Clock
 from insvp_jax.data import TaskData, load_data, pipeline
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models.classifier import create_backbone
+from insvp_jax.profiling import Profiler
 from insvp_jax.program import Program
 from insvp_jax.stopping import Stopped, StopSignal
 from insvp_jax.versions import versions
-from insvp_jax.writers import Writers, param_overview, write_json
+from insvp_jax.writers import Writers, param_overview, remove_partial, write_json
 
 
 class Diverged(FloatingPointError):
@@ -66,7 +67,7 @@ def prepare(
   """
   config_lib.validate(config)
   get_preset(config.data.preset)
-  mesh = partition.create_mesh()
+  mesh = partition.create_mesh(fsdp=config.backbone.fsdp)
   partition.check_batch_size(config.batch_size, mesh)
   backbone = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
@@ -107,7 +108,8 @@ def train(
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
 
   Raises:
-    ValueError, FileNotFoundError: bad input; see the message.
+    ValueError, FileNotFoundError: bad input, or another run that is under way owns
+      the workdir; see the message.
     Diverged: the loss became NaN or infinite; the last good checkpoint stays.
     Stopped: SIGINT or SIGTERM came; a checkpoint was written.
     OSError: the disk is full or read-only.
@@ -122,31 +124,40 @@ def train(
   backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
   data_sha256 = data_digest(config, prepared.data, test)
   meta = describe_run(config, prepared, backbone, data_sha256)
+  check_processes(meta)
+  _check_profile(config, program.total_steps)
   with (
+    own(workdir),
     # Of several processes all must stop at the same step: there JAX's preemption
     # service has to hear of the signal.
     StopSignal().listen(jax.process_count() == 1) as stop,
-    Checkpointer(workdir, mask=program.mask, meta=meta) as checkpointer,
+    open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
+    remove_partial(workdir)
     state = checkpointer.restore(state) or state
-    check_same_run(config, meta, checkpointer)
     write_json(workdir / "config.json", config_lib.to_dict(config))
     with Writers(
       workdir,
       total_steps=program.total_steps,
       start_step=int(state.step),
+      start_lines=checkpointer.progress().get("metrics_lines"),
       tensorboard=config.tensorboard,
       name=f"{prepared.data.name} {config.method}",
     ) as writers:
       writers.log(announce(config, prepared, int(state.step)))
-      loop = Loop(config, prepared, checkpointer, writers, stop)
+      writers.text("config", _table(config))
+      loop = Loop(config, prepared, checkpointer, writers, stop, workdir)
       state = loop.run(state)
+      writers.log(loop.clock.describe())
       result = _result(config, prepared, state, loop, meta, test)
       accuracies = {k: v for k, v in result.items() if k.endswith("_accuracy")}
       writers.scalars(
         int(state.step), {k: v for k, v in accuracies.items() if v is not None}
       )
-  write_json(workdir / "result.json", result)
+      if test and writers.shows_images:
+        _show_prompts(prepared, state, writers, get_preset(config.data.preset))
+    # The last thing that the owner of the workdir does.
+    write_json(workdir / "result.json", result)
   if stop.signum is not None:
     # The signal came after the last step; a search must not go on to its next run.
     raise Stopped(stop.signum, int(state.step))
@@ -159,22 +170,66 @@ def data_digest(config: ConfigDict, data: TaskData, test: bool) -> str:
   return data.digest(splits)
 
 
-def check_same_run(
-  config: ConfigDict, mine: Mapping[str, Any], checkpointer: Checkpointer
-) -> None:
-  """Refuses to go on with a run that was started with other settings or data."""
-  step = checkpointer.latest_step()
-  if step is None:
-    return
-  meta = read_json(checkpointer.directory / str(step), "meta")
-  difference = config_lib.difference(config, meta.get("config", {}))
-  if not difference and meta.get("data_sha256") != mine["data_sha256"]:
-    difference = f"the images of {mine['task']!r} or their labels have changed"
-  if difference:
+def _report(text: str) -> None:
+  """Says on the first of several processes what came before there are writers."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+def own(workdir: Path) -> contextlib.AbstractContextManager[None]:
+  """Returns the context in which a workdir is this run's alone."""
+  return lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+
+
+def open_checkpoints(
+  config: ConfigDict, workdir: Path, program: Program, meta: Mapping[str, Any]
+) -> Checkpointer:
+  """Returns the checkpoints of a run, from `describe_run`; close them."""
+  return Checkpointer(
+    workdir,
+    mask=program.mask,
+    meta=meta,
+    keep=config.keep_checkpoints,
+    report=_report,
+  )
+
+
+def check_processes(meta: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same data, backbone and versions.
+
+  Raises:
+    ValueError: they do not.
+  """
+  shared = {key: meta[key] for key in ("data_sha256", "versions")}
+  # Wherever a host has its files.
+  shared["backbone"] = {
+    k: v for k, v in meta["backbone"].items() if k not in ("id", "source")
+  }
+  cluster.check_same("its data, backbone or versions", shared)
+
+
+def _check_profile(config: ConfigDict, total_steps: int) -> None:
+  steps = config_lib.profile_steps(config)
+  if steps and steps[1] > total_steps:
     raise ValueError(
-      f"{checkpointer.directory.parent} holds a run with other settings: {difference}. "
-      "Use another workdir, or delete this one to start over."
+      f"config.profile is {config.profile!r}, but the run has only {total_steps} steps."
     )
+
+
+def _table(config: ConfigDict) -> str:
+  """Returns the config as a Markdown table."""
+  flat = trees.flatten(config_lib.to_dict(config))
+  rows = [f"| {name.replace('/', '.')} | {value} |" for name, value in flat.items()]
+  return "\n".join(["| config | |", "|---|---|", *rows])
+
+
+def _show_prompts(prepared: Prepared, state, writers: Writers, preset) -> None:
+  """Draws prompts of images that the run has been tested on, if it has any."""
+  split = prepared.data.splits.get("test") or prepared.data.splits.get("val")
+  if split is not None:
+    model = prepared.program.model
+    panels = prompt_panels.prompt_panels(model, state.params, split, preset)
+    writers.images(int(state.step), panels)
 
 
 def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
@@ -191,7 +246,10 @@ def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
       f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
       f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
       f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
-      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}",
+      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+      + (
+        f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""
+      ),
     ]
   )
 
@@ -199,7 +257,7 @@ def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
 class Loop:
   """The loop over batches, with all that happens between two steps."""
 
-  def __init__(self, config, prepared, checkpointer, writers, stop):
+  def __init__(self, config, prepared, checkpointer, writers, stop, workdir):
     """Takes what `train` opened; runs nothing."""
     self.config = config
     self.prepared = prepared
@@ -209,6 +267,8 @@ class Loop:
     self.before = checkpointer.progress()
     known = {k: v for k, v in self.before.items() if k in Clock().state()}
     self.clock = Clock(**known)
+    steps = config_lib.profile_steps(config)
+    self.profiler = Profiler(steps, workdir / "profile")
     self.peak_lr = program_lib.peak_lr(config)
 
   def batches(self, start_step: int):
@@ -228,7 +288,7 @@ class Loop:
     """Returns the state after the last step."""
     batches = self.batches(int(state.step))
     # A stream has threads, which end with it.
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), contextlib.closing(self.profiler):
       return self._run(state, batches)
 
   def _run(self, state, batches):
@@ -239,11 +299,16 @@ class Loop:
     self.clock.skip()
     previous = None
     for step in range(start + 1, program.total_steps + 1):
-      state, metrics = program.train_step(state, next(batches))
+      first, last = step == start + 1, step == program.total_steps
+      self.profiler.before(step)
+      with self.clock.compiling(first), self.clock.waiting(not first):
+        batch = next(batches)
+      with self.clock.compiling(first):
+        state, metrics = program.train_step(state, batch)
       # The step before this one is done: looking at it does not stall the device.
       self._check_finite(previous, step - 1)
       previous = metrics
-      first, last = step == start + 1, step == program.total_steps
+      self.profiler.after(step, metrics)
       stopping = self._is_stopping(step)
       logs = step == 1 or last or step % config.log_every_steps == 0
       saves = last or stopping or self._is_due(step, config.checkpoint_every_epochs)
@@ -251,7 +316,7 @@ class Loop:
       if not (first or logs or saves or evaluates):
         continue
       self._check_finite(metrics, step)
-      self.clock.add(0 if first else (step - marked) * config.batch_size)
+      self.clock.add(0 if first else step - marked, config.batch_size)
       marked = step
       if logs:
         self._log(step, metrics)
@@ -260,7 +325,11 @@ class Loop:
       if evaluates and not stopping:
         self._evaluate(step, state)
       if saves:
-        progress = {**self.clock.state(), "evaluation_due": int(due)}
+        progress = {
+          **self.clock.state(),
+          "evaluation_due": int(due),
+          "metrics_lines": self.writers.lines,
+        }
         self.checkpointer.save(state, progress=progress, force=stopping)
       if stopping:
         raise Stopped(self.stop.signum or signal.SIGTERM, step)
@@ -389,6 +458,11 @@ def _result(
     "data_sha256": meta["data_sha256"],
     "train_seconds": loop.clock.seconds,
     "images_per_second": loop.clock.images_per_second,
+    "compile_seconds": loop.clock.compile_seconds,
+    "input_wait_seconds": loop.clock.input_wait_seconds,
+    "step_seconds": loop.clock.step_seconds,
+    "peak_host_mb": memory.peak_host_mb(),
+    "peak_device_mb": memory.peak_device_mb(),
     "devices": jax.device_count(),
     "versions": versions(),
   }

@@ -15,11 +15,15 @@ import time
 from typing import Any
 
 import jax
+from jaxtyping import UInt8
 import numpy as np
 
 from insvp_jax import trees
+from insvp_jax.appended_file import AppendedFile, cannot_write
+from insvp_jax.event_file import EventFile
 
 METRICS_FILE = "metrics.jsonl"
+PARTIAL = ".partial"  # ends the name of a file that is not complete yet
 SHOWN = ("loss", "lr", "accuracy")  # in the progress line; the files have all
 
 
@@ -32,6 +36,7 @@ class Writers:
     *,
     total_steps: int,
     start_step: int = 0,
+    start_lines: int | None = None,
     tensorboard: bool = True,
     name: str = "",
     stream: io.TextIOBase | None = None,
@@ -43,6 +48,9 @@ class Writers:
       total_steps: steps of the whole run, for the share and the time left.
       start_step: the step resumed from. What the interrupted run wrote after it
         is dropped; with 0 everything is.
+      start_lines: how many lines metrics.jsonl had then (`lines`), which tells apart
+        what was written at `start_step` before and after it was saved. None keeps
+        all lines of that step.
       tensorboard: whether to write an event file, too.
       name: of the run, in front of each progress line.
       stream: where progress goes; None is the standard error.
@@ -58,10 +66,13 @@ class Writers:
     self._clock: tuple[float, int] | None = None  # (time, step) of the first `train`
     self._is_line_open = False
     self._metrics = self._events = None
+    self.lines = 0  # of metrics.jsonl
     if self._is_main:
       workdir = Path(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
-      self._metrics = _open_metrics(workdir / METRICS_FILE, start_step)
+      kept = _kept_lines(workdir / METRICS_FILE, start_step, start_lines)
+      self.lines = len(kept)
+      self._metrics = AppendedFile(workdir / METRICS_FILE, sum(map(len, kept)))
       try:
         self._events = EventFile(workdir, start_step) if tensorboard else None
       except BaseException:
@@ -78,10 +89,26 @@ class Writers:
     if not self._is_main:
       return
     values = {name: np.asarray(value).item() for name, value in scalars.items()}
-    self._metrics.write(json.dumps({"step": step, **_finite(values)}) + "\n")
-    self._metrics.flush()
+    line = json.dumps({"step": step, **_finite(values)}) + "\n"
+    self._metrics.append(line.encode())
+    self.lines += 1
     if self._events:
       self._events.write(step, values)
+
+  def text(self, name: str, text: str) -> None:
+    """Shows a text, Markdown, in TensorBoard."""
+    if self._events:
+      self._events.text(0, name, text)
+
+  def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
+    """Shows images in TensorBoard, by name."""
+    for name, pixels in images.items() if self._events else ():
+      self._events.image(step, name, pixels)
+
+  @property
+  def shows_images(self) -> bool:
+    """Whether `images` has an effect, so that they are worth being made."""
+    return self._events is not None
 
   def train(
     self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
@@ -150,54 +177,6 @@ class Writers:
       self._is_line_open = False
 
 
-class EventFile:
-  """A TensorBoard event file of scalars.
-
-  Written with TensorBoard's own record writer: the other writers (clu's, and
-  TensorBoard's EventFileWriter) import TensorFlow, seconds that no run needs.
-  """
-
-  def __init__(self, workdir: Path, start_step: int = 0):
-    """Opens a new file; events after `start_step` in older ones are void.
-
-    Raises:
-      ModuleNotFoundError: the package tensorboard is not installed.
-    """
-    try:
-      from tensorboard.compat.proto import event_pb2, summary_pb2
-      from tensorboard.summary.writer.record_writer import RecordWriter
-    except ModuleNotFoundError as error:
-      raise ModuleNotFoundError(
-        f"TensorBoard's files need a package that is not installed: {error}. Run "
-        "'pip install tensorboard', or set --config.tensorboard=False."
-      ) from error
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    # The time in ns keeps apart what a resumed run writes within one second.
-    name = f"events.out.tfevents.{time.time_ns():020d}.insvp_jax"
-    self._file = (workdir / name).open("wb")
-    self._records = RecordWriter(self._file)
-    self._add(file_version="brain.Event:2")
-    status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(session_log=status, step=start_step + 1)
-
-  def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
-    """Appends the scalars of one step."""
-    values = [
-      self._summary.Value(tag=name, simple_value=value)
-      for name, value in scalars.items()
-    ]
-    self._add(summary=self._summary(value=values), step=step)
-
-  def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
-
-  def _add(self, **fields: Any) -> None:
-    event = self._event(wall_time=time.time(), **fields)
-    self._records.write(event.SerializeToString())
-    self._file.flush()
-
-
 def param_overview(params: Mapping[str, Any], mask: Mapping[str, Any]) -> str:
   """Returns a table of all parameters, the trainable ones marked.
 
@@ -233,7 +212,7 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     OSError: the disk is full or read-only; what was there before stays.
   """
   path = Path(path)
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   text = json.dumps(_finite(value), indent=2, default=_plain, allow_nan=False)
   if jax.process_index() != 0:
     return
@@ -247,7 +226,17 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
-    raise OSError(f"{path} could not be written: {error.strerror}.") from error
+    raise cannot_write(path, error) from error
+
+
+def remove_partial(workdir: str | os.PathLike) -> None:
+  """Removes what `write_json` left half written when its process was killed.
+
+  Call it where no other process writes to `workdir`.
+  """
+  if jax.process_index() == 0:
+    for partial in Path(workdir).glob(f".*{PARTIAL}"):
+      partial.unlink(missing_ok=True)
 
 
 def duration(seconds: float | int) -> str:
@@ -257,19 +246,20 @@ def duration(seconds: float | int) -> str:
   return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _open_metrics(path: Path, start_step: int) -> io.TextIOBase:
-  """Opens for appending, without what came after `start_step`."""
-  kept = []
-  if path.exists() and start_step:
-    for line in path.read_text().splitlines():
-      # A killed run may have left half a line.
-      with contextlib.suppress(ValueError, TypeError, KeyError):
-        if json.loads(line)["step"] <= start_step:
-          kept.append(line + "\n")
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
-  partial.write_text("".join(kept))
-  partial.replace(path)
-  return path.open("a")
+def _kept_lines(path: Path, start_step: int, start_lines: int | None) -> list[bytes]:
+  """Returns the lines that were there when `start_step` was saved."""
+  kept: list[bytes] = []
+  if not start_step or not path.exists():
+    return kept
+  for line in path.read_bytes().splitlines(keepends=True)[:start_lines]:
+    # A crash of the machine may have left half a line.
+    try:
+      if json.loads(line)["step"] > start_step or not line.endswith(b"\n"):
+        break
+    except (ValueError, TypeError, KeyError):
+      break
+    kept.append(line)
+  return kept
 
 
 def _number(value: Any) -> str:

@@ -6,32 +6,112 @@ starts a backend, so that it has flags, signal handlers and output of its own an
 leaves with the exit status that a user would see.
 
 A case is {"argv", "cwd", "env", "signal", "when"}; with "signal" it is sent that
-signal as soon as the file "when" has content.
+signal as soon as the file "when" has content. With "several", a list of further
+{"argv", "env"}, it is run by as many processes at once: their ids come as one line, the
+list of their answers as the next one.
+
+`Driver` is the other end of it.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import types
 from typing import Any, BinaryIO
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
+class Driver:
+  """Starts the driver, and runs the command line by it."""
+
+  def __init__(self, cwd: Path):
+    """Starts it; `cwd` is where the runs are."""
+    here = Path(__file__).resolve()
+    self._cwd = cwd
+    self._process = subprocess.Popen(
+      [sys.executable, here],
+      env={**os.environ, "PYTHONPATH": str(here.parents[1])},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def run(self, *argv, **case) -> types.SimpleNamespace:
+    """Returns (status, out, err) of one process that has ended."""
+    self._send(argv, case)
+    return types.SimpleNamespace(**self._answer())
+
+  def start(self, *argv, envs, extra=()) -> list[int]:
+    """Starts one process for each of `envs` and returns their ids; see `wait`.
+
+    Args:
+      *argv: of all of them.
+      envs: what is added to the environment of each.
+      extra: further arguments of each.
+    """
+    extra = extra or [[] for _ in envs]
+    several = [
+      {"argv": [str(arg) for arg in (*argv, *more)], "env": env}
+      for env, more in zip(envs, extra, strict=True)
+    ]
+    self._send((), {"several": several})
+    return self._answer()
+
+  def wait(self) -> list[types.SimpleNamespace]:
+    """Returns (status, out, err) of the processes that `start` has started."""
+    return [types.SimpleNamespace(**answer) for answer in self._answer()]
+
+  def __enter__(self) -> "Driver":
+    """Returns itself; it ends with the with block."""
+    return self
+
+  def __exit__(self, *error) -> None:
+    """Ends the driver."""
+    self._process.stdin.close()
+    status = self._process.wait()
+    self._process.stdout.close()
+    assert status == 0 or error[0]
+
+  def _send(self, argv, case) -> None:
+    case = {"argv": [str(arg) for arg in argv], "cwd": str(self._cwd), **case}
+    print(json.dumps(case), file=self._process.stdin, flush=True)
+
+  def _answer(self):
+    return json.loads(self._process.stdout.readline())
+
+
+def run_case(case: dict[str, Any]) -> Any:
   """Runs one case; the status of a process that a signal ended is negative."""
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    pid = os.fork()
-    if pid == 0:
-      _child(case, out, err)
+  with contextlib.ExitStack() as stack:
+
+    def start(case):
+      out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+      pid = os.fork()
+      if pid == 0:
+        _child(case, out, err)
+      return pid, out, err
+
+    if "several" in case:
+      started = [start({**case, **one}) for one in case["several"]]
+      print(json.dumps([pid for pid, _, _ in started]), flush=True)
+      return [_result(*one) for one in started]
+    started = start(case)
     if case.get("signal"):
-      _send(pid, case["signal"], Path(case["when"]))
-    _, status = os.waitpid(pid, 0)
-    texts = {}
-    for name, file in (("out", out), ("err", err)):
-      file.seek(0)
-      texts[name] = file.read().decode()
+      _send(started[0], case["signal"], Path(case["when"]))
+    return _result(*started)
+
+
+def _result(pid: int, out: BinaryIO, err: BinaryIO) -> dict[str, Any]:
+  _, status = os.waitpid(pid, 0)
+  texts = {}
+  for name, file in (("out", out), ("err", err)):
+    file.seek(0)
+    texts[name] = file.read().decode()
   return {"status": os.waitstatus_to_exitcode(status), **texts}
 
 

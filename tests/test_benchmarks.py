@@ -66,3 +66,9 @@ def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
   assert found["MiB of the split in memory"] == pytest.approx(861, abs=1)
   # A few batches of 37 MiB, and TensorFlow's own threads and buffers.
   assert found["MiB above"] < 500
+
+
+def test_convolutions(benchmark):
+  module = benchmark("convolutions")
+  layer = module.Layer("tiny", 6, 2, 1, 3, 1, "k")
+  assert set(module.measure(layer, batch_size=1, rounds=1)) == set(module.FORMS)

@@ -238,21 +238,54 @@ def test_any_damaged_file_is_noticed(saved, tmp_path_factory, which, at, kind):
   assert "\n" not in str(error.value)
 
 
-def test_a_damaged_newest_checkpoint_is_never_skipped_silently(tmp_path):
+@pytest.fixture
+def two(tmp_path):
+  """(mask, state, directory) of a run with checkpoints of steps 1 and 2."""
   mask, state = make_state()
-  with Checkpointer(tmp_path, mask=mask, meta=META, keep=2) as checkpointer:
-    checkpointer.save(state.replace(step=jnp.int32(1)), progress={})
-    checkpointer.save(state.replace(step=jnp.int32(2)), progress={})
-  newest = tmp_path / "checkpoints" / "2"
-  shutil.rmtree(newest / "adapter")
-  with pytest.raises(ValueError, match="no 'adapter'.*step 1 is there.*delete"):
-    restore(tmp_path, mask, state)
-  shutil.rmtree(newest)
-  assert int(restore(tmp_path, mask, state).step) == 1
+  with Checkpointer(tmp_path, mask=mask, meta=META) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(state.replace(step=jnp.int32(step)), progress={})
+  return mask, state, tmp_path / "checkpoints"
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(two):
+  mask, state, folder = two
+  shutil.rmtree(folder / "2" / "adapter")
+  said = []
+  with Checkpointer(
+    folder.parent, mask=mask, meta=META, report=said.append
+  ) as checkpointer:
+    restored = checkpointer.restore(state)
+    assert_equal(restored, state.replace(step=jnp.int32(1)))
+    assert (checkpointer.latest_step(), checkpointer.progress()["step"]) == (1, 1)
+    # The damaged one stays to be looked at, and is not in the way.
+    again = state.replace(step=jnp.int32(2))
+    assert checkpointer.save(again, progress={}, force=True)
+  (line,) = said
+  assert "2 is no checkpoint of this package: it has no 'adapter'" in line
+  assert line.endswith("The checkpoint of step 1 is used instead.")
+  assert sorted(os.listdir(folder)) == ["1", "2", "2.damaged"]
+  assert_equal(restore(folder.parent, mask, state), again)
+
+
+def test_if_all_checkpoints_are_damaged_nothing_is_touched(two):
+  mask, state, folder = two
+  for step in "12":
+    (folder / step / "meta" / "metadata").write_text("{")
+  with pytest.raises(ValueError, match="2 is dam.*So are the 1 older.*over, delete"):
+    restore(folder.parent, mask, state)
+  assert sorted(os.listdir(folder)) == ["1", "2"]
+
+
+def test_another_run_is_no_damage(two):
+  mask, state, folder = two
+  shutil.rmtree(folder / "2")
+  with pytest.raises(ValueError, match="other settings"):
+    restore(folder.parent, mask, state, {**META, "method": "linear"})
+  assert os.listdir(folder) == ["1"]
 
 
 def test_without_checksums_an_unreadable_file_is_still_one_line(tmp_path):
-  # As after a kill between Orbax's commit and the checksums.
   mask, state = make_state()
   where = save(tmp_path, mask, state)
   (where / "checksums.json").unlink()
@@ -267,13 +300,18 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
   save(tmp_path, mask, state)
   other = {**META, "backbone": {"id": "B/16", "sha256": "bb"}}
   with pytest.raises(
-    ValueError, match="another backbone: got sha256 aa.*expected sha256 bb"
+    ValueError, match=r"the backbone is sha256 bb \(B/16\), was sha256 aa \(boxed\)"
   ):
     restore(tmp_path, mask, state, other)
-  with pytest.raises(ValueError, match="got method 'insvp', expected 'vpt_deep'"):
+  with pytest.raises(ValueError, match="method is 'vpt_deep', was 'insvp'. Use ano"):
     restore(tmp_path, mask, state, {**META, "method": "vpt_deep"})
-  with pytest.raises(ValueError, match="got class_names cat, dog"):
+  with pytest.raises(ValueError, match="class_names is a, b, was cat, dog"):
     restore(tmp_path, mask, state, {**META, "class_names": ["a", "b"]})
+  with pytest.raises(ValueError, match="the images or their labels have changed"):
+    restore(tmp_path, mask, state, {**META, "data_sha256": "cc"})
+  both = {**META, "method": "linear", "class_names": ["a", "b"]}
+  with pytest.raises(ValueError, match="class_names is.*; method is"):
+    restore(tmp_path, mask, state, both)
   _, wider = make_state(width=6)
   with pytest.raises(ValueError, match=r"got float32\[4\], expected float32\[6\]"):
     restore(tmp_path, mask, wider)

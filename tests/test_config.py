@@ -177,6 +177,32 @@ def test_difference_names_what_shapes_a_result_and_nothing_else():
   assert config_lib.difference(config, stored) == (
     "config.loss.mixup_alpha is 0.5, was 0.0"
   )
+  config.seed = 3
+  assert config_lib.difference(config, stored) == (
+    "config.loss.mixup_alpha is 0.5, was 0.0; config.seed is 3, was 0"
+  )
+
+
+def test_where_files_are_is_each_hosts_own():
+  first, second = defaults(), defaults()
+  first.data.root, first.backbone.weights = "/here", "/mnt/b16.npz"
+  assert config_lib.shared_settings(first) == config_lib.shared_settings(second)
+  second.log_every_steps = 7
+  assert config_lib.shared_settings(first) != config_lib.shared_settings(second)
+
+
+@pytest.mark.parametrize("value", ["10", "0:3", "5:4", "a:b", "-1:2", "1:2:3", "10:"])
+def test_profile_wants_a_range_of_steps(value):
+  config = defaults()
+  config.profile = value
+  with pytest.raises(
+    ValueError, match=f"config.profile is '{value}', expected .*10:15"
+  ):
+    config_lib.validate(config)
+  config.profile = "10:15"
+  config_lib.validate(config)
+  assert config_lib.profile_steps(config) == (10, 15)
+  assert config_lib.profile_steps(defaults()) is None
 
 
 def test_parse_arg():

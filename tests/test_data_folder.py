@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import zipfile
 
@@ -6,7 +7,7 @@ from data_fixtures import data_config, number_of, pixels, png
 import numpy as np
 import pytest
 
-from insvp_jax.data import load_data
+from insvp_jax.data import StreamSplit, arrays, decode, load_data
 
 _SPLIT = {
   "train/cat": 4,
@@ -40,6 +41,7 @@ def test_the_splits_on_disk_are_kept(tmp_path):
   root = fixtures.write_folder(tmp_path / "pets", fixtures.numbered_files(_SPLIT))
   data = _load(root)
   assert data.name == "pets" and data.class_names == ("cat", "dog")
+  assert data.describe() == "pets: 2 classes, train 7, val 3, test 4, train_val 10"
   assert _numbers(data.splits["train"]) == [0, 1, 2, 3, 4, 5, 6]
   assert data.splits["train"].labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert _numbers(data.splits["val"]) == [7, 8, 9]
@@ -259,7 +261,7 @@ def test_images_of_all_sizes_get_the_presets_size(tmp_path):
   }
   root = fixtures.write_folder(tmp_path, content)
   for preset, size in {"vtab": 14, "insvp_release": 16}.items():
-    images = _load(root, 14, preset=preset).splits["train"].images
+    images = arrays.take(_load(root, 14, preset=preset).splits["train"]).images
     assert images.shape[1:] == (size, size, 3) and (images == 90).all()
 
 
@@ -303,6 +305,127 @@ def test_a_cached_archive_is_found_again_under_another_name(tmp_path):
   assert len(list(cache_dir.iterdir())) == 1
   assert second.name == "b" and str(path) in second.source
   _assert_equal(first, second)
+
+
+def _count_decodes(monkeypatch):
+  """Returns a list that grows by the name of each file that is decoded."""
+  decoded, original = [], decode.decode
+
+  def counted(data, name):
+    decoded.append(name)
+    return original(data, name)
+
+  monkeypatch.setattr(decode, "decode", counted)
+  return decoded
+
+
+def _streamed(data):
+  return {n for n, split in data.splits.items() if isinstance(split, StreamSplit)}
+
+
+@pytest.mark.parametrize("counts", [_SPLIT, _FLAT])
+@pytest.mark.parametrize("archive", [False, True])
+def test_large_sets_are_streamed_and_otherwise_the_same(tmp_path, counts, archive):
+  content = fixtures.numbered_files(counts)
+  write = fixtures.write_zip if archive else fixtures.write_folder
+  root = write(tmp_path / ("x.zip" if archive else "x"), content)
+  small, large = _load(root), _load(root, resident_mb=0)
+  assert not _streamed(small) and _streamed(large) == set(small.splits)
+  assert "(streamed)" in large.describe()
+  taken = {name: arrays.take(split) for name, split in large.splits.items()}
+  _assert_equal(small, dataclasses.replace(large, splits=taken))
+
+
+def test_large_sets_are_split_without_decoding(tmp_path, monkeypatch):
+  root = fixtures.write_folder(tmp_path, fixtures.numbered_files(_FLAT))
+  decoded = _count_decodes(monkeypatch)
+  data = [_load(root, resident_mb=0, split_seed=seed) for seed in (0, 1)]
+  assert not decoded
+  val, other = (_numbers(arrays.take(d.splits["val"])) for d in data)
+  assert len(val) == len(other) == 4 and val != other
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+@pytest.mark.parametrize("preset", ["vtab", "insvp_release"])
+def test_small_sets_are_decoded_once(tmp_path, monkeypatch, skip_corrupt, preset):
+  content = fixtures.numbered_files({"train/a": 9, "train/b": 9, "test/a": 3})
+  root = fixtures.write_folder(tmp_path / "x", content)
+  decoded = _count_decodes(monkeypatch)
+  changes = {"skip_corrupt": skip_corrupt, "preset": preset}
+  changes["cache_dir"] = str(tmp_path / "cache")
+  first = _load(root, **changes)
+  assert sorted(decoded) == sorted(f"{root}/{name}" for name in content)
+  _assert_equal(_load(root, **changes), first)
+  # Nor are other parts of the same images decoded anew.
+  assert len(_load(root, val_fraction=0.5, **changes).splits["val"]) == 10
+  assert len(decoded) == len(content)
+
+
+def test_large_sets_are_checked_once_where_corrupt_images_are_skipped(
+  tmp_path, monkeypatch
+):
+  content = fixtures.numbered_files({"train/a": 20, "train/b": 20, "test/a": 3})
+  content["train/a/017.png"] = b""
+  content["test/a/001.png"] = b"no image"
+  root = fixtures.write_folder(tmp_path / "x", content)
+  decoded = _count_decodes(monkeypatch)
+  changes = {"resident_mb": 0, "skip_corrupt": True}
+  changes["cache_dir"] = str(tmp_path / "cache")
+  data = _load(root, **changes)
+  assert len(decoded) == len(content)
+  assert data.skipped == 2
+  _load(root, **changes)
+  assert len(decoded) == len(content)
+  whole = _load(root, resident_mb=0, skip_corrupt=True, val_fraction=0.0)
+  train, test = (arrays.take(whole.splits[name]) for name in ("train", "test"))
+  assert _numbers(train) == [i for i in range(40) if i != 17]
+  assert train.labels.tolist() == [0] * 19 + [1] * 20
+  assert _numbers(test) == [40, 42]
+  # Another limit finds its own in the cache.
+  changes["cache_dir"] = str(tmp_path / "other cache")
+  assert not _streamed(_load(root, **{**changes, "resident_mb": 9}))
+  assert _streamed(_load(root, **changes)) == set(data.splits)
+  for name in ("000", "002"):
+    (root / f"test/a/{name}.png").write_bytes(b"junk")
+  with pytest.raises(ValueError, match="class 'a' of test .* no readable images"):
+    _load(root, **changes)
+
+
+def test_a_corrupt_image_of_a_large_set_is_named_when_it_is_met(tmp_path):
+  content = {**fixtures.numbered_files({"a": 4, "b": 4}), "b/002.png": b""}
+  root = fixtures.write_folder(tmp_path, content)
+  data = _load(root, resident_mb=0, val_fraction=0.0, test_fraction=0.0)
+  with pytest.raises(ValueError, match="b/002.png is empty.*skip_corrupt=True"):
+    arrays.take(data.splits["train"])
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_elongated_training_images_stay_in_their_files(tmp_path, skip_corrupt):
+  wide = np.tile(np.arange(60, dtype=np.uint8)[:, None], (40, 1, 3))
+  content = {f"{c}/{i:02d}.png": png(wide) for c in "ab" for i in range(10)}
+  if skip_corrupt:
+    content["a/03.png"] = b""
+  root = fixtures.write_folder(tmp_path, content)
+  data = _load(root, 28, preset="insvp_release", skip_corrupt=skip_corrupt)
+  assert data.skipped == skip_corrupt
+  assert _streamed(data) == {"train", "train_val"}
+  split = data.splits["train"]
+  ((image,),) = split.read([np.array([0])], whole=True)
+  assert image.shape == (32, 48, 3)
+  everything = arrays.take(data.splits["train_val"])
+  assert len(everything) == len(split) + len(data.splits["val"])
+  assert not _streamed(_load(root, 28, preset="vpt", skip_corrupt=skip_corrupt))
+
+
+def test_one_large_split_does_not_move_the_others(tmp_path):
+  # 341 squares of 32 pixels are a little below 1 MiB.
+  content = fixtures.numbered_files({"train/a": 171, "train/b": 171, "test/a": 1})
+  data = _load(fixtures.write_folder(tmp_path, content), 32, resident_mb=1)
+  assert len(data.splits["val"]) == 34 and len(data.splits["train"]) == 308
+  assert _streamed(data) == {"train_val"}
+  data = _load(tmp_path, 32, resident_mb=1, val_fraction=0.0)
+  assert _streamed(data) == {"train", "train_val"}
+  assert data.splits["train_val"] is data.splits["train"]
 
 
 def test_real_images(shared_dir, tmp_path):

@@ -162,3 +162,26 @@ def test_images_of_another_size_are_refused():
   ):
     with pytest.raises(ValueError, match="images of 20 pixels came.*keeps 16 pixels"):
       call()
+
+
+@given(
+  st.sampled_from([224, 384, 448]), st.integers(0, 300), st.sampled_from(["h", "w"])
+)
+def test_evaluation_sees_what_torchvisions_center_crop_sees(image_size, extra, longer):
+  preset = PRESETS["insvp_release"]
+  stored = preset.stored_size(image_size)
+  height, width = (
+    (stored + extra, stored) if longer == "h" else (stored, stored + extra)
+  )
+  # Each pixel tells its row and column, modulo 256 and in multiples of it.
+  rows, columns = np.mgrid[:height, :width]
+  codes = rows % 256, columns % 256, rows // 256 * 16 + columns // 256
+  image = np.stack(codes, -1).astype(np.uint8)
+  square = preprocess.central_square(image, stored, image_size)
+  assert square.shape == (stored, stored, 3)
+  start = round((stored - image_size) / 2)
+  seen = square[start : start + image_size, start : start + image_size]
+  # torchvision: int(round((side - crop) / 2)).
+  top, left = (int(round((side - image_size) / 2)) for side in (height, width))
+  expected = image[top : top + image_size, left : left + image_size]
+  np.testing.assert_array_equal(seen, expected)

@@ -2,90 +2,27 @@
 
 import dataclasses
 import hashlib
+import json
+import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
-from data_fixtures import data_config, number_of, pixels, png
+from data_fixtures import data_config, number_of
 import numpy as np
 import pytest
+from tfds_fixtures import Copies, import_tfds, prepare, prepare_cifar
 
-from insvp_jax.data import load_data, tfds_source
+from insvp_jax.data import arrays, load_data
 from insvp_jax.data.tasks import TASKS
 
-_TRAIN, _TEST = 45_200, 12
-_SHARDS = (30_000, 15_000, 200)
-
-
-def _tfds():
-  pytest.importorskip("tensorflow_datasets")
-  return tfds_source.import_tfds()
-
-
-def _example(tf, name, image, label):
-  def feature(value):
-    if isinstance(value, bytes):
-      return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-
-  content = {"id": name, "image": image, "label": label, "coarse_label": 0}
-  features = {key: feature(value) for key, value in content.items()}
-  return tf.train.Example(
-    features=tf.train.Features(feature=features)
-  ).SerializeToString()
-
-
-def prepare_cifar100(root: Path, train_shards=_SHARDS) -> Path:
-  """Writes what TFDS would prepare under the name cifar100.
-
-  The i-th training image shows i % 65536 where the published splits look, black
-  elsewhere; its label is i % 100. Test images show 50000 + i.
-  """
-  tfds = _tfds()
-  import tensorflow as tf
-
-  builder = tfds.builder("cifar100", data_dir=str(root))
-  folder = Path(builder.data_dir)
-  folder.mkdir(parents=True)
-  black, infos = png(np.zeros((32, 32, 3), np.uint8)), []
-  unseen = [_example(tf, b"", black, label) for label in range(100)]
-  for split, shards, offset in (("train", train_shards, 0), ("test", (_TEST,), 50_000)):
-    number = 0
-    for shard, length in enumerate(shards):
-      name = f"cifar100-{split}.tfrecord-{shard:05d}-of-{len(shards):05d}"
-      with tf.io.TFRecordWriter(str(folder / name)) as writer:
-        for _ in range(length):
-          seen = split == "test" or number < 800 or number >= 45_000
-          if seen:
-            image = png(pixels(offset + number, 32))
-            key = f"{split}_{number:05d}".encode()
-            writer.write(_example(tf, key, image, number % 100))
-          else:
-            writer.write(unseen[number % 100])
-          number += 1
-    infos.append(
-      tfds.core.splits.SplitInfo(
-        name=split,
-        shard_lengths=list(shards),
-        num_bytes=1,
-        filename_template=tfds.core.ShardedFileTemplate(
-          data_dir=builder.data_path,
-          dataset_name=builder.name,
-          split=split,
-          filetype_suffix="tfrecord",
-        ),
-      )
-    )
-  # The names come with the download: here they are ours.
-  builder.info.features["label"].names = [f"thing {i:02d}" for i in range(100)]
-  builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-  builder.info.write_to_directory(builder.data_path)
-  return root
+_TEST = 12
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  return prepare_cifar100(tmp_path_factory.mktemp("tfds"))
+  return prepare_cifar(tmp_path_factory.mktemp("tfds"))
 
 
 def _numbers(split):
@@ -123,7 +60,7 @@ def small(monkeypatch):
 def test_the_order_does_not_depend_on_the_shards(small, tmp_path):
   orders = []
   for i, shards in enumerate([(100,), (3, 90, 7), (2,) * 50]):
-    root = prepare_cifar100(tmp_path / str(i), shards)
+    root = prepare_cifar(tmp_path / str(i), shards=shards)
     data = load_data("cifar100", data_config(data_dir=str(root)), 32)
     orders.append([_numbers(data.splits[name]) for name in ("train", "val")])
     assert data.splits["val"].labels.tolist() == [90, 91, 92, 93, 94]
@@ -132,7 +69,7 @@ def test_the_order_does_not_depend_on_the_shards(small, tmp_path):
 
 
 def test_images_are_resized_by_the_preset(small, tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   for preset, size in {"vtab": 48, "insvp_release": 54}.items():
     data = load_data("cifar100", data_config(data_dir=str(root), preset=preset), 48)
     images = data.splits["train"].images
@@ -141,7 +78,7 @@ def test_images_are_resized_by_the_preset(small, tmp_path):
 
 
 def test_an_unprepared_set_names_the_command(tmp_path):
-  _tfds()
+  import_tfds()
   config = data_config(data_dir=str(tmp_path))
   with pytest.raises(FileNotFoundError) as caught:
     load_data("cifar100", config, 32)
@@ -153,43 +90,257 @@ def test_an_unprepared_set_names_the_command(tmp_path):
 
 
 def test_a_wrong_version_is_named(small, tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   (root / "cifar100" / "3.0.2").rename(root / "cifar100" / "1.0.0")
   with pytest.raises(FileNotFoundError, match=r"3\.\*\.\*.*Found only: 1.0.0"):
     load_data("cifar100", data_config(data_dir=str(root)), 32)
 
 
+_FILE = "cifar100-train.tfrecord-00000-of-00001"
+
+
 def _broken(root, change):
-  folder = root / "cifar100" / "3.0.2"
-  change(folder / "cifar100-train.tfrecord-00000-of-00001")
-  return data_config(data_dir=str(root), cache_dir=str(root / "cache"))
+  """Prepares a small set and changes its training file; returns (config, path)."""
+  path = prepare_cifar(root, shards=(100,)) / "cifar100" / "3.0.2" / _FILE
+  change(path)
+  return data_config(data_dir=str(root), cache_dir=str(root / "cache")), path
 
 
-def test_damaged_files_are_named_and_nothing_is_cached(small, tmp_path):
-  _tfds()
+def _message(kind, config, task="cifar100"):
+  with pytest.raises(kind) as caught:
+    load_data(task, config, 32)
+  message = str(caught.value)
+  assert "\n" not in message and "{{" not in message
+  return message
 
+
+def _decoded(config):
+  """Returns the sizes of the decoded splits in the cache."""
+  found = []
+  for path in Path(config.cache_dir).glob("*.npz"):
+    with np.load(path) as stored:
+      found += [len(stored["images"])] if "images" in stored.files else []
+  return sorted(found)
+
+
+def _records(path):
+  import tensorflow as tf
+
+  return list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+
+
+def _rewrite(path, records):
+  import tensorflow as tf
+
+  with tf.io.TFRecordWriter(str(path)) as writer:
+    for data in records:
+      writer.write(data)
+
+
+def _change(number, **values):
+  """Returns what changes features of one record."""
+
+  def change(path):
+    records = _records(path)
+    records[number] = Copies(records[number])(**values)
+    _rewrite(path, records)
+
+  return change
+
+
+def test_a_damaged_file_is_named_with_its_record(small, tmp_path):
   def cut(path):
-    path.write_bytes(path.read_bytes()[:600])
+    length = len(_records(path)[0]) + 16
+    path.write_bytes(path.read_bytes()[: 3 * length + length // 2])
 
-  def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[300] ^= 255
-    path.write_bytes(bytes(raw))
+  def flip(place):
+    def change(path):
+      raw = bytearray(path.read_bytes())
+      raw[place] ^= 255
+      path.write_bytes(bytes(raw))
 
-  for name, change in {"cut": cut, "flip": flip}.items():
-    config = _broken(prepare_cifar100(tmp_path / name, (100,)), change)
-    with pytest.raises(
-      ValueError, match=r"tfrecord-00000-of.* near record 0: [^{]*; prepare"
-    ):
-      load_data("cifar100", config, 32)
-    assert not (tmp_path / name / "cache").exists()
-  config = _broken(prepare_cifar100(tmp_path / "gone", (100,)), lambda p: p.unlink())
-  with pytest.raises(FileNotFoundError, match="cifar100-train.tfrecord"):
-    load_data("cifar100", config, 32)
+    return change
+
+  changes = {
+    "cut": (cut, 3),
+    "flipped length": (flip(0), 0),
+    "flipped byte": (flip(50), 0),
+  }
+  for name, (change, number) in changes.items():
+    config, path = _broken(tmp_path / name, change)
+    message = _message(ValueError, config)
+    assert message.startswith(f"record {number} of {path} is damaged: "), name
+    assert message.endswith("; prepare cifar100/3.0.2 anew.")
+    assert not Path(config.cache_dir).exists()
+
+
+def test_damage_before_a_slice_and_in_it_is_found(small, tmp_path):
+  def flip(record):
+    def change(path):
+      ends = np.cumsum([len(data) + 16 for data in _records(path)])
+      raw = bytearray(path.read_bytes())
+      raw[int(ends[record]) - 20] ^= 1
+      path.write_bytes(bytes(raw))
+
+    return change
+
+  config, path = _broken(tmp_path / "in", flip(92))
+  assert f"record 92 of {path} is damaged" in _message(ValueError, config)
+  assert _decoded(config) == []
+  # Only the lengths of what lies between the slices are looked at.
+  config, _ = _broken(tmp_path / "between", flip(50))
+  assert _numbers(load_data("cifar100", config, 32).splits["val"])[0] == 90
+
+
+def test_missing_files_and_records_are_named(small, tmp_path):
+  config, path = _broken(tmp_path / "gone", lambda path: path.unlink())
+  message = _message(FileNotFoundError, config)
+  assert f"the file {path} is missing; prepare cifar100/3.0.2 anew" in message
+  for number in (0, 5, 50, 92):
+    config, path = _broken(
+      tmp_path / str(number), lambda p, n=number: _rewrite(p, _records(p)[:n])
+    )
+    expected = f"the file {path} has {number} records, but dataset_info.json says 100"
+    assert expected in _message(ValueError, config)
+
+
+@pytest.mark.parametrize("resident_mb", [0, 1024])
+def test_an_image_that_does_not_decode_is_named(small, tmp_path, resident_mb):
+  config, path = _broken(tmp_path, _change(92, image=b"no image"))
+  config.resident_mb = resident_mb
+  expected = rf"the image of record 92 of {path} does not decode: .*; prepare"
+  if resident_mb:
+    assert re.match(expected, _message(ValueError, config))
+    assert _decoded(config) == [8]  # train alone, which is whole
+  else:
+    data = load_data("cifar100", config, 32)
+    assert _numbers(arrays.take(data.splits["train"])) == list(range(8))
+    with pytest.raises(ValueError, match=expected) as caught:
+      arrays.take(data.splits["val"])
+    assert "\n" not in str(caught.value) and "{{" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [-1, 100, 2**40, -(2**40)])
+def test_a_label_out_of_range_is_named(small, tmp_path, label):
+  config, path = _broken(tmp_path, _change(5, label=label))
+  message = _message(ValueError, config)
+  assert f"the label of record 5 of {path} (train of cifar100) is " in message
+  assert "expected 0 to 99" in message
+  assert _decoded(config) == []
+
+
+def test_a_record_without_a_label_is_named(small, tmp_path):
+  def change(path):
+    import tensorflow as tf
+
+    records = _records(path)
+    example = tf.train.Example.FromString(records[3])
+    del example.features.feature["label"]
+    records[3] = example.SerializeToString()
+    _rewrite(path, records)
+
+  config, path = _broken(tmp_path, change)
+  message = _message(ValueError, config)
+  assert message.startswith(f"record 3 of {path} is damaged: ")
+  assert "Feature: label (data type: int64) is required" in message
+
+
+def test_a_file_that_changes_while_it_is_streamed_is_named(small, tmp_path):
+  config, path = _broken(tmp_path, lambda path: None)
+  config.resident_mb = 0
+  split = load_data("cifar100", config, 32).splits["train"]
+  content = path.read_bytes()
+  path.write_bytes(content[:300])
+  with pytest.raises(ValueError, match=rf"record 1 of {path} is cut off"):
+    arrays.take(split)
+  path.unlink()
+  with pytest.raises(ValueError, match=rf"cannot read record 0 of {path} \(No such"):
+    arrays.take(split)
+
+
+def test_another_format_of_files_is_named(tmp_path):
+  prepare(tmp_path, "dtd", {"train": [1]}, unseen=b"", suffix="array_record")
+  message = _message(ValueError, data_config(data_dir=str(tmp_path)), "dtd")
+  assert "holds array_record files, expected tfrecord" in message
+  assert "prepare_data --task=dtd" in message
+
+
+@pytest.mark.parametrize(
+  ("task", "lacks", "named"),
+  [
+    ("dtd", ["label"], "'label'"),
+    ("dtd", ["image"], "'image'"),
+    ("hta_cifar10", ["id"], "'id'"),
+    ("clevr_distance", ["objects", "pixel_coords"], "'pixel_coords'"),
+    ("clevr_count", ["objects"], "'objects'"),
+  ],
+)
+def test_a_set_without_a_feature_is_named(task, lacks, named, tmp_path):
+  builder = TASKS[task].spec.split(":")[0]
+  folder = prepare(tmp_path, builder, {"train": [[b""]], "test": [[b""]]})
+  path = folder / "features.json"
+  content = json.loads(path.read_text())
+  inner = content["featuresDict"]["features"]
+  for name in lacks[:-1]:
+    inner = inner[name]["sequence"]["feature"]["featuresDict"]["features"]
+  del inner[lacks[-1]]
+  path.write_text(json.dumps(content))
+  subset = "insvp_release" if named == "'id'" else ""
+  config = data_config(data_dir=str(tmp_path), subset=subset)
+  message = _message(ValueError, config, task)
+  assert f"{builder}/" in message and f"has no feature {named}" in message
+  assert (
+    str(folder) in message and "prepare another version of it with insvp_jax" in message
+  )
+
+
+def test_damaged_metadata_are_named(small, tmp_path):
+  config, path = _broken(tmp_path, lambda path: None)
+  info = path.parent / "dataset_info.json"
+  info.write_text(info.read_text()[:100])
+  expected = f"what describes cifar100 in {tmp_path} is damaged: "
+  assert expected in _message(ValueError, config)
+  info.unlink()
+  expected = f"Could not read dataset info from {info}"
+  assert expected in _message(ValueError, config)
+
+
+def test_tensorflow_says_nothing_of_its_own(tmp_path):
+  """The message is all that a user sees of a damaged file, or of an image."""
+  _broken(tmp_path / "cut", lambda path: path.write_bytes(path.read_bytes()[:600]))
+  _broken(tmp_path / "image", _change(1, image=b"no image"))
+  code = """
+import dataclasses, sys
+from insvp_jax.data import load_data, tasks
+import ml_collections
+small = dict(train="train[:8]", val="train[90:95]")
+tasks.TASKS["cifar100"] = dataclasses.replace(tasks.TASKS["cifar100"], **small)
+for name in sys.argv[1:]:
+  config = dict(preset="vtab", split_seed=0, root="", subset="", lists="")
+  config |= dict(data_dir=name, cache_dir="off", resident_mb=1024)
+  try:
+    load_data("cifar100", ml_collections.ConfigDict(config), 32)
+  except ValueError as error:
+    print(error)
+"""
+  folders = [str(tmp_path / name) for name in ("cut", "image")]
+  environ = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+  done = subprocess.run(
+    [sys.executable, "-c", code, *folders],
+    cwd=Path(__file__).parents[1],
+    env=environ,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  first, second = done.stdout.splitlines()
+  assert "is damaged" in first and "does not decode" in second
+  own = [line for line in done.stderr.splitlines() if "published are" in line]
+  assert done.stderr.splitlines() == own
 
 
 def test_a_split_too_small_for_the_task_is_named(tmp_path):
-  root = prepare_cifar100(tmp_path, (100,))
+  root = prepare_cifar(tmp_path, shards=(100,))
   with pytest.raises(ValueError, match=r"train\[:800\].*100 examples"):
     load_data("cifar100", data_config(data_dir=str(root)), 32)
 
@@ -214,7 +365,7 @@ def test_the_table():
 
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.spec])
 def test_tfds_knows_every_builder(name, tmp_path):
-  tfds = _tfds()
+  tfds = import_tfds()
   builder = tfds.builder(TASKS[name].spec, data_dir=str(tmp_path))
   if TASKS[name].label_rule == "label":
     assert builder.info.features["label"].num_classes == TASKS[name].num_classes

@@ -147,7 +147,8 @@ def test_vpt_backbone_without_prompts(golden, recipe, tmp_path):
   case = Case(golden, recipe, tmp_path, "vpt_deep", "vpt_deep", fields, {})
   expected = case.file["plain_logits"]
   assert_near(case.plain_logits(), expected, OUTPUT_TOLERANCE, "plain_logits")
-  _, state = case.model.backbone.apply(
+  # The file has the outputs of all tokens.
+  _, state = case.model.backbone.clone(skip_unread=False).apply(
     {"params": case.params["backbone"]},
     case.images,
     capture_intermediates=lambda module, _: module.name == "Transformer",
@@ -170,9 +171,20 @@ def _insvp_fields(config):
   }
 
 
-@pytest.mark.parametrize("name", ["insvp_release", "insvp_release_simam"])
-def test_insvp_release(golden, recipe, tmp_path, name):
-  case = Case(golden, recipe, tmp_path, name, "insvp", _insvp_fields, {})
+@pytest.mark.parametrize(
+  ("name", "conv"),
+  [
+    ("insvp_release", "plain"),
+    ("insvp_release", "fft"),
+    ("insvp_release", "blocks"),
+    ("insvp_release_simam", "auto"),
+  ],
+)
+def test_insvp_release(golden, recipe, tmp_path, name, conv):
+  def fields(config):
+    return {**_insvp_fields(config), "conv": conv}
+
+  case = Case(golden, recipe, tmp_path, name, "insvp", fields, {})
   case.check(INSVP_GRADIENT_TOLERANCE)
   expected = case.file["plain_logits"]
   assert_near(case.plain_logits(), expected, OUTPUT_TOLERANCE, "plain_logits")

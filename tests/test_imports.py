@@ -21,14 +21,16 @@ LAYERS = (
   ("suite",),
   ("tune", "tools"),
   ("together", "sizing"),
-  ("trainer", "run", "tables", "trials", "member_files"),
+  ("trainer", "run", "tables", "trials", "member_files", "plan"),
   ("population",),
-  ("program",),
+  ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
-  ("optim", "losses", "partition"),
+  ("shardings",),
+  ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock", "grids"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "flops", "grids"),
+  ("appended_file", "lock", "memory", "profiling"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {

@@ -10,86 +10,35 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
+from main_driver import Driver
 import pytest
-from tiny_runs import make_params
-from tiny_training import CLASSES, SIZE, SPLITS, write_images
+from tiny_commands import base_flags, flags_of, make_place
+from tiny_training import CLASSES, SPLITS
 
-from insvp_jax.models import pretrained
-from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
 
-BACKBONE = {"width": 16, "depth": 2, "mlp_dim": 16, "num_heads": 2}
 LONG = 1500  # steps: long enough to be stopped, short enough to be finished
-
-
-def flags_of(**values):
-  """Returns `--config.a.b=value` for `a__b=value`."""
-  return [f"--config.{n.replace('__', '.')}={value}" for n, value in values.items()]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   """A folder with images/ and two backbones."""
-  place = tmp_path_factory.mktemp("place")
-  write_images(place / "images")
-  model = create_model(
-    "mu/4", "linear", num_classes=3, image_size=SIZE, backbone_kwargs=BACKBONE
-  )
-  for seed in (0, 1):
-    params = make_params(model, seed)["backbone"]
-    pretrained.save_backbone(params, place / f"backbone{seed}.npz")
-  return place
+  return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
 def base(root, place):
   """The flags of a small run of configs/folder.py, without a workdir."""
-  sizes = {f"backbone__{name}": size for name, size in BACKBONE.items()}
-  lists = {f"tune__{name}": "()" for name in ("methods", "lr", "seeds")}
-  return [
-    f"--config={root / 'configs' / 'folder.py'}",
-    *flags_of(
-      data__root=place / "images",
-      data__cache_dir="off",
-      backbone__name="mu/4",
-      backbone__weights=place / "backbone0.npz",
-      **sizes,
-      **lists,
-      image_size=SIZE,
-      method="vpt_deep",
-      vpt_deep__prompt_length=2,
-      batch_size=4,
-      total_steps=3,
-      optim__warmup_epochs=0.0,
-      tensorboard=False,
-    ),
-  ]
+  return base_flags(root, place)
 
 
 @pytest.fixture(scope="module")
 def main(root, tmp_path_factory):
   """Runs the command line with some arguments: (status, out, err)."""
   cwd = tmp_path_factory.mktemp("cwd")
-  environ = {**os.environ, "PYTHONPATH": str(root)}
-  driver = subprocess.Popen(
-    [sys.executable, root / "tests" / "main_driver.py"],
-    env=environ,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-
-  def run(*argv, **case):
-    case = {"argv": [str(arg) for arg in argv], "cwd": str(cwd), **case}
-    print(json.dumps(case), file=driver.stdin, flush=True)
-    return types.SimpleNamespace(**json.loads(driver.stdout.readline()))
-
-  yield run
-  driver.stdin.close()
-  assert driver.wait() == 0
-  driver.stdout.close()
+  with Driver(cwd) as driver:
+    yield driver.run
   assert not list(cwd.iterdir()), "a run wrote outside of its workdir"
 
 
@@ -521,3 +470,26 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   run = load_run(workdir)
   image = next(Path(base[1].split("=")[1]).glob("test/ant/*.png"))
   assert run.predict(image).shape == (1, len(CLASSES))
+
+
+def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(
+  main, base, tmp_path
+):
+  gone = flags_of(
+    data__root=tmp_path / "none",
+    backbone__weights=tmp_path / "none.npz",
+    plan__num_classes=3,
+    plan__num_train=24,
+    batch_size=8,
+    backbone__fsdp=2,
+  )
+  workdir = tmp_path / "planned"
+  done = main(*base, *gone, "--plan=8", f"--workdir={workdir}")
+  assert done.status == 0, done.err
+  assert "8 x cpu, fsdp 2" in done.out and "checkpoint: adapter" in done.out
+  assert [path.name for path in workdir.iterdir()] == ["plan.json"]
+  found = json.loads((workdir / "plan.json").read_text())
+  assert list(found) == ["vpt_deep"] and found["vpt_deep"]["devices"] == 8
+  done = main(*base, *gone, "--plan=8", "--noplan", "--plan=x")
+  assert_one_line(done, "--plan=x", "number of devices")
+  assert_one_line(main(*base, *gone, "--plan=5"), "backbone.fsdp is 2", "5 devices")

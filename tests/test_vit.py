@@ -141,6 +141,61 @@ def test_remat_changes_no_gradient(scan, blocks):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("blocks", "scan", "remat"),
+  [(None, False, False), (1, True, False), (3, False, True), (3, True, True)],
+)
+def test_tokens_that_nobody_reads_change_no_gradient(blocks, scan, remat):
+  """Features and gradients of parameters, images and prompts, in float64."""
+  with jax.enable_x64():
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float64), draw(build()))
+    params = stack(params) if scan else params
+    given = None if blocks is None else prompts(blocks, batch=2).tokens
+    args = jax.tree.map(lambda x: x.astype(jnp.float64), (params, images(), given))
+
+    def run(skip_unread):
+      model = build(scan=scan, remat=remat, skip_unread=skip_unread)
+
+      def loss(params, x, tokens):
+        out = features(
+          model, params, x, tokens if blocks is None else BlockPrompts(tokens)
+        )
+        return jnp.sum(jnp.sin(out)), out
+
+      return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
+
+    for a, b in zip(
+      *(jax.tree.leaves(run(skip)) for skip in (True, False)), strict=True
+    ):
+      # The models compute in float32, so the sums differ by its rounding.
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("scan", [False, True])
+def test_few_blocks_and_unread_tokens(scan, depth):
+  models = [build(depth=depth, scan=scan, skip_unread=skip) for skip in (True, False)]
+  params = draw(models[0])
+  outputs = [features(model, params, images(), prompts(1)) for model in models]
+  np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def flops(model, batch=4):
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+  lowered = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower
+  return lowered(shapes, images(batch)).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+  ("pool", "saves"), [("tok", True), ("gap", False), ("map", False)]
+)
+def test_the_last_block_computes_what_the_pool_reads(pool, saves):
+  all_tokens = flops(build(pool=pool, depth=1, skip_unread=False))
+  assert (flops(build(pool=pool, depth=1)) < 0.6 * all_tokens) == saves
+  if not saves:
+    assert flops(build(pool=pool, depth=1)) == all_tokens
+
+
 def test_replaced_prompts_pass_nothing_on():
   """Block j + 1 does not see what block j made of its prompts."""
   model, params = build(), draw(build())

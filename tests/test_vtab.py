@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from test_data_tfds import prepare_cifar100
+from tfds_fixtures import prepare_cifar
 
 from insvp_jax import tune
 
@@ -19,7 +19,7 @@ def load_config(root, name, *args):
 def test_cifar100_goes_through_the_whole_protocol(root, tmp_path, capsys):
   pytest.importorskip("tensorflow_datasets")
   config = load_config(root, "vtab", "task=cifar100")
-  config.data.data_dir = str(prepare_cifar100(tmp_path / "tfds"))
+  config.data.data_dir = str(prepare_cifar(tmp_path / "tfds"))
   config.data.cache_dir = "off"
   config.method = "linear"
   config.image_size = 8

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from insvp_jax import trees, writers
@@ -107,12 +108,11 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def read_events(workdir):
-  """Returns (step, name, value) of all events that TensorBoard would show."""
+def stored_events(workdir):
+  """Yields the events of all files, oldest first."""
   from tensorboard.compat.proto import event_pb2
   from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
-  found, voided = [], []
   for file in sorted(workdir.glob("events.out.tfevents.*")):
     reader = PyRecordReader_New(str(file))
     while True:
@@ -121,12 +121,18 @@ def read_events(workdir):
       except Exception as error:
         assert type(error).__name__ == "OutOfRangeError"
         break
-      event = event_pb2.Event.FromString(reader.record())
-      if event.HasField("session_log"):
-        assert event.session_log.status == event_pb2.SessionLog.START
-        voided.append(event.step)
-        found = [item for item in found if item[0] < event.step]
-      found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+      yield event_pb2.Event.FromString(reader.record())
+
+
+def read_events(workdir):
+  """Returns (step, name, value) of all scalars that TensorBoard would show."""
+  found, voided = [], []
+  for event in stored_events(workdir):
+    if event.HasField("session_log"):
+      assert event.session_log.status == event.session_log.START
+      voided.append(event.step)
+      found = [item for item in found if item[0] < event.step]
+    found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
   return found, voided
 
 
@@ -210,3 +216,60 @@ def test_durations():
     "1:00:00",
     "10:01:01",
   ]
+
+
+def test_lines_written_after_the_save_at_the_same_step_are_dropped(tmp_path):
+  with Writers(tmp_path, total_steps=2, tensorboard=False) as found:
+    found.scalars(1, {"loss": 0.5})
+    found.scalars(1, {"val_accuracy": 0.25})
+    saved = found.lines
+    found.scalars(1, {"test_accuracy": 0.75})
+    assert (saved, found.lines) == (2, 3)
+  resumed = {"total_steps": 2, "start_step": 1, "start_lines": saved}
+  with Writers(tmp_path, **resumed, tensorboard=False) as found:
+    assert found.lines == 2
+    found.scalars(2, {"loss": 0.25})
+  assert [list(line)[1] for line in lines(tmp_path)] == ["loss", "val_accuracy", "loss"]
+
+
+FULL = """
+import resource, sys
+from insvp_jax.writers import Writers
+workdir, is_events = sys.argv[1], sys.argv[2] == "events"
+with Writers(workdir, total_steps=9, tensorboard=is_events) as found:
+  # No file may grow beyond this: writing then fails as on a full disk.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+  for step in range(1, 9):
+    found.train(step, {} if is_events else {"loss": 1 / 3})
+"""
+
+
+@pytest.mark.parametrize("kind", ["metrics.jsonl", "events"])
+def test_a_full_disk_leaves_whole_records_and_names_the_file(tmp_path, root, kind):
+  command = [sys.executable, "-c", FULL, str(tmp_path), kind]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  last = done.stderr.splitlines()[-1]
+  assert f"{kind}" in last and "could not be written: File too large. Free" in last
+  if kind == "events":
+    read_events(tmp_path)
+  else:
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_tensorboard_shows_texts_and_images(tmp_path):
+  pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+  with Writers(tmp_path, total_steps=1) as found:
+    assert found.shows_images
+    found.text("config", "| a | 1 |")
+    found.images(1, {"prompts/0": pixels})
+  shown = {v.tag: v for e in stored_events(tmp_path) for v in e.summary.value}
+  text = shown["config"]
+  assert text.metadata.plugin_data.plugin_name == "text"
+  assert text.tensor.string_val == [b"| a | 1 |"]
+  image = shown["prompts/0"].image
+  assert (image.height, image.width) == (5, 7)
+  png = Image.open(io.BytesIO(image.encoded_image_string))
+  np.testing.assert_array_equal(png, pixels)
+  with Writers(tmp_path, total_steps=1, tensorboard=False) as found:
+    assert not found.shows_images
+    found.images(1, {"prompts/0": pixels})

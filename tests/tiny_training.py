@@ -73,7 +73,7 @@ def prepare(
 ) -> trainer.Prepared:
   """Does what `trainer.prepare` does, with images from memory on some devices."""
   data = data or make_data()
-  mesh = partition.create_mesh(jax.devices()[:devices])
+  mesh = partition.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])
   program = program_lib.create_program(config, data.num_classes, number, mesh)
   weights, backbone = program_lib.load_weights(config, program.model)

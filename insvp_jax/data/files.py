@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import os
 from pathlib import Path
+import stat
 from typing import Any
 import zipfile
 import zlib
@@ -44,7 +45,7 @@ class Root(abc.ABC):
 
   @abc.abstractmethod
   def sizes(self, names: Iterable[str]) -> list[int]:
-    """Returns the files' sizes in bytes; -1 for one that is not there."""
+    """Returns the files' sizes in bytes; -1 for what is no file or not there."""
 
   @abc.abstractmethod
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
@@ -129,9 +130,11 @@ class _Folder(Root):
     found = []
     for name in names:
       try:
-        found.append((self.path / name).stat().st_size)
+        status = (self.path / name).stat()
       except OSError:
         found.append(-1)
+      else:
+        found.append(status.st_size if stat.S_ISREG(status.st_mode) else -1)
     return found
 
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
@@ -144,6 +147,10 @@ class _Folder(Root):
       else:
         rows.append([name, status.st_size, status.st_mtime_ns])
     return [os.fspath(self.path.resolve()), rows]
+
+
+def _is_folder(info: zipfile.ZipInfo) -> bool:
+  return info.filename.endswith(("/", "\\"))
 
 
 class _Zip(Root):
@@ -165,7 +172,7 @@ class _Zip(Root):
         continue
       parts = name.split("/")
       folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
-      if info.is_dir() or info.filename.endswith("\\"):
+      if _is_folder(info):
         folders.add(name)
       else:
         found.append(name)
@@ -189,8 +196,8 @@ class _Zip(Root):
     return f"{self.path}/{name}"
 
   def sizes(self, names: Iterable[str]) -> list[int]:
-    known = self._members
-    return [known[name].file_size if name in known else -1 for name in names]
+    found = [self._members.get(name) for name in names]
+    return [-1 if i is None or _is_folder(i) else i.file_size for i in found]
 
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     return [

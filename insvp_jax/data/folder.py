@@ -1,18 +1,21 @@
 """One's own images: a folder or a .zip archive with one sub-folder per class."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-import os
+import functools
 
 from absl import logging
 import ml_collections
 import numpy as np
 
-from insvp_jax.data import cache, decode, files, layout, preprocess
-from insvp_jax.data.arrays import ArraySplit, TaskData, concatenate
+from insvp_jax.data import cache, files, image_lists, layout, placement, preprocess
+from insvp_jax.data.arrays import ArraySplit, TaskData
+from insvp_jax.data.image_lists import ImageList
 from insvp_jax.data.stratify import stratified_parts
 
-_CHUNK = 16
+_MEND = (
+  "Mend or remove the file, or set config.data.skip_corrupt=True to leave such files "
+  "out."
+)
 
 
 def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
@@ -26,11 +29,12 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
 
   Args:
     data_config: `root`, `preset`, `val_fraction`, `test_fraction`, `split_seed`,
-      `skip_corrupt`, `cache_dir`.
+      `skip_corrupt`, `resident_mb`, `cache_dir`.
     image_size: side of the model's input in pixels.
 
   Returns:
-    Splits train, val, train_val (both together) and test, as far as they exist.
+    Splits train, val, train_val (both together) and test, as far as they exist; the
+    large ones are streamed.
 
   Raises:
     FileNotFoundError: the root is missing or unreadable.
@@ -40,104 +44,115 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   preset = preprocess.get_preset(data_config.preset)
   with files.open_root(data_config.root) as root:
     found = layout.find(root)
-    key = {
-      "task": "folder",
-      "files": root.fingerprint(found.names()),
-      "classes": found.class_names,
-      "resize": preset.resize,
-      "size": preset.stored_size(image_size),
-      "skip_corrupt": bool(data_config.skip_corrupt),
-    }
-
-    def read() -> TaskData:
-      return _read(root, found, preset, image_size, data_config.skip_corrupt)
-
-    # Splitting is cheap, so the cache holds what is on disk and each image once.
-    data = cache.cached(key, read, data_config.cache_dir)
+  mend = "" if data_config.skip_corrupt else _MEND
+  lists = {}
+  for split, members in found.splits.items():
+    names, labels = zip(*members, strict=True)
+    lists[split] = ImageList(data_config.root, names, np.array(labels, np.int32), mend)
+  readable, decoded = _read(lists, data_config, preset, image_size)
+  for split, images in readable.items():
+    if lost := sorted(set(lists[split].labels) - set(images.labels)):
+      raise ValueError(
+        f"the class {found.class_names[lost[0]]!r} of {split} in {root.path} has no "
+        f"readable images: all of its files were skipped as corrupt."
+      )
   fractions = {"val": data_config.val_fraction, "test": data_config.test_fraction}
-  splits = _complete(data, fractions, data_config.split_seed)
-  # An equal archive may have been cached under another name.
+  parts = _divide(readable, fractions, data_config.split_seed, found.class_names)
+  files_of = {name: readable[split].take(at) for name, (split, at) in parts.items()}
+  in_memory = {
+    name: decoded[split].take(at)
+    for name, (split, at) in parts.items()
+    if split in decoded
+  }
+  splits = image_lists.place(files_of, data_config, preset, image_size, in_memory)
+  splits["train_val"] = splits.pop("train_val")  # the last, as lines list them
+  skipped = sum(len(lists[split]) - len(readable[split]) for split in lists)
   source = f"images of {root.path}"
-  return TaskData(root.name, data.class_names, splits, data.skipped, source)
+  return TaskData(root.name, found.class_names, splits, skipped, source)
 
 
 def _read(
-  root: files.Root,
-  found: layout.Layout,
+  lists: Mapping[str, ImageList],
+  data_config: ml_collections.ConfigDict,
   preset: preprocess.Preset,
   image_size: int,
-  skip_corrupt: bool,
-) -> TaskData:
-  """Decodes all files that the layout lists."""
-  splits, skipped = {}, 0
-  for split_name, members in found.splits.items():
-    names = [name for name, _ in members]
-    images, readable = _decode_all(root, names, preset, image_size, skip_corrupt)
-    labels = np.array([label for _, label in members], np.int32)
-    skipped += int((~readable).sum())
-    lost = np.setdiff1d(labels, labels[readable])
-    if lost.size:
-      raise ValueError(
-        f"the class {found.class_names[lost[0]]!r} of {split_name} in {root.path} "
-        f"has no readable images: all of its files were skipped as corrupt."
+) -> tuple[dict[str, ImageList], dict[str, ArraySplit]]:
+  """Returns the readable files of each split, and the small splits decoded.
+
+  What is on disk is decoded and cached as a whole, so that other fractions and seeds
+  find it again. Large splits are only checked, and only where corrupt files are to be
+  left out.
+  """
+  lists, skip = dict(lists), bool(data_config.skip_corrupt)
+  groups: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+  for split in lists:
+    if split != "test":
+      lists[split] = image_lists.find_squares(
+        lists[split], data_config, preset, image_size
       )
-    splits[split_name] = ArraySplit(images, labels)
-    if not readable.all():
-      splits[split_name] = splits[split_name].take(np.flatnonzero(readable))
-  return TaskData(root.name, found.class_names, splits, skipped)
+    stream = lists[split].stream(preset, image_size)
+    trains = split == "train"
+    keep = not placement.stays_in_files(stream, data_config, preset, trains=trains)
+    if keep or skip:
+      groups[keep][split] = [stream.digest, stream.stamp]
+  made: dict[str, np.ndarray] = {}
+  for keep, contents in groups.items():
+    some = {split: lists[split] for split in contents}
+    made |= cache.cached_arrays(
+      {"folder": contents, "skip_corrupt": skip, "keep": keep},
+      functools.partial(_decode, some, preset, image_size, skip, keep),
+      data_config.cache_dir,
+    )
+  decoded = {}
+  for split, images in lists.items():
+    if (key := f"{split}_readable") in made and not made[key].all():
+      lists[split] = images.take(np.flatnonzero(made[key]))
+    if (key := f"{split}_images") in made:
+      decoded[split] = ArraySplit(made[key], lists[split].labels)
+  return lists, decoded
 
 
-def _decode_all(
-  root: files.Root,
-  names: Sequence[str],
+def _decode(
+  lists: Mapping[str, ImageList],
   preset: preprocess.Preset,
   image_size: int,
   skip_corrupt: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (images uint8 [n, s, s, 3], readable bool [n]) in the names' order."""
+  keep: bool,
+) -> dict[str, np.ndarray]:
+  """Returns which files are readable and, with `keep`, the images of those."""
   size = preset.stored_size(image_size)
-  images = np.zeros((len(names), size, size, 3), np.uint8)
-  readable = np.ones(len(names), bool)
-
-  def work(start: int):
-    for i in range(start, min(start + _CHUNK, len(names))):
-      try:
-        pixels = decode.decode(root.read(names[i]), root.describe(names[i]))
-      except ValueError as error:
-        if not skip_corrupt:
-          raise ValueError(
-            f"{error} Mend or remove the file, or set config.data.skip_corrupt=True "
-            f"to leave such files out."
-          ) from error
-        logging.warning("skipped: %s", error)
-        readable[i] = False
-      else:
-        images[i] = preprocess.resize(preset, pixels, image_size)
-
-  with ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
-    # The iteration raises the first file's error and cancels what has not begun.
-    for _ in pool.map(work, range(0, len(names), _CHUNK)):
-      pass
-  return images, readable
+  made = {}
+  for split, images in lists.items():
+    readable = np.ones(len(images), bool)
+    pixels = np.empty((len(images) if keep else 0, size, size, 3), np.uint8)
+    read = image_lists.read_all(images, preset, image_size, skip_corrupt)
+    for i, image in enumerate(read):
+      readable[i] = image is not None
+      if keep and readable[i]:
+        pixels[i] = image
+    made[f"{split}_readable"] = readable
+    if keep:
+      made[f"{split}_images"] = pixels if readable.all() else pixels[readable]
+  return made
 
 
-def _complete(
-  data: TaskData, fractions: Mapping[str, float], seed: int
-) -> dict[str, ArraySplit]:
-  """Returns the splits on disk, those taken from train, and train_val."""
+def _divide(
+  lists: Mapping[str, ImageList],
+  fractions: Mapping[str, float],
+  seed: int,
+  class_names: Sequence[str],
+) -> dict[str, tuple[str, np.ndarray]]:
+  """Returns for train, val and test which images of which split on disk they are."""
   missing = {
-    name: fraction for name, fraction in fractions.items() if name not in data.splits
+    name: fraction for name, fraction in fractions.items() if name not in lists
   }
-  train = data.splits["train"]
-  parts = stratified_parts(train.labels, missing, seed, data.class_names)
-  splits = {"train": train.take(np.flatnonzero(parts == "train"))}
-  for name in ("val", "test"):
-    if name in data.splits:
-      splits[name] = data.splits[name]
-    elif (parts == name).any():
-      splits[name] = train.take(np.flatnonzero(parts == name))
-      logging.info("%s: %d images taken from train", name, len(splits[name]))
-  splits["train_val"] = (
-    concatenate(splits["train"], splits["val"]) if "val" in splits else splits["train"]
-  )
-  return splits
+  drawn = stratified_parts(lists["train"].labels, missing, seed, class_names)
+  parts = {}
+  for name in ("train", "val", "test"):
+    if name in lists and name != "train":
+      parts[name] = (name, np.arange(len(lists[name])))
+    elif (drawn == name).any():
+      parts[name] = ("train", np.flatnonzero(drawn == name))
+  for name in missing.keys() & parts.keys():
+    logging.info("%s: %d images taken from train", name, len(parts[name][1]))
+  return parts

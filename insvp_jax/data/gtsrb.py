@@ -35,25 +35,9 @@ def load(
     ValueError: the list of test labels is malformed.
   """
   with files.open_root(data_config.root) as root:
-    names, _ = root.entries()
-    bases = ("", f"{task.folder_name}/")
-    found = [base for base in bases if f"{base}{_TEST_LABELS}" in set(names)]
-    train = {
-      base: sorted(
-        name
-        for name in names
-        if name.startswith(base + _TRAIN) and name.lower().endswith((".ppm", ".png"))
-      )
-      for base in found
-    }
-    if not found or not train[found[0]]:
-      raise FileNotFoundError(
-        f"config.data.root: {root.path} is not GTSRB as torchvision unpacks it; "
-        f"expected {_TRAIN}<class>/*.ppm, {_TEST}*.ppm and {_TEST_LABELS}."
-      )
-    base = found[0]
-    test = _test(root, base, data_config.root)
-    everything = _train(train[base], base, data_config.root, task.num_classes)
+    base = _base(task, root)
+    test = _test(root, base, data_config.root, task.num_classes)
+    everything = _train(root, base, data_config.root, task.num_classes)
   subset = task.subset(data_config.subset)
   chosen = subsets.draw(
     task, subset, everything.labels, everything.names, data_config.split_seed
@@ -67,30 +51,57 @@ def load(
   return image_lists.task_data(task, lists, class_names, data_config, image_size)
 
 
-def _train(names: list[str], base: str, root: str, num_classes: int) -> ImageList:
-  folders = [name[len(base + _TRAIN) :].split("/")[0] for name in names]
-  known = [f"{i:05d}" for i in range(num_classes)]
-  if odd := sorted(set(folders) - set(known)):
-    raise ValueError(
-      f"{root}/{base}{_TRAIN} holds the folder {odd[0]!r}, expected {known[0]} to "
-      f"{known[-1]}."
-    )
-  return ImageList(root, names, np.array([int(f) for f in folders], np.int32))
+def _base(task: Task, root: files.Root) -> str:
+  """Returns the prefix of the folder with the list of test labels."""
+  for base in ("", f"{task.folder_name}/"):
+    if root.sizes([base + _TEST_LABELS]) != [-1]:
+      return base
+  raise FileNotFoundError(
+    f"config.data.root: {root.path} is not GTSRB as torchvision unpacks it: no "
+    f"{_TEST_LABELS} there or in {task.folder_name}/; expected it beside "
+    f"{_TRAIN}<class>/*.ppm and {_TEST}*.ppm."
+  )
 
 
-def _test(root: files.Root, base: str, path: str) -> ImageList:
-  where = root.describe(base + _TEST_LABELS)
-  text = root.read(base + _TEST_LABELS).decode()
-  names, labels = [], []
-  for row in csv.DictReader(io.StringIO(text), delimiter=";"):
-    if row.get("Filename") is None or not str(row.get("ClassId", "")).isdigit():
-      raise ValueError(
-        f"{where} has the row {row}, expected columns Filename and ClassId between "
-        f"semicolons."
-      )
-    names.append(f"{base}{_TEST}{row['Filename']}")
-    labels.append(int(row["ClassId"]))
+def _train(root: files.Root, base: str, path: str, num_classes: int) -> ImageList:
+  inside = base + _TRAIN
+  names = sorted(
+    name
+    for name in root.entries()[0]
+    if name.startswith(inside) and name.lower().endswith((".ppm", ".png"))
+  )
   if not names:
+    raise FileNotFoundError(
+      f"{root.describe(inside)} holds no images, expected <class>/*.ppm; unpack "
+      f"GTSRB-Training_fixed.zip there."
+    )
+  label_of = {f"{i:05d}": i for i in range(num_classes)}
+  folders = [name[len(inside) :].split("/")[0] for name in names]
+  if odd := sorted(set(folders) - set(label_of)):
+    raise ValueError(
+      f"{root.describe(inside)} holds {odd[0]!r}, expected the folders 00000 to "
+      f"{num_classes - 1:05d}; move it away."
+    )
+  return ImageList(path, names, np.array([label_of[f] for f in folders], np.int32))
+
+
+def _test(root: files.Root, base: str, path: str, num_classes: int) -> ImageList:
+  where = root.describe(base + _TEST_LABELS)
+  rows: dict[str, int] = {}
+  text = image_lists.read_text(root, base + _TEST_LABELS)
+  for row in csv.DictReader(io.StringIO(text), delimiter=";"):
+    name, label = row.get("Filename"), row.get("ClassId")
+    index = image_lists.class_index(label, num_classes)
+    if not name or index is None:
+      raise ValueError(
+        f"{where} has the row {row}, expected columns Filename and ClassId (0 to "
+        f"{num_classes - 1}) between semicolons; copy it anew."
+      )
+    if name in rows:
+      raise ValueError(f"{where} names {name} more than once; keep one row.")
+    rows[name] = index
+  if not rows:
     raise ValueError(f"{where} names no image; copy it anew.")
+  names = [f"{base}{_TEST}{name}" for name in rows]
   image_lists.check_files(root, names, where)
-  return ImageList(path, names, np.array(labels, np.int32))
+  return ImageList(path, names, np.array(list(rows.values()), np.int32))

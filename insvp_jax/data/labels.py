@@ -1,7 +1,6 @@
 """How an example's features become its label, task by task.
 
-The rules are numpy on one example, so that they can be checked over all values
-without TensorFlow.
+The rules are numpy, so that they can be checked over all values without TensorFlow.
 
 Source: google-research/task_adaptation, data/{clevr,kitti,dsprites,smallnorb}.py.
 """
@@ -21,25 +20,29 @@ _KITTI_NO_VEHICLE = 1000.0
 _KITTI_NUM_VEHICLES = 3
 
 
+# A class index, or those of many examples.
+Label = int | np.integer | np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelRule:
   """One rule.
 
   Attributes:
-    features: the TFDS features it reads, as `tfds.decode.PartialDecoding` names
-      them.
-    compute: maps these features of one example to a class index.
+    features: the TFDS features it reads, as `tfrecords.pick` names them.
+    compute: maps these features of one example to a class index; where all of them
+      are single numbers, those of many examples at once, too.
     class_names: one name per class; None takes those of TFDS's feature.
   """
 
   features: Mapping[str, Any]
-  compute: Callable[[Mapping[str, Any]], int]
+  compute: Callable[[Mapping[str, Any]], Label]
   class_names: Sequence[str] | None = None
 
 
 def _feature(name: str) -> LabelRule:
   """Returns the rule that takes a class label as it stands."""
-  return LabelRule({name: True}, lambda example: int(example[name]))
+  return LabelRule({name: True}, lambda example: example[name])
 
 
 def clevr_count(example: Mapping[str, Any]) -> int:
@@ -50,17 +53,18 @@ def clevr_count(example: Mapping[str, Any]) -> int:
 def clevr_distance(example: Mapping[str, Any]) -> int:
   """Returns the bin of the closest object's distance.
 
-  A bin is open at its lower bound: 8.0 is in bin 0, 8.01 in bin 1.
+  A bin is open at its lower bound: 8.0 is in bin 0, 8.01 in bin 1. What lies in none,
+  such as a scene without objects, gets an invalid class: -1 or 6.
   """
   depths = np.asarray(example["objects"]["pixel_coords"], np.float32)[:, 2]
-  return _bin(float(depths.min()), _CLEVR_BOUNDS)
+  return _bin(min(depths.tolist(), default=np.inf), _CLEVR_BOUNDS)
 
 
 def kitti_distance(example: Mapping[str, Any]) -> int:
   """Returns the bin of the closest car's, van's or truck's distance.
 
   Bins are open at their lower bound: 0 is up to 8 m, 1 up to 20 m, 2 beyond; 3 means
-  no vehicle.
+  no vehicle. -1, an invalid class, stands for what is no distance.
   """
   types = np.asarray(example["objects"]["type"])
   depths = np.asarray(example["objects"]["location"], np.float32)[:, 2]
@@ -69,18 +73,18 @@ def kitti_distance(example: Mapping[str, Any]) -> int:
 
 
 def _bin(value: float, bounds: np.ndarray) -> int:
-  """Returns the largest i with bounds[i] < value."""
-  return int(np.flatnonzero(bounds < value)[-1])
+  """Returns the largest i with bounds[i] < value; -1 where there is none."""
+  return int(np.count_nonzero(bounds < value)) - 1
 
 
-def dsprites_location(example: Mapping[str, Any]) -> int:
+def dsprites_location(example: Mapping[str, Any]) -> Label:
   """Returns one of 16 equal bins of the 32 x positions."""
-  return int(example["label_x_position"]) // 2
+  return example["label_x_position"] // 2
 
 
-def dsprites_orientation(example: Mapping[str, Any]) -> int:
+def dsprites_orientation(example: Mapping[str, Any]) -> Label:
   """Returns one of 16 bins of the 40 orientations, 3 and 2 wide in turn."""
-  return int(example["label_orientation"]) * 16 // 40
+  return example["label_orientation"] * 16 // 40
 
 
 LABEL_RULES: dict[str, LabelRule] = {

@@ -1,5 +1,7 @@
 """FGVC as folders of images with VPT-style train.json, val.json and test.json."""
 
+from pathlib import Path
+
 import ml_collections
 
 from insvp_jax.data import files, image_lists, name_lists, subsets
@@ -29,48 +31,53 @@ def load(
   """
   subset = task.subset(data_config.subset)
   with files.open_root(data_config.root) as root:
-    base = _base(task, root)
-    folder = data_config.lists or root.path / base
+    folder = _folder(task, root, data_config.lists)
     lists = name_lists.read(folder, ("train", "val", "test"))
     labels = name_lists.labels(lists, task.num_classes, str(folder))
+    base = _base(task, root, [name for members in lists.values() for name in members])
     images = {}
     for split, members in lists.items():
-      names = _place(root, base, list(members), f"{folder}/{split}.json")
+      names = [base + name for name in members]
+      image_lists.check_files(root, names, f"{folder}/{split}.json")
       images[split] = ImageList(data_config.root, names, labels[split])
+  both = image_lists.join(images["train"], images["val"])
   if subset.rule == "stratified":
-    both = image_lists.join(images["train"], images["val"])
     chosen = subsets.draw(task, subset, both.labels, both.names, data_config.split_seed)
     images["train"], images["val"] = (both.take(positions) for positions in chosen)
-  names = _class_names(images["train"], task.num_classes)
+  names = _class_names(both, task.num_classes)
   return image_lists.task_data(task, images, names, data_config, image_size)
 
 
-def _base(task: Task, root: files.Root) -> str:
-  """Returns the prefix of the data set's folder."""
-  _, folders = root.entries()
-  if task.folder_name in folders:
-    return f"{task.folder_name}/"
+def _folder(task: Task, root: files.Root, lists: str) -> Path:
+  """Returns the folder of the lists."""
+  if lists:
+    return Path(lists).expanduser()
+  if not root.path.is_dir():
+    raise FileNotFoundError(
+      f"{root.path} is an archive, which lists are not read from; point "
+      f"config.data.lists to a folder with train.json, val.json and test.json."
+    )
+  inner = root.path / task.folder_name
+  places = [place for place in (inner, root.path) if (place / "train.json").is_file()]
+  return (places or [inner if inner.is_dir() else root.path])[0]
+
+
+def _base(task: Task, root: files.Root, names: list[str]) -> str:
+  """Returns the prefix below which the listed images are found."""
+  for folder in (f"{task.folder_name}/", ""):
+    for inner in _IMAGES:
+      if max(root.sizes([f"{folder}{inner}{name}" for name in names])) >= 0:
+        return folder + inner
   return ""
 
 
-def _place(root: files.Root, base: str, names: list[str], listed_in: str) -> list[str]:
-  """Returns the listed images' names from the root."""
-  for inner in _IMAGES:
-    if root.sizes([f"{base}{inner}{names[0]}"])[0] >= 0:
-      base += inner
-      break
-  found = [base + name for name in names]
-  image_lists.check_files(root, found, listed_in)
-  return found
-
-
-def _class_names(train: ImageList, num_classes: int) -> list[str]:
+def _class_names(images: ImageList, num_classes: int) -> list[str]:
   """Returns the folders' names where each class has its own, else numbers."""
-  folders = [name.split("/")[-2] if "/" in name else "" for name in train.names]
+  folders = [name.split("/")[-2] if "/" in name else "" for name in images.names]
   own: dict[int, set[str]] = {}
-  for label, folder in zip(train.labels.tolist(), folders, strict=True):
+  for label, folder in zip(images.labels.tolist(), folders, strict=True):
     own.setdefault(label, set()).add(folder)
-  names = [min(own.get(i, {""})) for i in range(num_classes)]
+  names = [min(own[i]) for i in range(num_classes)]
   if all(len(found) == 1 for found in own.values()) and len(set(names)) == num_classes:
     return names
   return [f"class {i}" for i in range(num_classes)]

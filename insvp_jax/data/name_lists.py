@@ -66,6 +66,12 @@ def _read_one(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} holds {twice[0]!r} more than once; keep one entry.")
   if not isinstance(members, dict) or not members:
     raise ValueError(f"{path} holds no {{image: class id}}; copy it anew.")
+  for name, value in members.items():
+    if not isinstance(value, int | str) or isinstance(value, bool):
+      raise ValueError(
+        f"{path} gives {name!r} the class id {value!r}, expected a whole number or "
+        f"text; copy it anew."
+      )
   return members
 
 
@@ -106,27 +112,20 @@ def labels(lists: Lists, num_classes: int, where: str) -> dict[str, np.ndarray]:
   return found
 
 
-def join(
-  task: Task, folder: str, names: Sequence[str] | None, own_labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Finds the listed train and val images among those that TFDS prepared.
+def find(task: Task, folder: str) -> dict[str, dict[str, Any]]:
+  """Reads the lists that define the train and val images of a task.
 
   Args:
     task: one whose subset is defined by lists.
     folder: of train.json and val.json.
-    names: of TFDS's training images; None where they have none.
-    own_labels: their labels.
-
-  Returns:
-    The positions of train and of val.
 
   Raises:
     FileNotFoundError: no lists.
-    ValueError: the lists and TFDS's images do not belong together.
+    ValueError: the lists contradict themselves, or TFDS's images have no names.
   """
   other = [name for name, subset in task.subsets.items() if subset.rule != "lists"]
   instead = f", or set config.data.subset={other[0]}" if other else ""
-  if names is None:
+  if not task.id_feature:
     raise ValueError(
       f"TFDS's images of {task.name} have no names to find listed ones by; point "
       f"config.data.root to a folder of images with its lists{instead}."
@@ -137,25 +136,63 @@ def join(
       f"val.json, which are not ours to distribute; point config.data.lists to their "
       f"folder{instead}."
     )
-  lists = read(folder, ("train", "val"))
+  return read(folder, ("train", "val"))
+
+
+def join(
+  task: Task,
+  folder: str,
+  lists: Lists,
+  names: Sequence[str],
+  own_labels: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds the listed train and val images among those that TFDS prepared.
+
+  Args:
+    task: one whose subset is defined by lists.
+    folder: of the lists; named in errors.
+    lists: from `find`.
+    names: of TFDS's training images.
+    own_labels: their labels.
+
+  Returns:
+    The positions of train and of val, in the order of the lists.
+
+  Raises:
+    ValueError: the lists and TFDS's images do not belong together.
+  """
+  mend = "is it the list of another data set?"
+  listed = labels(lists, task.num_classes, folder)
   place = {_short(name): i for i, name in enumerate(names)}
-  positions, classes = [], {}
+  listed_as: dict[int, str] = {}
+  classes: dict[int, int] = {}
   for split, members in lists.items():
-    found = []
-    for name, value in members.items():
-      if _short(name) not in place:
+    for name, label in zip(members, listed[split].tolist(), strict=True):
+      position = place.get(_short(name))
+      if position is None:
         raise ValueError(
           f"{split}.json in {folder} names {name!r}, which is not among the "
-          f"{len(names)} images of {task.spec}; is it the list of another data set?"
+          f"{len(names)} images of {task.spec}; {mend}"
         )
-      found.append(place[_short(name)])
-      if classes.setdefault(value, own_labels[found[-1]]) != own_labels[found[-1]]:
+      if position in listed_as:
         raise ValueError(
-          f"{split}.json in {folder} puts {name!r} into the class {value!r} with "
-          f"images that TFDS has in another; is it the list of another data set?"
+          f"{split}.json in {folder} names {name!r}, but that image is listed as "
+          f"{listed_as[position]!r} already; keep one entry."
         )
-    positions.append(np.array(found, np.int64))
-  return positions[0], positions[1]
+      listed_as[position] = name
+      own = int(own_labels[position])
+      if classes.setdefault(label, own) != own:
+        raise ValueError(
+          f"{split}.json in {folder} puts {name!r} into the class {members[name]!r} "
+          f"with images that TFDS has in another; {mend}"
+        )
+  if len(set(classes.values())) < len(classes):
+    raise ValueError(
+      f"train.json in {folder} divides images that TFDS has in one class; {mend}"
+    )
+  positions = np.array(list(listed_as), np.int64)
+  number = len(lists["train"])
+  return positions[:number], positions[number:]
 
 
 def _short(name: str) -> str:

@@ -41,14 +41,16 @@ def load(
       another split; train800val200 is not the two together.
   """
   with files.open_root(data_config.root) as root:
-    names, _ = root.entries()
-    base = _base(task, root, set(names))
-    rows = {split: _read(root, base, file) for split, file in _FILES.items()}
+    base = _base(task, root)
+    rows = {
+      split: _read(root, base + file, task.num_classes)
+      for split, file in _FILES.items()
+    }
     _check(rows, root, base)
     lists = {}
-    for split, file in _FILES.items():
+    for split in ("train", "val", "test"):
       found = [base + name for name in rows[split]]
-      image_lists.check_files(root, found, root.describe(base + file))
+      image_lists.check_files(root, found, root.describe(base + _FILES[split]))
       labels = np.array(list(rows[split].values()), np.int32)
       lists[split] = ImageList(data_config.root, found, labels)
   class_names = LABEL_RULES[task.label_rule].class_names
@@ -57,11 +59,11 @@ def load(
   return image_lists.task_data(task, lists, class_names, data_config, image_size)
 
 
-def _base(task: Task, root: files.Root, names: set[str]) -> str:
+def _base(task: Task, root: files.Root) -> str:
   """Returns the prefix of the folder with the index files."""
   tried = ("", f"{task.folder_name}/", f"{task.name}/")
   for base in (*tried, *(f"{root.name}/{inner}" for inner in tried)):
-    if f"{base}{_FILES['test']}" in names:
+    if root.sizes([base + _FILES["test"]]) != [-1]:
       return base
   raise FileNotFoundError(
     f"config.data.root: {root.path} holds neither {_FILES['test']} nor a folder "
@@ -70,31 +72,29 @@ def _base(task: Task, root: files.Root, names: set[str]) -> str:
   )
 
 
-def _read(root: files.Root, base: str, file: str) -> dict[str, int]:
+def _read(root: files.Root, file: str, num_classes: int) -> dict[str, int]:
   """Returns {path: label} of one index file, in its order."""
-  where = root.describe(base + file)
-  if root.sizes([base + file]) == [-1]:
+  where = root.describe(file)
+  if root.sizes([file]) == [-1]:
     raise FileNotFoundError(f"no index file {where}; copy the folder anew.")
-  try:
-    lines = root.read(base + file).decode().splitlines()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{where} is no text: {error}. Copy it anew.") from error
   rows: dict[str, int] = {}
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(image_lists.read_text(root, file).splitlines(), 1):
     if not line.strip():
       continue
-    path, _, label = line.strip().rpartition(" ")
-    if not path or not label.lstrip("-").isdigit():
+    path, _, text = line.strip().rpartition(" ")
+    label = image_lists.class_index(text, num_classes)
+    if not path or label is None:
       raise ValueError(
-        f"line {number} of {where} is {line!r}, expected '<path of an image> <label>'."
+        f"line {number} of {where} is {line!r}, expected an image's path, a space and "
+        f"its label, 0 to {num_classes - 1}; mend it or copy the file anew."
       )
     # Some lists write ./images/0.jpg.
     path = str(PurePosixPath(path.strip()))
     if path in rows:
       raise ValueError(
-        f"line {number} of {where} names {path} again; each image stands once."
+        f"line {number} of {where} names {path} again; take one of its lines out."
       )
-    rows[path] = int(label)
+    rows[path] = label
   if not rows:
     raise ValueError(f"{where} names no image; copy it anew.")
   return rows
@@ -110,7 +110,7 @@ def _check(rows: Mapping[str, Mapping[str, int]], root: files.Root, base: str) -
     if shared := sorted(set(rows[first]) & set(rows[second])):
       raise ValueError(
         f"{where(first)} and {where(second)} share {len(shared)} images, first "
-        f"{shared[0]}; an image belongs to one split."
+        f"{shared[0]}; an image belongs to one split. Copy the index files anew."
       )
   both = {**rows["train"], **rows["val"]}
   if both != rows["train_val"]:

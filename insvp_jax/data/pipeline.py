@@ -101,8 +101,10 @@ class _Steps:
     return augment_key(self.seed, step)
 
 
-def augment_key(seed: int | Array, step: int | Array) -> Key[Array, ""]:
+def augment_key(seed: Any, step: Any) -> Key[Array, ""]:
   """Returns the key of a step's crops and flips: the first of the step's three.
+
+  The arguments are whole numbers, traced ones too.
 
   Args:
     seed: the run's.

@@ -188,10 +188,18 @@ def resize_whole(
 
 
 def central_square(
-  image: UInt8[np.ndarray, "h w 3"], size: int
+  image: UInt8[np.ndarray, "h w 3"], size: int, crop: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Returns the middle of an image, where torchvision's CenterCrop finds it."""
-  top, left = (round((side - size) / 2) for side in image.shape[:2])
+  """Returns the middle of an image.
+
+  Args:
+    image: the pixels.
+    size: side of the result in pixels.
+    crop: side of the part that evaluation cuts out of it; that part is exactly where
+      torchvision's CenterCrop finds it in the image.
+  """
+  margin = round((size - crop) / 2)
+  top, left = (round((side - crop) / 2) - margin for side in image.shape[:2])
   return image[top : top + size, left : left + size]
 
 
@@ -206,7 +214,7 @@ def resize(
     image_size: side of the model's input in pixels.
   """
   whole = resize_whole(preset, image, image_size)
-  return central_square(whole, preset.stored_size(image_size))
+  return central_square(whole, preset.stored_size(image_size), image_size)
 
 
 def resize_all(

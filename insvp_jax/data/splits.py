@@ -6,7 +6,9 @@ keeps nothing.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import itertools
 from typing import Any
@@ -102,13 +104,15 @@ class StreamSplit(Split):
 
 
 def grouped(
-  requests: Iterable[Indices], read: Callable[[Iterator[int]], Iterator[Any]]
+  requests: Iterable[Indices],
+  read: Callable[[Iterator[int]], Generator[Any, None, None]],
 ) -> Iterator[list[Any]]:
   """Serves requests of many positions from a reader of single ones.
 
   Args:
     requests: non-empty arrays of positions.
-    read: maps positions to their images, in order, some way ahead.
+    read: maps positions to their images, in order, some way ahead; closed at the
+      end, whatever ends it.
 
   Yields:
     A list of images for each request.
@@ -120,11 +124,42 @@ def grouped(
       sizes.append(len(request))
       yield from request.tolist()
 
-  images = read(positions())
-  try:
+  with contextlib.closing(read(positions())) as images:
     for first in images:
-      size = sizes.pop(0)
-      yield [first, *itertools.islice(images, size - 1)]
-  finally:
-    if hasattr(images, "close"):
-      images.close()
+      yield [first, *itertools.islice(images, sizes.pop(0) - 1)]
+
+
+def joined(
+  requests: Iterable[Indices],
+  read: Callable[[Iterator[int], int], Iterator[UInt8[np.ndarray, "c h w 3"]]],
+) -> Iterator[UInt8[np.ndarray, "m h w 3"]]:
+  """Serves requests from a reader of stacked images, without copying as a rule.
+
+  Args:
+    requests: non-empty arrays of positions, most of them of one length.
+    read: maps (positions, length of the first request) to arrays of consecutive
+      images, in order, some way ahead.
+
+  Yields:
+    The images of each request.
+  """
+  requests = iter(requests)
+  first = next(requests, None)
+  if first is None:
+    return
+  sizes: deque[int] = deque()
+
+  def positions() -> Iterator[int]:
+    for request in itertools.chain([first], requests):
+      sizes.append(len(request))
+      yield from request.tolist()
+
+  parts: list[np.ndarray] = []
+  with contextlib.closing(read(positions(), len(first))) as pieces:
+    for piece in pieces:
+      parts.append(piece)
+      while sizes and sum(map(len, parts)) >= sizes[0]:
+        size = sizes.popleft()
+        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [images[size:]] if len(images) > size else []
+        yield images[:size]

@@ -20,8 +20,6 @@ SHUFFLE_SEED = 3407
 # CIFAR's images per class, of which a long tail keeps a part.
 _LARGEST_CLASS = 500
 
-Positions = Int[np.ndarray, "m"]
-
 
 def draw(
   task: Task,
@@ -29,7 +27,7 @@ def draw(
   labels: Int[np.ndarray, "n"],
   names: Sequence[str] | None,
   split_seed: int,
-) -> tuple[Positions, Positions]:
+) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
   """Returns the positions of (train, val) in a task's training images.
 
   Args:
@@ -83,13 +81,13 @@ def tail_sizes(num_classes: int, imbalance: int) -> list[int]:
 
   Source: LDAM-DRW (Cao et al. 2019), `imbalance_cifar.py`: rounded down.
   """
-  last = num_classes - 1
+  last = max(num_classes - 1, 1)
   return [
     int(_LARGEST_CLASS * (1 / imbalance) ** (c / last)) for c in range(num_classes)
   ]
 
 
-def long_tail(labels: Int[np.ndarray, "n"], imbalance: int) -> Positions:
+def long_tail(labels: Int[np.ndarray, "n"], imbalance: int) -> Int[np.ndarray, "m"]:
   """Returns the positions that the standard long tail keeps, class by class.
 
   Args:

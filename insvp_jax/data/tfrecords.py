@@ -6,11 +6,14 @@ name; after that any record is one read away, so that an epoch can be shuffled a
 whole and go on in its middle. The notes are kept in the cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
+import math
+import mmap
 from pathlib import Path
 import re
+import struct
 from typing import Any
 
 from jaxtyping import Int, Int32, UInt64
@@ -20,10 +23,12 @@ from insvp_jax.data import cache
 from insvp_jax.data.labels import LabelRule
 
 # Raise it when what is noted changes.
-_FORMAT = 1
-_BATCH = 512
+_FORMAT = 2
+# Records that are looked at together.
+_BATCH = 64
 # Around a record's data: its length (8 bytes) and two checksums (4 bytes each).
 _HEADER, _FOOTER = 12, 4
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +114,10 @@ def find(
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: a file is damaged or ends early, or the split is smaller than that.
+    ValueError: a file is damaged or ends early, the split is smaller than that, or
+      the data set lacks a feature.
   """
+  scan = _Scan(builder, rule, id_feature)
   try:
     instructions = builder.info.splits[expression].file_instructions
   except (ValueError, KeyError) as error:
@@ -118,131 +125,211 @@ def find(
       f"{expression} of {builder.data_dir}: {first_line(error)}; prepare the data set "
       f"anew."
     ) from error
-  parts = []
-  for part in instructions:
-    path = Path(part.filename)
-    notes = _notes(
-      builder,
-      path,
-      part.skip + part.take,
-      part.examples_in_shard,
-      rule,
-      id_feature,
-      cache_dir,
+  if not instructions:
+    raise ValueError(
+      f"{expression} of {builder.data_dir} has no examples; prepare the data set anew."
     )
-    here = slice(part.skip, part.skip + part.take)
-    number = part.take
-    names = notes.get("names")
-    parts.append(
-      Records(
-        files=(str(path),),
-        file=np.zeros(number, np.int32),
-        row=np.arange(part.skip, part.skip + number),
-        offset=notes["offset"][here],
-        length=notes["length"][here],
-        fingerprint=notes["fingerprint"][here],
-        labels=notes["labels"][here],
-        names=None if names is None else tuple(names[here].tolist()),
-      )
-    )
-  return concatenate(parts)
+  return concatenate([_part(scan, part, cache_dir) for part in instructions])
 
 
-def _notes(builder, path: Path, number, total, rule, id_feature, cache_dir):
-  """Returns what is known of the first `number` records of a file."""
+def _part(scan: "_Scan", part: Any, cache_dir: str) -> Records:
+  """Returns the examples of a split that lie in one file, from the cache if there."""
+  path = Path(part.filename)
   if not path.is_file():
     raise FileNotFoundError(
-      f"the file {path} is missing; prepare {builder.info.full_name} anew."
+      f"the file {path} is missing; prepare {scan.set_name} anew."
     )
   key = {
     "index": _FORMAT,
     "file": [str(path.resolve()), cache.fingerprint(path)],
-    "number": number,
-    "label": [sorted(rule.features), rule.compute.__name__],
-    "names": id_feature,
+    "rows": [part.skip, part.take],
+    "label": [sorted(scan.rule.features), scan.rule.compute.__name__],
+    "names": scan.id_feature,
   }
-  return cache.cached_arrays(
-    key, lambda: _scan(builder, path, number, total, rule, id_feature), cache_dir
+  notes = cache.cached_arrays(
+    key, lambda: scan(path, part.skip, part.take, part.examples_in_shard), cache_dir
+  )
+  names = notes.get("names")
+  return Records(
+    files=(str(path),),
+    file=np.zeros(part.take, np.int32),
+    row=np.arange(part.skip, part.skip + part.take),
+    names=None if names is None else tuple(names.tolist()),
+    **{name: notes[name] for name in ("offset", "length", "fingerprint", "labels")},
   )
 
 
-def _scan(builder, path: Path, number, total, rule, id_feature):
-  """Reads the first `number` of the `total` records that a file should have."""
-  import tensorflow as tf
+class _Scan:
+  """Reads what is noted of a data set's records, many at a time."""
 
-  features = {**rule.features, **({id_feature: True} if id_feature else {})}
-  parse = parser(builder, features)
+  def __init__(self, builder: Any, rule: LabelRule, id_feature: str):
+    import tensorflow as tf
 
-  def note(data):
-    example = parse(data)
-    name = example[id_feature] if id_feature else tf.constant(b"")
-    leaves = tf.nest.flatten({key: example[key] for key in rule.features})
-    label = tf.numpy_function(compute, leaves, tf.int64, stateful=False)
-    fingerprint = tf.fingerprint(data[None])[0]
-    return tf.strings.length(data), label, name, fingerprint
+    self.set_name = builder.info.full_name
+    self.rule = rule
+    self.id_feature = id_feature
+    names = {id_feature: True} if id_feature else {}
+    specs = pick(builder, {**rule.features, **names}).tf_example_spec
+    # What a record has several of, with the shape of one.
+    self._several = {
+      name: tuple(spec.shape)
+      for name, spec in specs.items()
+      if isinstance(spec, tf.io.FixedLenSequenceFeature)
+    }
+    ragged = {name: tf.io.RaggedFeature(specs[name].dtype) for name in self._several}
+    self._specs = {**specs, **ragged}
+    records = tf.TensorSpec([None], tf.string)
+    # Traced once, not for each file.
+    self._note = tf.function(self._parse, input_signature=[records])
 
-  structure = {key: features[key] for key in rule.features}
+  def __call__(
+    self, path: Path, skip: int, take: int, total: int
+  ) -> dict[str, np.ndarray]:
+    """Returns the notes on `take` records of a file that should have `total`."""
+    import tensorflow as tf
 
-  def compute(*leaves):
-    # tf.nest flattens dicts in the order of their keys.
-    return np.int64(rule.compute(_unflatten(structure, iter(leaves))))
+    data = tf.data.TFRecordDataset(str(path)).skip(skip).take(take).batch(_BATCH)
+    data = data.map(self._note, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    try:
+      pieces = list(data.as_numpy_iterator())
+    except tf.errors.OpError as error:
+      raise self._explain(path, skip, take, error) from error
+    found = sum(len(piece["length"]) for piece in pieces)
+    start, before = _start(path, skip)
+    if found < take:
+      raise ValueError(
+        f"the file {path} has {before + found} records, but dataset_info.json says "
+        f"{total}; prepare {self.set_name} anew."
+      )
+    notes = {
+      name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]
+    }
+    return self._finish(notes, start)
 
-  pieces = []
-  try:
-    data = tf.data.TFRecordDataset(str(path)).take(number)
-    data = data.map(note, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    for piece in data.batch(_BATCH).as_numpy_iterator():
-      pieces.append(piece)
-  except tf.errors.OpError as error:
-    done = sum(len(piece[0]) for piece in pieces)
-    raise ValueError(
-      f"the file {path} is damaged near record {done}: {first_line(error)}; prepare "
-      f"{builder.info.full_name} anew."
-    ) from error
-  found = sum(len(piece[0]) for piece in pieces)
-  if found < number:
-    raise ValueError(
-      f"the file {path} has {found} records, but dataset_info.json says {total}; "
-      f"prepare {builder.info.full_name} anew."
+  def _parse(self, data):
+    """Notes what can be without Python; `data` is a batch of records."""
+    import tensorflow as tf
+
+    found = tf.io.parse_example(data, self._specs)
+    for name in self._several:
+      ragged = found[name]
+      found[name], found[f"number of {name}"] = ragged.values, ragged.row_lengths()
+    return {**found, "length": tf.strings.length(data), "print": tf.fingerprint(data)}
+
+  def _finish(self, notes: dict[str, np.ndarray], start: int) -> dict[str, np.ndarray]:
+    """Returns the notes as they are kept; `start` is where the first record lies."""
+    lengths = notes["length"].astype(np.int64)
+    ends = start + np.cumsum(lengths + _HEADER + _FOOTER)
+    found = {
+      "offset": ends - lengths - _FOOTER,
+      "length": lengths,
+      "fingerprint": notes["print"].view(np.uint64).reshape(-1),
+      "labels": self._labels(notes),
+    }
+    if self.id_feature:
+      found["names"] = np.array([name.decode() for name in notes[self.id_feature]])
+    return found
+
+  def _labels(self, notes: dict[str, np.ndarray]) -> np.ndarray:
+    wanted = self.rule.features
+    if not self._several:
+      labels = self.rule.compute({name: notes[name] for name in wanted})
+    else:
+      labels = np.array([self.rule.compute(one) for one in self._examples(notes)])
+    # What no label can be stays so.
+    limits = np.iinfo(np.int32)
+    return labels.clip(limits.min, limits.max).astype(np.int32)
+
+  def _examples(self, notes: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Yields what the rule reads of each record."""
+
+    def column(name: str) -> Sequence[np.ndarray]:
+      # What was counted are numbers, of which each value may have several.
+      shape = self._several[name]
+      ends = np.cumsum(notes[f"number of {name}"]) // math.prod(shape)
+      return np.split(notes[name].reshape(-1, *shape), ends[:-1])
+
+    columns = {
+      key: {part: column(f"{key}/{part}") for part in inner}
+      for key, inner in self.rule.features.items()
+    }
+    for i in range(len(notes["length"])):
+      yield {
+        key: {part: column[i] for part, column in parts.items()}
+        for key, parts in columns.items()
+      }
+
+  def _explain(self, path: Path, skip: int, take: int, error) -> ValueError:
+    """Returns an error that names the record at which reading stopped."""
+    import tensorflow as tf
+
+    row = 0
+    try:
+      for data in tf.data.TFRecordDataset(str(path)).take(skip + take):
+        if row >= skip:
+          self._parse(data[None])
+        row += 1
+    except tf.errors.OpError as found:
+      error = found
+    return ValueError(
+      f"record {row} of {path} is damaged: {first_line(error)}; prepare "
+      f"{self.set_name} anew."
     )
-  lengths, labels, names, prints = map(np.concatenate, zip(*pieces, strict=True))
-  lengths = lengths.astype(np.int64)
-  ends = np.cumsum(lengths + _HEADER + _FOOTER)
-  notes = {
-    "offset": ends - lengths - _FOOTER,
-    "length": lengths,
-    "fingerprint": prints.view(np.uint64).reshape(-1),
-    "labels": labels.astype(np.int32),
-  }
-  if id_feature:
-    notes["names"] = np.array([name.decode() for name in names])
-  return notes
 
 
-def parser(builder: Any, features: Mapping[str, Any]) -> Any:
-  """Returns the graph function from a record's data to some decoded features.
+def _start(path: Path, number: int) -> tuple[int, int]:
+  """Returns where in a file a record starts, and how many there are before it.
+
+  Args:
+    path: a TFRecord file.
+    number: of the record; a file may end earlier.
+  """
+  size = path.stat().st_size
+  position = 0
+  if not number or not size:
+    return 0, 0
+  with (
+    path.open("rb") as file,
+    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+  ):
+    for i in range(number):
+      if position >= size:
+        return position, i
+      (length,) = _LENGTH.unpack_from(data, position)
+      position += length + _HEADER + _FOOTER
+  return position, number
+
+
+def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
+  """Returns TFDS's description of some of a data set's features.
+
+  Args:
+    builder: of a prepared data set.
+    wanted: {name: True}, or for what has features of its own {name: {name: True}}.
 
   Raises:
     ValueError: the data set has no such feature.
   """
   import tensorflow_datasets as tfds
 
-  known = builder.info.features
-  if missing := [name for name in features if name not in known]:
-    raise ValueError(
-      f"{builder.info.full_name} has no feature {missing[0]!r}, only "
-      f"{', '.join(known)}; prepare another version of it."
+  # Not tfds.decode.PartialDecoding: it logs a warning on each use.
+  def part(feature, inner):
+    if inner is True:
+      return feature
+    if isinstance(feature, tfds.features.Sequence):
+      return tfds.features.Sequence(part(feature.feature, inner))
+    known = list(feature) if isinstance(feature, tfds.features.FeaturesDict) else []
+    if missing := [name for name in inner if name not in known]:
+      raise ValueError(
+        f"{builder.info.full_name} in {builder.data_dir} has no feature "
+        f"{missing[0]!r}, only {', '.join(sorted(known)) or 'one'}; prepare another "
+        f"version of it with insvp_jax.tools.prepare_data."
+      )
+    return tfds.features.FeaturesDict(
+      {k: part(feature[k], v) for k, v in inner.items()}
     )
-  partial = tfds.decode.PartialDecoding(features)
-  return partial.extract_features(known).deserialize_example
 
-
-def _unflatten(structure: Mapping[str, Any], leaves: Any) -> dict[str, Any]:
-  """Gives leaves, in the order of sorted keys, the shape of nested dicts."""
-  return {
-    key: _unflatten(inner, leaves) if isinstance(inner, Mapping) else next(leaves)
-    for key, inner in sorted(structure.items())
-  }
+  return part(builder.info.features, wanted)
 
 
 def first_line(error: BaseException) -> str:

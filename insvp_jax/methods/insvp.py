@@ -81,6 +81,9 @@ class InsVP(Method):
     prompt_init: of p^c: "vpt" (VPT's uniform bound) or "unit" (U(-1, 1)).
     dropout: rate in the three prompters.
     prompt_dropout: rate on p^c, drawn for each sample.
+    conv: how the prompters' convolutions are computed: "auto" (the fastest form for
+      each on this machine), "plain" (the compiler's own), "fft" or "blocks" (matrix
+      products). They differ by rounding.
   """
 
   NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -110,6 +113,7 @@ class InsVP(Method):
   prompt_init: str | None = None
   dropout: float | int | None = None
   prompt_dropout: float | int | None = None
+  conv: str | None = None
 
   def __post_init__(self) -> None:
     """Checks the fields at construction, before any device work."""
@@ -136,7 +140,7 @@ class InsVP(Method):
       self.patch_prompter = PatchPrompter(size, s.patch_hidden, dropout)
     if s.use_global:
       self.global_prompter = GlobalPrompter(
-        s.global_hidden, s.global_kernels, s.global_dilations, dropout
+        s.global_hidden, s.global_kernels, s.global_dilations, dropout, s.conv
       )
     if s.use_common:
       bound = 1.0
@@ -153,6 +157,7 @@ class InsVP(Method):
         s.specific_kernels,
         s.specific_activation,
         dropout,
+        s.conv,
       )
 
   def prompt_image(

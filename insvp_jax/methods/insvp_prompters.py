@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from insvp_jax.methods.conv import AUTO, Conv
 from insvp_jax.methods.dropout import Dropout, Number
 from insvp_jax.methods.initializers import torch_uniform
 
@@ -38,18 +39,6 @@ def simam(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 def _dense(features: int, fan_in: int) -> nn.Dense:
   init = torch_uniform(fan_in)
   return nn.Dense(features, kernel_init=init, bias_init=init)
-
-
-def _conv(features: int, channels: int, kernel: int, dilation: int = 1) -> nn.Conv:
-  init = torch_uniform(channels * kernel**2)
-  return nn.Conv(
-    features,
-    (kernel, kernel),
-    kernel_dilation=(dilation, dilation),
-    padding="SAME",
-    kernel_init=init,
-    bias_init=init,
-  )
 
 
 class PatchPrompter(nn.Module):
@@ -93,6 +82,7 @@ class GlobalPrompter(nn.Module):
     kernels: their two kernel sizes.
     dilations: their two dilations.
     dropout: rate on the prompt.
+    conv: form of the convolutions; see `conv.Conv`.
 
   Source: InsVP, eq. 4.
   """
@@ -101,6 +91,7 @@ class GlobalPrompter(nn.Module):
   kernels: Sequence[int]
   dilations: Sequence[int]
   dropout: Number
+  conv: str = AUTO
 
   @nn.compact
   def __call__(
@@ -108,8 +99,8 @@ class GlobalPrompter(nn.Module):
   ) -> Float[Array, "b h w c"]:
     """Returns the global prompt, in pixels."""
     channels = images.shape[-1]
-    x = _conv(self.hidden, channels, self.kernels[0], self.dilations[0])(images)
-    x = _conv(channels, self.hidden, self.kernels[1], self.dilations[1])(nn.relu(x))
+    x = Conv(self.hidden, self.kernels[0], self.dilations[0], self.conv)(images)
+    x = Conv(channels, self.kernels[1], self.dilations[1], self.conv)(nn.relu(x))
     return Dropout(self.dropout)(x, deterministic=not train)
 
 
@@ -186,6 +177,7 @@ class SpecificPrompter(nn.Module):
     kernels: the three kernel sizes.
     activation: a key of `ACTIVATIONS`.
     dropout: rate after each pooling.
+    conv: form of the convolutions; see `conv.Conv`.
 
   Source: InsVP, eq. 9.
   """
@@ -195,6 +187,7 @@ class SpecificPrompter(nn.Module):
   kernels: Sequence[int]
   activation: str
   dropout: Number
+  conv: str = AUTO
 
   @nn.compact
   def __call__(
@@ -206,11 +199,11 @@ class SpecificPrompter(nn.Module):
     p = self.prompt_length
     # Pooling first equals the paper's order, since activations are monotone, and
     # leaves the activation a fraction of the pixels.
-    x = _conv(p, images.shape[-1], self.kernels[0])(images)
+    x = Conv(p, self.kernels[0], form=self.conv)(images)
     x = _max_pool(_center(x, x.shape[1] - 2 * grid.crop), 4)
     x = Dropout(self.dropout)(activation(x), deterministic=not train)
-    x = _conv(3 * p, p, self.kernels[1])(x)
+    x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
     x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)
     x = Dropout(self.dropout)(activation(x), deterministic=not train)
-    x = _conv(grid.channels * p, 3 * p, self.kernels[2])(x)
+    x = Conv(grid.channels * p, self.kernels[2], form=self.conv)(x)
     return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)

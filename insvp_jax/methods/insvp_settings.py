@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from insvp_jax import trees
-from insvp_jax.methods import checks
+from insvp_jax.methods import checks, conv
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.insvp_prompters import ACTIVATIONS, specific_grid
 
@@ -13,6 +13,7 @@ CHOICES = {
   "specific_activation": tuple(ACTIVATIONS),
   "specific_input": ("original", "prompted"),
   "prompt_init": ("vpt", "unit"),
+  "conv": conv.CHOICES,
 }
 LENGTHS = {"global_kernels": 2, "global_dilations": 2, "specific_kernels": 3}
 
@@ -28,6 +29,7 @@ _COMMON = {
   "specific_kernels": (9, 5, 3),
   "simam": False,
   "dropout": 0.1,
+  "conv": conv.AUTO,
 }
 PRESETS = {
   # Equations 4 to 13. What the paper leaves open: a global prompter with the
@@ -84,6 +86,7 @@ class Settings:
   prompt_init: str
   dropout: float
   prompt_dropout: float
+  conv: str
 
 
 def _fusion_default(preset: str, default: Sequence[float], used: Sequence[bool]):

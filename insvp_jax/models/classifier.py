@@ -13,7 +13,7 @@ from insvp_jax.models.heads import HEAD_INITS, Head
 from insvp_jax.models.vit import ViT, decode_variant
 
 BACKBONE_FIELDS = tuple(
-  name for name in ViT.__dataclass_fields__ if name not in ("parent", "name")
+  name for name in ViT.__dataclass_fields__ if name not in ("gather", "parent", "name")
 )
 
 

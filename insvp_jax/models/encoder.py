@@ -1,9 +1,10 @@
 """The blocks of the Vision Transformer and how prompt tokens join them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,7 +26,8 @@ class Block(nn.Module):
     x: Float[Array, "b n d"],
     prompts: Float[Array, "c p d"] | None,
     keep: bool,
-  ) -> tuple[Float[Array, "b n d"], Float[Array, "c2 p d"] | None]:
+    num_read: int | None = None,
+  ) -> tuple[Float[Array, "b m d"], Float[Array, "c2 p d"] | None]:
     """Applies the block.
 
     Attention does not depend on the order of its keys, so prompts stand after
@@ -35,9 +37,12 @@ class Block(nn.Module):
       x: tokens whose outputs are needed.
       prompts: prompt tokens, c = b, or 1 when all instances share them.
       keep: whether a later block reads the prompts' outputs.
+      num_read: how many tokens, the first ones, are read afterwards; None for all.
+        The others are keys and values only.
 
     Returns:
-      (tokens, prompts): the prompts' outputs if `keep`, else prompts unchanged.
+      (tokens, prompts): the first `num_read` tokens; the prompts' outputs if `keep`,
+      else prompts unchanged.
     """
     num_tokens = x.shape[1]
     if keep and prompts is not None:
@@ -48,7 +53,12 @@ class Block(nn.Module):
     attention = Attention(
       self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0"
     )
-    x = x + attention(norm(x), context=None if context is None else norm(context))
+    y = norm(x)
+    context = None if context is None else norm(context)
+    if num_read is None:
+      x = x + attention(y, context=context)
+    else:
+      x = x[:, :num_read] + attention(y[:, :num_read], keys=y, context=context)
     y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_1")(x)
     x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
     if keep and prompts is not None:
@@ -76,6 +86,15 @@ class _ScannedBlock(nn.Module):
     return (x, prompts if self.keep else carried), None
 
 
+def gathering(
+  module: type[nn.Module], gather: Callable[[Any], Any] | None
+) -> type[nn.Module]:
+  """Returns the module's class with `gather` applied to its parameters in use."""
+  if gather is None:
+    return module
+  return nn.map_variables(module, "params", trans_in_fn=gather)
+
+
 class Encoder(nn.Module):
   """The stack of blocks and the final norm."""
 
@@ -86,12 +105,17 @@ class Encoder(nn.Module):
   dtype: Any
   remat: bool
   scan: bool
+  num_read: int | None = None
+  gather: Callable[[Any], Any] | None = None
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b n d"], prompts: BlockPrompts | None
-  ) -> Float[Array, "b n d"]:
-    """Returns the normalised tokens of the last block, without prompts."""
+  ) -> Float[Array, "b m d"]:
+    """Returns the normalised tokens of the last block, without prompts.
+
+    Of them it returns the first `num_read`, or all.
+    """
     tokens = None if prompts is None else prompts.tokens
     if tokens is not None and not 1 <= tokens.shape[0] <= self.depth:
       raise ValueError(
@@ -111,8 +135,24 @@ class Encoder(nn.Module):
       "dtype": self.dtype,
     }
 
+  def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
+    """Returns the block's class as the stack uses it: gathering, rematerialised."""
+    block = gathering(block, self.gather)
+    options = self._remat_options(**options)
+    return block if options is None else nn.remat(block, **options)
+
+  def _remat_options(self, **options: Any) -> dict[str, Any] | None:
+    """Returns the options of `remat`; None where blocks are not computed again."""
+    if self.remat:
+      return options
+    if self.gather is None:
+      return None
+    # What is no matrix product is computed again. Otherwise the gathered weights of
+    # all blocks would be kept for the backward pass: a whole backbone.
+    return {"policy": jax.checkpoint_policies.dots_saveable, **options}
+
   def _unrolled(self, x, tokens):
-    block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+    block = self._lifted(Block, static_argnums=(3, 4))
     num_prompted = 0 if tokens is None else tokens.shape[0]
     prompts = None
     for i in range(self.depth):
@@ -120,7 +160,10 @@ class Encoder(nn.Module):
         prompts = tokens[i]
       # Outputs of prompts that are replaced next, or stand last, are not read.
       keep = prompts is not None and num_prompted <= i + 1 < self.depth
-      x, prompts = block(**self._fields(), name=f"encoderblock_{i}")(x, prompts, keep)
+      num_read = self.num_read if i + 1 == self.depth else None
+      x, prompts = block(**self._fields(), name=f"encoderblock_{i}")(
+        x, prompts, keep, num_read
+      )
     return x
 
   def _scanned(self, x, tokens):
@@ -132,12 +175,37 @@ class Encoder(nn.Module):
       carried = jnp.broadcast_to(tokens[0], shape).astype(x.dtype)
       rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
       tokens = jnp.concatenate([tokens, rest])
-    body = nn.remat(_ScannedBlock, prevent_cse=False) if self.remat else _ScannedBlock
+    inputs = (tokens, jnp.arange(self.depth) < num_prompted)
+    if self.num_read is not None and not self.is_initializing():
+      return self._scanned_but_last((x, carried), inputs, keep)
     blocks = nn.scan(
-      body,
+      self._lifted(_ScannedBlock, prevent_cse=False),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.depth,
     )(self._fields(), keep, name="encoderblock")
-    (x, _), _ = blocks((x, carried), (tokens, jnp.arange(self.depth) < num_prompted))
+    (x, _), _ = blocks((x, carried), inputs)
+    return x if self.num_read is None else x[:, : self.num_read]
+
+  def _scanned_but_last(self, carry, inputs, keep):
+    """The last block stands alone, since it computes less than the others."""
+    stacked = self.variables["params"]["encoderblock"]
+    gather = self.gather or (lambda params: params)
+    options = self._remat_options(prevent_cse=False)
+
+    def step(carry, params_and_inputs):
+      params, inputs = params_and_inputs
+      body = _ScannedBlock(self._fields(), keep, parent=None)
+      return body.apply({"params": gather(params)}, carry, inputs)
+
+    def last(params, x, prompts):
+      block = Block(**self._fields(), parent=None)
+      return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
+
+    if options is not None:
+      step, last = jax.checkpoint(step, **options), jax.checkpoint(last, **options)
+    first = jax.tree.map(lambda leaf: leaf[:-1], (stacked, inputs))
+    params, (tokens, _) = jax.tree.map(lambda leaf: leaf[-1], (stacked, inputs))
+    (x, carried), _ = jax.lax.scan(step, carry, first, length=self.depth - 1)
+    x, _ = last(params, x, carried if keep else tokens)
     return x

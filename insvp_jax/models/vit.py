@@ -7,13 +7,16 @@ Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", eq. 1-4;
 variants and names as in google-research/big_vision.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax import trees
 from insvp_jax.methods.base import BackboneSpec, BlockPrompts
-from insvp_jax.models.encoder import Encoder
+from insvp_jax.models.encoder import Encoder, gathering
 from insvp_jax.models.layers import MAPHead, PatchEmbedding
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -71,6 +74,11 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
+    skip_unread: leave out of the last block what the pool does not read: with "tok"
+      the queries and the MLP of all patch tokens. The feature stays the same.
+    gather: applied to parameters where they are used, a block's within the block:
+      parameters that are split over devices become whole there. It must keep the
+      values. None leaves them alone, and initialisation needs None.
   """
 
   width: int
@@ -84,13 +92,16 @@ class ViT(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   scan: bool = False
+  skip_unread: bool = True
+  gather: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
     self._check()
     dtype = jnp.dtype(self.dtype)
     num_patches = (self.image_size // self.patch_size) ** 2
-    self.embedding = PatchEmbedding(self.width, self.patch_size, dtype)
+    embedding = gathering(PatchEmbedding, self.gather)
+    self.embedding = embedding(self.width, self.patch_size, dtype)
     self.pos_embedding = self.param(
       "pos_embedding",
       nn.initializers.normal(1 / self.width**0.5),
@@ -105,10 +116,15 @@ class ViT(nn.Module):
       "dtype": dtype,
     }
     self.Transformer = Encoder(
-      depth=self.depth, remat=self.remat, scan=self.scan, **block
+      depth=self.depth,
+      remat=self.remat,
+      scan=self.scan,
+      num_read=1 if self.skip_unread and self.pool == "tok" else None,
+      gather=self.gather,
+      **block,
     )
     if self.pool == "map":
-      self.MAPHead_0 = MAPHead(**block)
+      self.MAPHead_0 = gathering(MAPHead, self.gather)(**block)
 
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
@@ -153,7 +169,10 @@ class ViT(nn.Module):
         f"build it with image_size={images.shape[1]}."
       )
     x = self.embedding(images)
-    return x + self.pos_embedding.astype(x.dtype)
+    positions = self.pos_embedding
+    if self.gather is not None:
+      positions = self.gather(positions)
+    return x + positions.astype(x.dtype)
 
   def encode(
     self, tokens: Float[Array, "b n d"], prompts: BlockPrompts | None = None

@@ -1,0 +1,109 @@
+"""InsVP's convolutions in each form that the package can compute them in.
+
+  python benchmarks/convolutions.py [--batch_size=8] [--rounds=7]
+
+Prints the median milliseconds of a forward pass together with the gradients that the
+train step needs, alternating between the forms within one run. `conv="auto"` chooses
+by the rule in insvp_jax/methods/conv.py, which this table is behind.
+"""
+
+import argparse
+from collections.abc import Callable
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insvp_jax.methods.conv import choose_form
+from insvp_jax.methods.conv_forms import FORMS
+
+
+class Layer(NamedTuple):
+  """One convolution; `wrt` says which gradients training needs: "x", "k" or "xk"."""
+
+  name: str
+  size: int
+  channels: int
+  features: int
+  kernel: int
+  dilation: int
+  wrt: str
+
+
+LAYERS = (
+  Layer("release global 0", 224, 3, 6, 11, 1, "k"),
+  Layer("release global 1", 224, 6, 3, 25, 1, "xk"),
+  Layer("release specific 0, p = 16", 224, 3, 16, 7, 1, "x"),
+  Layer("release specific 1, p = 16", 52, 16, 48, 9, 1, "x"),
+  Layer("release specific 2, p = 16", 16, 48, 48, 3, 1, "x"),
+  Layer("paper global 0", 224, 3, 6, 3, 5, "k"),
+  Layer("paper global 1", 224, 6, 3, 3, 12, "xk"),
+  Layer("paper specific 0, p = 9", 224, 3, 9, 9, 1, "k"),
+  Layer("paper specific 1, p = 9", 52, 9, 27, 5, 1, "xk"),
+  Layer("paper specific 2, p = 9", 16, 27, 27, 3, 1, "xk"),
+  Layer("32 px: release global 0", 32, 3, 6, 11, 1, "k"),
+  Layer("32 px: release global 1", 32, 6, 3, 25, 1, "xk"),
+  Layer("32 px: specific 0, p = 9", 32, 3, 9, 9, 1, "xk"),
+  Layer("32 px: specific 1, p = 9", 8, 9, 27, 5, 1, "xk"),
+)
+
+
+def compiled(layer: Layer, form: str, batch_size: int) -> Callable[[], object]:
+  """Returns a call of the output and the gradients that training needs."""
+  rng = np.random.default_rng(0)
+
+  def draw(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+  pixels = (batch_size, layer.size, layer.size)
+  images = draw(*pixels, layer.channels)
+  kernel = draw(layer.kernel, layer.kernel, layer.channels, layer.features)
+  gradient = draw(*pixels, layer.features)
+
+  @jax.jit
+  def run(images, kernel, gradient):
+    output, backward = jax.vjp(
+      lambda x, k: FORMS[form](x, k, layer.dilation), images, kernel
+    )
+    gradients = dict(zip("xk", backward(gradient), strict=True))
+    return output, [gradients[name] for name in layer.wrt]
+
+  return lambda: jax.block_until_ready(run(images, kernel, gradient))
+
+
+def measure(layer: Layer, batch_size: int, rounds: int) -> dict[str, float]:
+  """Returns the median milliseconds by form."""
+  calls = {form: compiled(layer, form, batch_size) for form in FORMS}
+  for call in calls.values():
+    call()
+  seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+  for _ in range(rounds):
+    for form, call in calls.items():
+      start = time.perf_counter()
+      call()
+      seconds[form].append(time.perf_counter() - start)
+  return {form: 1e3 * statistics.median(spent) for form, spent in seconds.items()}
+
+
+def main() -> None:
+  """Prints one row per convolution."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--rounds", type=int, default=7)
+  args = parser.parse_args()
+  device = jax.devices()[0]
+  print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
+  print(f"| convolution | {' | '.join(FORMS)} | auto |")
+  print("|---" * (len(FORMS) + 2) + "|")
+  for layer in LAYERS:
+    ms = measure(layer, args.batch_size, args.rounds)
+    cells = " | ".join(f"{ms[form]:.1f}" for form in FORMS)
+    shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
+    print(f"| {layer.name} | {cells} | {choose_form(*shape)} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,202 @@
+"""One convolution, three ways to compute it: the same function, other machine code.
+
+Compilers are at their worst at what InsVP's prompters do: wide kernels between very
+few channels, where a convolution feeds neither vector units nor matrix units. All
+forms take images [b, h, w, c] and a kernel [k, k, c, o], stride 1, zero padding "SAME",
+and return [b, h, w, o]; they differ by rounding.
+"""
+
+from collections.abc import Callable
+import itertools
+
+import einops
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+# Sides of the blocks that matrix products work on.
+BLOCK_SIZES = (2, 4, 8)
+
+
+def plain(
+  images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
+) -> Float[Array, "b h w o"]:
+  """The compiler's own convolution."""
+  return lax.conv_general_dilated(
+    images,
+    kernel,
+    (1, 1),
+    "SAME",
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+def fft_length(size: int, extent: int) -> int:
+  """Returns the shortest fast transform in which nothing wraps around into sight.
+
+  Args:
+    size: pixels of the image along the axis.
+    extent: pixels that the dilated kernel spans, less one.
+  """
+  length = max(size + extent - extent // 2, extent + 1)
+  while not _is_smooth(length):
+    length += 1
+  return length
+
+
+def _is_smooth(length: int) -> bool:
+  for prime in (2, 3, 5):
+    while length % prime == 0:
+      length //= prime
+  return length == 1
+
+
+def fft(
+  images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
+) -> Float[Array, "b h w o"]:
+  """A product of spectra: as many operations for a wide kernel as for a narrow one.
+
+  Computed in float32 at least, whatever the images are.
+  """
+  dtype = jnp.promote_types(jnp.result_type(images, kernel), jnp.float32)
+  result = _fft(images.astype(dtype), kernel.astype(dtype), dilation)
+  return result.astype(images.dtype)
+
+
+def _spectrum(x: Array, lengths: tuple[int, int], start: int, step: int) -> Array:
+  """Returns the spectrum of planes [a, b, h, w], spread out from index `start` on."""
+  config = [(0, 0, 0), (0, 0, 0)]
+  for size, length in zip(x.shape[2:], lengths, strict=True):
+    config.append((start, length - start - (size - 1) * step - 1, step - 1))
+  return jnp.fft.rfft2(lax.pad(x, jnp.zeros((), x.dtype), config))
+
+
+def _planes(spectrum: Array, lengths: tuple[int, int]) -> Array:
+  return jnp.fft.irfft2(spectrum, lengths)
+
+
+def _lengths(images: Array, extent: int) -> tuple[int, int]:
+  return fft_length(images.shape[1], extent), fft_length(images.shape[2], extent)
+
+
+def _fft_forward(images: Array, kernel: Array, dilation: int) -> tuple[Array, tuple]:
+  _, height, width, _ = images.shape
+  extent = (len(kernel) - 1) * dilation
+  lengths = _lengths(images, extent)
+  x = _spectrum(images.transpose(0, 3, 1, 2), lengths, extent // 2, 1)  # [b, c, ...]
+  k = _spectrum(kernel.transpose(2, 3, 0, 1), lengths, 0, dilation)  # [c, o, ...]
+  # Written out rather than as an einsum, which would become many tiny products.
+  y = _planes(jnp.sum(x[:, :, None] * jnp.conj(k), axis=1), lengths)
+  return y[:, :, :height, :width].transpose(0, 2, 3, 1), (x, k)
+
+
+def _fft_backward(dilation: int, size: int, saved: tuple, gradient: Array):
+  x, k = saved
+  _, height, width, _ = gradient.shape
+  extent = (size - 1) * dilation
+  lengths, start = _lengths(gradient, extent), extent // 2
+  d = _spectrum(gradient.transpose(0, 3, 1, 2), lengths, 0, 1)[:, None]  # [b, 1, o, .]
+  dx = _planes(jnp.sum(d * k, axis=2), lengths)
+  dx = dx[:, :, start : start + height, start : start + width]
+  dk = _planes(jnp.sum(x[:, :, None] * jnp.conj(d), axis=0), lengths)
+  dk = dk[:, :, : extent + 1 : dilation, : extent + 1 : dilation]
+  return dx.transpose(0, 2, 3, 1), dk.transpose(2, 3, 0, 1)
+
+
+def _fft(images: Array, kernel: Array, dilation: int) -> Array:
+  # JAX would transform the gradient as complex numbers, twice the work.
+  size = len(kernel)
+
+  @jax.custom_vjp
+  def convolve(images, kernel):
+    return _fft_forward(images, kernel, dilation)[0]
+
+  convolve.defvjp(
+    lambda images, kernel: _fft_forward(images, kernel, dilation),
+    lambda saved, gradient: _fft_backward(dilation, size, saved, gradient),
+  )
+  return convolve(images, kernel)
+
+
+def block_size(kernel_size: int) -> int:
+  """Returns the side s of the blocks, at most about half of the kernel's.
+
+  Larger blocks make larger products, of which more is multiplied with zeros.
+  """
+  return max((s for s in BLOCK_SIZES if 2 * s <= kernel_size + 1), default=1)
+
+
+def blocks(
+  images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
+) -> Float[Array, "b h w o"]:
+  """Matrix products over blocks of s x s pixels, which take the channels' place.
+
+  A kernel of 25 x 25 pixels from 6 to 3 channels becomes one of 4 x 4 blocks of 8 x 8
+  pixels from 384 to 192 channels: the small kernel, shifted to each place in a block
+  and padded with zeros. It is applied as one product for each of the 4 x 4 shifts.
+  """
+  _, height, width, _ = images.shape
+  extent = (len(kernel) - 1) * dilation
+  # Pixels with the same remainder by the dilation form an image of their own, on
+  # which the kernel is dense.
+  pads = [(0, 0)]
+  for size in (height, width):
+    high = extent - extent // 2 + -(size + extent) % dilation
+    pads.append((extent // 2, high))
+  images = jnp.pad(images, [*pads, (0, 0)])
+  remainders = {"p": dilation, "q": dilation}
+  images = einops.rearrange(images, "b (h p) (w q) c -> (b p q) h w c", **remainders)
+  result = _blocks_valid(images, kernel)
+  pattern = "(b p q) h w c -> b (h p) (w q) c"
+  return einops.rearrange(result, pattern, **remainders)[:, :height, :width]
+
+
+def _blocks_valid(images: Array, kernel: Array) -> Array:
+  """`blocks` of a dense kernel, without padding: [b, h - k + 1, w - k + 1, o]."""
+  size, _, _, features = kernel.shape
+  height, width = (n - size + 1 for n in images.shape[1:3])
+  side = block_size(size)
+  taps = -(-(side + size - 1) // side)
+  rows, columns = -(-height // side), -(-width // side)
+  pads = [
+    (0, (count + taps - 1) * side - n)
+    for count, n in zip((rows, columns), images.shape[1:3], strict=True)
+  ]
+  images = jnp.pad(images, [(0, 0), *pads, (0, 0)])
+  sides = {"p": side, "q": side}
+  images = einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", **sides)
+  weights = _enlarge(kernel, side, taps).astype(images.dtype)
+  # A sum of products, not one product over all shifts side by side: that would keep
+  # each pixel once for each shift until the backward pass.
+  result = sum(
+    images[:, i : i + rows, j : j + columns] @ weights[i, j]
+    for i in range(taps)
+    for j in range(taps)
+  )
+  pattern = "b h w (p q c) -> b (h p) (w q) c"
+  result = einops.rearrange(result, pattern, c=features, **sides)
+  return result[:, :height, :width]
+
+
+def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "t t i o"]:
+  """Returns the kernel between blocks, i = s s c, o = s s o."""
+  shifted = np.zeros((side, taps * side, len(kernel)), kernel.dtype)
+  for shift, tap in itertools.product(range(side), range(len(kernel))):
+    shifted[shift, shift + tap, tap] = 1
+  shifted = shifted.reshape(side, taps, side, len(kernel))
+  # A product with zeros and ones only moves values, at full precision.
+  weights = jnp.einsum(
+    "ixaj,lybm,jmco->xyabcilo", shifted, shifted, kernel, precision="highest"
+  )
+  shape = (taps, taps, side**2 * kernel.shape[2], side**2 * kernel.shape[3])
+  return weights.reshape(shape)
+
+
+FORMS: dict[str, Callable[[Array, Array, int], Array]] = {
+  "plain": plain,
+  "fft": fft,
+  "blocks": blocks,
+}

@@ -1,0 +1,67 @@
+"""What a run shows of its image prompts in TensorBoard: one panel per image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from insvp_jax.data import arrays, preprocess
+from insvp_jax.data.splits import Split
+from insvp_jax.models.classifier import PromptedClassifier
+
+# The prompts that are images, in the order in which they are shown.
+NAMES = ("patch", "global", "image")
+
+
+def prompt_panels(
+  model: PromptedClassifier,
+  params: Mapping[str, Any],
+  split: Split,
+  preset: preprocess.Preset,
+  number: int = 4,
+) -> dict[str, np.ndarray]:
+  """Returns {name: uint8 pixels [h, w, 3]}, {} for a method without image prompts.
+
+  A panel holds, side by side: the image, its patch, global and fused prompt, each
+  stretched to the full range around grey, and the prompted image.
+
+  Args:
+    model: the classifier.
+    params: its parameters, replicated over any number of devices and processes.
+    split: evenly many of its images are shown.
+    preset: how images become inputs.
+    number: how many images at most.
+  """
+  size = model.backbone.image_size
+
+  def draw(params: Any, stored: Any) -> tuple[Any, Any, Any]:
+    inputs = preprocess.eval_preprocess(preset, stored, size)
+    found = model.apply({"params": params}, inputs, method="prompts")
+    prompts = {name: found[name] for name in NAMES if name in found}
+
+    def prompt_image(bound: PromptedClassifier, inputs: Any) -> Any:
+      return bound.prompter.prompt_image(inputs)
+
+    prompted = model.apply({"params": params}, inputs, method=prompt_image)
+    return inputs, prompts, prompted
+
+  indices = np.unique(np.linspace(0, len(split) - 1, number).round().astype(int))
+  # One process draws: only what lies here takes part.
+  local = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+  one = np.zeros((1, split.stored_size, split.stored_size, 3), np.uint8)
+  if not jax.eval_shape(draw, local, one)[1]:
+    return {}
+  stored = arrays.take(split, indices).images
+  inputs, prompts, prompted = jax.device_get(jax.jit(draw)(local, stored))
+  std, mean = np.asarray(preset.std), np.asarray(preset.mean)
+  panels = {}
+  for i in range(len(indices)):
+    parts = [inputs[i] * std + mean]
+    for prompt in prompts.values():
+      levels = prompt[i] * std
+      parts.append(0.5 + levels / (2 * max(float(np.abs(levels).max()), 1e-6)))
+    parts.append(prompted[i] * std + mean)
+    pixels = np.clip(np.concatenate(parts, axis=1), 0, 1)
+    panels[f"prompts/{i}"] = (255 * pixels).round().astype(np.uint8)
+  return panels
