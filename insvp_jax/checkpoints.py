@@ -45,6 +45,7 @@ from insvp_jax.checkpoint_files import (
   write_checksums,
 )
 
+OLD = "deleted"  # where checkpoints go that are no longer kept
 ALWAYS_STORED = r"(prompter|head)/.*"
 
 
@@ -93,10 +94,13 @@ class Checkpointer:
     self._report = report
     self._pending: int | None = None
     _check_writable(self.directory)
+    self._remove_old()
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
+        # Moved away at once, deleted by `_remove_old`: half a checkpoint is none.
+        todelete_subdir=OLD,
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
       ),
@@ -155,6 +159,7 @@ class Checkpointer:
     except Exception as error:
       self._fail(error)
     self._pending = None
+    self._remove_old()
 
   def restore(self, state: Any) -> Any | None:
     """Returns `state` with the newest checkpoint's values, bit for bit, or None.
@@ -276,6 +281,10 @@ class Checkpointer:
       f"{reason_of(reason)}. The last good checkpoint: {last}. "
       "Free some space, or choose another workdir, and start again to resume."
     ) from cause
+
+  def _remove_old(self) -> None:
+    if jax.process_index() == 0:
+      shutil.rmtree(self.directory / OLD, ignore_errors=True)
 
   def _remove_partial(self) -> None:
     if jax.process_index() == 0:

@@ -117,10 +117,18 @@ def joined(
   try:
     yield watch
   except Stopped:
-    # All processes stop at the same step, and leave together.
-    watch.finish()
+    # All processes stop at the same step.
+    _leave_together(watch)
     raise
+  _leave_together(watch)
+
+
+def _leave_together(watch: "Watch") -> None:
+  """Ends the coordination service once no process needs it any more."""
+  # The first process may still draw; JAX itself waits for minutes only.
+  wait("insvp_jax/end")
   watch.finish()
+  jax.distributed.shutdown()
 
 
 class Watch(threading.Thread):

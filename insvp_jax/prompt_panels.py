@@ -21,14 +21,17 @@ def prompt_panels(
   preset: preprocess.Preset,
   number: int = 4,
 ) -> dict[str, np.ndarray]:
-  """Returns {name: uint8 pixels [h, w, 3]}, {} for a method without image prompts.
+  """Returns {name: uint8 pixels [h, w, 3]}, {} where there is nothing to be drawn.
+
+  That is of a method without image prompts, and where a backbone is split over several
+  processes, of which one alone cannot compute.
 
   A panel holds, side by side: the image, its patch, global and fused prompt, each
   stretched to the full range around grey, and the prompted image.
 
   Args:
     model: the classifier.
-    params: its parameters, replicated over any number of devices and processes.
+    params: its parameters, on any number of devices and processes.
     split: evenly many of its images are shown.
     preset: how images become inputs.
     number: how many images at most.
@@ -47,10 +50,9 @@ def prompt_panels(
     return inputs, prompts, prompted
 
   indices = np.unique(np.linspace(0, len(split) - 1, number).round().astype(int))
-  # One process draws: only what lies here takes part.
-  local = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+  local = _local(params)
   one = np.zeros((1, split.stored_size, split.stored_size, 3), np.uint8)
-  if not jax.eval_shape(draw, local, one)[1]:
+  if local is None or not jax.eval_shape(draw, local, one)[1]:
     return {}
   stored = arrays.take(split, indices).images
   inputs, prompts, prompted = jax.device_get(jax.jit(draw)(local, stored))
@@ -65,3 +67,10 @@ def prompt_panels(
     pixels = np.clip(np.concatenate(parts, axis=1), 0, 1)
     panels[f"prompts/{i}"] = (255 * pixels).round().astype(np.uint8)
   return panels
+
+
+def _local(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """Returns the parameters as this process alone can use them, or None."""
+  if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+  return params if jax.process_count() == 1 else None

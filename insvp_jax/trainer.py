@@ -156,7 +156,8 @@ def train(
       )
       if test and writers.shows_images:
         _show_prompts(prepared, state, writers, get_preset(config.data.preset))
-    # The last thing that the owner of the workdir does.
+    # Who has a result has the last checkpoint, too.
+    checkpointer.wait()
     write_json(workdir / "result.json", result)
   if stop.signum is not None:
     # The signal came after the last step; a search must not go on to its next run.

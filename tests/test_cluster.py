@@ -151,8 +151,9 @@ def environs(count=2):
 
 
 def rows(workdir):
-  path = workdir / "metrics.jsonl"
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  """Returns the whole lines of metrics.jsonl: one may be under way."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_step(workdir):

@@ -16,6 +16,7 @@ import pytest
 from tiny_commands import base_flags, flags_of, make_place
 from tiny_training import CLASSES, SPLITS
 
+from insvp_jax import lock
 from insvp_jax.run import load_run
 
 LONG = 1500  # steps: long enough to be stopped, short enough to be finished
@@ -100,6 +101,11 @@ UNKNOWN = "unknown config key "
     (["--config.batch_size=abc"], ["--config.batch_size=abc", "'abc'"]),
     (["--config.batch_size=2.5"], ["--config.batch_size=2.5"]),
     (["--config.optim.lr=high"], ["--config.optim.lr=high"]),
+    (["--config.keep_checkpoints=0"], ["config.keep_checkpoints is 0, expected at l"]),
+    (["--profile=10"], ["config.profile is '10', expected", "e.g. '10:15'"]),
+    (["--profile=2:9"], ["config.profile is '2:9', but the run has only 3 steps"]),
+    (["--join_timeout=0"], ["--join_timeout is 0, expected at least 1 second"]),
+    (["--lost_timeout=x"], ["--lost_timeout=x"]),
     (["--config.tune.lr=abc"], ["config.tune.lr has 'abc', expected numbers"]),
     (["--config.vpt_deep.prompt_length=0"], ["prompt_length is 0, expected"]),
     (["--config.backbone.pool=x"], ["pool is 'x', expected one of"]),
@@ -294,20 +300,19 @@ def test_a_workdir_that_cannot_be_written_is_one_line(main, base, tmp_path, wher
 @pytest.mark.parametrize(
   "flags, parts",
   [
-    (["--config.method=linear"], ["of another run", "method 'vpt_deep'", "'linear'"]),
     (
-      ["--config.vpt_deep.prompt_length=3"],
-      ["other shapes", "common_prompt", "[2, 2, 16]", "[2, 3, 16]"],
+      ["--config.method=linear", "--config.vpt_deep.prompt_length=3"],
+      [
+        "other settings: config.method is 'linear', was 'vpt_deep'; ",
+        "config.vpt_deep.prompt_length is 3, was 2. Use",
+      ],
     ),
-    (["--config.backbone.weights={place}/backbone1.npz"], ["of another backbone"]),
+    (["--config.backbone.weights={place}/backbone1.npz"], ["the backbone is sha256 "]),
     (
       ["--config.data.root={place}/other"],
-      ["got class_names ant, bee, cat, expected bee, cat, elk"],
+      ["class_names is bee, cat, elk, was ant, bee, cat", "have changed"],
     ),
-    (
-      ["--config.data.root={place}/darker"],
-      ["the images of", "or their labels have changed"],
-    ),
+    (["--config.data.root={place}/darker"], ["the images or their labels have chan"]),
     (["--config.optim.lr=0.5"], ["other settings: config.optim.lr is 0.5, was"]),
     (["--config.seed=1"], ["other settings: config.seed is 1, was 0"]),
   ],
@@ -360,6 +365,89 @@ def test_a_damaged_checkpoint_is_one_line(main, base, finished, tmp_path, how):
   assert_one_line(done, str(workdir / "checkpoints"))
   assert re.search("start over, delete|another workdir", done.err)
   assert contents(workdir) == before
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
+  main, base, tmp_path
+):
+  workdir = tmp_path / "run"
+  command = [*base, f"--workdir={workdir}", "--config.checkpoint_every_epochs=0.34"]
+  assert main(*command).status == 0
+  whole = json.loads((workdir / "result.json").read_text())
+  newest = workdir / "checkpoints" / "3"
+  (newest / "progress" / "metadata").write_text("{}")
+  with pytest.warns(UserWarning, match="progress/metadata has 2 bytes.*step 2 is used"):
+    assert load_run(workdir).meta["class_names"] == list(CLASSES)
+  done = main(*command)
+  assert done.status == 0, done.err
+  first, second = done.err.splitlines()[:2]
+  assert "progress/metadata has 2 bytes" in first and "step 2 is used instead" in first
+  assert second == "resumed at step 2 of 3"
+  again = json.loads((workdir / "result.json").read_text())
+  assert again["test_accuracy"] == whole["test_accuracy"]
+  names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+  assert names == ["2", "3", "3.damaged"]
+
+
+def test_a_workdir_of_a_run_that_is_under_way_is_one_line(main, base, tmp_path):
+  with lock.hold(tmp_path):
+    done = main(*base, f"--workdir={tmp_path}")
+  assert_one_line(done, f"{tmp_path} belongs to another run", f"process {os.getpid()} ")
+  assert not list(tmp_path.iterdir())
+  assert main(*base, f"--workdir={tmp_path}").status == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """Makes file systems of some KiB, where that is allowed."""
+  mounted = []
+
+  def make(size):
+    place = tmp_path / f"disk{size}"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
+    if (
+      not shutil.which("mount")
+      or subprocess.run(command, capture_output=True).returncode
+    ):
+      pytest.skip("mounting a small file system is not allowed here")
+    mounted.append(place)
+    return place
+
+  yield make
+  for place in mounted:
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize(
+  "size, file",
+  [(4, "config.json"), (12, "metrics.jsonl"), (500, "checkpoints")],
+)
+def test_a_full_disk_is_one_last_line_and_leaves_nothing_half(
+  main, base, small_disk, size, file
+):
+  workdir = small_disk(size) / "run"
+  more = flags_of(total_steps=60, log_every_steps=1)
+  done = main(*base, f"--workdir={workdir}", *more)
+  assert done.status == 2, done.err
+  last = last_line(done.err)
+  assert last.startswith("insvp_jax: ") and f"{workdir}/{file}" in last
+  assert re.search("No space left on device|MiB free", last)
+  assert "Traceback" not in done.err and done.out == ""
+  assert not (workdir / "result.json").exists()
+  if (workdir / "metrics.jsonl").exists():
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+      json.loads(line)
+  assert not list((workdir / "checkpoints").glob("*"))
+
+
+def test_a_profile_of_some_steps_is_kept(main, base, tmp_path):
+  done = main(*base, f"--workdir={tmp_path}", "--profile=2:3")
+  assert done.status == 0, done.err
+  (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+  assert trace.stat().st_size > 1000
+  # The setting shapes no result.
+  assert main(*base, f"--workdir={tmp_path}").status == 0
 
 
 def test_nan_is_one_last_line_and_keeps_no_result(main, base, tmp_path):

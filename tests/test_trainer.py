@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import CLASSES, SPLITS, make_data, prepare, tiny_config
+from test_writers import stored_events
+from tiny_training import CLASSES, SIZE, SPLITS, make_data, prepare, tiny_config
 
+from insvp_jax import partition, prompt_panels, trainer, trees
 from insvp_jax import program as program_lib
-from insvp_jax import trainer, trees
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.config import to_dict
-from insvp_jax.data import ArraySplit
+from insvp_jax.data import ArraySplit, preprocess
+from insvp_jax.profiling import Profiler
 from insvp_jax.run import load_run
 from insvp_jax.stopping import Stopped
 from insvp_jax.trainer import Diverged, Loop, train
@@ -482,6 +484,72 @@ def test_random_weights_are_those_of_the_seed_also_after_loading(
     np.testing.assert_array_equal(loaded[name], leaf, err_msg=name)
   # TensorBoard's files are there where they were asked for.
   assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def shown(workdir):
+  """Returns the names of what TensorBoard shows beside scalars."""
+  values = [v for e in stored_events(workdir) for v in e.summary.value]
+  return {v.tag for v in values if not v.HasField("simple_value")}
+
+
+def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
+  insvp, linear, tmp_path
+):
+  config = config_of(tensorboard=True)
+  train(config, tmp_path / "insvp", prepared=insvp)
+  panels = {f"prompts/{i}" for i in range(4)}
+  assert shown(tmp_path / "insvp") == {"config"} | panels
+  values = [v for e in stored_events(tmp_path / "insvp") for v in e.summary.value]
+  image = next(v.image for v in values if v.tag == "prompts/0")
+  # The image, three prompts and the prompted image, side by side.
+  assert (image.height, image.width) == (SIZE, 5 * SIZE)
+  (text,) = (v.tensor.string_val[0].decode() for v in values if v.tag == "config")
+  assert "| optim.lr | 0.01 |" in text
+  # A search looks at no test image, and other methods have no such prompts.
+  train(config, tmp_path / "search", prepared=insvp, test=False)
+  config = config_of("linear", tensorboard=True)
+  train(config, tmp_path / "linear", prepared=linear)
+  assert shown(tmp_path / "search") == shown(tmp_path / "linear") == {"config"}
+
+
+def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
+  model, test = insvp.program.model, insvp.data.splits["test"]
+  params = program_lib.init_params(model, 0)
+  whole = jax.device_put(params, partition.replicated(insvp.program.mesh))
+  split = {**whole, "backbone": dict(whole["backbone"])}
+  rows = partition.batch_sharding(insvp.program.mesh)
+  split["backbone"]["embedding"] = jax.device_put(params["backbone"]["embedding"], rows)
+  preset = preprocess.get_preset("vtab")
+  expected = prompt_panels.prompt_panels(model, whole, test, preset, number=2)
+  assert list(expected) == ["prompts/0", "prompts/1"]
+  found = prompt_panels.prompt_panels(model, split, test, preset, number=2)
+  for name, pixels in expected.items():
+    np.testing.assert_allclose(found[name], pixels, atol=1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert prompt_panels.prompt_panels(model, split, test, preset) == {}
+
+
+def test_what_was_logged_after_a_save_at_its_step_is_not_there_twice(linear, tmp_path):
+  config = config_of("linear")
+  for _ in range(2):  # the second time it is only evaluated again
+    train(config, tmp_path, prepared=linear)
+    assert sum("test_accuracy" in row for row in metrics(tmp_path)) == 1
+
+
+def test_a_profile_that_a_resumed_run_enters_in_its_middle_is_kept(linear, tmp_path):
+  folder = tmp_path / "profile"
+  profiler = Profiler((2, 4), folder)
+  profiler.before(1)
+  profiler.after(1, jnp.ones(1))
+  assert not folder.exists()
+  profiler.before(3)
+  profiler.before(4)
+  profiler.after(4, jnp.ones(1))
+  profiler.before(5)
+  profiler.close()
+  assert len(list(folder.rglob("*.xplane.pb"))) == 1
+  train(config_of("linear", profile="6:6"), tmp_path / "run", prepared=linear)
+  assert len(list(tmp_path.glob("run/profile/**/*.xplane.pb"))) == 1
 
 
 def test_prepare_says_which_splits_there_are(monkeypatch):
