@@ -119,9 +119,9 @@ def create_optimizer(
     links.insert(0, optax.clip_by_global_norm(optim["grad_clip_norm"]))
   trainable = optax.chain(*links)
   if optim["accumulate_steps"] > 1:
-    trainable = optax.MultiSteps(
-      trainable, optim["accumulate_steps"]
-    ).gradient_transformation()
+    steps = optax.MultiSteps(trainable, optim["accumulate_steps"])
+    # Its own `gradient_transformation` would not pass `wd` on.
+    trainable = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   # Not optax.masked: that lets the raw gradients of frozen leaves through.
   return optax.partition(
     {"trainable": trainable, "frozen": optax.set_to_zero()},
