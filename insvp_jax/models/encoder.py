@@ -86,6 +86,14 @@ class _ScannedBlock(nn.Module):
     return (x, prompts if self.keep else carried), None
 
 
+def _is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Returns whether the backward pass may keep what a block computed this way.
+
+  Weights are taken from the stack, and cast, once more: kept, they are all blocks'.
+  """
+  return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
+
+
 def gathering(
   module: type[nn.Module], gather: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
@@ -191,21 +199,30 @@ class Encoder(nn.Module):
     """The last block stands alone, since it computes less than the others."""
     stacked = self.variables["params"]["encoderblock"]
     gather = self.gather or (lambda params: params)
-    options = self._remat_options(prevent_cse=False)
 
-    def step(carry, params_and_inputs):
-      params, inputs = params_and_inputs
+    def take(i):
+      # Taken from the whole stack: a shorter one to scan over would be a copy.
+      return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False),
+        (stacked, inputs),
+      )
+
+    def step(carry, i):
+      params, inputs = take(i)
       body = _ScannedBlock(self._fields(), keep, parent=None)
       return body.apply({"params": gather(params)}, carry, inputs)
 
-    def last(params, x, prompts):
+    def last(x, carried):
+      params, (tokens, _) = take(self.depth - 1)
+      prompts = carried if keep else tokens
       block = Block(**self._fields(), parent=None)
       return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
 
+    options = self._remat_options()
     if options is not None:
-      step, last = jax.checkpoint(step, **options), jax.checkpoint(last, **options)
-    first = jax.tree.map(lambda leaf: leaf[:-1], (stacked, inputs))
-    params, (tokens, _) = jax.tree.map(lambda leaf: leaf[-1], (stacked, inputs))
-    (x, carried), _ = jax.lax.scan(step, carry, first, length=self.depth - 1)
-    x, _ = last(params, x, carried if keep else tokens)
+      last = jax.checkpoint(last, **options)
+    options = {"policy": _is_no_weight} if options is None else options
+    step = jax.checkpoint(step, prevent_cse=False, **options)
+    (x, carried), _ = jax.lax.scan(step, carry, jnp.arange(self.depth - 1))
+    x, _ = last(x, carried)
     return x
