@@ -185,11 +185,12 @@ class Search:
     done = trials.read(path, digest)
     missing = [point for point in self.points if trials.find(done, point) is None]
     if missing:
-      for trial in self._try(missing, workdir):
-        # As it will be read: pairs become lists.
-        trial = json.loads(json.dumps({**trial, "settings": digest}))
-        trials.append(path, trial)
-        done.append(trial)
+      with trainer.own(workdir / "search"):
+        for trial in self._try(missing, workdir):
+          # As it will be read: pairs become lists.
+          trial = json.loads(json.dumps({**trial, "settings": digest}))
+          trials.append(path, trial)
+          done.append(trial)
     return [trials.find(done, point) for point in self.points]
 
   def _try(self, points: list[trials.Point], workdir: Path) -> Iterator[dict[str, Any]]:

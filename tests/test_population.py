@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from test_shardings import wide_config
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import program as program_lib
@@ -229,6 +230,21 @@ def test_when_all_diverge_the_search_ends_early(monkeypatch, tmp_path):
     search(config, {"lr": (1e30, 1e31), "wd": (0.0,)}, monkeypatch, tmp_path)
   rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert len(rows) < 5
+
+
+def test_a_backbone_that_is_split_over_devices_stays_split(monkeypatch, tmp_path):
+  config = wide_config(fsdp=4)
+  grid = {"lr": (0.01, 0.02), "wd": (0.1,), "dropout": (0.0, 0.2)}
+  _, configs, population, state, _ = search(
+    config, grid, monkeypatch, tmp_path / "search"
+  )
+  leaves = trees.flatten(state.params)
+  mask = trees.flatten(population.program.mask)
+  split = [name for name, leaf in leaves.items() if not leaf.is_fully_replicated]
+  assert len(split) > 3 and not any(mask[name] for name in split)
+  for i in (0, 3):
+    params, _ = alone(configs[i], monkeypatch, tmp_path / str(i))
+    assert_close(population.member(state, i), params)
 
 
 def test_trials_of_one_seed_share_the_batches_of_a_stream(monkeypatch, tmp_path):
