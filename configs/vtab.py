@@ -3,6 +3,13 @@
   python -m insvp_jax.main --config=configs/vtab.py:task=svhn \
       --config.data.data_dir=/path/to/tensorflow_datasets
 
+  python -m insvp_jax.main --mode=tune --config=configs/vtab.py:task=svhn,method=insvp
+
+The second line does the same. With --config.tune.lr='()' --config.tune.wd='()' it tries
+the method's own grid in place of these (insvp_jax/grids.py); VPT's is one for SGD:
+--config.optim.name=sgd --config.optim.schedule=cosine_epochwise. Trials train together
+where the device gains by it: --config.tune.population=1 trains them one by one.
+
 `task` is one of the 19, or natural, specialized, structured or all: one run per task
 and one table. `method` is one of insvp, vpt_deep, linear, ...; several side by side:
 --config.tune.methods="('insvp', 'vpt_deep', 'linear')".

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+import numpy as np
 
 from insvp_jax import trees
 
@@ -159,7 +160,12 @@ def _tune() -> ConfigDict:
   section.methods = ()  # (): config.method alone
   section.lr = ()  # (): no search; one run with config.optim
   section.wd = ()
+  section.grid = ConfigDict()  # further numbers, of the methods that have them
+  for number in ("dropout", "prompt_dropout", "image_fusion", "feature_fusion"):
+    section.grid[number] = ()
   section.seeds = ()  # (): config.seed alone
+  section.select = "val"  # what chooses; there is no other
+  section.population = 0  # trials that train together; 0: what the memory holds
   return section
 
 
@@ -215,6 +221,11 @@ def validate(config: ConfigDict) -> None:
     )
   profile_steps(config)
   _check_tune(config.tune)
+  if config.tune.select != "val":
+    raise ValueError(
+      f"config.tune.select is {config.tune.select!r}, expected 'val'. The test split "
+      "never selects anything: it is seen once, by the final runs."
+    )
   for pattern in config.optim.no_decay:
     try:
       re.compile(pattern)
@@ -257,6 +268,7 @@ _RANGES = (
   ("prompt_images", 0, math.inf),
   ("keep_checkpoints", 1, math.inf),
   ("data.resident_mb", 0, math.inf),
+  ("tune.population", 0, math.inf),
   ("data.val_fraction", 0, 1),
   ("data.test_fraction", 0, 1),
   ("loss.mixup_alpha", 0, math.inf),
@@ -282,8 +294,19 @@ def _check_tune(tune: ConfigDict) -> None:
           f"config.tune.{key} has {value!r}, expected {expected}, e.g. "
           f'--config.tune.{key}="{_EXAMPLES[key]}".'
         )
-    if len(set(tune[key])) < len(tune[key]):
-      raise ValueError(f"config.tune.{key} is {tune[key]}: a value is there twice.")
+    _check_unique(key, tune[key])
+  for key, values in tune.grid.items():
+    for value in values:
+      if not all(isinstance(x, float | int) for x in np.atleast_1d(value).tolist()):
+        raise ValueError(
+          f"config.tune.grid.{key} has {value!r}, expected numbers, or pairs of them."
+        )
+    _check_unique(f"grid.{key}", values)
+
+
+def _check_unique(key: str, values: tuple) -> None:
+  if len(set(values)) < len(values):
+    raise ValueError(f"config.tune.{key} is {values}: a value is there twice.")
 
 
 _EXAMPLES = {

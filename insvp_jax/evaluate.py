@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jaxtyping import Array
+import numpy as np
 
 _AHEAD = 3
 
@@ -27,18 +28,35 @@ def evaluate(
   Raises:
     ValueError: there is no example to evaluate.
   """
-  sums = []
-  for batch in batches:
-    sums.append(eval_step(params, batch))
-    # Batches that wait for the device hold their images: not too many at a time.
-    jax.block_until_ready(sums[-_AHEAD:][0])
-  count = sum(int(s["count"]) for s in sums)
-  if count == 0:
-    raise ValueError("evaluation found no example; the split is empty.")
-  correct = sum(int(s["correct"]) for s in sums)
+  found = sums(eval_step, params, batches)
+  correct, count = int(found["correct"]), int(found["count"])
   return {
     "accuracy": correct / count,
-    "loss": sum(float(s["loss"]) for s in sums) / count,
+    "loss": float(found["loss"]) / count,
     "num_correct": correct,
     "num_examples": count,
   }
+
+
+def sums(
+  eval_step: Callable[[Any, dict[str, Array]], dict[str, Array]],
+  params: Any,
+  batches: Iterable[dict[str, Array]],
+) -> dict[str, np.ndarray]:
+  """Returns what `eval_step` counts, added up over all batches in double precision.
+
+  Raises:
+    ValueError: there is no example to evaluate.
+  """
+  found = []
+  for batch in batches:
+    found.append(eval_step(params, batch))
+    # Batches that wait for the device hold their images: not too many at a time.
+    jax.block_until_ready(found[-_AHEAD:][0])
+  total = {
+    name: np.asarray(sum(np.asarray(each[name], np.float64) for each in found))
+    for name in ("correct", "count", "loss")
+  }
+  if not np.any(total["count"]):
+    raise ValueError("evaluation found no example; the split is empty.")
+  return total

@@ -24,6 +24,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run goes; default runs/<name of the config file>."
 )
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "auto",
+  ("auto", "train", "tune"),
+  "train: one run with config.optim. tune: choose on val, then retrain; the grid is "
+  "config.tune's or, where tune.lr is empty, the method's own. auto: tune if there are "
+  "lists in config.tune, else train.",
+)
 _PROFILE = flags.DEFINE_string(
   "profile", "", "Steps to record, e.g. 10:15, for TensorBoard or Perfetto."
 )
@@ -130,8 +138,9 @@ def _work(config, workdir: Path, watch) -> None:
 
   try:
     shared = {"config": config_lib.shared_settings(config), "workdir": str(workdir)}
+    shared["mode"] = _MODE.value
     cluster.check_same("its settings", shared, "Start the same command on all hosts.")
-    suite.run(config, workdir)
+    suite.run(config, workdir, _MODE.value)
     for single, where in suite.members(config, workdir):
       _draw_prompts(single, where)
   except stopping.Stopped:
@@ -162,7 +171,7 @@ def _draw_prompts(config, workdir: Path) -> None:
   from insvp_jax import run, tune
   from insvp_jax.tools import visualize
 
-  run_dir = tune.first_run(config, workdir, "insvp")
+  run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)
   if config.prompt_images and run_dir and jax.process_index() == 0:
     picture = run_dir / "prompts.png"
     visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)

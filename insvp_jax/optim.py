@@ -84,7 +84,7 @@ def create_optimizer(
   schedule: Schedule,
   params: Mapping[str, Any],
   mask: Mapping[str, Any],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer over the full tree of parameters.
 
   Trainable leaves: clip by their global norm, then AdamW (decoupled decay) or SGD
@@ -98,6 +98,10 @@ def create_optimizer(
     schedule: lr as a function of updates, from `create_schedule`.
     params: the full tree, arrays or `jax.ShapeDtypeStruct`.
     mask: bools in the structure of `params`; True is trainable.
+
+  Returns:
+    The optimizer. Its `update(..., wd=x)` decays by x, which may be data, in place of
+    the config section's constant.
 
   Raises:
     ValueError: an unknown optimizer, a value out of range, a `no_decay` pattern
@@ -115,9 +119,9 @@ def create_optimizer(
     links.insert(0, optax.clip_by_global_norm(optim["grad_clip_norm"]))
   trainable = optax.chain(*links)
   if optim["accumulate_steps"] > 1:
-    trainable = optax.MultiSteps(
-      trainable, optim["accumulate_steps"]
-    ).gradient_transformation()
+    steps = optax.MultiSteps(trainable, optim["accumulate_steps"])
+    # Its own `gradient_transformation` would not pass `wd` on.
+    trainable = optax.GradientTransformationExtraArgs(steps.init, steps.update)
   # Not optax.masked: that lets the raw gradients of frozen leaves through.
   return optax.partition(
     {"trainable": trainable, "frozen": optax.set_to_zero()},
@@ -220,14 +224,13 @@ def _check_warmup(optim: Config, warmup: int, total: float | int, unit: str) -> 
 
 
 def _create_adamw(optim: Config, schedule: Schedule, decay: Any):
-  return optax.adamw(
-    schedule,
-    b1=optim["b1"],
-    b2=optim["b2"],
-    eps=optim["eps"],
-    mu_dtype=jnp.float32,
-    weight_decay=optim["wd"],
-    mask=decay,
+  # optax.adamw, with a decay that may be data.
+  return optax.chain(
+    optax.scale_by_adam(
+      b1=optim["b1"], b2=optim["b2"], eps=optim["eps"], mu_dtype=jnp.float32
+    ),
+    _decay_weights(optim["wd"], decay),
+    optax.scale_by_learning_rate(schedule),
   )
 
 
@@ -238,7 +241,20 @@ def _create_sgd(optim: Config, schedule: Schedule, decay: Any):
     nesterov=optim["nesterov"],
     accumulator_dtype=jnp.float32,
   )
-  return optax.chain(optax.add_decayed_weights(optim["wd"], mask=decay), sgd)
+  return optax.chain(_decay_weights(optim["wd"], decay), sgd)
+
+
+def _decay_weights(constant: float, mask: Any):
+  """As `optax.add_decayed_weights`, whose decay `update(..., wd=...)` may replace."""
+
+  def update(updates, state, params=None, *, wd=constant, **others):
+    del others
+    if isinstance(wd, float | int) and wd == 0:
+      return updates, state
+    return jax.tree.map(lambda g, p: g + wd * p, updates, params), state
+
+  init = optax.init_empty_state
+  return optax.masked(optax.GradientTransformationExtraArgs(init, update), mask)
 
 
 def _check_trainable(params: Mapping[str, Any], mask: Mapping[str, Any]) -> None:

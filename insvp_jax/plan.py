@@ -167,7 +167,7 @@ def _arrays(
   return {
     "frozen": held(frozen),
     "trainable": held(trainable),
-    "optimizer": _nbytes((state.opt_state, state.step, state.peak_lr)),
+    "optimizer": _nbytes(state.replace(params=None, rng=None)),
     # Every device keeps all of them, if they are not streamed.
     "training_images": train_bytes if resident else 0,
   }
@@ -191,7 +191,7 @@ def _checkpoint(program: Program, state: Any) -> dict[str, int]:
   flat = trees.flatten(state.params)
   return {
     "adapter": _nbytes([flat[name] for name in stored_names(program.mask)]),
-    "optimizer": _nbytes((state.opt_state, state.peak_lr)),
+    "optimizer": _nbytes(state.replace(step=None, params=None, rng=None)),
   }
 
 

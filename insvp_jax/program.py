@@ -1,6 +1,6 @@
 """What a run consists of: the compiled program, the weights, the first state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -35,6 +35,9 @@ class Program:
     eval_step: jitted `(params, batch) -> sums`.
     mesh: all devices, from `partition.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
+    train_function: what `train_step` compiles, to be transformed.
+    eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
+    numbers: names of the method's fields that are data; see `Method.number`.
   """
 
   model: PromptedClassifier
@@ -48,6 +51,9 @@ class Program:
   eval_step: Any
   mesh: jax.sharding.Mesh
   state_sharding: steps.TrainState
+  train_function: Any = None
+  eval_function: Any = None
+  numbers: tuple[str, ...] = ()
 
 
 def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
@@ -64,7 +70,11 @@ def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
 
 
 def create_program(
-  config: ConfigDict, num_classes: int, num_train: int, mesh: jax.sharding.Mesh
+  config: ConfigDict,
+  num_classes: int,
+  num_train: int,
+  mesh: jax.sharding.Mesh,
+  numbers: tuple[str, ...] = (),
 ) -> Program:
   """Builds model, mask, optimizer and the jitted steps; runs nothing.
 
@@ -73,6 +83,8 @@ def create_program(
     num_classes: k.
     num_train: images of the training split.
     mesh: where the batches will lie.
+    numbers: fields of the method that come with the state instead of being compiled
+      into the steps; names of its `NUMBERS`.
 
   Raises:
     ValueError: something in the config does not fit; see the message.
@@ -100,11 +112,18 @@ def create_program(
   train_step = steps.create_train_step(
     gathered, optimizer, mask, preset=preset, loss=config.loss.to_dict()
   )
+  eval_step = steps.create_eval_step(gathered, preset=preset)
   whole = partition.replicated(mesh)
   rows = partition.batch_sharding(mesh)
   params = shardings.param_shardings(shapes, mask, mesh)
   state = steps.TrainState(
-    step=whole, params=params, opt_state=whole, rng=whole, peak_lr=whole
+    step=whole,
+    params=params,
+    opt_state=whole,
+    rng=whole,
+    peak_lr=whole,
+    wd=whole,
+    numbers=whole,
   )
   return Program(
     model=model,
@@ -121,12 +140,15 @@ def create_program(
       out_shardings=(state, whole),
     ),
     eval_step=jax.jit(
-      steps.create_eval_step(gathered, preset=preset),
+      eval_step,
       in_shardings=(params, rows),
       out_shardings=whole,
     ),
     mesh=mesh,
     state_sharding=state,
+    train_function=train_step,
+    eval_function=eval_step,
+    numbers=numbers,
   )
 
 
@@ -195,6 +217,16 @@ def init_params(
     weights: the backbone's parameters; None draws them too.
     init: of a drawn backbone: "default" or "mimetic".
   """
+  return init_members(model, (seed,), weights, init)[seed]
+
+
+def init_members(
+  model: PromptedClassifier,
+  seeds: Iterable[int],
+  weights: Mapping[str, Any] | None = None,
+  init: str = "default",
+) -> dict[int, dict[str, Any]]:
+  """Returns the host parameters of each seed; see `init_params`."""
   drop = weights is not None
 
   def fresh(key):
@@ -204,12 +236,14 @@ def init_params(
 
   # Always on the CPU: other devices round some distributions differently.
   with jax.default_device(jax.local_devices(backend="cpu")[0]):
-    params = jax.device_get(jax.jit(fresh)(jax.random.key(seed)))
-  if weights is not None:
-    params["backbone"] = jax.tree.map(np.asarray, dict(weights))
-  elif init == "mimetic":
-    params["backbone"] = mimetic.mimetic(params["backbone"], seed)
-  return params
+    draw = jax.jit(fresh)
+    members = {seed: jax.device_get(draw(jax.random.key(seed))) for seed in seeds}
+  for seed, params in members.items():
+    if weights is not None:
+      params["backbone"] = jax.tree.map(np.asarray, dict(weights))
+    elif init == "mimetic":
+      params["backbone"] = mimetic.mimetic(params["backbone"], seed)
+  return members
 
 
 def peak_lr(config: ConfigDict) -> float:
@@ -217,6 +251,12 @@ def peak_lr(config: ConfigDict) -> float:
   scale = config.optim.lr_scale_by_batch
   images = config.batch_size * config.optim.accumulate_steps
   return config.optim.lr * (images / scale if scale else 1.0)
+
+
+def numbers_of(config: ConfigDict, program: Program) -> dict[str, np.ndarray]:
+  """Returns the values in a config of the method's fields that are data, float32."""
+  given = config_lib.method_kwargs(config)
+  return {name: np.asarray(given[name], np.float32) for name in program.numbers}
 
 
 def create_state(
@@ -262,6 +302,8 @@ def _new_state(config: ConfigDict, program: Program, params) -> steps.TrainState
     opt_state=program.optimizer.init(params),
     rng=jax.random.key(config.seed),
     peak_lr=jnp.float32(peak_lr(config)),
+    wd=jnp.float32(config.optim.wd),
+    numbers=numbers_of(config, program),
   )
 
 

@@ -31,6 +31,9 @@ class TrainState:
     rng: the run's typed key; step s draws from fold_in(rng, s).
     peak_lr: float32 []; multiplies the schedule, which is normalised to a peak of 1.
       As data rather than a constant it lets one compiled step serve a whole search.
+    wd: float32 []; the weight decay. None leaves it the optimizer's own constant.
+    numbers: {name: float32 [] or [2]} of the method's fields that are data; see
+      `Method.number`. None or {} for none.
   """
 
   step: Any
@@ -38,6 +41,8 @@ class TrainState:
   opt_state: Any
   rng: Any
   peak_lr: Any
+  wd: Any = None
+  numbers: Any = None
 
 
 def create_train_step(
@@ -87,16 +92,16 @@ def create_train_step(
 
     def loss_fn(trainable):
       params = trees.merge(trainable, frozen)
-      logits = model.apply(
-        {"params": params}, images, train=True, rngs={"dropout": dropout_key}
-      )
+      variables = _variables(params, state.numbers)
+      logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
       return jnp.mean(losses.cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     # optax sees the whole tree; the zeros stand for gradients nobody computes.
     zeros = jax.tree.map(jnp.zeros_like, frozen)
+    decay = {} if state.wd is None else {"wd": state.wd}
     updates, opt_state = optimizer.update(
-      trees.merge(grads, zeros), state.opt_state, state.params
+      trees.merge(grads, zeros), state.opt_state, state.params, **decay
     )
     updates, _ = trees.split(updates, mask)
     updates = jax.tree.map(lambda update: update * state.peak_lr, updates)
@@ -118,18 +123,20 @@ def create_train_step(
 
 def create_eval_step(
   model: PromptedClassifier, *, preset: preprocess.Preset
-) -> Callable[[Mapping[str, Any], Batch], Metrics]:
-  """Returns `eval_step(params, batch) -> sums over the unmasked examples`.
+) -> Callable[..., Metrics]:
+  """Returns `eval_step(params, batch, numbers=None) -> sums over unmasked examples`.
 
   The sums are `correct` and `count` (int32) and `loss` (float32, in nats); padding
   has mask 0 and adds nothing to any of them.
   """
 
-  def eval_step(params: Mapping[str, Any], batch: Batch) -> Metrics:
+  def eval_step(
+    params: Mapping[str, Any], batch: Batch, numbers: Mapping[str, Any] | None = None
+  ) -> Metrics:
     images = preprocess.eval_preprocess(
       preset, batch["images"], model.backbone.image_size
     )
-    logits = model.apply({"params": params}, images)
+    logits = model.apply(_variables(params, numbers), images)
     targets = losses.targets(batch["labels"], model.head.num_classes)
     real = batch["mask"] > 0
     correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & real
@@ -141,3 +148,11 @@ def create_eval_step(
     }
 
   return eval_step
+
+
+def _variables(
+  params: Mapping[str, Any], numbers: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """Returns what the model is applied to."""
+  variables = {"params": params}
+  return {**variables, "numbers": {"prompter": numbers}} if numbers else variables

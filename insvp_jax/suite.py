@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import tune
+from insvp_jax import tables, tune
 from insvp_jax.data import GROUPS, TASKS, check_data
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.writers import write_json
@@ -31,7 +31,7 @@ def members(config: ConfigDict, workdir: str | Path) -> list[tuple[ConfigDict, P
   return found
 
 
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
   """Does what a config asks for, for one task or for each of a group.
 
   The data of all tasks are looked at before the first one trains. Started again, the
@@ -41,6 +41,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     config: the whole configuration.
     workdir: of a single task as in `tune.run`; of a group the parent of `<task>/`,
       and the place of suite.json, table.md and table.csv.
+    mode: as for `tune.run`.
 
   Returns:
     What `tune.run` returns; for a group a dict of these by task.
@@ -51,7 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir = Path(workdir)
   tasks = members(config, workdir)
   if config.task not in GROUPS:
-    return tune.run(config, workdir)
+    return tune.run(config, workdir, mode)
   config_lib.validate(config)
   size = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
@@ -60,10 +61,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     check_data(single.task, single.data, size)
   found: dict[str, Any] = {}
   for single, where in tasks:
-    tune.say(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
-    found[single.task] = tune.run(single, where)
+    tables.say(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
+    found[single.task] = tune.run(single, where, mode)
     _write(workdir, found, GROUPS[config.task])
-  tune.say(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
+  tables.say(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
   return found
 
 

@@ -51,13 +51,16 @@ class Prepared:
   program: Program
 
 
-def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
+def prepare(
+  config: ConfigDict, like: Prepared | None = None, numbers: tuple[str, ...] = ()
+) -> Prepared:
   """Reads data and weights and builds the program; trains nothing.
 
   Args:
     config: the whole configuration.
     like: a preparation for the same task and backbone, whose data and weights are
       used again (another method, another training split).
+    numbers: the method's fields that shall be data; see `create_program`.
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
@@ -77,7 +80,7 @@ def prepare(config: ConfigDict, like: Prepared | None = None) -> Prepared:
       f"{', '.join(data.splits)}; set config.data.train_split to one of them."
     )
   program = program_lib.create_program(
-    config, data.num_classes, len(data.splits[split]), mesh
+    config, data.num_classes, len(data.splits[split]), mesh, numbers
   )
   if like:
     return Prepared(data, like.weights, like.backbone, program)
@@ -120,22 +123,15 @@ def train(
   state = program_lib.create_state(config, program, params)
   backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
   data_sha256 = data_digest(config, prepared.data, test)
-  meta = _meta(config, prepared, backbone, data_sha256)
-  shared = {key: meta[key] for key in ("data_sha256", "backbone", "versions")}
-  cluster.check_same("its data, backbone or versions", _without_paths(shared))
+  meta = describe_run(config, prepared, backbone, data_sha256)
+  check_processes(meta)
   _check_profile(config, program.total_steps)
   with (
-    lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
+    own(workdir),
     # Of several processes all must stop at the same step: there JAX's preemption
     # service has to hear of the signal.
     StopSignal().listen(jax.process_count() == 1) as stop,
-    Checkpointer(
-      workdir,
-      mask=program.mask,
-      meta=meta,
-      keep=config.keep_checkpoints,
-      report=_report,
-    ) as checkpointer,
+    open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
     remove_partial(workdir)
     state = checkpointer.restore(state) or state
@@ -148,7 +144,7 @@ def train(
       tensorboard=config.tensorboard,
       name=f"{prepared.data.name} {config.method}",
     ) as writers:
-      writers.log(_announce(config, prepared, int(state.step)))
+      writers.log(announce(config, prepared, int(state.step)))
       writers.text("config", _table(config))
       loop = Loop(config, prepared, checkpointer, writers, stop, workdir)
       state = loop.run(state)
@@ -181,10 +177,36 @@ def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _without_paths(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what all hosts have alike, wherever their files are."""
-  backbone = {k: v for k, v in meta["backbone"].items() if k not in ("id", "source")}
-  return {**meta, "backbone": backbone}
+def own(workdir: Path) -> contextlib.AbstractContextManager[None]:
+  """Returns the context in which a workdir is this run's alone."""
+  return lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+
+
+def open_checkpoints(
+  config: ConfigDict, workdir: Path, program: Program, meta: Mapping[str, Any]
+) -> Checkpointer:
+  """Returns the checkpoints of a run, from `describe_run`; close them."""
+  return Checkpointer(
+    workdir,
+    mask=program.mask,
+    meta=meta,
+    keep=config.keep_checkpoints,
+    report=_report,
+  )
+
+
+def check_processes(meta: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same data, backbone and versions.
+
+  Raises:
+    ValueError: they do not.
+  """
+  shared = {key: meta[key] for key in ("data_sha256", "versions")}
+  # Wherever a host has its files.
+  shared["backbone"] = {
+    k: v for k, v in meta["backbone"].items() if k not in ("id", "source")
+  }
+  cluster.check_same("its data, backbone or versions", shared)
 
 
 def _check_profile(config: ConfigDict, total_steps: int) -> None:
@@ -211,7 +233,7 @@ def _show_prompts(prepared: Prepared, state, writers: Writers, preset) -> None:
     writers.images(int(state.step), panels)
 
 
-def _announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
+def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
   """Returns what a run prints first: parameters, data, protocol, devices."""
   if step:
     return f"resumed at step {step} of {prepared.program.total_steps}"
@@ -248,19 +270,24 @@ class Loop:
     self.clock = Clock(**known)
     steps = config_lib.profile_steps(config)
     self.profiler = Profiler(steps, workdir / "profile")
+    self.peak_lr = program_lib.peak_lr(config)
 
-  def run(self, state):
-    """Returns the state after the last step."""
+  def batches(self, start_step: int):
+    """Returns the iterator over the batches from a step on."""
     program = self.prepared.program
-    batches = pipeline.train_batches(
+    return pipeline.train_batches(
       self.prepared.data.splits[self.config.data.train_split],
       batch_size=self.config.batch_size,
       seed=self.config.seed,
       preset=get_preset(self.config.data.preset),
       image_size=program.model.backbone.image_size,
-      start_step=int(state.step),
+      start_step=start_step,
       sharding=partition.batch_sharding(program.mesh),
     )
+
+  def run(self, state):
+    """Returns the state after the last step."""
+    batches = self.batches(int(state.step))
     # A stream has threads, which end with it.
     with contextlib.closing(batches), contextlib.closing(self.profiler):
       return self._run(state, batches)
@@ -323,22 +350,13 @@ class Loop:
     if metrics is None:
       return
     found = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    # The loss is that before the update: the norms tell of what a save would keep.
-    wrong = {name: v for name, v in found.items() if not math.isfinite(v)}
-    if not wrong:
-      return
-    name, value = ("loss", wrong["loss"]) if "loss" in wrong else wrong.popitem()
-    last = self.checkpointer.latest_step()
-    raise Diverged(
-      f"the {name} is {value} at step {step}. Lower config.optim.lr "
-      f"(now {self.config.optim.lr:g}) or set config.optim.grad_clip_norm. "
-      + (f"The checkpoint of step {last} is kept." if last else "No checkpoint yet.")
-    )
+    if wrong := divergence(found, step, self.config):
+      raise Diverged(f"{wrong} {kept(self.checkpointer)}")
 
   def _log(self, step: int, metrics) -> None:
     program = self.prepared.program
     update = (step - 1) // self.config.optim.accumulate_steps
-    lr = float(program.schedule(update)) * program_lib.peak_lr(self.config)
+    lr = float(program.schedule(update)) * self.peak_lr
     epoch = step / program.steps_per_epoch
     self.writers.train(
       step,
@@ -358,12 +376,32 @@ class Loop:
     self.writers.log(f"step {step}: val accuracy {100 * found['accuracy']:.2f}%")
 
 
-def _meta(
+def divergence(metrics: Mapping[str, float], step: int, config: ConfigDict) -> str:
+  """Returns what is wrong with the metrics of a step, and how to mend it, or ""."""
+  # The loss is that before the update: the norms tell of what a save would keep.
+  wrong = {name: v for name, v in metrics.items() if not math.isfinite(v)}
+  if not wrong:
+    return ""
+  name, value = ("loss", wrong["loss"]) if "loss" in wrong else wrong.popitem()
+  return (
+    f"the {name} is {value} at step {step}. Lower config.optim.lr "
+    f"(now {config.optim.lr:g}) or set config.optim.grad_clip_norm."
+  )
+
+
+def kept(checkpointer: Checkpointer) -> str:
+  """Returns which checkpoint of a run there is."""
+  last = checkpointer.latest_step()
+  return f"The checkpoint of step {last} is kept." if last else "No checkpoint yet."
+
+
+def describe_run(
   config: ConfigDict,
   prepared: Prepared,
   backbone: Mapping[str, Any],
   data_sha256: str,
 ) -> dict[str, Any]:
+  """Returns what a run is, as stored with each of its checkpoints."""
   program = prepared.program
   trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
   return {

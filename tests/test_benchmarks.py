@@ -74,6 +74,12 @@ def test_startup_measures_an_import_without_tensorflow(benchmark):
   assert 0 < benchmark("startup").import_seconds()
 
 
+def test_tune_compares_trials_together_with_one_by_one(benchmark):
+  found = benchmark("tune").compare("linear", "boxed", number=2, steps=1, rounds=1)
+  assert found["speed_up"] > 0 and set(found["seconds"]) == {"one by one", "together"}
+  assert found["automatic_chunk"] == 2 and found["mib_of_a_member"] > 0
+
+
 def test_input_compares_the_stream_with_tf_data(benchmark, monkeypatch):
   pytest.importorskip("tensorflow_datasets")
   module = benchmark("input")

@@ -20,14 +20,16 @@ LAYERS = (
   ("main",),
   ("suite",),
   ("tune", "tools"),
-  ("trainer", "run", "plan"),
+  ("together", "sizing"),
+  ("trainer", "run", "tables", "trials", "member_files", "plan"),
+  ("population",),
   ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
   ("shardings",),
   ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
-  ("config", "trees", "errors", "stopping", "versions", "clock", "flops"),
+  ("config", "trees", "errors", "stopping", "versions", "clock", "flops", "grids"),
   ("appended_file", "lock", "memory", "profiling"),
 )
 # What a part may import of the package where that is less than the order allows.

@@ -117,6 +117,22 @@ UNKNOWN = "unknown config key "
     (["--config.optim.warmup_steps=3"], ["the warm-up takes 3 of the run's 3 upd"]),
     (["--config.total_epochs=inf"], ["config.total_epochs is inf"]),
     (["--config.batch_size=400"], ["only 24 images; lower it to at most 24"]),
+    (["--mode=tuned"], ["mode", "tuned", "auto|train|tune"]),
+    (["--config.tune.select=test"], ["tune.select is 'test', expected 'val'", "never"]),
+    (["--config.tune.population=-1"], ["config.tune.population is -1"]),
+    (
+      ["--config.tune.grid.dropuot=(0.1,)"],
+      [f"{UNKNOWN}'tune.grid.dropuot'", "Did you mean 'tune.grid.dropout'?"],
+    ),
+    (
+      ["--mode=tune", "--config.tune.grid.prompt_dropout=(0.1,)"],
+      ["grid.prompt_dropout is no number of vpt_deep. Did you mean 'dropout'?"],
+    ),
+    (["--mode=tune", "--config.tune.grid.dropout=(2.0,)"], ["dropout is 2.0"]),
+    (
+      ["--mode=tune", "--config.method=bias", "--config.optim.name=sgd"],
+      ["the grid is empty", "'bias'", "'sgd'", '--config.tune.lr="(0.001, 0.01)"'],
+    ),
     (["--workdirr=x"], ["Unknown command line flag 'workdirr'", "workdir"]),
     (["out"], ["unexpected argument 'out'"]),
     (["--workdir=gs://bucket/run"], ["gs://bucket/run, a URL; expected a folder"]),
@@ -463,6 +479,40 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(main, base, tmp
   assert done.status == 0, done.err
   assert f"resumed at step {step} of {LONG}" in done.err
   assert json.loads((workdir / "result.json").read_text())["steps"] == LONG
+
+
+def test_mode_tune_is_the_protocol_and_mode_train_one_run(main, base, tmp_path):
+  flags = [*base, f"--workdir={tmp_path}", "--config.tune.lr=(0.01,0.1)"]
+  done = main(*flags, "--mode=train")
+  assert done.status == 0, done.err
+  assert json.loads((tmp_path / "result.json").read_text())["lr"] == 0.001
+  flags[-1] = "--config.tune.seeds=(0,1)"
+  done = main(*flags, "--mode=tune")
+  assert done.status == 0, done.err
+  # The method's own grid: 2 lr, 2 wd.
+  summary = json.loads((tmp_path / "summary.json").read_text())["vpt_deep"]
+  assert {(t["lr"], t["wd"]) for t in summary["trials"]} == {
+    (lr, wd) for lr in (1e-3, 1e-2) for wd in (1e-4, 1e-3)
+  }
+  assert len(summary["test_accuracies"]) == 2
+  assert last_line(done.out).startswith("| vpt_deep | ")
+
+
+def test_a_stopped_search_goes_on_with_the_missing_trials(main, base, tmp_path):
+  path = tmp_path / "vpt_deep" / "trials.jsonl"
+  command = [*base, f"--workdir={tmp_path}", "--mode=tune"]
+  command += ["--config.total_steps=100", "--config.tune.lr=(0.01,0.02,0.03,0.04)"]
+  done = main(*command, signal=signal.SIGTERM, when=str(path))
+  assert done.status == 42, done.err
+  assert last_line(done.err) == (
+    "insvp_jax: stopped by SIGTERM. Start the same command again to go on."
+  )
+  before = path.read_bytes()
+  assert before.endswith(b"\n") and 1 <= before.count(b"\n") < 4
+  done = main(*command)
+  assert done.status == 0, done.err
+  assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == 4
+  assert json.loads((tmp_path / "vpt_deep/seed0/result.json").read_text())["steps"]
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 42)])

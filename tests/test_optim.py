@@ -194,6 +194,23 @@ def test_no_decay_changes_only_its_parameters():
   assert different == {"head/bias"}
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_decay_that_comes_as_data_replaces_the_constant(name, accumulate):
+  options = dict(name=name, accumulate_steps=accumulate, no_decay=("head/bias",))
+  gradients = [tree(seed) for seed in (1, 2, 3, 4)]
+  expected = train(create(wd=0.5, **options), gradients)
+  tx, params = create(wd=0.0, **options), tree(0)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for gradient in gradients:
+    updates, state = update(gradient, state, params, wd=jnp.float32(0.5))
+    params = optax.apply_updates(params, updates)
+  assert_trees_close(trees.flatten(params), expected)
+  assert jax.tree.structure(state) == jax.tree.structure(
+    create(wd=0.5, **options).init(params)
+  )
+
+
 def test_clip_sees_trainable_gradients_only():
   gradient = tree(1)
   gradient["backbone"] = jax.tree.map(lambda g: 1e6 * g, gradient["backbone"])

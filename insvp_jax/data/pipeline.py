@@ -87,7 +87,7 @@ class _Steps:
   def orders(self, out_shardings=None) -> Iterator[tuple[int, Array]]:
     """Yields (step, order of its epoch) for ever."""
     # Static arguments, not closures: the next call finds the compiled program.
-    permute = jax.jit(_permutation, static_argnames="size", out_shardings=out_shardings)
+    permute = jax.jit(epoch_order, static_argnames="size", out_shardings=out_shardings)
     epoch, order, step = None, None, self.start
     while True:
       if epoch != step // self.per_epoch:
@@ -114,17 +114,18 @@ def augment_key(seed: Any, step: Any) -> Key[Array, ""]:
   return jax.random.split(key, 3)[0]
 
 
-def _permutation(seed, epoch, size: int):
+def epoch_order(seed, epoch, size: int):
+  """Returns the order of an epoch's examples; pure and jit-able."""
   key = jax.random.fold_in(jax.random.key(seed), epoch)
   return jax.random.permutation(key, size)
 
 
 def _resident(split, steps: _Steps, preset, image_size, sharding):
-  everywhere = _replicated(sharding)
+  everywhere = replicated(sharding)
   # One copy per device: a gather then needs no communication.
-  images, labels = _put(split.images, everywhere), _put(split.labels, everywhere)
-  gather = jax.jit(
-    _gather,
+  images, labels = put(split.images, everywhere), put(split.labels, everywhere)
+  take = jax.jit(
+    gather,
     static_argnames=("batch_size", "preset", "image_size"),
     out_shardings=sharding,
   )
@@ -136,12 +137,25 @@ def _resident(split, steps: _Steps, preset, image_size, sharding):
   for step, order in steps.orders(everywhere):
     position = np.int32(step % steps.per_epoch)
     seed = np.uint32(steps.seed % 2**32)
-    yield gather(images, labels, order, position, seed, np.int32(step), **options)
+    yield take(images, labels, order, position, seed, np.int32(step), **options)
 
 
-def _gather(
+def gather(
   images, labels, order, position, seed, step, *, batch_size, preset, image_size
 ):
+  """Returns the batch at a position of an epoch's order; pure and jit-able.
+
+  Args:
+    images: all stored images.
+    labels: theirs.
+    order: from `epoch_order`.
+    position: number of batches of this epoch before this one.
+    seed: of crops and flips, as is `step`.
+    step: number of batches of the run before this one.
+    batch_size: b; static, as are the rest.
+    preset: says how images are cropped and flipped; None leaves them.
+    image_size: side of the crops in pixels.
+  """
   start = position * batch_size
   indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
   chosen = jnp.take(images, indices, 0, mode="clip")
@@ -250,14 +264,17 @@ def _nothing(split: Split) -> np.ndarray:
   return np.empty((0, split.stored_size, split.stored_size, 3), np.uint8)
 
 
-def _replicated(sharding):
+def replicated(
+  sharding: jax.sharding.Sharding | None,
+) -> jax.sharding.Sharding | None:
   """Returns the sharding that keeps whole arrays on all the same devices."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return sharding
 
 
-def _put(array: np.ndarray, sharding) -> Array:
+def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
+  """Returns the array on the devices; every process has all of it."""
   if sharding is None:
     return jnp.asarray(array)
   # Unlike device_put, this also serves devices of which this process owns a part.
@@ -283,11 +300,11 @@ def _place(
   local = np.zeros(batch_size, np.int64)
   local[rows] = np.arange(len(rows))
 
-  def put(array: np.ndarray) -> Array:
+  def place(array: np.ndarray) -> Array:
     def part(index):
       return array[local[index[0]]]
 
     shape = (batch_size, *array.shape[1:])
     return jax.make_array_from_callback(shape, sharding, part)
 
-  return {name: put(array) for name, array in batch.items()}
+  return {name: place(array) for name, array in batch.items()}

@@ -6,7 +6,7 @@ a method overrides it, so a method's file holds only what the method is.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
@@ -51,9 +51,13 @@ class Method(nn.Module):
 
   Attributes:
     spec: the backbone's sizes.
+    NUMBERS: names of the fields that shape no array and choose no operation: rates
+      and weights. They may come as data (see `number`), so that configurations that
+      differ in them share one compiled step.
   """
 
   spec: BackboneSpec
+  NUMBERS: ClassVar[tuple[str, ...]] = ()
 
   def prompt_image(
     self, images: Float[Array, "b h w c"], *, train: bool = False
@@ -90,6 +94,19 @@ class Method(nn.Module):
     """Returns what there is to look at, by name; see `Run.prompts`."""
     del images
     return {}
+
+  @nn.nowrap
+  def number(self, name: str, constant: Any) -> Any:
+    """Returns one of `NUMBERS`: the data of that name where there are any.
+
+    Data come in the collection "numbers", next to "params": scalars, or vectors for
+    fields that are pairs.
+
+    Args:
+      name: of the field.
+      constant: its value where it is no data.
+    """
+    return self.get_variable("numbers", name, constant)
 
   def trainable_patterns(self) -> tuple[str, ...]:
     """Returns regular expressions over the names of the trainable parameters."""

@@ -1,29 +1,37 @@
-"""Dropout whose random numbers cost a third, and are the same."""
+"""Dropout that draws fast, and at a rate that may be data of the compiled step."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# A number of a method: a constant of the compiled step, or data of it.
+Number = float | int | Float[Array, ""]
+
+
+def is_off(rate: Number) -> bool:
+  """Returns whether no dropout is compiled at all; never for a rate that is data."""
+  return isinstance(rate, float | int) and rate == 0
+
 
 class Dropout(nn.Module):
   """Zeroes each value with the given probability and scales the others up.
 
   Draws what `nn.Dropout` draws, bit for bit, but in one row: compilers make slow code
-  of random numbers in arrays with few channels.
+  of random numbers in arrays with few channels. And that one only takes constants.
 
   Attributes:
     rate: the probability, in [0, 1).
   """
 
-  rate: float
+  rate: Number
 
   @nn.compact
   def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
     """Returns x as it is unless training, which needs the rng "dropout"."""
-    if not train or self.rate == 0:
+    if not train or is_off(self.rate):
       return x
-    keep = 1 - self.rate
+    keep = 1.0 - self.rate
     drawn = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.size,))
     # Drawn once: the compiler would rather draw again in the backward pass.
     kept = jax.lax.optimization_barrier(drawn).reshape(x.shape)

@@ -5,12 +5,14 @@ Itself", ACM Multimedia.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.base import BlockPrompts, Method
+from insvp_jax.methods.dropout import Dropout, is_off
 from insvp_jax.methods.initializers import symmetric_uniform, vpt_bound
 from insvp_jax.methods.insvp_prompters import (
   GlobalPrompter,
@@ -84,6 +86,12 @@ class InsVP(Method):
       products). They differ by rounding.
   """
 
+  NUMBERS: ClassVar[tuple[str, ...]] = (
+    "dropout",
+    "prompt_dropout",
+    "image_fusion",
+    "feature_fusion",
+  )
   preset: str = "paper"
   prompt_length: int | None = None
   prompted_blocks: int | None = None
@@ -126,12 +134,13 @@ class InsVP(Method):
   def setup(self) -> None:
     """Creates the prompters that are on."""
     s = self.settings
+    dropout = self.number("dropout", s.dropout)
     if s.use_patch:
       size = self.spec.patch_size
-      self.patch_prompter = PatchPrompter(size, s.patch_hidden, s.dropout)
+      self.patch_prompter = PatchPrompter(size, s.patch_hidden, dropout)
     if s.use_global:
       self.global_prompter = GlobalPrompter(
-        s.global_hidden, s.global_kernels, s.global_dilations, s.dropout, s.conv
+        s.global_hidden, s.global_kernels, s.global_dilations, dropout, s.conv
       )
     if s.use_common:
       bound = 1.0
@@ -139,14 +148,15 @@ class InsVP(Method):
         bound = vpt_bound(self.spec.patch_size, self.spec.width)
       shape = (s.prompted_blocks, s.prompt_length, self.spec.width)
       self.common_prompt = self.param("common_prompt", symmetric_uniform(bound), shape)
-      self.common_dropout = nn.Dropout(s.prompt_dropout)
+      rate = self.number("prompt_dropout", s.prompt_dropout)
+      self.common_dropout = Dropout(rate)
     if s.use_specific:
       self.specific_prompter = SpecificPrompter(
         self.spec.width,
         s.prompt_length,
         s.specific_kernels,
         s.specific_activation,
-        s.dropout,
+        dropout,
         s.conv,
       )
 
@@ -217,30 +227,32 @@ class InsVP(Method):
 
   def _image_prompts(self, images: Array, train: bool) -> dict[str, Array]:
     s = self.settings
+    weights = self.number("image_fusion", s.image_fusion)
     found, fused = {}, []
     if s.use_patch:
       found["patch"] = self.patch_prompter(images, train=train)
-      fused.append(s.image_fusion[0] * found["patch"])
+      fused.append(weights[0] * found["patch"])
     if s.use_global:
       found["global"] = self.global_prompter(images, train=train)
-      fused.append(s.image_fusion[1] * found["global"])
+      fused.append(weights[1] * found["global"])
     return {**found, "image": sum(fused)} if found else {}
 
   def _token_prompts(
     self, images: Array, prompted_images: Array, train: bool
   ) -> dict[str, Array]:
     s = self.settings
+    weights = self.number("feature_fusion", s.feature_fusion)
     found, fused = {}, []
     if s.use_common:
       common = self._common(len(images), train)
-      fused.append(s.feature_fusion[0] * common)
+      fused.append(weights[0] * common)
     if s.use_specific:
       source = prompted_images
       if s.specific_input == "original":
         source = self._attended(images)
       specific = self.specific_prompter(source, train=train)
       found["specific"] = specific
-      fused.append(s.feature_fusion[1] * specific[None])
+      fused.append(weights[1] * specific[None])
     if not fused:
       return {}
     feature = sum(fused)
@@ -250,7 +262,7 @@ class InsVP(Method):
   def _common(self, batch_size: int, train: bool) -> Float[Array, "l b p d"]:
     """Common prompts; their batch axis is 1 unless dropout differs by sample."""
     common = jnp.expand_dims(self.common_prompt, 1)
-    if not train or self.settings.prompt_dropout == 0:
+    if not train or is_off(self.common_dropout.rate):
       return common
     common = jnp.repeat(common, batch_size, axis=1)
-    return self.common_dropout(common, deterministic=False)
+    return self.common_dropout(common, train=True)

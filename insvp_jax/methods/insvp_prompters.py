@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.conv import AUTO, Conv
-from insvp_jax.methods.dropout import Dropout
+from insvp_jax.methods.dropout import Dropout, Number
 from insvp_jax.methods.initializers import torch_uniform
 
 SIMAM_LAMBDA = 1e-3
@@ -56,7 +56,7 @@ class PatchPrompter(nn.Module):
 
   patch_size: int
   hidden: int
-  dropout: float
+  dropout: Number
 
   @nn.compact
   def __call__(
@@ -90,7 +90,7 @@ class GlobalPrompter(nn.Module):
   hidden: int
   kernels: Sequence[int]
   dilations: Sequence[int]
-  dropout: float
+  dropout: Number
   conv: str = AUTO
 
   @nn.compact
@@ -187,7 +187,7 @@ class SpecificPrompter(nn.Module):
   prompt_length: int
   kernels: Sequence[int]
   activation: str
-  dropout: float
+  dropout: Number
   conv: str = AUTO
 
   @nn.compact

@@ -4,6 +4,7 @@ Source: Jia et al. 2022, "Visual Prompt Tuning", eq. 4 to 8.
 """
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from jaxtyping import Array, Float
 
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BlockPrompts, Method
+from insvp_jax.methods.dropout import Dropout, is_off
 from insvp_jax.methods.initializers import symmetric_uniform, torch_uniform, vpt_bound
 
 
 class _VPT(Method):
   """What the shallow and the deep variant share."""
 
+  NUMBERS: ClassVar[tuple[str, ...]] = ("dropout",)
   prompt_length: int = 50
   project: int | None = None
   dropout: float | int = 0.0
@@ -47,7 +50,7 @@ class _VPT(Method):
         kernel_init=nn.initializers.normal(math.sqrt(2 / self.spec.width)),
         bias_init=torch_uniform(width),
       )
-    self.prompt_dropout = nn.Dropout(self.dropout)
+    self.prompt_dropout = Dropout(self.number("dropout", self.dropout))
 
   def prompt_tokens(
     self,
@@ -62,9 +65,9 @@ class _VPT(Method):
     if self.project is not None:
       tokens = self.projection(tokens)
     tokens = jnp.expand_dims(tokens, 1)
-    if train and self.dropout > 0:
+    if train and not is_off(self.prompt_dropout.rate):
       tokens = jnp.repeat(tokens, len(images), axis=1)
-      tokens = self.prompt_dropout(tokens, deterministic=False)
+      tokens = self.prompt_dropout(tokens, train=True)
     return BlockPrompts(tokens)
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:

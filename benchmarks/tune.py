@@ -1,0 +1,137 @@
+"""A search of trials that train together against the same trials one by one.
+
+  python -m benchmarks.tune [--methods=linear,vpt_deep,insvp] [--trials=4] [--json=FILE]
+
+Both train the same learning rates on the digits for a few steps and evaluate them on a
+part of them; compilation is timed apart. The two take turns, and the medians of the
+rounds are compared, so that a machine that is busy at times does not decide.
+
+What trials that train together gain depends on the device: a GPU that one trial does
+not fill computes several in little more time. A CPU is filled by one; there only what
+is shared is gained: with a linear head the whole backbone.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+from pathlib import Path
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from insvp_jax import sizing, together, trainer, trials
+from insvp_jax.config import defaults
+from insvp_jax.data import ArraySplit, TaskData
+from insvp_jax.population import Population
+
+
+def create_config(method: str, backbone: str, steps: int) -> ConfigDict:
+  """Returns the config of the trials."""
+  config = defaults()
+  config.task, config.method = "digits", method
+  config.backbone.name = backbone
+  config.batch_size = 32
+  config.total_steps = steps
+  config.log_every_steps = steps
+  config.vpt_deep.prompt_length = config.vpt_shallow.prompt_length = 9
+  return config
+
+
+def with_val(prepared: trainer.Prepared) -> trainer.Prepared:
+  """Returns the digits with a val split, of train's first 200."""
+  train = prepared.data.splits["train"]
+  val = ArraySplit(train.images[:200], train.labels[:200])
+  data = TaskData("digits", prepared.data.class_names, {"train": train, "val": val})
+  return trainer.Prepared(data, prepared.weights, prepared.backbone, prepared.program)
+
+
+def seconds(
+  configs: Sequence[ConfigDict],
+  prepared: trainer.Prepared,
+  population: Population,
+  drawn: Any,
+) -> float:
+  """Returns the seconds of training and evaluating some trials, chunk by chunk."""
+  size = 1 if population.alone else len(configs)
+  with tempfile.TemporaryDirectory() as folder:
+    start = time.perf_counter()
+    for i in range(0, len(configs), size):
+      some = configs[i : i + size]
+      together.search(some, prepared, population, drawn, Path(folder), "trials")
+    return time.perf_counter() - start
+
+
+def compare(
+  method: str, backbone: str, number: int, steps: int, rounds: int
+) -> dict[str, Any]:
+  """Returns the seconds of both ways of training `number` trials.
+
+  Args:
+    method: a key of `methods.METHODS`.
+    backbone: a release's name or a variant.
+    number: of trials.
+    steps: of each trial.
+    rounds: how often both are timed, after once for compilation.
+  """
+  config = create_config(method, backbone, steps)
+  lrs = np.geomspace(1e-4, 1e-2, number).tolist()
+  configs = [trials.at(config, lr=lr) for lr in lrs]
+  prepared = with_val(trainer.prepare(config))
+  ways = {
+    "one by one": Population.of(configs[:1], prepared.program, prepared.weights),
+    "together": Population.of(configs, prepared.program, prepared.weights),
+  }
+  drawn = ways["together"].draw(configs, prepared.weights)
+  first = {w: seconds(configs, prepared, p, drawn) for w, p in ways.items()}
+  times: dict[str, list[float]] = {way: [] for way in ways}
+  for _ in range(rounds):
+    for way, population in ways.items():
+      times[way].append(seconds(configs, prepared, population, drawn))
+  medians = {way: statistics.median(values) for way, values in times.items()}
+  split = prepared.data.splits["train"]
+  return {
+    "method": method,
+    "backbone": backbone,
+    "trials": number,
+    "steps": steps,
+    "device": jax.devices()[0].device_kind,
+    "rounds": times,
+    "seconds": medians,
+    "speed_up": medians["one by one"] / medians["together"],
+    "compile_seconds": {way: max(first[way] - medians[way], 0.0) for way in ways},
+    "automatic_chunk": sizing.chunk_size(configs, ways["together"], split),
+    "mib_of_a_member": sizing.member_bytes(config, ways["together"])[1] / 2**20,
+  }
+
+
+def main() -> None:
+  """Prints one row per method."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--methods", default="linear,vpt_deep,insvp")
+  parser.add_argument("--backbone", default="boxed")
+  parser.add_argument("--trials", type=int, default=4)
+  parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--json", default="")
+  args = parser.parse_args()
+  print(f"| {args.trials} trials of {args.steps} steps, {args.backbone} ", end="")
+  print("| one by one, s | together, s | speed-up | automatic |")
+  print("|---|---|---|---|---|")
+  rows = []
+  for method in args.methods.split(","):
+    row = compare(method, args.backbone, args.trials, args.steps, args.rounds)
+    rows.append(row)
+    times = [f"{row['seconds'][way]:.2f}" for way in ("one by one", "together")]
+    cells = [method, *times, f"{row['speed_up']:.2f}", str(row["automatic_chunk"])]
+    print(f"| {' | '.join(cells)} |", flush=True)
+  if args.json:
+    Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

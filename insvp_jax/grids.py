@@ -1,0 +1,60 @@
+"""The grids of learning rate and weight decay that methods are tuned on by default.
+
+`--mode=tune` takes them where `config.tune.lr` is empty. A grid belongs to a method
+*and* its optimizer: SGD's learning rates are of no use to AdamW.
+
+| grid | source |
+|---|---|
+| InsVP, AdamW | every lr and wd of InsVP's published scripts (sh/*.sh), unscaled |
+| prompts and linear, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
+| full, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
+| others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
+
+VPT: Jia et al., ECCV 2022; which grid it gave to bias tuning its code does not say.
+With an lr of 1e-3 and above full fine-tuning collapses on VTAB-1k (the audit: 58.5% on
+average over the 19 tasks), while lr 1e-4 reaches 74% (Adapter+, Steitz and Roth 2024).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """All pairs of a learning rate and a weight decay.
+
+  Attributes:
+    lr: peak learning rates, before `optim.lr_scale_by_batch`.
+    wd: weight decays.
+    lr_scale_by_batch: the images that `lr` is meant for: it is multiplied by (images
+      per update) / this. 0 leaves it as it is.
+  """
+
+  lr: tuple[float, ...]
+  wd: tuple[float, ...]
+  lr_scale_by_batch: int = 0
+
+
+_INSVP = Grid(
+  lr=(5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3),
+  wd=(5e-4, 1e-3, 2e-3, 5e-3, 0.07, 0.5, 1.0),
+)
+_VPT = Grid(
+  lr=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0),
+  wd=(0.0, 1e-4, 1e-3, 1e-2),
+  lr_scale_by_batch=256,
+)
+_FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
+_AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
+
+# By (method, optimizer).
+GRIDS = {
+  ("insvp", "adamw"): _INSVP,
+  ("vpt_shallow", "sgd"): _VPT,
+  ("vpt_deep", "sgd"): _VPT,
+  ("linear", "sgd"): _VPT,
+  ("vpt_shallow", "adamw"): _AUDIT,
+  ("vpt_deep", "adamw"): _AUDIT,
+  ("linear", "adamw"): _AUDIT,
+  ("bias", "adamw"): _AUDIT,
+  ("full", "adamw"): _FULL,
+}

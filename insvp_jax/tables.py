@@ -1,0 +1,77 @@
+"""What a search and its final runs have found, as text: lines, Markdown, CSV."""
+
+from collections.abc import Mapping
+import csv
+import io
+from typing import Any
+
+import jax
+
+_SPLITS = ("val", "test")
+
+
+def say(text: str) -> None:
+  """Prints on the first of several processes."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+  """Returns one line about a finished run."""
+  accuracies = [
+    f"{split} {100 * result[f'{split}_accuracy']:.2f}%"
+    for split in _SPLITS
+    if result[f"{split}_accuracy"] is not None
+  ]
+  share = 100 * result["trainable_params"] / result["total_params"]
+  return (
+    f"{result['task']} {result['method']}: {', '.join(accuracies) or 'not evaluated'}; "
+    f"{result['trainable_params']:,} trainable parameters ({share:.2f}%), "
+    f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
+  )
+
+
+def format_table(task: str, summary: Mapping[str, Any]) -> str:
+  """Returns the summary as a Markdown table, one row per method."""
+  more = _more(summary)
+  titles = [task, "test accuracy", "seeds", "lr", "wd", *more]
+  titles += ["prompter + head", "seconds a run"]
+  rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+  for method, found in summary.items():
+    mean = "-" if found["mean"] is None else f"{100 * found['mean']:.2f}"
+    spread = f" ± {100 * found['std']:.2f}" if found["std"] is not None else ""
+    cells = [method, f"{mean}{spread}", f"{len(found['seeds'])}"]
+    cells += [_number(found.get(name, "")) for name in ("lr", "wd", *more)]
+    cells += [f"{found['trainable_params']:,}", f"{found['train_seconds']:.0f}"]
+    rows.append(f"| {' | '.join(cells)} |")
+  return "\n".join(rows) + "\n"
+
+
+def format_csv(task: str, summary: Mapping[str, Any]) -> str:
+  """Returns the summary as CSV, one row per method; accuracies in [0, 1]."""
+  more = _more(summary)
+  columns = ("mean", "std", "seeds", "test_accuracies", "val_accuracy", "lr", "wd")
+  columns = (*columns, *more, "trainable_params", "prompter_params", "train_seconds")
+  file = io.StringIO()
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(("task", "method", *columns))
+  for method, found in summary.items():
+    cells = (found.get(name) for name in columns)
+    writer.writerow((task, method, *map(_cell, cells)))
+  return file.getvalue()
+
+
+def _more(summary: Mapping[str, Any]) -> list[str]:
+  """Returns the numbers beside lr and wd that any method was searched for."""
+  names = (name for found in summary.values() for name in found["searched"])
+  return [name for name in dict.fromkeys(names) if name not in ("lr", "wd")]
+
+
+def _number(value: Any) -> str:
+  if isinstance(value, tuple | list):
+    return ", ".join(map(_number, value))
+  return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+def _cell(value: Any) -> Any:
+  return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
