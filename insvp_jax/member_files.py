@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from insvp_jax import trainer
+from insvp_jax import loop
 from insvp_jax.checkpoints import Checkpointer
 from insvp_jax.population import Population
 from insvp_jax.stopping import Interrupted
@@ -62,7 +62,7 @@ class MemberFiles:
         checkpointer.save(member, progress={**progress, **times}, force=force)
 
   def kept(self, index: int) -> str:
-    return trainer.kept(self.each[index])
+    return loop.kept(self.each[index])
 
   def reached_preemption(self, step: int) -> bool:
     return self.each[0].reached_preemption(step)

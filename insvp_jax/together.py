@@ -21,16 +21,17 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import program as program_lib
-from insvp_jax import trainer
+from insvp_jax import records, trainer
+from insvp_jax.loop import Diverged, Loop, divergence
 from insvp_jax.member_files import MeanWriter, MemberFiles, MemberWriters, NoFiles
 from insvp_jax.population import Population
+from insvp_jax.preparation import Prepared
 from insvp_jax.stopping import Stopped, StopSignal
-from insvp_jax.trainer import Diverged, Prepared
 from insvp_jax.writers import Writers, remove_partial, write_json
 
 
-class PopulationLoop(trainer.Loop):
-  """The loop of `trainer` over a stacked state.
+class PopulationLoop(Loop):
+  """The loop of `loop` over a stacked state.
 
   Attributes:
     lost: what became of the members that diverged, by index. They go on as numbers
@@ -60,7 +61,7 @@ class PopulationLoop(trainer.Loop):
     found = jax.device_get(metrics)
     for i, config in enumerate(self.configs):
       mine = {name: float(values[i]) for name, values in found.items()}
-      wrong = "" if i in self.lost else trainer.divergence(mine, step, config)
+      wrong = "" if i in self.lost else divergence(mine, step, config)
       if wrong:
         self.lost[i] = f"{wrong} {self.checkpointer.kept(i)}".strip()
     if len(self.lost) == len(self.configs):
@@ -179,7 +180,7 @@ def train(
 def _train(configs, workdirs, prepared, population) -> dict[int, str]:
   """Trains to the last checkpoints; returns what became of diverged members."""
   drawn = population.draw(configs, prepared.weights)
-  data_sha256 = trainer.data_digest(configs[0], prepared.data, True)
+  data_sha256 = records.data_digest(configs[0], prepared.data, True)
   with contextlib.ExitStack() as stack:
     for workdir in workdirs:
       stack.enter_context(trainer.own(workdir))
@@ -189,7 +190,7 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
       backbone = program_lib.identify(
         prepared.backbone, config.seed, drawn[config.seed]["backbone"]
       )
-      meta = trainer.describe_run(config, prepared, backbone, data_sha256)
+      meta = records.describe_run(config, prepared, backbone, data_sha256)
       trainer.check_processes(meta)
       opened = trainer.open_checkpoints(config, workdir, prepared.program, meta)
       checkpointers.append(stack.enter_context(opened))
@@ -236,5 +237,5 @@ def _open_writers(stack, configs, workdirs, prepared, progress) -> MemberWriters
       stream=silent if i else None,
     )
     opened.append(stack.enter_context(writers))
-  opened[0].log(trainer.announce(configs[0], prepared, step))
+  opened[0].log(records.announce(configs[0], prepared, step))
   return MemberWriters(opened)

@@ -22,11 +22,11 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import sizing, tables, together, trainer, trees, trials
+from insvp_jax import records, sizing, tables, together, trainer, trees, trials
 from insvp_jax.methods import METHODS, create_method
 from insvp_jax.population import Population, can_train_together
+from insvp_jax.preparation import Prepared, prepare
 from insvp_jax.tables import describe, say
-from insvp_jax.trainer import Prepared
 from insvp_jax.writers import write_json
 
 MODES = ("auto", "train", "tune")
@@ -131,7 +131,7 @@ class Search:
     more = tuple(name for name in self.names if name not in ("lr", "wd"))
     configs = [trials.at(config, **point) for point in self.points]
     # With any point's numbers: they are data.
-    self.prepared = trainer.prepare(configs[0], like=like, numbers=more)
+    self.prepared = prepare(configs[0], like=like, numbers=more)
     spec = self.prepared.program.model.backbone.spec
     for each in configs:
       create_method(each.method, spec, **config_lib.method_kwargs(each))
@@ -180,7 +180,7 @@ class Search:
       self.config,
       self.names,
       prepared.backbone,
-      trainer.data_digest(self.config, prepared.data, False),
+      records.data_digest(self.config, prepared.data, False),
     )
     done = trials.read(path, digest)
     missing = [point for point in self.points if trials.find(done, point) is None]
@@ -231,7 +231,7 @@ class Search:
     data = self.prepared.data
     split = data.final_split if data.final_split in data.splits else "train"
     final = trials.at(self.config, **chosen, train_split=split)
-    retrained = trainer.prepare(final, like=self.prepared)
+    retrained = prepare(final, like=self.prepared)
     configs = {
       workdir / f"seed{seed}": trials.at(final, seed=seed)
       for seed in self.config.tune.seeds or (self.config.seed,)
@@ -283,6 +283,6 @@ def _finished(
   found, before = json.loads(result.read_text()), json.loads(stored.read_text())
   # Random weights have a seed beside what is prepared; the config compares it.
   same = prepared.backbone.items() <= found["backbone"].items()
-  digest = trainer.data_digest(config, prepared.data, True)
+  digest = records.data_digest(config, prepared.data, True)
   same &= found.get("data_sha256") == digest
   return found if same and not config_lib.difference(config, before) else None

@@ -22,6 +22,8 @@ LAYERS = (
   ("tune", "tools"),
   ("together", "sizing"),
   ("trainer", "run", "tables", "trials", "member_files", "plan"),
+  ("loop", "records"),
+  ("preparation",),
   ("population",),
   ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),

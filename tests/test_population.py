@@ -16,11 +16,11 @@ from insvp_jax import program as program_lib
 from insvp_jax import sizing, together, trainer, trees, trials
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.data import ArraySplit, StreamSplit, TaskData
+from insvp_jax.loop import Diverged, Loop
 from insvp_jax.models import pretrained
 from insvp_jax.population import Population, can_train_together
 from insvp_jax.run import load_run
 from insvp_jax.stopping import Stopped
-from insvp_jax.trainer import Diverged, Loop
 
 # Everything that a seed decides: mixing, crops and flips, dropout.
 RANDOM = {

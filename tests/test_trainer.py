@@ -19,10 +19,11 @@ from insvp_jax import program as program_lib
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.config import to_dict
 from insvp_jax.data import ArraySplit, preprocess
+from insvp_jax.loop import Diverged, Loop
 from insvp_jax.profiling import Profiler
 from insvp_jax.run import load_run
 from insvp_jax.stopping import Stopped
-from insvp_jax.trainer import Diverged, Loop, train
+from insvp_jax.trainer import train
 
 TOTAL = 6  # steps of `tiny_config`: 2 epochs of 3
 RESULT_KEYS = (
@@ -278,13 +279,13 @@ def test_a_real_ctrl_c_writes_a_checkpoint_and_leaves_the_handlers(
 def test_a_signal_after_the_last_step_keeps_the_result_and_still_stops(
   insvp, monkeypatch, tmp_path
 ):
-  original = trainer._result
+  original = records.result
 
-  def result(config, prepared, state, loop, *args):
-    loop.stop.signum = signal.SIGTERM
-    return original(config, prepared, state, loop, *args)
+  def result(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args)
 
-  monkeypatch.setattr(trainer, "_result", result)
+  monkeypatch.setattr(records, "result", result)
   with pytest.raises(Stopped, match=f"at step {TOTAL}"):
     train(config_of(), tmp_path, prepared=insvp)
   assert json.loads((tmp_path / "result.json").read_text())["steps"] == TOTAL

@@ -13,8 +13,8 @@ from tiny_training import make_data, tiny_config
 from insvp_jax import config as config_lib
 from insvp_jax import steps, tables, together, trainer, trials, tune
 from insvp_jax.data import ArraySplit, StreamSplit
+from insvp_jax.loop import Diverged
 from insvp_jax.population import Population
-from insvp_jax.trainer import Diverged
 
 
 def search_config(method="linear", **changes):
@@ -72,7 +72,7 @@ class FakeTrainer:
       "train_seconds": 2.0,
       "images_per_second": 8.0,
       "backbone": {**prepared.backbone, "seed": config.seed} if prepared else {},
-      "data_sha256": trainer.data_digest(config, prepared.data, test)
+      "data_sha256": records.data_digest(config, prepared.data, test)
       if prepared
       else "",
     }
