@@ -8,22 +8,15 @@ of the standard selection: 19,573, 12,608 or 10,847. A tenth of them, drawn clas
 class, chooses lr and wd; the final model is trained on all of them.
 """
 
-from insvp_jax.config import defaults, parse_arg
+from insvp_jax.config import parse_arg, published
 
 
 def get_config(arg=""):
   arg = parse_arg(arg, imbalance="100", method="insvp")
-  config = defaults()
+  config = published()
   every = arg["imbalance"] == "all"
   config.task = "cifar100_lt" if every else f"cifar100_lt{arg['imbalance']}"
   config.method = arg["method"]
-  config.backbone.name = "vit_b16_i21k"
-  config.image_size = 224
-  config.batch_size = 64
-  config.total_epochs = 100.0
-  config.optim.warmup_epochs = 10.0
   config.data.preset = "insvp_release"
-  config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-  config.tune.wd = (1e-4, 1e-2)
   config.tune.seeds = (0, 1, 2)
   return config

@@ -13,21 +13,14 @@ As in VPT the final model is trained on train alone. Images: shorter side to 256
 random crop of 224 and flip; centre crop in evaluation; ImageNet's mean.
 """
 
-from insvp_jax.config import defaults, parse_arg
+from insvp_jax.config import parse_arg, published
 
 
 def get_config(arg=""):
   arg = parse_arg(arg, task="cub", method="insvp")
-  config = defaults()
+  config = published()
   config.task = "fgvc" if arg["task"] == "all" else f"fgvc_{arg['task']}"
   config.method = arg["method"]
-  config.backbone.name = "vit_b16_i21k"
-  config.image_size = 224
-  config.batch_size = 64
-  config.total_epochs = 100.0
-  config.optim.warmup_epochs = 10.0
   config.data.preset = "insvp_release"
-  config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-  config.tune.wd = (1e-4, 1e-2)
   config.tune.seeds = (42, 44, 82, 100, 800)
   return config

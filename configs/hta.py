@@ -13,7 +13,7 @@ label smoothing, warm-up over a fifth of the steps, seed 3407. (The scripts repo
 best test epoch; here it is the last one.)
 """
 
-from insvp_jax.config import defaults, parse_arg
+from insvp_jax.config import parse_arg, published
 
 # (lr, wd, prompt length, SimAM) of InsVP's published scripts.
 _RELEASE = {
@@ -33,13 +33,9 @@ _RELEASE = {
 def get_config(arg=""):
   arg = parse_arg(arg, task="cifar100", method="insvp", subset="official")
   task, subset = arg["task"], arg["subset"]
-  config = defaults()
+  config = published()
   config.task = "hta" if task == "all" else f"hta_{task}"
   config.method = arg["method"]
-  config.backbone.name = "vit_b16_i21k"
-  config.image_size = 224
-  config.batch_size = 64
-  config.total_epochs = 100.0
   config.data.preset = "insvp_release"
   config.data.subset = subset
   config.loss.label_smoothing = 0.1
@@ -50,13 +46,12 @@ def get_config(arg=""):
   if subset == "insvp_release":
     _release(config, task)
   else:
-    config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    config.tune.wd = (1e-4, 1e-2)
     config.tune.seeds = (0, 1, 2)
   return config
 
 
 def _release(config, task):
+  config.tune.lr = config.tune.wd = ()
   if task not in _RELEASE:
     raise ValueError(
       f"subset=insvp_release has a recipe of its own for each task; task is {task!r}, "

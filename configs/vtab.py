@@ -21,22 +21,15 @@ ViT-B/16 pre-trained on ImageNet-21k (`vit_b16_i21k`, downloaded on first use) a
 `vtab` preset. VPT's papers normalise by ImageNet's mean: --config.data.preset=vpt.
 """
 
-from insvp_jax.config import defaults, parse_arg
+from insvp_jax.config import parse_arg, published
 
 
 def get_config(arg=""):
   arg = parse_arg(arg, task="cifar100", method="insvp")
-  config = defaults()
+  config = published()
   config.task = {"all": "vtab"}.get(arg["task"], arg["task"])
   config.method = arg["method"]
-  config.backbone.name = "vit_b16_i21k"
-  config.image_size = 224
-  config.batch_size = 64
-  config.total_epochs = 100.0
-  config.optim.warmup_epochs = 10.0
   config.data.preset = "vtab"
-  config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-  config.tune.wd = (1e-4, 1e-2)
   # The seeds of VPT's protocol.
   config.tune.seeds = (42, 44, 82, 100, 800)
   return config

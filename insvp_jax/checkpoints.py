@@ -16,17 +16,14 @@ Nothing is pickled.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import json
 import os
 from pathlib import Path
-import re
 import shutil
 from typing import Any
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -44,18 +41,16 @@ from insvp_jax.checkpoint_files import (
   verify,
   write_checksums,
 )
+from insvp_jax.state_items import (
+  as_array,
+  decode_key,
+  encode_key,
+  flatten_rest,
+  stored_names,
+  unflatten_rest,
+)
 
 OLD = "deleted"  # where checkpoints go that are no longer kept
-ALWAYS_STORED = r"(prompter|head)/.*"
-
-
-def stored_names(mask: Mapping[str, Any]) -> list[str]:
-  """Returns the names of the parameters that a checkpoint's `adapter` holds."""
-  return [
-    name
-    for name, trainable in trees.flatten(mask).items()
-    if trainable or re.fullmatch(ALWAYS_STORED, name)
-  ]
 
 
 class Checkpointer:
@@ -128,10 +123,10 @@ class Checkpointer:
       return False
     flat = trees.flatten(state.params)
     arrays = {
-      "adapter": {name: _as_array(flat[name]) for name in self._stored},
-      "optimizer": {k: _as_array(v) for k, v in _flatten_rest(state).items()},
+      "adapter": {name: as_array(flat[name]) for name in self._stored},
+      "optimizer": {k: as_array(v) for k, v in flatten_rest(state).items()},
     }
-    progress = {**progress, "step": step, "rng": _encode_key(state.rng)}
+    progress = {**progress, "step": step, "rng": encode_key(state.rng)}
     # Orbax refuses an item without leaves, as of an optimizer without state.
     items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
     items["progress"] = ocp.args.JsonSave(progress)
@@ -199,13 +194,13 @@ class Checkpointer:
     self._check_same_run(read_json(where, "meta"), where)
     flat = trees.flatten(state.params)
     adapter = read_arrays(where, "adapter", {name: flat[name] for name in self._stored})
-    rest = read_arrays(where, "optimizer", _flatten_rest(state))
+    rest = read_arrays(where, "optimizer", flatten_rest(state))
     progress = read_json(where, "progress")
     return state.replace(
       step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
       params=trees.unflatten({**flat, **adapter}),
-      rng=_decode_key(progress["rng"], state.rng, where),
-      **_unflatten_rest(rest, state),
+      rng=decode_key(progress["rng"], state.rng, where),
+      **unflatten_rest(rest, state),
     )
 
   def _set_aside(self, steps: list[int]) -> None:
@@ -319,47 +314,6 @@ class Checkpointer:
 def _describe(backbone: Mapping[str, Any]) -> str:
   seed = f", seed {backbone['seed']}" if "seed" in backbone else ""
   return f"sha256 {backbone.get('sha256')} ({backbone.get('id')}{seed})"
-
-
-def _rest(state: Any) -> dict[str, Any]:
-  """Returns the fields that have no item of their own: the optimizer's state."""
-  names = [field.name for field in dataclasses.fields(state)]
-  named = ("step", "params", "rng")
-  return {name: getattr(state, name) for name in names if name not in named}
-
-
-def _flatten_rest(state: Any) -> dict[str, Any]:
-  """Returns {'/'-joined path: leaf} of a state's `opt_state` and further fields."""
-  # optax nests namedtuples and empty nodes, which a dict of leaves leaves behind.
-  leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
-  return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
-
-
-def _unflatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
-  leaves = [flat[name] for name in _flatten_rest(state)]
-  return jax.tree.unflatten(jax.tree.structure(_rest(state)), leaves)
-
-
-def _as_array(leaf: Any) -> jax.Array:
-  # Orbax does not check the shape of a numpy leaf when it is restored.
-  return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def _encode_key(key: jax.Array) -> dict[str, Any]:
-  data = np.asarray(jax.random.key_data(key))
-  return {"impl": str(jax.random.key_impl(key)), "data": data.tolist()}
-
-
-def _decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
-  # Numbers, unlike keys, can be put on devices of which this process owns a part.
-  data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
-  key = jax.random.wrap_key_data(data, impl=stored["impl"])
-  if key.dtype != like.dtype or key.shape != like.shape:
-    raise ValueError(
-      f"the random key of the checkpoint {where} is {key.dtype}{list(key.shape)}, "
-      f"expected {like.dtype}{list(like.shape)}. Set jax_default_prng_impl as then."
-    )
-  return key
 
 
 def _check_writable(directory: Path) -> None:

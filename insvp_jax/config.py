@@ -61,6 +61,23 @@ def defaults() -> ConfigDict:
   return config.lock()
 
 
+def published() -> ConfigDict:
+  """Returns the defaults with what the papers' protocols share.
+
+  ViT-B/16 pre-trained on ImageNet-21k at 224 px, 100 epochs in batches of 64, of which
+  10 warm up, and a grid of lr and wd.
+  """
+  config = defaults()
+  config.backbone.name = "vit_b16_i21k"
+  config.image_size = 224
+  config.batch_size = 64
+  config.total_epochs = 100.0
+  config.optim.warmup_epochs = 10.0
+  config.tune.lr = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+  config.tune.wd = (1e-4, 1e-2)
+  return config
+
+
 def _backbone() -> ConfigDict:
   section = ConfigDict()
   section.name = "boxed"  # a variant ("B/16") or a release ("vit_b16_i21k")
@@ -219,6 +236,8 @@ def validate(config: ConfigDict) -> None:
       f"config.loss.label_smoothing is {config.loss.label_smoothing}, expected in "
       "[0, 1)."
     )
+  for key in ("root", "data_dir", "cache_dir", "lists"):
+    check_folder(f"config.data.{key}", config.data[key])
   profile_steps(config)
   _check_tune(config.tune)
   if config.tune.select != "val":
@@ -250,6 +269,23 @@ def validate(config: ConfigDict) -> None:
         f"config.backbone.{key} is {config.backbone[key]!r}, expected 'float32' or "
         "'bfloat16'."
       )
+
+
+def check_folder(name: str, path: str) -> None:
+  """Checks that a folder is not given as a URL.
+
+  Args:
+    name: of the setting, for the message.
+    path: its value; "" for none.
+
+  Raises:
+    ValueError: it is one.
+  """
+  if "://" in path:
+    raise ValueError(
+      f"{name} is {path}, a URL; expected a folder. Mount the bucket (gcsfuse does) "
+      "and name the folder."
+    )
 
 
 # (key, lowest value, highest value) of numbers.

@@ -88,11 +88,6 @@ def main(argv: list[str]) -> None:
     _fail("no config; give one, e.g. --config=configs/quickstart.py.")
   config_file = flags.FLAGS["config"].config_filename.split(":")[0]
   workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
-  if "://" in (_WORKDIR.value or ""):
-    _fail(
-      f"--workdir is {_WORKDIR.value}, a URL; expected a folder. Mount the bucket "
-      "(gcsfuse does) and name the folder."
-    )
   for flag in (_JOIN_TIMEOUT, _LOST_TIMEOUT):
     if flag.value < 1:
       _fail(f"--{flag.name} is {flag.value}, expected at least 1 second.")
@@ -101,8 +96,10 @@ def main(argv: list[str]) -> None:
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import cluster
+  from insvp_jax import config as config_lib
 
   try:
+    config_lib.check_folder("--workdir", _WORKDIR.value or "")
     if _PLAN.value is not None:
       _plan(config, _PLAN.value)
       return

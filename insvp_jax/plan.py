@@ -20,10 +20,10 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import flops, partition, trees
 from insvp_jax import program as program_lib
-from insvp_jax.checkpoints import stored_names
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.program import Program
+from insvp_jax.state_items import stored_names
 
 # Compiled only to be measured: generating quick code takes longer than all the rest.
 _CPU_OPTIONS = {"xla_backend_optimization_level": 0}

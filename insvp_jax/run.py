@@ -29,10 +29,10 @@ from insvp_jax.checkpoint_files import (
   read_json,
   verify,
 )
-from insvp_jax.checkpoints import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
 from insvp_jax.models import pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.state_items import ALWAYS_STORED
 
 FORMAT = 1
 # Batches are padded to one of these sizes, so that at most so many are compiled.

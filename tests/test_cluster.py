@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import jax
 from main_driver import Driver
 import numpy as np
+import processes
 import pytest
 from tiny_commands import base_flags, flags_of, make_place
 
@@ -134,20 +134,9 @@ def base(root, tmp_path_factory):
   ]
 
 
-def environs(count=2):
-  """Returns the environments of processes that find each other."""
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
-  return [
-    {
-      **TWO_DEVICES,
-      "JAX_COORDINATOR_ADDRESS": address,
-      "JAX_NUM_PROCESSES": str(count),
-      "JAX_PROCESS_ID": str(index),
-    }
-    for index in range(count)
-  ]
+def environs():
+  """Returns the environments of two processes that find each other."""
+  return [{**TWO_DEVICES, **environ} for environ in processes.environs()]
 
 
 def rows(workdir):

@@ -90,6 +90,8 @@ def test_the_defaults_are_valid_and_locked():
     ("image_size", -32),
     ("eval_every_epochs", -0.5),
     ("checkpoint_every_epochs", float("inf")),
+    ("data.data_dir", "gs://bucket/datasets"),
+    ("data.root", "s3://bucket/photos.zip"),
     ("data.train_split", "test"),
     ("data.val_fraction", -0.1),
     ("data.test_fraction", 1.5),

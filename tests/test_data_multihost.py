@@ -1,22 +1,18 @@
 """Two real processes: each reads its own share of a stream, together every example."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
+from processes import run_together
 
 PROCESS = """
-import json, sys
+import json
 import jax
-address, index = sys.argv[1], int(sys.argv[2])
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(address, num_processes=2, process_id=index)
 import numpy as np
 from insvp_jax import partition
+assert partition.initialize_distributed() is True
 from insvp_jax.data import StreamSplit, pipeline, preprocess
 
 read = []
@@ -52,29 +48,8 @@ print(json.dumps(found))
 """
 
 
-def _free_port() -> int:
-  with socket.socket() as listener:
-    listener.bind(("127.0.0.1", 0))
-    return listener.getsockname()[1]
-
-
-def test_two_processes_read_disjoint_shares_that_make_up_every_epoch(root):
-  address = f"127.0.0.1:{_free_port()}"
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(i)],
-      cwd=root,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  outputs = [process.communicate(timeout=300) for process in processes]
-  for process, (_, error) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, error
-  # Gloo prints before.
-  first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+def test_two_processes_read_disjoint_shares_that_make_up_every_epoch():
+  first, second = map(json.loads, run_together(PROCESS))
   # Two batches of 8 are an epoch of 21: each example at most once, by one process.
   for epoch in (0, 2):
     numbers = sum(

@@ -1,13 +1,8 @@
-import os
-from pathlib import Path
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 import numpy as np
+from processes import run_together
 import pytest
 
 from insvp_jax import losses, partition
@@ -177,37 +172,4 @@ print(partition.process_info()["process_count"], batch["x"].shape, float(total))
 
 
 def test_two_processes_share_one_batch():
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  root = Path(__file__).parents[1]
-  workers = []
-  for rank in range(2):
-    environ = dict(
-      os.environ,
-      JAX_PLATFORMS="cpu",
-      JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-      JAX_NUM_PROCESSES="2",
-      JAX_PROCESS_ID=str(rank),
-    )
-    environ.pop("XLA_FLAGS", None)  # it may set another number of devices
-    workers.append(
-      subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        cwd=root,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  try:
-    for worker in workers:
-      out, err = worker.communicate(timeout=120)
-      assert worker.returncode == 0, err
-      assert out.splitlines()[-1] == "2 (8,) 56.0"
-  finally:
-    for worker in workers:
-      if worker.poll() is None:
-        worker.kill()
-        worker.wait()
+  assert run_together(WORKER) == 2 * ["2 (8,) 56.0"]

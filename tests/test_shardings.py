@@ -1,14 +1,9 @@
 """Frozen backbones split over devices: the same numbers from a part of the bytes."""
 
-import os
-from pathlib import Path
-import socket
-import subprocess
-import sys
-
 import jax
 from jax.sharding import PartitionSpec
 import numpy as np
+from processes import run_together
 import pytest
 from test_trainer import at_step, metrics, stop_by, stored
 from tiny_training import make_data, make_split, prepare, tiny_config
@@ -267,36 +262,4 @@ print([part.data.shape for part in parts], float(total) == 2 * kernel.sum())
 
 
 def test_two_processes_share_one_backbone():
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  workers = []
-  for rank in range(2):
-    environ = dict(
-      os.environ,
-      JAX_PLATFORMS="cpu",
-      JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-      JAX_NUM_PROCESSES="2",
-      JAX_PROCESS_ID=str(rank),
-    )
-    environ.pop("XLA_FLAGS", None)  # it may set another number of devices
-    workers.append(
-      subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        cwd=Path(__file__).parents[1],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  try:
-    for worker in workers:
-      out, err = worker.communicate(timeout=120)
-      assert worker.returncode == 0, err
-      assert out.splitlines()[-1] == "[(32, 128), (32, 128)] True"
-  finally:
-    for worker in workers:
-      if worker.poll() is None:
-        worker.kill()
-        worker.wait()
+  assert run_together(WORKER) == 2 * ["[(32, 128), (32, 128)] True"]
