@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 import platform
 import re
+import signal
 import socket
 import types
 from typing import Any
@@ -70,9 +71,20 @@ def _forbid_network() -> None:
   socket.socket.connect = guarded
 
 
+def _heed_signals() -> None:
+  """Lets programs that tests start be interrupted.
+
+  A shell that starts the tests in the background has them ignore SIGINT, and whoever
+  they start inherits that.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
   """Sets the process up, before any test file is imported."""
   del config
+  _heed_signals()
   os.environ["MPLBACKEND"] = "Agg"
   _configure_jax()
   _forbid_network()

@@ -5,6 +5,7 @@ fakes answer stands in files of one answer per line; the last line is used for e
 """
 
 from collections.abc import Iterator
+import contextlib
 import os
 from pathlib import Path
 import re
@@ -161,6 +162,7 @@ class Sandbox:
     self.bin = folder / "bin"
     self.fake = folder / "fake"
     self.home = folder / "home"
+    self._started: list[subprocess.Popen] = []
     for path in (self.repo, self.bin, self.fake, self.home):
       path.mkdir()
     shutil.copytree(root / "launch", self.repo / "launch")
@@ -187,7 +189,7 @@ class Sandbox:
     (self.fake / name).write_text("".join(f"{answer}\n" for answer in answers))
 
   def start(self, script: str, *args: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    process = subprocess.Popen(
       [shutil.which("bash"), str(self.repo / "launch" / script), *args],
       cwd=self.repo,
       env={
@@ -203,6 +205,14 @@ class Sandbox:
       stderr=subprocess.PIPE,
       text=True,
     )
+    self._started.append(process)
+    return process
+
+  def kill(self) -> None:
+    """Ends what a failed test left."""
+    for process in self._started:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
   def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     return finish(self.start(script, *args, **env))
@@ -232,7 +242,11 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def sandbox(root: Path, tmp_path: Path) -> Iterator[Sandbox]:
-  yield Sandbox(root, tmp_path)
+  sandbox = Sandbox(root, tmp_path)
+  try:
+    yield sandbox
+  finally:
+    sandbox.kill()
 
 
 def check_refused(done: subprocess.CompletedProcess, reason: str) -> None:
