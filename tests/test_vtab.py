@@ -30,13 +30,15 @@ def test_cifar100_goes_through_the_whole_protocol(root, tmp_path, capsys):
   config.tune.lr, config.tune.wd, config.tune.seeds = (1e-3, 1e-2), (1e-4,), (42,)
   summary = tune.run(config, tmp_path / "run")["linear"]
   # 800 images choose, 1,000 train, every test image counts.
-  trial = json.loads(
-    (tmp_path / "run/linear/search/lr0.001_wd0.0001/result.json").read_text()
-  )
+  lines = (tmp_path / "run/linear/trials.jsonl").read_text().splitlines()
+  tried = [json.loads(line) for line in lines]
+  steps = (tmp_path / "run/linear/search/metrics.jsonl").read_text().splitlines()
   final = json.loads((tmp_path / "run/linear/seed42/result.json").read_text())
-  assert (trial["train_split"], trial["steps"]) == ("train", 4)
+  assert [trial["lr"] for trial in tried] == [1e-3, 1e-2]
+  assert json.loads(steps[-1])["step"] == 4
+  assert not any("test" in name for trial in tried for name in trial)
   assert (final["train_split"], final["steps"]) == ("train_val", 5)
-  assert trial["test_accuracy"] is None and final["val_accuracy"] is None
+  assert final["val_accuracy"] is None
   assert final["num_test_examples"] == 12
   assert final["test_accuracy"] == summary["mean"]
   assert final["preset"] == "vtab" and final["task"] == "cifar100"
