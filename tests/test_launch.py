@@ -125,7 +125,10 @@ def test_set_up_once_then_reused(sandbox):
   assert "-e " + str(sandbox.repo) in sandbox.log.read_text()
   second = sandbox.run("launch/test.sh", "tests/test_a.py", "-x")
   assert (second.returncode, second.stderr) == (0, "")
-  assert f"run -m pytest tests/test_a.py -x in {sandbox.repo} " in second.stdout
+  assert (
+    f"run -m pytest -n 2 --dist loadfile tests/test_a.py -x in {sandbox.repo} "
+    in second.stdout
+  )
   assert sandbox.installs() == 1
 
 
@@ -298,7 +301,10 @@ def test_ci_runs_the_test_script(sandbox):
   sandbox.add_python()
   done = sandbox.run(".ci/run")
   assert done.returncode == 0, done.stderr
-  assert f"run -m pytest --durations=15 in {sandbox.repo} " in done.stdout
+  assert (
+    f"run -m pytest -n 2 --dist loadfile --durations=15 in {sandbox.repo} "
+    in done.stdout
+  )
 
 
 def test_ci_fails_when_set_up_fails(sandbox):
