@@ -40,6 +40,8 @@ def defaults() -> ConfigDict:
   config.total_steps = 0  # 0: from total_epochs
   config.image_size = 0  # 0: the backbone's own
   config.head_init = "torch"
+  # Where nothing before the head trains, compute features once instead of each step.
+  config.cache_features = True
   config.backbone = _backbone()
   config.insvp = _insvp()
   config.vpt_shallow = _vpt()

@@ -40,9 +40,27 @@ class Loop:
     self.profiler = Profiler(steps, workdir / "profile")
     self.peak_lr = program_lib.peak_lr(config)
 
-  def batches(self, start_step: int):
-    """Returns the iterator over the batches from a step on."""
+  def features(self, state, split: str):
+    """Returns what of a split is on the devices if its features are cached."""
+    return self.prepared.features(self.config, split, state.params)
+
+  def batches(self, start_step: int, arrays):
+    """Returns the iterator over the batches from a step on.
+
+    Args:
+      start_step: number of batches before the first one.
+      arrays: from `features`; None for batches of images.
+    """
     program = self.prepared.program
+    sharding = partition.batch_sharding(program.mesh)
+    if arrays is not None:
+      return pipeline.resident_batches(
+        arrays,
+        batch_size=self.config.batch_size,
+        seed=self.config.seed,
+        start_step=start_step,
+        sharding=sharding,
+      )
     return pipeline.train_batches(
       self.prepared.data.splits[self.config.data.train_split],
       batch_size=self.config.batch_size,
@@ -50,15 +68,25 @@ class Loop:
       preset=get_preset(self.config.data.preset),
       image_size=program.model.backbone.image_size,
       start_step=start_step,
-      sharding=partition.batch_sharding(program.mesh),
+      sharding=sharding,
     )
 
   def run(self, state):
     """Returns the state after the last step."""
-    batches = self.batches(int(state.step))
+    self.clock.skip()
+    with self.clock.waiting():
+      arrays = self._resident(state)
+    self.clock.add(0, 0)
+    batches = self.batches(int(state.step), arrays)
     # A stream has threads, which end with it.
     with contextlib.closing(batches), contextlib.closing(self.profiler):
       return self._run(state, batches)
+
+  def _resident(self, state):
+    # A run that has finished is only evaluated again.
+    if int(state.step) == self.prepared.program.total_steps:
+      return None
+    return self.features(state, self.config.data.train_split)
 
   def _run(self, state, batches):
     config, program = self.config, self.prepared.program
@@ -136,9 +164,7 @@ class Loop:
     on_train = self.config.data.train_split == "train"
     if not on_train or "val" not in self.prepared.data.splits:
       return
-    found = program_lib.evaluate_split(
-      self.config, self.prepared.program, state.params, self.prepared.data, "val"
-    )
+    found = self.prepared.evaluate(self.config, "val", state.params)
     scalars = {"val_accuracy": found["accuracy"], "val_loss": found["loss"]}
     self.writers.scalars(step, scalars)
     self.writers.log(f"step {step}: val accuracy {100 * found['accuracy']:.2f}%")

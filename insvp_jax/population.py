@@ -9,7 +9,7 @@ computed once.
 No operation joins two members, so one that diverges leaves the others as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from insvp_jax import evaluate, partition, shardings, steps, trees
 from insvp_jax import program as program_lib
-from insvp_jax.data import ArraySplit, members, pipeline, preprocess
+from insvp_jax.data import ArraySplit, members, pipeline, preprocess, resident
 from insvp_jax.data.splits import Split
 from insvp_jax.program import Program
 from insvp_jax.steps import TrainState
@@ -200,37 +200,47 @@ class Population:
     )
 
   def batches(
-    self, configs: Sequence[ConfigDict], split: Split, start_step: int
+    self,
+    configs: Sequence[ConfigDict],
+    split: Split,
+    start_step: int,
+    arrays: Mapping[str, Any] | None = None,
   ) -> Iterator[steps.Batch]:
-    """Yields the members' batches, of one seed [b, ...], else [m, b, ...]."""
-    config = configs[0]
+    """Yields the members' batches, of one seed [b, ...], else [m, b, ...].
+
+    Args:
+      configs: of the members.
+      split: that they train on.
+      start_step: number of batches before the first one.
+      arrays: features and labels of the split, where they are cached.
+    """
+    config, sharding = configs[0], self._batch_sharding
     options = {
       "batch_size": config.batch_size,
+      "start_step": start_step,
+      "sharding": sharding,
+    }
+    images = {
       "preset": preprocess.get_preset(config.data.preset),
       "image_size": self.program.model.backbone.image_size,
-      "start_step": start_step,
-      "sharding": self._batch_sharding,
     }
-    if self.one_seed:
-      return pipeline.train_batches(split, seed=config.seed, **options)
-    return members.member_batches(split, seeds=[c.seed for c in configs], **options)
+    if not self.one_seed:
+      seeds = [each.seed for each in configs]
+      arrays = arrays or resident.put_split(split, sharding)
+      return members.member_batches(arrays, seeds=seeds, **images, **options)
+    if arrays:
+      return pipeline.resident_batches(arrays, seed=config.seed, **options)
+    return pipeline.train_batches(split, seed=config.seed, **images, **options)
 
   def evaluate(
-    self, state: TrainState, split: Split, batch_size: int
+    self, state: TrainState, batches: Iterable[steps.Batch]
   ) -> dict[str, np.ndarray]:
     """Returns accuracy in [0, 1] and loss in nats of each member, both [m].
 
     Args:
       state: the stacked state.
-      split: the examples.
-      batch_size: may be rounded up to a multiple of the devices.
+      batches: from `features.eval_batches`.
     """
-    mesh = self.program.mesh
-    batches = pipeline.eval_batches(
-      split,
-      batch_size=-(-batch_size // mesh.size) * mesh.size,
-      sharding=partition.batch_sharding(mesh),
-    )
     sums = evaluate.sums(
       lambda params, batch: self.eval_step(params, batch, state.numbers),
       state.params,

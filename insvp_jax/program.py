@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from insvp_jax import config as config_lib
-from insvp_jax import evaluate, optim, partition, shardings, steps, trees
-from insvp_jax.data import TaskData, pipeline, preprocess
+from insvp_jax import optim, partition, shardings, steps, trees
+from insvp_jax.data import preprocess
 from insvp_jax.models import mimetic, pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 
@@ -38,6 +38,8 @@ class Program:
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
     numbers: names of the method's fields that are data; see `Method.number`.
+    feature_step: jitted `({"backbone": params}, batch, features, start) -> features`;
+      donates the features. See `steps.create_feature_step`.
   """
 
   model: PromptedClassifier
@@ -54,6 +56,7 @@ class Program:
   train_function: Any = None
   eval_function: Any = None
   numbers: tuple[str, ...] = ()
+  feature_step: Any = None
 
 
 def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
@@ -149,6 +152,12 @@ def create_program(
     train_function=train_step,
     eval_function=eval_step,
     numbers=numbers,
+    feature_step=jax.jit(
+      steps.create_feature_step(gathered, preset=preset),
+      donate_argnums=2,
+      in_shardings=({"backbone": params["backbone"]}, rows, whole, whole),
+      out_shardings=whole,
+    ),
   )
 
 
@@ -305,21 +314,3 @@ def _new_state(config: ConfigDict, program: Program, params) -> steps.TrainState
     wd=jnp.float32(config.optim.wd),
     numbers=numbers_of(config, program),
   )
-
-
-def evaluate_split(
-  config: ConfigDict,
-  program: Program,
-  params: Mapping[str, Any],
-  data: TaskData,
-  split: str,
-) -> dict[str, float | int]:
-  """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
-  # Padding makes any batch size fit any number of devices.
-  devices = program.mesh.size
-  batches = pipeline.eval_batches(
-    data.splits[split],
-    batch_size=-(-config.eval_batch_size // devices) * devices,
-    sharding=partition.batch_sharding(program.mesh),
-  )
-  return evaluate.evaluate(program.eval_step, params, batches)

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
+from insvp_jax import features, records, trainer
 from insvp_jax import program as program_lib
-from insvp_jax import records, trainer
 from insvp_jax.loop import Diverged, Loop, divergence
 from insvp_jax.member_files import MeanWriter, MemberFiles, MemberWriters, NoFiles
 from insvp_jax.population import Population
@@ -51,9 +51,13 @@ class PopulationLoop(Loop):
     self.lost: dict[int, str] = {}
     checkpointer.lost = writers.lost = self.lost
 
-  def batches(self, start_step):
+  def features(self, state, split):
+    # Backbones of their own would each have other features.
+    return super().features(state, split) if self.population.one_backbone else None
+
+  def batches(self, start_step, arrays):
     split = self.prepared.data.splits[self.config.data.train_split]
-    return self.population.batches(self.configs, split, start_step)
+    return self.population.batches(self.configs, split, start_step, arrays)
 
   def _check_finite(self, metrics, step):
     if metrics is None:
@@ -79,8 +83,10 @@ class PopulationLoop(Loop):
 
   def evaluate(self, state) -> dict[str, np.ndarray]:
     """Returns accuracy and loss on val of each member."""
-    split = self.prepared.data.splits["val"]
-    return self.population.evaluate(state, split, self.config.eval_batch_size)
+    arrays = self.features(state, "val")
+    program, split = self.prepared.program, self.prepared.data.splits["val"]
+    batches = features.eval_batches(self.config, program, split, arrays)
+    return self.population.evaluate(state, batches)
 
 
 def search(

@@ -24,7 +24,7 @@ LAYERS = (
   ("trainer", "run", "tables", "trials", "member_files", "plan"),
   ("loop", "records"),
   ("preparation",),
-  ("population",),
+  ("features", "population"),
   ("program", "prompt_panels"),
   ("evaluate", "checkpoints", "checkpoint_files", "writers", "steps", "data"),
   ("shardings",),
