@@ -1,6 +1,6 @@
 """What a run consists of: the compiled program, the weights, the first state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from insvp_jax import calls, optim, partition, shardings, steps, trees
 from insvp_jax import config as config_lib
-from insvp_jax import optim, partition, shardings, steps, trees
-from insvp_jax.data import preprocess
+from insvp_jax.data import preprocess, resident
 from insvp_jax.models import mimetic, pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 
@@ -40,6 +40,10 @@ class Program:
     numbers: names of the method's fields that are data; see `Method.number`.
     feature_step: jitted `({"backbone": params}, batch, features, start) -> features`;
       donates the features. See `steps.create_feature_step`.
+    train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
+      the state. See `calls.create_train_call`.
+    gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
+    batch_size: of training.
   """
 
   model: PromptedClassifier
@@ -57,6 +61,9 @@ class Program:
   eval_function: Any = None
   numbers: tuple[str, ...] = ()
   feature_step: Any = None
+  train_call: Any = None
+  gather: Any = None
+  batch_size: int = 0
 
 
 def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
@@ -119,6 +126,7 @@ def create_program(
   whole = partition.replicated(mesh)
   rows = partition.batch_sharding(mesh)
   params = shardings.param_shardings(shapes, mask, mesh)
+  gather = _create_gather(config, model)
   state = steps.TrainState(
     step=whole,
     params=params,
@@ -158,6 +166,31 @@ def create_program(
       in_shardings=({"backbone": params["backbone"]}, rows, whole, whole),
       out_shardings=whole,
     ),
+    train_call=jax.jit(
+      calls.create_train_call(
+        train_step,
+        mask,
+        order=resident.epoch_order,
+        gather=gather,
+        batch_size=config.batch_size,
+        sharding=rows,
+      ),
+      donate_argnums=0,
+      in_shardings=(state, whole, whole, whole),
+      out_shardings=(state, whole, whole),
+    ),
+    gather=gather,
+    batch_size=config.batch_size,
+  )
+
+
+def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
+  preset = preprocess.get_preset(config.data.preset)
+  return functools.partial(
+    resident.gather,
+    batch_size=config.batch_size,
+    preset=preset if preset.augments else None,
+    image_size=model.backbone.image_size,
   )
 
 

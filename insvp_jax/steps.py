@@ -15,6 +15,7 @@ from insvp_jax.models.classifier import PromptedClassifier
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+METRICS = ("loss", "accuracy", "grad_norm", "param_norm")  # of a train step
 
 
 @flax.struct.dataclass

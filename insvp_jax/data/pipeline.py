@@ -102,25 +102,24 @@ class _Steps:
     return augment_key(self.seed, step)
 
 
-def _resident(split, steps: _Steps, preset, image_size, sharding):
-  arrays = resident.put_split(split, sharding)
-  return _gathered(arrays, steps, preset, image_size, sharding)
-
-
 def resident_batches(
   arrays: resident.Arrays,
   *,
   batch_size: int,
   seed: int,
+  preset: Preset | None = None,
+  image_size: int = 0,
   start_step: int = 0,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, Array]]:
-  """Yields the batches of `train_batches`, of arrays on the devices, as they are.
+  """Yields the batches of `train_batches`, of arrays that are on the devices.
 
   Args:
-    arrays: of all examples, as for `resident.gather`.
+    arrays: of all examples, images or features; as for `resident.gather`.
     batch_size: as for `train_batches`, as are the rest.
-    seed: of the order.
+    seed: of the order, crops and flips.
+    preset: how images are cropped and flipped.
+    image_size: side of the crops in pixels.
     start_step: the first step to yield.
     sharding: of the batch's leading axis.
 
@@ -130,20 +129,26 @@ def resident_batches(
   number = arrays["labels"].shape[0]
   per_epoch = steps_per_epoch(number, batch_size)
   steps = _Steps(number, batch_size, per_epoch, seed, start_step)
-  return _gathered(arrays, steps, None, 0, sharding)
+  if preset is not None and not preset.augments:
+    preset = None
+  options = {"batch_size": batch_size, "preset": preset, "image_size": image_size}
+  return _gathered(arrays, steps, options, sharding)
 
 
-def _gathered(arrays, steps: _Steps, preset, image_size, sharding):
-  take = jax.jit(
-    resident.gather,
-    static_argnames=("batch_size", "preset", "image_size"),
-    out_shardings=sharding,
-  )
+def _resident(split, steps: _Steps, preset, image_size, sharding):
+  arrays = resident.put_split(split, sharding)
   options = {
     "batch_size": steps.batch_size,
     "preset": preset,
     "image_size": image_size,
   }
+  yield from _gathered(arrays, steps, options, sharding)
+
+
+def _gathered(arrays, steps: _Steps, options, sharding):
+  take = jax.jit(
+    resident.gather, static_argnames=tuple(options), out_shardings=sharding
+  )
   seed = np.uint32(steps.seed % 2**32)
   for step, order in steps.orders(resident.replicated(sharding)):
     yield take(arrays, order, seed, np.int32(step), **options)
