@@ -128,13 +128,19 @@ def _compute(
   size, width = eval_size(config, program), program.model.backbone.spec.width
   rows = -(-len(split) // size) * size
   create = jax.jit(lambda: jnp.zeros((rows, width), jnp.float32), out_shardings=whole)
+  # There is room for all of them once, and for no more.
+  write = jax.jit(_write, donate_argnums=0, out_shardings=whole)
   features = create()
   for i, batch in enumerate(batches):
-    start = np.int32(i * size)
-    features = program.feature_step({"backbone": backbone}, batch, features, start)
+    found = program.feature_step({"backbone": backbone}, batch)
+    features = write(features, found, np.int32(i * size))
     # Batches that wait for the device hold their images.
     jax.block_until_ready(features)
   return {"features": features, "labels": resident.put(split.labels, whole)}
+
+
+def _write(features, found, start):
+  return jax.lax.dynamic_update_slice(features, found, (start, 0))
 
 
 def eval_size(config: ConfigDict, program: Program) -> int:

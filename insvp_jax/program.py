@@ -38,8 +38,8 @@ class Program:
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
     numbers: names of the method's fields that are data; see `Method.number`.
-    feature_step: jitted `({"backbone": params}, batch, features, start) -> features`;
-      donates the features. See `steps.create_feature_step`.
+    feature_step: jitted `({"backbone": params}, batch) -> features`, on every device;
+      see `steps.create_feature_step`.
     train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
       the state. See `calls.create_train_call`.
     gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
@@ -162,8 +162,7 @@ def create_program(
     numbers=numbers,
     feature_step=jax.jit(
       steps.create_feature_step(gathered, preset=preset),
-      donate_argnums=2,
-      in_shardings=({"backbone": params["backbone"]}, rows, whole, whole),
+      in_shardings=({"backbone": params["backbone"]}, rows),
       out_shardings=whole,
     ),
     train_call=jax.jit(

@@ -161,19 +161,12 @@ def create_eval_step(
 def create_feature_step(
   model: PromptedClassifier, *, preset: preprocess.Preset
 ) -> Callable[..., Array]:
-  """Returns `feature_step(params, batch, features, start) -> features`.
+  """Returns `feature_step(params, batch) -> features`, float32 [b, d]."""
 
-  It writes the features of a batch, float32 [b, d], into rows [start, start + b) of
-  `features` [n, d]: there is room for all of them once, and for no more.
-  """
-
-  def feature_step(
-    params: Mapping[str, Any], batch: Batch, features: Array, start: Array
-  ) -> Array:
+  def feature_step(params: Mapping[str, Any], batch: Batch) -> Array:
     images = _eval_images(model, preset, batch)
-    found = model.apply({"params": params}, images, method="features")
-    found = found.astype(features.dtype)
-    return jax.lax.dynamic_update_slice(features, found, (start, 0))
+    features = model.apply({"params": params}, images, method="features")
+    return features.astype(jnp.float32)
 
   return feature_step
 

@@ -50,9 +50,9 @@ def counted(prepared):
   """Returns `prepared` without features, and a list of what it passes on."""
   sizes, step = [], prepared.program.feature_step
 
-  def feature_step(params, batch, *rest):
+  def feature_step(params, batch):
     sizes.append(len(batch["labels"]))
-    return step(params, batch, *rest)
+    return step(params, batch)
 
   program = dataclasses.replace(prepared.program, feature_step=feature_step)
   prepared = dataclasses.replace(prepared, program=program, cache=FeatureCache())

@@ -189,7 +189,8 @@ def test_the_run_loads_and_predicts_as_it_was_evaluated(insvp, whole):
 def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
   insvp, linear, monkeypatch, tmp_path, method, head_init
 ):
-  config = config_of(method, head_init=head_init)
+  # One step a call, so that each can be looked at.
+  config = config_of(method, head_init=head_init, steps_per_call=1)
   shared = {"insvp": insvp, "linear": linear}
   prepared = shared.get(method) or prepare(config)
   # The head's initial values are no part of what is compiled.
