@@ -40,6 +40,11 @@ def defaults() -> ConfigDict:
   config.total_steps = 0  # 0: from total_epochs
   config.image_size = 0  # 0: the backbone's own
   config.head_init = "torch"
+  # Where nothing before the head trains, compute features once instead of each step.
+  config.cache_features = True
+  # Steps taken in one call, where the training data are on the device; 1: each step is
+  # a program of its own; 0: automatic. Calls of 2 and of 200 steps give the same bits.
+  config.steps_per_call = 0
   config.backbone = _backbone()
   config.insvp = _insvp()
   config.vpt_shallow = _vpt()
@@ -293,6 +298,7 @@ _RANGES = (
   ("batch_size", 1, math.inf),
   ("eval_batch_size", 1, math.inf),
   ("log_every_steps", 1, math.inf),
+  ("steps_per_call", 0, math.inf),
   ("eval_every_epochs", 0, math.inf),
   ("checkpoint_every_epochs", 0, math.inf),
   ("total_steps", 0, math.inf),

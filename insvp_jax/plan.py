@@ -80,7 +80,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   preset = get_preset(config.data.preset)
   stored = preset.stored_size(size)
   batch = _batch(config.batch_size, size if preset.augments else stored)
-  # As `program.evaluate_split` rounds it.
+  # As `features.eval_size` rounds it.
   eval_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
   eval_batch = _batch(eval_size, stored) | {
     "mask": jax.ShapeDtypeStruct((eval_size,), jnp.float32)

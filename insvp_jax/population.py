@@ -9,7 +9,7 @@ computed once.
 No operation joins two members, so one that diverges leaves the others as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import evaluate, partition, shardings, steps, trees
+from insvp_jax import calls, evaluate, partition, shardings, steps, trees
 from insvp_jax import program as program_lib
-from insvp_jax.data import ArraySplit, members, pipeline, preprocess
+from insvp_jax.data import ArraySplit, members, pipeline, preprocess, resident
 from insvp_jax.data.splits import Split
 from insvp_jax.program import Program
 from insvp_jax.steps import TrainState
@@ -160,18 +160,35 @@ class Population:
   def train_step(self) -> Callable:
     """Jitted `(stacked state, batch) -> (stacked state, metrics [m])`; donates."""
     whole = partition.replicated(self.program.mesh)
-    if self.alone:
-      function = self._train_alone
-    else:
-      batch = None if self.one_seed else 0
-      function = jax.vmap(
-        self.program.train_function, (self.axes, batch), (self.axes, 0)
-      )
     return jax.jit(
-      function,
+      self._train_function,
       donate_argnums=0,
       in_shardings=(self.state_sharding, self._batch_sharding),
       out_shardings=(self.state_sharding, whole),
+    )
+
+  @functools.cached_property
+  def train_call(self) -> Callable:
+    """Jitted `(stacked state, arrays, seeds, count) -> (stacked state, ...)`."""
+    program, state = self.program, self.state_sharding
+    whole = partition.replicated(program.mesh)
+    order, gather = resident.epoch_order, program.gather
+    if not self.one_seed:
+      order = _orders
+      gather = jax.vmap(gather, (None, 0, 0, None))
+    function = calls.create_train_call(
+      self._train_function,
+      program.mask,
+      order=order,
+      gather=gather,
+      batch_size=program.batch_size,
+      sharding=self._batch_sharding,
+    )
+    return jax.jit(
+      function,
+      donate_argnums=0,
+      in_shardings=(state, whole, whole, whole),
+      out_shardings=(state, whole, whole),
     )
 
   @functools.cached_property
@@ -184,6 +201,14 @@ class Population:
       in_shardings=(self.state_sharding.params, rows, whole),
       out_shardings=whole,
     )
+
+  @functools.cached_property
+  def _train_function(self) -> Callable:
+    if self.alone:
+      return self._train_alone
+    batch = None if self.one_seed else 0
+    axes = self.axes
+    return jax.vmap(self.program.train_function, (axes, batch), (axes, 0))
 
   def _train_alone(self, state, batch):
     state, metrics = self.program.train_function(self.member(state, 0), batch)
@@ -200,37 +225,45 @@ class Population:
     )
 
   def batches(
-    self, configs: Sequence[ConfigDict], split: Split, start_step: int
+    self,
+    configs: Sequence[ConfigDict],
+    split: Split,
+    start_step: int,
+    arrays: Mapping[str, Any] | None = None,
   ) -> Iterator[steps.Batch]:
-    """Yields the members' batches, of one seed [b, ...], else [m, b, ...]."""
-    config = configs[0]
+    """Yields the members' batches, of one seed [b, ...], else [m, b, ...].
+
+    Args:
+      configs: of the members.
+      split: that they train on.
+      start_step: number of batches before the first one.
+      arrays: images or features of the split and labels, if on the devices.
+    """
+    config, sharding = configs[0], self._batch_sharding
     options = {
       "batch_size": config.batch_size,
       "preset": preprocess.get_preset(config.data.preset),
       "image_size": self.program.model.backbone.image_size,
       "start_step": start_step,
-      "sharding": self._batch_sharding,
+      "sharding": sharding,
     }
-    if self.one_seed:
-      return pipeline.train_batches(split, seed=config.seed, **options)
-    return members.member_batches(split, seeds=[c.seed for c in configs], **options)
+    if not self.one_seed:
+      seeds = [each.seed for each in configs]
+      arrays = arrays or resident.put_split(split, sharding)
+      return members.member_batches(arrays, seeds=seeds, **options)
+    if arrays:
+      return pipeline.resident_batches(arrays, seed=config.seed, **options)
+    return pipeline.train_batches(split, seed=config.seed, **options)
 
   def evaluate(
-    self, state: TrainState, split: Split, batch_size: int
+    self, state: TrainState, batches: Iterable[steps.Batch]
   ) -> dict[str, np.ndarray]:
     """Returns accuracy in [0, 1] and loss in nats of each member, both [m].
 
     Args:
       state: the stacked state.
-      split: the examples.
-      batch_size: may be rounded up to a multiple of the devices.
+      batches: from `features.eval_batches`.
     """
-    mesh = self.program.mesh
-    batches = pipeline.eval_batches(
-      split,
-      batch_size=-(-batch_size // mesh.size) * mesh.size,
-      sharding=partition.batch_sharding(mesh),
-    )
     sums = evaluate.sums(
       lambda params, batch: self.eval_step(params, batch, state.numbers),
       state.params,
@@ -240,6 +273,11 @@ class Population:
       "accuracy": sums["correct"] / sums["count"],
       "loss": sums["loss"] / sums["count"],
     }
+
+
+def _orders(seeds, epoch, number: int):
+  """Returns the orders [m, n] of an epoch of each seed."""
+  return jax.vmap(lambda seed: resident.epoch_order(seed, epoch, number))(seeds)
 
 
 def _map(function: Callable, axes: Any, *states: Any) -> Any:

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import partition
+from insvp_jax import evaluate, partition
 from insvp_jax import program as program_lib
 from insvp_jax.data import TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.features import FeatureCache, eval_batches
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.program import Program
 
@@ -24,12 +26,37 @@ class Prepared:
     weights: the backbone's parameters; None for random ones.
     backbone: the backbone's identity, as stored with each run.
     program: the compiled program.
+    cache: features of the splits, where they are constant.
   """
 
   data: TaskData
   weights: Mapping[str, Any] | None
   backbone: Mapping[str, Any]
   program: Program
+  cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
+
+  def features(
+    self, config: ConfigDict, split: str, params: Mapping[str, Any]
+  ) -> dict[str, Array] | None:
+    """Returns a split's features and labels; None where they are not cached.
+
+    Args:
+      config: of the run, or of any of a population that shares the backbone.
+      split: its name.
+      params: whose "backbone" is read.
+    """
+    seed = config.seed if self.weights is None else None
+    return self.cache.arrays(
+      config, self.program, self.data.splits[split], params["backbone"], seed
+    )
+
+  def evaluate(
+    self, config: ConfigDict, split: str, params: Mapping[str, Any]
+  ) -> dict[str, float | int]:
+    """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
+    arrays = self.features(config, split, params)
+    batches = eval_batches(config, self.program, self.data.splits[split], arrays)
+    return evaluate.evaluate(self.program.eval_step, params, batches)
 
 
 def prepare(
@@ -64,6 +91,6 @@ def prepare(
     config, data.num_classes, len(data.splits[split]), mesh, numbers
   )
   if like:
-    return Prepared(data, like.weights, like.backbone, program)
+    return Prepared(data, like.weights, like.backbone, program, like.cache)
   weights, identity = program_lib.load_weights(config, program.model)
   return Prepared(data, weights, identity, program)

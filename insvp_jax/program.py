@@ -1,6 +1,6 @@
 """What a run consists of: the compiled program, the weights, the first state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from insvp_jax import calls, optim, partition, shardings, steps, trees
 from insvp_jax import config as config_lib
-from insvp_jax import evaluate, optim, partition, shardings, steps, trees
-from insvp_jax.data import TaskData, pipeline, preprocess
+from insvp_jax.data import preprocess, resident
 from insvp_jax.models import mimetic, pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 
@@ -38,6 +38,12 @@ class Program:
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
     numbers: names of the method's fields that are data; see `Method.number`.
+    feature_step: jitted `({"backbone": params}, batch) -> features`, on every device;
+      see `steps.create_feature_step`.
+    train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
+      the state. See `calls.create_train_call`.
+    gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
+    batch_size: of training.
   """
 
   model: PromptedClassifier
@@ -54,6 +60,10 @@ class Program:
   train_function: Any = None
   eval_function: Any = None
   numbers: tuple[str, ...] = ()
+  feature_step: Any = None
+  train_call: Any = None
+  gather: Any = None
+  batch_size: int = 0
 
 
 def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
@@ -116,6 +126,7 @@ def create_program(
   whole = partition.replicated(mesh)
   rows = partition.batch_sharding(mesh)
   params = shardings.param_shardings(shapes, mask, mesh)
+  gather = _create_gather(config, model)
   state = steps.TrainState(
     step=whole,
     params=params,
@@ -149,6 +160,36 @@ def create_program(
     train_function=train_step,
     eval_function=eval_step,
     numbers=numbers,
+    feature_step=jax.jit(
+      steps.create_feature_step(gathered, preset=preset),
+      in_shardings=({"backbone": params["backbone"]}, rows),
+      out_shardings=whole,
+    ),
+    train_call=jax.jit(
+      calls.create_train_call(
+        train_step,
+        mask,
+        order=resident.epoch_order,
+        gather=gather,
+        batch_size=config.batch_size,
+        sharding=rows,
+      ),
+      donate_argnums=0,
+      in_shardings=(state, whole, whole, whole),
+      out_shardings=(state, whole, whole),
+    ),
+    gather=gather,
+    batch_size=config.batch_size,
+  )
+
+
+def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
+  preset = preprocess.get_preset(config.data.preset)
+  return functools.partial(
+    resident.gather,
+    batch_size=config.batch_size,
+    preset=preset if preset.augments else None,
+    image_size=model.backbone.image_size,
   )
 
 
@@ -305,21 +346,3 @@ def _new_state(config: ConfigDict, program: Program, params) -> steps.TrainState
     wd=jnp.float32(config.optim.wd),
     numbers=numbers_of(config, program),
   )
-
-
-def evaluate_split(
-  config: ConfigDict,
-  program: Program,
-  params: Mapping[str, Any],
-  data: TaskData,
-  split: str,
-) -> dict[str, float | int]:
-  """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
-  # Padding makes any batch size fit any number of devices.
-  devices = program.mesh.size
-  batches = pipeline.eval_batches(
-    data.splits[split],
-    batch_size=-(-config.eval_batch_size // devices) * devices,
-    sharding=partition.batch_sharding(program.mesh),
-  )
-  return evaluate.evaluate(program.eval_step, params, batches)

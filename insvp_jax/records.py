@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import memory, trees
+from insvp_jax import features, memory, trees
 from insvp_jax import program as program_lib
 from insvp_jax.clock import Clock
 from insvp_jax.data import TaskData
@@ -29,21 +29,20 @@ def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
   if step:
     return f"resumed at step {step} of {prepared.program.total_steps}"
   program, mesh = prepared.program, prepared.program.mesh
+  split = prepared.data.splits[config.data.train_split]
   shapes = program_lib.param_shapes(program.model)
-  return "\n".join(
-    [
-      param_overview(shapes, program.mask),
-      prepared.data.describe(),
-      get_preset(config.data.preset).describe(),
-      f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
-      f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
-      f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
-      f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
-      + (
-        f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""
-      ),
-    ]
-  )
+  lines = [
+    param_overview(shapes, program.mask),
+    prepared.data.describe(),
+    get_preset(config.data.preset).describe(),
+    f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
+    f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
+    f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
+    f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+    + (f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""),
+    features.describe(config, program, split),
+  ]
+  return "\n".join(filter(None, lines))
 
 
 def config_table(config: ConfigDict) -> str:
@@ -102,7 +101,7 @@ def result(
   def accuracy(split):
     if split not in data.splits:
       return None, 0
-    found = program_lib.evaluate_split(config, program, params, data, split)
+    found = prepared.evaluate(config, split, params)
     return found["accuracy"], found["num_examples"]
 
   # After training on train_val, an accuracy on val would be one on training data.

@@ -15,6 +15,7 @@ from insvp_jax.models.classifier import PromptedClassifier
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+METRICS = ("loss", "accuracy", "grad_norm", "param_norm")  # of a train step
 
 
 @flax.struct.dataclass
@@ -66,34 +67,40 @@ def create_train_step(
     loss: the config's `loss` section.
 
   Returns:
-    A pure function; metrics are float32 scalars: loss (mean, in nats), accuracy
-    (against the unmixed labels, in [0, 1]), grad_norm (of the trainable leaves) and
-    param_norm (of the same leaves after the update).
+    A pure function of batches {"images" or "features", "labels"}; metrics are float32
+    scalars: loss (mean, in nats), accuracy (against the unmixed labels, in [0, 1]),
+    grad_norm (of the trainable leaves) and param_norm (of the same leaves after the
+    update).
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.rng, state.step)
     # The first one is the pipeline's, for crops and flips.
     _, mix_key, dropout_key = jax.random.split(key, 3)
-    images = preprocess.normalise(preset, batch["images"])
     targets = losses.targets(
       batch["labels"], model.head.num_classes, loss["label_smoothing"]
     )
-    images, targets = losses.mix(
-      mix_key,
-      images,
-      targets,
-      mixup_alpha=loss["mixup_alpha"],
-      cutmix_alpha=loss["cutmix_alpha"],
-      prob=loss["mix_prob"],
-      switch_prob=loss["mix_switch_prob"],
-    )
+    # Features stand for images only where nothing is mixed.
+    if "features" not in batch:
+      images, targets = losses.mix(
+        mix_key,
+        preprocess.normalise(preset, batch["images"]),
+        targets,
+        mixup_alpha=loss["mixup_alpha"],
+        cutmix_alpha=loss["cutmix_alpha"],
+        prob=loss["mix_prob"],
+        switch_prob=loss["mix_switch_prob"],
+      )
     trainable, frozen = trees.split(state.params, mask)
 
     def loss_fn(trainable):
       params = trees.merge(trainable, frozen)
       variables = _variables(params, state.numbers)
-      logits = model.apply(variables, images, train=True, rngs={"dropout": dropout_key})
+      if "features" in batch:
+        logits = model.apply(variables, batch["features"], method="classify")
+      else:
+        rngs = {"dropout": dropout_key}
+        logits = model.apply(variables, images, train=True, rngs=rngs)
       return jnp.mean(losses.cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
@@ -133,10 +140,11 @@ def create_eval_step(
   def eval_step(
     params: Mapping[str, Any], batch: Batch, numbers: Mapping[str, Any] | None = None
   ) -> Metrics:
-    images = preprocess.eval_preprocess(
-      preset, batch["images"], model.backbone.image_size
-    )
-    logits = model.apply(_variables(params, numbers), images)
+    variables = _variables(params, numbers)
+    if "features" in batch:
+      logits = model.apply(variables, batch["features"], method="classify")
+    else:
+      logits = model.apply(variables, _eval_images(model, preset, batch))
     targets = losses.targets(batch["labels"], model.head.num_classes)
     real = batch["mask"] > 0
     correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & real
@@ -148,6 +156,25 @@ def create_eval_step(
     }
 
   return eval_step
+
+
+def create_feature_step(
+  model: PromptedClassifier, *, preset: preprocess.Preset
+) -> Callable[..., Array]:
+  """Returns `feature_step(params, batch) -> features`, float32 [b, d]."""
+
+  def feature_step(params: Mapping[str, Any], batch: Batch) -> Array:
+    images = _eval_images(model, preset, batch)
+    features = model.apply({"params": params}, images, method="features")
+    return features.astype(jnp.float32)
+
+  return feature_step
+
+
+def _eval_images(model, preset, batch: Batch) -> Array:
+  """Returns the backbone's input where nothing is drawn at random."""
+  size = model.backbone.image_size
+  return preprocess.eval_preprocess(preset, batch["images"], size)
 
 
 def _variables(

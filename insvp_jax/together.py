@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
+from insvp_jax import features, records, trainer
 from insvp_jax import program as program_lib
-from insvp_jax import records, trainer
 from insvp_jax.loop import Diverged, Loop, divergence
 from insvp_jax.member_files import MeanWriter, MemberFiles, MemberWriters, NoFiles
 from insvp_jax.population import Population
@@ -42,7 +42,11 @@ class PopulationLoop(Loop):
     self, configs, prepared, population, checkpointer, writers, stop, workdir
   ):
     """Takes the members' configs, and what stands for all their files."""
-    program = dataclasses.replace(prepared.program, train_step=population.train_step)
+    program = dataclasses.replace(
+      prepared.program,
+      train_step=population.train_step,
+      train_call=population.train_call,
+    )
     prepared = dataclasses.replace(prepared, program=program)
     super().__init__(configs[0], prepared, checkpointer, writers, stop, workdir)
     self.configs = configs
@@ -51,17 +55,27 @@ class PopulationLoop(Loop):
     self.lost: dict[int, str] = {}
     checkpointer.lost = writers.lost = self.lost
 
-  def batches(self, start_step):
-    split = self.prepared.data.splits[self.config.data.train_split]
-    return self.population.batches(self.configs, split, start_step)
+  def features(self, state, split):
+    # Backbones of their own would each have other features.
+    return super().features(state, split) if self.population.one_backbone else None
+
+  @property
+  def seed(self):
+    if self.population.one_seed:
+      return super().seed
+    return np.array([config.seed % 2**32 for config in self.configs], np.uint32)
+
+  def batches(self, start_step, arrays=None):
+    return self.population.batches(self.configs, self._split, start_step, arrays)
 
   def _check_finite(self, metrics, step):
     if metrics is None:
       return
-    found = jax.device_get(metrics)
+    found, steps = jax.device_get((metrics, step))
+    steps = np.broadcast_to(steps, len(self.configs))
     for i, config in enumerate(self.configs):
       mine = {name: float(values[i]) for name, values in found.items()}
-      wrong = "" if i in self.lost else divergence(mine, step, config)
+      wrong = "" if i in self.lost else divergence(mine, int(steps[i]), config)
       if wrong:
         self.lost[i] = f"{wrong} {self.checkpointer.kept(i)}".strip()
     if len(self.lost) == len(self.configs):
@@ -79,8 +93,10 @@ class PopulationLoop(Loop):
 
   def evaluate(self, state) -> dict[str, np.ndarray]:
     """Returns accuracy and loss on val of each member."""
-    split = self.prepared.data.splits["val"]
-    return self.population.evaluate(state, split, self.config.eval_batch_size)
+    arrays = self.features(state, "val")
+    program, split = self.prepared.program, self.prepared.data.splits["val"]
+    batches = features.eval_batches(self.config, program, split, arrays)
+    return self.population.evaluate(state, batches)
 
 
 def search(

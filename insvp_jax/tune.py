@@ -22,7 +22,16 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import records, sizing, tables, together, trainer, trees, trials
+from insvp_jax import (
+  features,
+  records,
+  sizing,
+  tables,
+  together,
+  trainer,
+  trees,
+  trials,
+)
 from insvp_jax.methods import METHODS, create_method
 from insvp_jax.population import Population, can_train_together
 from insvp_jax.preparation import Prepared, prepare
@@ -267,7 +276,11 @@ def _final_size(configs: list[ConfigDict], prepared: Prepared) -> int:
   split = prepared.data.splits[configs[0].data.train_split]
   population = Population.of(configs, prepared.program, prepared.weights)
   limit = sizing.chunk_size(configs, population, split)
-  if limit > 1 and not can_train_together([c.seed for c in configs], split):
+  seeds = [config.seed for config in configs]
+  cached = population.one_backbone and features.are_cached(
+    configs[0], prepared.program, split
+  )
+  if limit > 1 and not (cached or can_train_together(seeds, split)):
     say("The training images are streamed: the seeds train one by one.")
     return 1
   return sizing.balanced(len(configs), limit)

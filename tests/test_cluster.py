@@ -171,7 +171,9 @@ def last_line(done):
 def test_two_interrupted_processes_train_as_one_with_as_many_devices(
   driver, base, tmp_path, kind
 ):
-  more = flags_of(data__resident_mb=1024 if kind == "resident" else 0)
+  # Calls of two steps: a notice may come between a call's first and last step.
+  many = {"data__resident_mb": 1024, "steps_per_call": 2}
+  more = flags_of(**(many if kind == "resident" else {"data__resident_mb": 0}))
   command = [*base, *more, f"--workdir={tmp_path / 'two'}"]
   alone = driver.run(*base, *more, f"--workdir={tmp_path / 'one'}", env=FOUR_DEVICES)
   assert alone.status == 0, alone.err
@@ -208,20 +210,35 @@ def test_two_interrupted_processes_train_as_one_with_as_many_devices(
     here.pop("images_per_second", None)
     there.pop("images_per_second", None)
     assert here == pytest.approx(there, rel=1e-4)
-  results = [
-    json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")
-  ]
+  assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_run(one, two):
+  """Asserts that two runs on four devices are the same, up to rounding."""
+  results = [json.loads((w / "result.json").read_text()) for w in (one, two)]
   for key in ("val_accuracy", "test_accuracy", "steps", "devices", "data_sha256"):
     assert results[0][key] == results[1][key]
   assert results[1]["devices"] == 4
   for item in ("adapter", "optimizer"):
     first, second = (
-      trees.flatten(read_arrays(find_step(tmp_path / name), item))
-      for name in ("one", "two")
+      trees.flatten(read_arrays(find_step(workdir), item)) for workdir in (one, two)
     )
     assert first.keys() == second.keys()
     for name, leaf in first.items():
       np.testing.assert_allclose(leaf, second[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_share_cached_features(driver, base, tmp_path):
+  command = [*base, *flags_of(method="linear", optim__lr=0.01)]
+  alone = driver.run(*command, f"--workdir={tmp_path / 'one'}", env=FOUR_DEVICES)
+  assert alone.status == 0, alone.err
+  driver.start(*command, f"--workdir={tmp_path / 'two'}", envs=environs())
+  both = driver.wait()
+  assert [done.status for done in both] == [0, 0], both
+  for done in (alone, both[0]):
+    assert "features of the 24 training images are computed once" in done.err
+  assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from test_shardings import wide_config
 from tiny_training import make_data, tiny_config
 
+from insvp_jax import preparation, sizing, together, trainer, trees, trials
 from insvp_jax import program as program_lib
-from insvp_jax import sizing, together, trainer, trees, trials
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.data import ArraySplit, StreamSplit, TaskData
 from insvp_jax.loop import Diverged, Loop
@@ -35,7 +35,7 @@ TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 
 @pytest.fixture(autouse=True)
 def _data(monkeypatch):
-  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
 
 
 def streamed(data: TaskData) -> TaskData:
@@ -292,9 +292,9 @@ def test_interrupted_runs_go_on_together_from_their_checkpoints(
   trained = []
   original = Population.batches
 
-  def batches(population, members, split, start):
+  def batches(population, members, split, start, arrays):
     trained.append((len(members), start))
-    return original(population, members, split, start)
+    return original(population, members, split, start, arrays)
 
   monkeypatch.setattr(Population, "batches", batches)
   together.train(configs, workdirs, prepared, population)

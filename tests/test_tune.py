@@ -11,7 +11,16 @@ import pytest
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import config as config_lib
-from insvp_jax import steps, tables, together, trainer, trials, tune
+from insvp_jax import (
+  preparation,
+  records,
+  steps,
+  tables,
+  together,
+  trainer,
+  trials,
+  tune,
+)
 from insvp_jax.data import ArraySplit, StreamSplit
 from insvp_jax.loop import Diverged
 from insvp_jax.population import Population
@@ -92,7 +101,7 @@ def install(monkeypatch):
     monkeypatch.setattr(together, "search", fake.search)
     monkeypatch.setattr(together, "train", fake.train)
     monkeypatch.setattr(Population, "draw", lambda *_: {})
-    monkeypatch.setattr(trainer, "load_data", lambda *_: make_data(without))
+    monkeypatch.setattr(preparation, "load_data", lambda *_: make_data(without))
     return fake
 
   return install
@@ -315,19 +324,19 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
     step = original(*args, **kwargs)
 
     def train_step(state, batch):
-      traced.append(batch["images"].shape)
+      traced.append(batch["features"].shape)
       return step(state, batch)
 
     return train_step
 
   monkeypatch.setattr(steps, "create_train_step", create_train_step)
-  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
   lists = {"tune__lr": (0.0, 0.05), "tune__wd": (0.0, 0.1), "tune__seeds": (0, 1)}
   lists["tune__population"] = population
   config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
   summary = tune.run(config, tmp_path)["linear"]
   # One program for all four trials, one for both seeds on train_val.
-  assert traced == [(8, 16, 16, 3)] * 2
+  assert traced == [(8, 16)] * 2
   results = [
     json.loads((tmp_path / "linear" / f"seed{s}" / "result.json").read_text())
     for s in (0, 1)
@@ -500,14 +509,14 @@ def test_final_runs_of_a_stream_train_one_by_one_and_it_is_said(
   split = data.splits["train_val"]
   stream = StreamSplit(split.labels, 16, "d", lambda requests, whole: iter(()))
   data.splits["train_val"] = stream
-  monkeypatch.setattr(trainer, "load_data", lambda *_: data)
+  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
   tune.run(search_config(tune__population=3), tmp_path)
   assert len(fake.runs) == 3
   assert "streamed: the seeds train one by one" in capsys.readouterr().out
 
 
 def test_final_runs_train_together_where_it_is_asked_for(monkeypatch, tmp_path):
-  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
   config = search_config("vpt_deep", tune__wd=(), tune__lr=(0.01, 0.03))
   config.tune.grid.dropout = (0.0, 0.2)
   config.tune.population = 4
@@ -544,7 +553,7 @@ def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
   data = make_data()
   test = data.splits["test"]
   data.splits["test"] = Sealed(test.images, test.labels)
-  monkeypatch.setattr(trainer, "load_data", lambda *_: data)
+  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
   Sealed.sealed = True
   # The final run is what trips over it, with the search behind it.
   with pytest.raises(AssertionError, match="the test split was touched"):

@@ -7,13 +7,12 @@ import jax
 from jaxtyping import Array
 import numpy as np
 
-from insvp_jax.data import pipeline
-from insvp_jax.data.arrays import ArraySplit
+from insvp_jax.data import pipeline, resident
 from insvp_jax.data.preprocess import Preset
 
 
 def member_batches(
-  split: ArraySplit,
+  arrays: resident.Arrays,
   *,
   seeds: Sequence[int],
   batch_size: int,
@@ -25,7 +24,7 @@ def member_batches(
   """Yields the batches of several runs at once, put together on the devices.
 
   Args:
-    split: the training examples, in memory.
+    arrays: of the training examples, on the devices, as for `resident.gather`.
     seeds: of each run; its part is what `train_batches` yields for its seed.
     batch_size: b, of each run, over all devices and processes.
     preset: as for `train_batches`.
@@ -34,30 +33,25 @@ def member_batches(
     sharding: of {leading axis m, then b}.
 
   Returns:
-    Iterator of {"images": uint8 [m, b, h, w, 3], "labels": int32 [m, b]}.
+    Iterator of {"images": uint8 [m, b, h, w, 3], "labels": int32 [m, b]}, or of
+    "features" where the arrays have these.
 
   Raises:
     ValueError: the split has fewer than `batch_size` examples.
   """
-  per_epoch = pipeline.steps_per_epoch(len(split), batch_size)
+  number = arrays["labels"].shape[0]
+  per_epoch = pipeline.steps_per_epoch(number, batch_size)
   if preset is not None and not preset.augments:
     preset = None
-  everywhere = pipeline.replicated(sharding)
-  images, labels = (
-    pipeline.put(split.images, everywhere),
-    pipeline.put(split.labels, everywhere),
-  )
   seeds = np.array([seed % 2**32 for seed in seeds], np.uint32)
   permute = jax.jit(
-    jax.vmap(functools.partial(pipeline.epoch_order, size=len(split)), (0, None)),
-    out_shardings=everywhere,
+    jax.vmap(functools.partial(resident.epoch_order, size=number), (0, None)),
+    out_shardings=resident.replicated(sharding),
   )
   one = functools.partial(
-    pipeline.gather, batch_size=batch_size, preset=preset, image_size=image_size
+    resident.gather, batch_size=batch_size, preset=preset, image_size=image_size
   )
-  gather = jax.jit(
-    jax.vmap(one, (None, None, 0, None, 0, None)), out_shardings=sharding
-  )
+  gather = jax.jit(jax.vmap(one, (None, 0, 0, None)), out_shardings=sharding)
 
   def batches():
     epoch, orders, step = None, None, start_step
@@ -65,8 +59,7 @@ def member_batches(
       if epoch != step // per_epoch:
         epoch = step // per_epoch
         orders = permute(seeds, np.uint32(epoch))
-      position = np.int32(step % per_epoch)
-      yield gather(images, labels, orders, position, seeds, np.int32(step))
+      yield gather(arrays, orders, seeds, np.int32(step))
       step += 1
 
   return batches()

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 import numpy as np
 
-from insvp_jax.data import preprocess
+from insvp_jax.data import preprocess, resident
 from insvp_jax.data.arrays import ArraySplit
 from insvp_jax.data.preprocess import Preset
+from insvp_jax.data.resident import augment_key, epoch_order
 from insvp_jax.data.splits import Split
 
 
@@ -101,67 +102,56 @@ class _Steps:
     return augment_key(self.seed, step)
 
 
-def augment_key(seed: Any, step: Any) -> Key[Array, ""]:
-  """Returns the key of a step's crops and flips: the first of the step's three.
-
-  The arguments are whole numbers, traced ones too.
+def resident_batches(
+  arrays: resident.Arrays,
+  *,
+  batch_size: int,
+  seed: int,
+  preset: Preset | None = None,
+  image_size: int = 0,
+  start_step: int = 0,
+  sharding: jax.sharding.Sharding | None = None,
+) -> Iterator[dict[str, Array]]:
+  """Yields the batches of `train_batches`, of arrays that are on the devices.
 
   Args:
-    seed: the run's.
-    step: number of batches before this one.
+    arrays: of all examples, images or features; as for `resident.gather`.
+    batch_size: as for `train_batches`, as are the rest.
+    seed: of the order, crops and flips.
+    preset: how images are cropped and flipped.
+    image_size: side of the crops in pixels.
+    start_step: the first step to yield.
+    sharding: of the batch's leading axis.
+
+  Raises:
+    ValueError: there are fewer than `batch_size` examples.
   """
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  return jax.random.split(key, 3)[0]
-
-
-def epoch_order(seed, epoch, size: int):
-  """Returns the order of an epoch's examples; pure and jit-able."""
-  key = jax.random.fold_in(jax.random.key(seed), epoch)
-  return jax.random.permutation(key, size)
+  number = arrays["labels"].shape[0]
+  per_epoch = steps_per_epoch(number, batch_size)
+  steps = _Steps(number, batch_size, per_epoch, seed, start_step)
+  if preset is not None and not preset.augments:
+    preset = None
+  options = {"batch_size": batch_size, "preset": preset, "image_size": image_size}
+  return _gathered(arrays, steps, options, sharding)
 
 
 def _resident(split, steps: _Steps, preset, image_size, sharding):
-  everywhere = replicated(sharding)
-  # One copy per device: a gather then needs no communication.
-  images, labels = put(split.images, everywhere), put(split.labels, everywhere)
-  take = jax.jit(
-    gather,
-    static_argnames=("batch_size", "preset", "image_size"),
-    out_shardings=sharding,
-  )
+  arrays = resident.put_split(split, sharding)
   options = {
     "batch_size": steps.batch_size,
     "preset": preset,
     "image_size": image_size,
   }
-  for step, order in steps.orders(everywhere):
-    position = np.int32(step % steps.per_epoch)
-    seed = np.uint32(steps.seed % 2**32)
-    yield take(images, labels, order, position, seed, np.int32(step), **options)
+  yield from _gathered(arrays, steps, options, sharding)
 
 
-def gather(
-  images, labels, order, position, seed, step, *, batch_size, preset, image_size
-):
-  """Returns the batch at a position of an epoch's order; pure and jit-able.
-
-  Args:
-    images: all stored images.
-    labels: theirs.
-    order: from `epoch_order`.
-    position: number of batches of this epoch before this one.
-    seed: of crops and flips, as is `step`.
-    step: number of batches of the run before this one.
-    batch_size: b; static, as are the rest.
-    preset: says how images are cropped and flipped; None leaves them.
-    image_size: side of the crops in pixels.
-  """
-  start = position * batch_size
-  indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-  chosen = jnp.take(images, indices, 0, mode="clip")
-  if preset is not None:
-    chosen = preprocess.augment(preset, chosen, augment_key(seed, step), image_size)
-  return {"images": chosen, "labels": jnp.take(labels, indices, 0, mode="clip")}
+def _gathered(arrays, steps: _Steps, options, sharding):
+  take = jax.jit(
+    resident.gather, static_argnames=tuple(options), out_shardings=sharding
+  )
+  seed = np.uint32(steps.seed % 2**32)
+  for step, order in steps.orders(resident.replicated(sharding)):
+    yield take(arrays, order, seed, np.int32(step), **options)
 
 
 def _streamed(split, steps: _Steps, preset, image_size, sharding):
@@ -262,23 +252,6 @@ def _eval_batches(split, batch_size, sharding):
 
 def _nothing(split: Split) -> np.ndarray:
   return np.empty((0, split.stored_size, split.stored_size, 3), np.uint8)
-
-
-def replicated(
-  sharding: jax.sharding.Sharding | None,
-) -> jax.sharding.Sharding | None:
-  """Returns the sharding that keeps whole arrays on all the same devices."""
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-  return sharding
-
-
-def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
-  """Returns the array on the devices; every process has all of it."""
-  if sharding is None:
-    return jnp.asarray(array)
-  # Unlike device_put, this also serves devices of which this process owns a part.
-  return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
 def _local_rows(sharding, batch_size: int) -> np.ndarray:

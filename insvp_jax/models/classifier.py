@@ -49,6 +49,10 @@ class PromptedClassifier(nn.Module):
     """
     return self.head(self.features(images, train=train))
 
+  def classify(self, features: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    """Returns the logits of features, as from `features`."""
+    return self.head(features)
+
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what the method lays over the images, by name."""
     return self.prompter.prompts(images)
