@@ -95,6 +95,7 @@ def _backbone() -> ConfigDict:
   section.dtype = "float32"
   section.remat = False
   section.scan = False
+  section.fused_attention = False  # True: cuDNN's, on NVIDIA GPUs in bfloat16
   section.skip_unread = True  # False: compute tokens that the pool does not read
   section.frozen_dtype = "float32"
   section.fsdp = 1  # over how many devices frozen weights are split; set scan too
@@ -209,7 +210,7 @@ def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the ViT fields that the config sets."""
   section = config.backbone
   fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
-  fields += ("dtype", "remat", "scan", "skip_unread")
+  fields += ("dtype", "remat", "scan", "skip_unread", "fused_attention")
   return {f: section[f] for f in fields if section[f] is not None}
 
 

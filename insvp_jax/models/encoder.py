@@ -19,6 +19,7 @@ class Block(nn.Module):
   num_heads: int
   gelu: str
   dtype: Any
+  fused_attention: bool = False
 
   @nn.compact
   def __call__(
@@ -54,6 +55,7 @@ class Block(nn.Module):
       self.num_heads,
       self.dtype,
       absorb=num_read == 1,
+      fused=self.fused_attention,
       name="MultiHeadDotProductAttention_0",
     )
     y = norm(x)
@@ -118,6 +120,7 @@ class Encoder(nn.Module):
   scan: bool
   num_read: int | None = None
   gather: Callable[[Any], Any] | None = None
+  fused_attention: bool = False
 
   @nn.compact
   def __call__(
@@ -144,6 +147,7 @@ class Encoder(nn.Module):
       "num_heads": self.num_heads,
       "gelu": self.gelu,
       "dtype": self.dtype,
+      "fused_attention": self.fused_attention,
     }
 
   def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:

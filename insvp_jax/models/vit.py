@@ -77,6 +77,8 @@ class ViT(nn.Module):
     skip_unread: leave out what the pool does not read: with "tok" the queries and the
       MLP of all patch tokens in the last block; and where there is one query only, the
       projections of all keys and values. The feature stays the same.
+    fused_attention: attend by `jax.nn.dot_product_attention`: on NVIDIA GPUs, and with
+      dtype "bfloat16", cuDNN's flash attention.
     gather: applied to parameters where they are used, a block's within the block:
       parameters that are split over devices become whole there. It must keep the
       values. None leaves them alone, and initialisation needs None.
@@ -94,6 +96,7 @@ class ViT(nn.Module):
   remat: bool = False
   scan: bool = False
   skip_unread: bool = True
+  fused_attention: bool = False
   gather: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
@@ -122,6 +125,7 @@ class ViT(nn.Module):
       scan=self.scan,
       num_read=1 if self.skip_unread and self.pool == "tok" else None,
       gather=self.gather,
+      fused_attention=self.fused_attention,
       **block,
     )
     if self.pool == "map":
