@@ -52,6 +52,7 @@ def command(args: argparse.Namespace, images: Path, workdir: Path) -> list[str]:
   values = {
     "data.root": images,
     "data.cache_dir": workdir.parent / "decoded",
+    "data.train_split": "train_val",
     "tune.methods": "()",
     "tune.lr": "()",
     "tune.seeds": "()",
@@ -91,22 +92,16 @@ def run(line: Sequence[str], workdir: Path, cache: Path) -> dict[str, Any]:
   Raises:
     RuntimeError: it failed; the message holds what it said.
   """
-  environment = {
-    **os.environ,
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
-    # As `insvp_jax.main` keeps them: programs that compile at once are kept, too.
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
   start = time.perf_counter()
-  process = subprocess.Popen(
-    line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-  )
   lines, first = [], None
-  for said in process.stderr:
-    lines.append(said)
-    if first is None and re.search(r"step 1/", said):
-      first = time.perf_counter() - start
-  process.wait()
+  with subprocess.Popen(
+    line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+  ) as process:
+    for said in process.stderr:
+      lines.append(said)
+      if first is None and re.search(r"step 1/", said):
+        first = time.perf_counter() - start
   total = time.perf_counter() - start
   if process.returncode or first is None:
     raise RuntimeError(f"the run failed:\n{''.join(lines)}")

@@ -158,6 +158,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--image_size", type=int, default=0, help="0: the backbone's")
   parser.add_argument("--num_classes", type=int, default=100)
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--turn_seconds", type=float, default=0.2, help="of each turn")
   parser.add_argument("--no_parts", action="store_true", help="time whole steps only")
   parser.add_argument("--yardstick", action="store_true", help="PyTorch beside InsVP")
   parser.add_argument("--torch_python", default=sys.executable)
@@ -222,6 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       args.rounds,
       parts=not args.no_parts,
       yardsticks=yardsticks,
+      turn_seconds=args.turn_seconds,
     )
     devices = next(iter(contestants.values())).program.mesh.size
     add_ceiling(found, ceiling["gflops"][args.dtype] * devices)
