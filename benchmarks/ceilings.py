@@ -66,6 +66,7 @@ def measure(
   dtypes: tuple[str, ...],
   rounds: int,
   copy_mib: int = COPY_MIB,
+  clock: str = "wall",
 ) -> dict[str, Any]:
   """Measures all ceilings in turns.
 
@@ -75,6 +76,7 @@ def measure(
     dtypes: of the products.
     rounds: how often each is timed.
     copy_mib: MiB of the array that is copied.
+    clock: a key of `turns.CLOCKS`.
 
   Returns:
     `products`: GFLOP/s by dtype and product; `gflops`: the best one by dtype;
@@ -86,7 +88,7 @@ def measure(
     for name, shapes in products(vit, batch_size).items()
   }
   work["copy", ""] = _copy(copy_mib)
-  functions = {key: turns.timed(call) for key, (call, _) in work.items()}
+  functions = {key: turns.timed(call, clock) for key, (call, _) in work.items()}
   seconds = turns.medians(turns.alternate(functions, rounds, turn_seconds=0.1))
   rates = {key: amount / seconds[key] / 1e9 for key, (_, amount) in work.items()}
   copied = rates.pop(("copy", ""))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import parts, turns
+from benchmarks import parts
 from insvp_jax import flops, partition
 from insvp_jax import program as program_lib
 from insvp_jax.config import METHOD_SECTIONS, defaults
@@ -140,15 +140,15 @@ class Contestant:
     found = self._predict(self.state.params, self._placed()["images"])
     return jax.device_get(found)
 
-  def whole(self, mode: str) -> turns.Timed:
-    """Returns the timing of "train", "eval" or "predict"."""
-    return turns.timed({"train": self.train, "eval": self.eval}.get(mode, self.predict))
+  def whole(self, mode: str) -> Callable[[], Any]:
+    """Returns what does one step of "train", "eval" or "predict"."""
+    return {"train": self.train, "eval": self.eval}.get(mode, self.predict)
 
-  def part_functions(self, mode: str) -> dict[str, turns.Timed]:
+  def part_functions(self, mode: str) -> dict[str, Callable[[], Any]]:
     """Returns what `parts_of` needs the seconds of, the whole excepted."""
     normalise = jax.jit(lambda x: preprocess.normalise(self.preset, x))
     source = self._placed if mode != "train" else lambda: next(self._batches)
-    found = {"input": turns.timed(lambda: normalise(source()["images"]))}
+    found = {"input": lambda: normalise(source()["images"])}
     if mode == "train":
       return found | parts.train_functions(
         self.program, lambda: self.state, self._batch, self.preset

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import turns
 from insvp_jax import losses, steps, trees
 from insvp_jax.data import preprocess
 from insvp_jax.program import Program
@@ -33,7 +32,7 @@ def _prompt(model, images, train: bool):
 
 def evaluation_functions(
   program: Program, params: Mapping[str, Any], images: jax.Array
-) -> dict[str, turns.Timed]:
+) -> dict[str, Callable[[], Any]]:
   """Returns the part of evaluation that can be timed alone: "prompters".
 
   Args:
@@ -48,7 +47,7 @@ def evaluation_functions(
       {"params": params}, images, method=lambda m, x: _prompt(m, x, False)
     )
 
-  return {"prompters": turns.timed(lambda: prompters(params, images))}
+  return {"prompters": lambda: prompters(params, images)}
 
 
 def train_functions(
@@ -56,7 +55,7 @@ def train_functions(
   state: Callable[[], steps.TrainState],
   batch: Mapping[str, jax.Array],
   preset: preprocess.Preset,
-) -> dict[str, turns.Timed]:
+) -> dict[str, Callable[[], Any]]:
   """Returns the programs that `train_parts` needs the seconds of.
 
   Args:
@@ -107,11 +106,11 @@ def train_functions(
   backward, update = jax.jit(prompters_gradient), jax.jit(optimizer)
   labels = batch["labels"]
   return {
-    "prompters forward": turns.timed(lambda: prompted(*split(), images)),
-    "prompters": turns.timed(lambda: backward(*split(), images, cotangents)),
-    "forward": turns.timed(lambda: forward(*split(), images, labels)),
-    "gradient": turns.timed(lambda: gradient(*split(), images, labels)),
-    "optimizer": turns.timed(lambda: update(grads, state())),
+    "prompters forward": lambda: prompted(*split(), images),
+    "prompters": lambda: backward(*split(), images, cotangents),
+    "forward": lambda: forward(*split(), images, labels),
+    "gradient": lambda: gradient(*split(), images, labels),
+    "optimizer": lambda: update(grads, state()),
   }
 
 

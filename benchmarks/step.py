@@ -45,6 +45,7 @@ def measure(
   parts: bool = True,
   yardsticks: Mapping[str, Client] | None = None,
   turn_seconds: float = 0.2,
+  clock: str = "wall",
 ) -> dict[str, Any]:
   """Times everything in turns.
 
@@ -55,6 +56,7 @@ def measure(
     parts: whether the parts of a step are timed, too.
     yardsticks: PyTorch's counterpart, by the contestant's name.
     turn_seconds: see `turns.alternate`.
+    clock: a key of `turns.CLOCKS`.
 
   Returns:
     {mode: {name: row}} with `seconds` (median of a step), `rounds` (of each), `parts`
@@ -63,21 +65,22 @@ def measure(
   """
   found: dict[str, Any] = {}
   for mode in modes:
-    functions = {(n, mode): c.whole(mode) for n, c in contestants.items()}
+    functions = {}
+    for name, contestant in contestants.items():
+      pieces = {mode: contestant.whole(mode)}
+      pieces |= contestant.part_functions(mode) if parts else {}
+      for piece, function in pieces.items():
+        functions[name, piece] = turns.timed(function, clock)
     for name, client in (yardsticks or {}).items():
-      functions[name, YARDSTICK] = _remote(client, mode)
-    for name, contestant in contestants.items() if parts else ():
-      pieces = contestant.part_functions(mode)
-      functions |= {(name, piece): timed for piece, timed in pieces.items()}
+      functions[name, YARDSTICK] = _remote(client, mode, clock)
     seconds = turns.alternate(functions, rounds, turn_seconds)
     found[mode] = {
       name: _row(name, contestant, mode, seconds, parts)
       for name, contestant in contestants.items()
     }
     for name, client in (yardsticks or {}).items():
-      found[mode][name]["yardstick_memory_mib"] = client.ask(memory=_torch_mode(mode))[
-        "mib"
-      ]
+      needed = client.ask(memory=_torch_mode(mode))
+      found[mode][name]["yardstick_memory_mib"] = needed["mib"]
   return found
 
 
@@ -85,8 +88,8 @@ def _torch_mode(mode: str) -> str:
   return "train" if mode == "train" else "eval"
 
 
-def _remote(client: Client, mode: str) -> turns.Timed:
-  return lambda times: client.seconds(_torch_mode(mode), times)
+def _remote(client: Client, mode: str, clock: str) -> turns.Timed:
+  return lambda times: client.seconds(_torch_mode(mode), times, clock)
 
 
 def _row(name, contestant, mode, seconds, parts) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def table(found: Mapping[str, Any]) -> str:
   shown = PARTS if any(row["parts"] for row in rows) else ()
   compared = any("ratio" in row for row in rows)
   header = ["step", "images/s", "ms", *shown, "MiB", "GFLOP", "of ceiling"]
-  header += ["PyTorch, ms", "speed-up"] if compared else []
+  header += ["PyTorch, ms", "speed-up", "PyTorch, MiB"] if compared else []
   lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
   for mode, by_name in found.items():
     for name, row in by_name.items():
@@ -140,8 +143,10 @@ def table(found: Mapping[str, Any]) -> str:
       if "ratio" in row:
         cells.append(f"{1e3 * row['yardstick_seconds']:,.1f}")
         cells.append(f"{row['ratio']:.2f}")
+        mib = row["yardstick_memory_mib"]  # None on a CPU
+        cells.append("" if mib is None else f"{mib:,.0f}")
       elif compared:
-        cells += ["", ""]
+        cells += [""] * 3
       lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
@@ -159,6 +164,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--num_classes", type=int, default=100)
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--turn_seconds", type=float, default=0.2, help="of each turn")
+  parser.add_argument(
+    "--clock",
+    default="wall",
+    help="'cpu': processor seconds, for a busy machine; start it with taskset -c 0",
+  )
   parser.add_argument("--no_parts", action="store_true", help="time whole steps only")
   parser.add_argument("--yardstick", action="store_true", help="PyTorch beside InsVP")
   parser.add_argument("--torch_python", default=sys.executable)
@@ -180,6 +190,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     ("method", args.methods, (*METHODS, *VARIANTS)),
     ("mode", args.modes, MODES),
     ("dtype", [args.dtype], ("float32", "bfloat16")),
+    ("clock", [args.clock], tuple(turns.CLOCKS)),
   ):
     for name in given:
       if name not in known:
@@ -216,7 +227,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             specific_every_block=args.every_block,
           )
         )
-    ceiling = ceilings.measure(backbone, args.batch_size, (args.dtype,), args.rounds)
+    ceiling = ceilings.measure(
+      backbone, args.batch_size, (args.dtype,), args.rounds, clock=args.clock
+    )
     found = measure(
       contestants,
       args.modes,
@@ -224,6 +237,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       parts=not args.no_parts,
       yardsticks=yardsticks,
       turn_seconds=args.turn_seconds,
+      clock=args.clock,
     )
     devices = next(iter(contestants.values())).program.mesh.size
     add_ceiling(found, ceiling["gflops"][args.dtype] * devices)
@@ -250,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
   print(
     f"{found['devices']} x {found['device']}, {found['cpus']} CPUs, jax "
     f"{found['versions']['jax']}; {args.backbone} at {found['image_size']} px, batch "
-    f"{args.batch_size}, {args.dtype}, medians of {args.rounds} rounds\n"
+    f"{args.batch_size}, {args.dtype}, medians of {args.rounds} rounds, "
+    f"{args.clock} time\n"
   )
   print(f"{ceilings.describe(found['ceilings'])}\n\n{table(found['steps'])}")
   if args.json:

@@ -137,9 +137,15 @@ class Client(contextlib.AbstractContextManager):
       raise RuntimeError(f"the yardstick failed: {answer['error']}")
     return answer
 
-  def seconds(self, what: str, times: int) -> float:
-    """Returns the seconds of some calls of "train" or "eval", together."""
-    return self.ask(run=what, times=times)["seconds"]
+  def seconds(self, what: str, times: int, clock: str = "wall") -> float:
+    """Returns the seconds of some calls of "train" or "eval", together.
+
+    Args:
+      what: is called.
+      times: so often.
+      clock: a key of `turns.CLOCKS`.
+    """
+    return self.ask(run=what, times=times, clock=clock)["seconds"]
 
   def logits(self, params: Any, pixels: np.ndarray) -> np.ndarray:
     """Returns its logits [b, k] from our parameters, of uint8 pixels [b, h, w, 3]."""
