@@ -10,7 +10,7 @@ costs is the difference. Random weights train as fast as real ones.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import json
 import os
 from pathlib import Path
@@ -119,20 +119,18 @@ def run(line: Sequence[str], workdir: Path, cache: Path) -> dict[str, Any]:
   }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-  """Returns where the time of each run went; all but the first find a warm cache."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  """Yields where the time of each run went; all but the first find a warm cache."""
   size = args.image_size or create_backbone(args.backbone).image_size
   args.flags = [*args.flags, f"--config.image_size={size}"]
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     write_images(folder / "images/train", args.train_images, size, args.num_classes)
     write_images(folder / "images/test", args.test_images, size, args.num_classes)
-    found = []
     for i in range(args.runs):
       workdir = folder / f"run{i}"
       line = command(args, folder / "images", workdir)
-      found.append(run(line, workdir, folder / "compiled"))
-    return found
+      yield run(line, workdir, folder / "compiled")
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -153,16 +151,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   parser.add_argument("--json", help="write the result there")
   parser.add_argument("flags", nargs="*", help="after --: more flags of the run")
   args = parser.parse_args(argv)
-  found = measure(args)
   print(f"{args.backbone}, {args.method}, {args.train_images} images x {args.epochs:g}")
   print(
     "| compiled programs | to the first step, s | to the result, s | total, s ", end=""
   )
   print("| ms a step | images/s |\n|---|---|---|---|---|---|")
-  for i, row in enumerate(found):
+  found = []
+  for i, row in enumerate(measure(args)):
+    found.append(row)
     cells = [f"{row[name]:.1f}" for name in ("to_first_step", "to_result", "total")]
     cells += [f"{1e3 * (row['step'] or 0):.1f}", f"{row['images_per_second']:,.1f}"]
-    print(f"| {'warm' if i else 'cold'} | {' | '.join(cells)} |")
+    print(f"| {'warm' if i else 'cold'} | {' | '.join(cells)} |", flush=True)
   if args.json:
     Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
   return found
