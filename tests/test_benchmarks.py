@@ -2,10 +2,21 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from benchmarks import ceilings, checkpoint, epoch, step, turns, yardstick_client
+from benchmarks.contestant import Contestant, create_config
+from benchmarks.parts import PARTS
+from insvp_jax import trees
+from insvp_jax.data import preprocess
+from insvp_jax.models.classifier import create_backbone, create_model
 
 
 @pytest.fixture
@@ -103,3 +114,164 @@ def test_convolutions(benchmark):
   module = benchmark("convolutions")
   layer = module.Layer("tiny", 6, 2, 1, 3, 1, "k")
   assert set(module.measure(layer, batch_size=1, rounds=1)) == set(module.FORMS)
+
+
+TINY = ["--backbone=mu/4", "--image_size=16", "--batch_size=4", "--num_classes=5"]
+
+
+def vit_flops(vit, num_classes):
+  """By hand: the matrix products of one image's forward pass, every token read."""
+  patches, d = (vit.image_size // vit.patch_size) ** 2, vit.width
+  n = patches + (vit.pool == "tok")
+  block = 2 * n * (4 * d**2 + 2 * d * vit.mlp_dim) + 2 * 2 * n**2 * d
+  embedding = 2 * patches * 3 * vit.patch_size**2 * d
+  return embedding + vit.depth * block + 2 * d * num_classes
+
+
+def test_step_measures_every_mode_and_method(tmp_path, capsys):
+  arguments = [
+    "--methods=insvp,linear",
+    "--rounds=1",
+    f"--json={tmp_path / 's'}",
+  ]
+  step.main([*TINY, *arguments])
+  found = json.loads((tmp_path / "s").read_text())
+  assert set(found["steps"]) == set(step.MODES)
+  for mode, rows in found["steps"].items():
+    assert set(rows) == {"insvp", "linear"}
+    for row in rows.values():
+      assert row["memory_mib"] > 0 and row["seconds"] > 0
+      # What is timed apart and the rest are the whole.
+      assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+      known = PARTS if mode == "train" else PARTS[:3]
+      assert tuple(row["parts"]) == known
+  linear = {mode: rows["linear"]["flops"] for mode, rows in found["steps"].items()}
+  # The gradient of the head is one more product of its size; its input needs none.
+  assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
+  assert linear["eval"] == linear["predict"]
+  insvp = found["steps"]["train"]["insvp"]["flops"]
+  assert insvp > 1.8 * linear["eval"]
+  lines = capsys.readouterr().out.splitlines()
+  assert sum(line.startswith("| train") for line in lines) == 2
+
+
+def test_needed_flops_are_those_of_a_hand_count():
+  config = create_config("linear", backbone="boxed", batch_size=4, dtype="float32")
+  contestant = Contestant(config, num_classes=7)
+  vit = contestant.program.model.backbone
+  assert vit.pool == "gap"  # every token is read
+  assert contestant.needed_flops("eval") == 4 * vit_flops(vit, 7)
+  assert contestant.trainable == 128 * 7 + 7
+
+
+def test_step_refuses_what_it_does_not_know(capsys):
+  for argument in ("--methods=insvq", "--modes=tarin", "--dtype=float8"):
+    with pytest.raises(SystemExit):
+      step.main([argument])
+    assert "known: " in capsys.readouterr().err
+
+
+def test_turns_go_there_and_back():
+  called = []
+
+  def timed(name):
+    return lambda times: called.append((name, times)) or 0.4 * times
+
+  seconds = turns.alternate({"a": timed("a"), "b": timed("b")}, rounds=3)
+  # Twice each beforehand; 0.2 seconds are filled by one call.
+  assert [name for name, _ in called] == [*"aabb", *"ab", *"ba", *"ab"]
+  assert {times for _, times in called} == {1}
+  assert turns.medians(seconds) == {"a": 0.4, "b": 0.4}
+  assert turns.ratio({"a": [2, 9, 4], "b": [1, 3, 1]}, "a", "b") == 3
+
+
+def test_ceilings_of_a_block():
+  vit = create_backbone("mu/4", 16)
+  found = ceilings.measure(vit, 2, ("float32", "bfloat16"), rounds=1, copy_mib=1)
+  assert set(found["products"]) == {"float32", "bfloat16"}
+  rates = found["products"]["float32"]
+  assert found["gflops"]["float32"] == max(rates.values()) > 0
+  assert found["copy_gb_s"] > 0 and "| float32 |" in ceilings.describe(found)
+  b16 = ceilings.products(create_backbone("B/16"), 8)
+  assert b16["MLP, in"] == ((8 * 197, 768), (768, 3072))
+  assert b16["scores"] == ((96, 197, 64), (96, 64, 197))
+
+
+@pytest.fixture
+def torch_python():
+  """An interpreter with torch and timm: this one, or INSVP_TORCH_PYTHON."""
+  python = os.environ.get("INSVP_TORCH_PYTHON", sys.executable)
+  if reason := yardstick_client.missing(python):
+    pytest.skip(reason)
+  return python
+
+
+@pytest.mark.parametrize("preset, pool", [("paper", "tok"), ("release", "gap")])
+def test_the_yardstick_computes_what_we_compute(torch_python, preset, pool):
+  sizes = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2, "pool": pool}
+  fields = {"preset": preset, "prompt_length": 3, "global_kernels": (5, 3)}
+  model = create_model(
+    "mu/4",
+    num_classes=5,
+    image_size=16,
+    backbone_kwargs=sizes,
+    method_kwargs=fields,
+    head_init="torch",
+  )
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
+  images = preprocess.normalise(preprocess.PRESETS["vtab"], jnp.asarray(pixels))
+  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+  # Biases and the class token start at zero: here each value counts.
+  params = jax.tree.map(
+    lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), params
+  )
+  ours = model.apply({"params": params}, images)
+  mask = trees.flatten(trees.mask(params, model.prompter.trainable_patterns()))
+  flat = trees.flatten(params)
+  with yardstick_client.Client(
+    torch_python, model, batch_size=2, specific_every_block=preset == "release"
+  ) as client:
+    theirs = client.logits(params, pixels)
+    assert client.seconds("train", 1) > 0 and client.seconds("eval", 1) > 0
+    assert client.info["trainable"] == sum(flat[n].size for n in flat if mask[n])
+  np.testing.assert_allclose(theirs, ours, atol=2e-5)
+
+
+def test_without_torch_the_yardstick_says_what_to_do(capsys, tmp_path):
+  with pytest.raises(SystemExit):
+    step.main(["--yardstick", f"--torch_python={tmp_path / 'python'}"])
+  assert "cannot be started" in capsys.readouterr().err
+  plain = tmp_path / "plain"
+  plain.write_text("#!/bin/sh\nexit 1\n")
+  plain.chmod(0o755)
+  assert "benchmarks/requirements.txt" in yardstick_client.missing(str(plain))
+
+
+def test_the_yardstick_is_for_insvp():
+  with pytest.raises(ValueError, match="InsVP"):
+    yardstick_client.settings(create_model("mu/4", "linear", num_classes=2))
+
+
+def test_epoch_times_a_run_from_its_start_to_its_result(tmp_path, capsys):
+  sizes = ["--train_images=12", "--test_images=6", "--num_classes=3"]
+  (found,) = epoch.main(
+    [*TINY[:3], *sizes, "--method=linear", "--epochs=2", "--runs=1"]
+    + [f"--json={tmp_path / 'e'}", "--", "--config.tensorboard=False"]
+  )
+  assert found["steps"] == 2 * 12 // 4 and found["test_images"] == 6
+  assert found["to_first_step"] + found["to_result"] == pytest.approx(found["total"])
+  assert json.loads((tmp_path / "e").read_text()) == [found]
+  assert "| cold |" in capsys.readouterr().out
+
+
+def test_checkpoint_weighs_the_items():
+  config = create_config(
+    "vpt_deep", backbone="mu/4", batch_size=4, dtype="float32", image_size=16
+  )
+  contestant = Contestant(config, num_classes=5)
+  found = checkpoint.measure(contestant, rounds=1, steps=1)
+  trained = 4 * contestant.trainable
+  assert trained < found["bytes"]["adapter"] < trained + 10_000
+  assert found["bytes"]["optimizer"] > 2 * trained
+  assert 0 < found["blocking"] <= found["complete"]
