@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import signal
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from test_population import final_states, streamed
+from test_trainer import assert_same, at_step, metrics, stop_by, stored
 from tiny_training import SPLITS, make_data, tiny_config
 from tiny_training import prepare as prepare_tiny
 
@@ -20,6 +22,7 @@ from insvp_jax.methods import METHODS
 from insvp_jax.methods.linear import Linear
 from insvp_jax.population import Population
 from insvp_jax.preparation import prepare
+from insvp_jax.stopping import Stopped
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -104,6 +107,25 @@ def test_cached_features_train_as_images_do(fresh, monkeypatch, tmp_path, capsys
   mask = trees.flatten(prepared.program.mask)
   assert [n for n, chosen in mask.items() if chosen] == ["head/bias", "head/kernel"]
   assert np.abs(plain[0]["head/bias"]).max() > 1e-2
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+  fresh, monkeypatch, tmp_path
+):
+  prepared, sizes = fresh
+  config = config_of(checkpoint_every_epochs=1.0, log_every_steps=2)
+  trainer.train(config, tmp_path / "whole", prepared=prepared)
+  with monkeypatch.context() as patch:
+    at_step(patch, 4, stop_by(signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM at step 4"):
+      trainer.train(config, tmp_path / "stopped", prepared=prepared)
+  # A new process computes the features again.
+  before = len(sizes)
+  prepared = dataclasses.replace(prepared, cache=FeatureCache())
+  trainer.train(config, tmp_path / "stopped", prepared=prepared)
+  assert len(sizes) == 2 * before
+  assert_same(stored(tmp_path / "stopped"), stored(tmp_path / "whole"))
+  assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
 def test_too_many_features_are_computed_in_each_step(

@@ -84,7 +84,7 @@ def assert_same(a, b):
   """Asserts that two runs stored the same bits."""
   assert a[:3] == b[:3]
   a, b = trees.flatten(a[3]), trees.flatten(b[3])
-  assert a.keys() == b.keys() and len(a) > 12
+  assert a.keys() == b.keys() and len(a) > 8
   for name in a:
     assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
 

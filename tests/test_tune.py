@@ -324,7 +324,7 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
     step = original(*args, **kwargs)
 
     def train_step(state, batch):
-      traced.append(batch["features"].shape)
+      traced.append({name: leaf.shape for name, leaf in batch.items()})
       return step(state, batch)
 
     return train_step
@@ -336,7 +336,11 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
   config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
   summary = tune.run(config, tmp_path)["linear"]
   # One program for all four trials, one for both seeds on train_val.
-  assert traced == [(8, 16)] * 2
+  labels = {"labels": (8,)}
+  features = {"features": (8, 16), **labels}
+  # Both seeds together have random backbones of their own, so no features to share.
+  final = {"images": (8, 16, 16, 3), **labels} if population == 2 else features
+  assert traced == [features, final]
   results = [
     json.loads((tmp_path / "linear" / f"seed{s}" / "result.json").read_text())
     for s in (0, 1)
