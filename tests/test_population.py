@@ -107,15 +107,8 @@ def assert_close(state, params):
         "lr": (0.02,),
         "wd": (0.1,),
         "dropout": (0.1, 0.4),
+        "prompt_dropout": (0.3,),
         "image_fusion": ((0.3, 0.7), (1.0, 2.0)),
-      },
-    ),
-    (
-      "insvp",
-      {
-        "lr": (0.01, 0.03),
-        "wd": (0.0,),
-        "prompt_dropout": (0.0, 0.3),
         "feature_fusion": ((1.0, 0.5),),
       },
     ),
