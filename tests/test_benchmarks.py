@@ -129,30 +129,29 @@ def vit_flops(vit, num_classes):
 
 
 def test_step_measures_every_mode_and_method(tmp_path, capsys):
-  arguments = [
-    "--methods=insvp,linear",
-    "--rounds=1",
-    f"--json={tmp_path / 's'}",
-  ]
-  step.main([*TINY, *arguments])
-  found = json.loads((tmp_path / "s").read_text())
-  assert set(found["steps"]) == set(step.MODES)
-  for mode, rows in found["steps"].items():
-    assert set(rows) == {"insvp", "linear"}
+  arguments = ["--rounds=1", f"--json={tmp_path / 's'}"]
+  # Of one method all modes, of two one: each pair compiles several programs.
+  step.main([*TINY, *arguments, "--methods=linear"])
+  every = json.loads((tmp_path / "s").read_text())["steps"]
+  assert set(every) == set(step.MODES)
+  step.main([*TINY, *arguments, "--methods=insvp,linear", "--modes=train"])
+  both = json.loads((tmp_path / "s").read_text())["steps"]
+  assert set(both) == {"train"} and set(both["train"]) == {"insvp", "linear"}
+  for mode, rows in [*every.items(), *both.items()]:
     for row in rows.values():
       assert row["memory_mib"] > 0 and row["seconds"] > 0
       # What is timed apart and the rest are the whole.
       assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
       known = PARTS if mode == "train" else PARTS[:3]
       assert tuple(row["parts"]) == known
-  linear = {mode: rows["linear"]["flops"] for mode, rows in found["steps"].items()}
+  linear = {mode: rows["linear"]["flops"] for mode, rows in every.items()}
   # The gradient of the head is one more product of its size; its input needs none.
   assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
   assert linear["eval"] == linear["predict"]
-  insvp = found["steps"]["train"]["insvp"]["flops"]
+  insvp = both["train"]["insvp"]["flops"]
   assert insvp > 1.8 * linear["eval"]
   lines = capsys.readouterr().out.splitlines()
-  assert sum(line.startswith("| train") for line in lines) == 2
+  assert sum(line.startswith("| train") for line in lines) == 3
 
 
 def test_needed_flops_are_those_of_a_hand_count():
