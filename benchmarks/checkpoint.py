@@ -15,8 +15,7 @@ import tempfile
 import time
 from typing import Any
 
-import jax
-
+from benchmarks import turns
 from benchmarks.contestant import Contestant, create_config
 from insvp_jax.checkpoints import Checkpointer
 
@@ -73,11 +72,7 @@ def measure(contestant: Contestant, rounds: int, steps: int = 3) -> dict[str, An
 
 def _steps(contestant: Contestant, number: int) -> float:
   """Returns the seconds of a step, after training for some."""
-  start = time.perf_counter()
-  for _ in range(number):
-    metrics = contestant.train()
-  jax.block_until_ready(metrics)
-  return (time.perf_counter() - start) / number
+  return turns.timed(contestant.train)(number) / number
 
 
 def main(argv: list[str] | None = None) -> None:
