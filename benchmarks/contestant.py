@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import parts
-from insvp_jax import flops, partition
+from insvp_jax import flops, partition, trees
 from insvp_jax import program as program_lib
 from insvp_jax.config import METHOD_SECTIONS, defaults
 from insvp_jax.data import ArraySplit, pipeline, preprocess
@@ -197,7 +197,4 @@ class Contestant:
   @property
   def trainable(self) -> int:
     """The number of trainable parameters."""
-    sizes = jax.tree.map(
-      lambda leaf, used: leaf.size * used, self.state.params, self.program.mask
-    )
-    return sum(jax.tree.leaves(sizes))
+    return trees.count(trees.split(self.state.params, self.program.mask)[0])

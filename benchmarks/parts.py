@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from insvp_jax import losses, steps, trees
 from insvp_jax.data import preprocess
@@ -86,15 +85,7 @@ def train_functions(
     return found, backward(cotangents)
 
   def optimizer(grads, state):
-    trainable, frozen = trees.split(state.params, mask)
-    zeros = jax.tree.map(jnp.zeros_like, frozen)
-    decay = {} if state.wd is None else {"wd": state.wd}
-    updates, opt_state = program.optimizer.update(
-      trees.merge(grads, zeros), state.opt_state, state.params, **decay
-    )
-    updates, _ = trees.split(updates, mask)
-    updates = jax.tree.map(lambda update: update * state.peak_lr, updates)
-    return optax.apply_updates(trainable, updates), opt_state
+    return steps.update(program.optimizer, mask, state, grads)
 
   def split():
     return trees.split(state().params, mask)

@@ -59,17 +59,15 @@ class Loop:
       start_step: number of batches before the first one.
       arrays: images or features of the split and labels, if on the devices.
     """
-    options = {
-      "batch_size": self.config.batch_size,
-      "seed": self.config.seed,
-      "preset": get_preset(self.config.data.preset),
-      "image_size": self.prepared.program.model.backbone.image_size,
-      "start_step": start_step,
-      "sharding": partition.batch_sharding(self.prepared.program.mesh),
-    }
-    if arrays is not None:
-      return pipeline.resident_batches(arrays, **options)
-    return pipeline.train_batches(self._split, **options)
+    return pipeline.train_batches(
+      self._split if arrays is None else arrays,
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      preset=get_preset(self.config.data.preset),
+      image_size=self.prepared.program.model.backbone.image_size,
+      start_step=start_step,
+      sharding=partition.batch_sharding(self.prepared.program.mesh),
+    )
 
   @property
   def _split(self):

@@ -251,9 +251,7 @@ class Population:
       seeds = [each.seed for each in configs]
       arrays = arrays or resident.put_split(split, sharding)
       return members.member_batches(arrays, seeds=seeds, **options)
-    if arrays:
-      return pipeline.resident_batches(arrays, seed=config.seed, **options)
-    return pipeline.train_batches(split, seed=config.seed, **options)
+    return pipeline.train_batches(arrays or split, seed=config.seed, **options)
 
   def evaluate(
     self, state: TrainState, batches: Iterable[steps.Batch]

@@ -184,11 +184,10 @@ def create_program(
 
 
 def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
-  preset = preprocess.get_preset(config.data.preset)
   return functools.partial(
     resident.gather,
     batch_size=config.batch_size,
-    preset=preset if preset.augments else None,
+    preset=preprocess.get_preset(config.data.preset),
     image_size=model.backbone.image_size,
   )
 

@@ -104,15 +104,7 @@ def create_train_step(
       return jnp.mean(losses.cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-    # optax sees the whole tree; the zeros stand for gradients nobody computes.
-    zeros = jax.tree.map(jnp.zeros_like, frozen)
-    decay = {} if state.wd is None else {"wd": state.wd}
-    updates, opt_state = optimizer.update(
-      trees.merge(grads, zeros), state.opt_state, state.params, **decay
-    )
-    updates, _ = trees.split(updates, mask)
-    updates = jax.tree.map(lambda update: update * state.peak_lr, updates)
-    trainable = optax.apply_updates(trainable, updates)
+    trainable, opt_state = update(optimizer, mask, state, grads)
     correct = jnp.argmax(logits, axis=-1) == batch["labels"]
     metrics = {
       "loss": value,
@@ -126,6 +118,32 @@ def create_train_step(
     return state, metrics
 
   return train_step
+
+
+def update(
+  optimizer: optax.GradientTransformation,
+  mask: Mapping[str, Any],
+  state: TrainState,
+  grads: Mapping[str, Any],
+) -> tuple[dict[str, Any], Any]:
+  """Returns the trainable leaves by name, and the optimizer's state, after an update.
+
+  Args:
+    optimizer: as for `create_train_step`, as is `mask`.
+    mask: bool tree, True where trainable.
+    state: before the update.
+    grads: of the trainable leaves, by name.
+  """
+  trainable, frozen = trees.split(state.params, mask)
+  # optax sees the whole tree; the zeros stand for gradients nobody computes.
+  zeros = jax.tree.map(jnp.zeros_like, frozen)
+  decay = {} if state.wd is None else {"wd": state.wd}
+  updates, opt_state = optimizer.update(
+    trees.merge(grads, zeros), state.opt_state, state.params, **decay
+  )
+  updates, _ = trees.split(updates, mask)
+  updates = jax.tree.map(lambda change: change * state.peak_lr, updates)
+  return optax.apply_updates(trainable, updates), opt_state
 
 
 def create_eval_step(

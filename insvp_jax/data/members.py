@@ -41,8 +41,6 @@ def member_batches(
   """
   number = arrays["labels"].shape[0]
   per_epoch = pipeline.steps_per_epoch(number, batch_size)
-  if preset is not None and not preset.augments:
-    preset = None
   seeds = np.array([seed % 2**32 for seed in seeds], np.uint32)
   permute = jax.jit(
     jax.vmap(functools.partial(resident.epoch_order, size=number), (0, None)),

@@ -9,7 +9,7 @@ Every process of a multi-host job hands to its devices only their rows, and of a
 stream it reads only those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def train_batches(
-  split: Split,
+  examples: Split | resident.Arrays,
   *,
   batch_size: int,
   seed: int,
@@ -49,13 +49,14 @@ def train_batches(
   start_step: int = 0,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, Array]]:
-  """Yields batches for ever; batch t depends only on the split, `seed` and t.
+  """Yields batches for ever; batch t depends only on the examples, `seed` and t.
 
   Each epoch visits the examples in a new order; what does not fill a last batch
   is left out of that epoch. Close the iterator to end a stream's threads.
 
   Args:
-    split: the training examples.
+    examples: to train on: a split, or what of it is on the devices, images or features
+      (see `resident.gather`).
     batch_size: b, over all devices and processes.
     seed: of the order, crops and flips.
     preset: how images are cropped and flipped; None leaves them as they are stored.
@@ -64,18 +65,20 @@ def train_batches(
     sharding: of the batch's leading axis; None for the default device.
 
   Returns:
-    Iterator of {"images": uint8 [b, h, w, 3], "labels": int32 [b]}.
+    Iterator of {"images": uint8 [b, h, w, 3], "labels": int32 [b]}, or of "features"
+    where the examples have these.
 
   Raises:
-    ValueError: the split has fewer than `batch_size` examples.
+    ValueError: there are fewer than `batch_size` examples.
   """
+  on_devices = isinstance(examples, Mapping)
+  number = examples["labels"].shape[0] if on_devices else len(examples)
   # The checks run now, not at the first `next`.
-  per_epoch = steps_per_epoch(len(split), batch_size)
-  steps = _Steps(len(split), batch_size, per_epoch, seed, start_step)
-  if preset is not None and not preset.augments:
-    preset = None
-  batches = _resident if isinstance(split, ArraySplit) else _streamed
-  return batches(split, steps, preset, image_size, sharding)
+  per_epoch = steps_per_epoch(number, batch_size)
+  steps = _Steps(number, batch_size, per_epoch, seed, start_step)
+  from_memory = on_devices or isinstance(examples, ArraySplit)
+  batches = _resident if from_memory else _streamed
+  return batches(examples, steps, preset, image_size, sharding)
 
 
 class _Steps:
@@ -102,50 +105,15 @@ class _Steps:
     return augment_key(self.seed, step)
 
 
-def resident_batches(
-  arrays: resident.Arrays,
-  *,
-  batch_size: int,
-  seed: int,
-  preset: Preset | None = None,
-  image_size: int = 0,
-  start_step: int = 0,
-  sharding: jax.sharding.Sharding | None = None,
-) -> Iterator[dict[str, Array]]:
-  """Yields the batches of `train_batches`, of arrays that are on the devices.
-
-  Args:
-    arrays: of all examples, images or features; as for `resident.gather`.
-    batch_size: as for `train_batches`, as are the rest.
-    seed: of the order, crops and flips.
-    preset: how images are cropped and flipped.
-    image_size: side of the crops in pixels.
-    start_step: the first step to yield.
-    sharding: of the batch's leading axis.
-
-  Raises:
-    ValueError: there are fewer than `batch_size` examples.
-  """
-  number = arrays["labels"].shape[0]
-  per_epoch = steps_per_epoch(number, batch_size)
-  steps = _Steps(number, batch_size, per_epoch, seed, start_step)
-  if preset is not None and not preset.augments:
-    preset = None
-  options = {"batch_size": batch_size, "preset": preset, "image_size": image_size}
-  return _gathered(arrays, steps, options, sharding)
-
-
-def _resident(split, steps: _Steps, preset, image_size, sharding):
-  arrays = resident.put_split(split, sharding)
+def _resident(examples, steps: _Steps, preset, image_size, sharding):
+  arrays = examples
+  if isinstance(examples, ArraySplit):
+    arrays = resident.put_split(examples, sharding)
   options = {
     "batch_size": steps.batch_size,
     "preset": preset,
     "image_size": image_size,
   }
-  yield from _gathered(arrays, steps, options, sharding)
-
-
-def _gathered(arrays, steps: _Steps, options, sharding):
   take = jax.jit(
     resident.gather, static_argnames=tuple(options), out_shardings=sharding
   )
@@ -156,7 +124,8 @@ def _gathered(arrays, steps: _Steps, options, sharding):
 
 def _streamed(split, steps: _Steps, preset, image_size, sharding):
   rows = _local_rows(sharding, steps.batch_size)
-  whole = preset is not None and preset.keeps_aspect
+  augments = preset is not None and preset.augments
+  whole = augments and preset.keeps_aspect
   taken: list[tuple[int, np.ndarray]] = []
 
   def requests():
@@ -173,7 +142,7 @@ def _streamed(split, steps: _Steps, preset, image_size, sharding):
   try:
     for pixels in images:
       step, indices = taken.pop(0)
-      if preset is not None:
+      if augments:
         pixels = _cut(pixels, preset, steps.key(step), rows, steps, image_size)
       yield _place(
         {"images": np.asarray(pixels), "labels": split.labels[indices]},

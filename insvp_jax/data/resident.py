@@ -45,7 +45,7 @@ def gather(arrays: Arrays, order, seed, step, *, batch_size, preset, image_size)
     seed: of crops and flips, as is `step`.
     step: number of batches of the run before this one.
     batch_size: b; static, as are the rest.
-    preset: says how images are cropped and flipped; None leaves them.
+    preset: says how images are cropped and flipped, if at all; None leaves them.
     image_size: side of the crops in pixels.
 
   Returns:
@@ -54,7 +54,7 @@ def gather(arrays: Arrays, order, seed, step, *, batch_size, preset, image_size)
   start = step % (arrays["labels"].shape[0] // batch_size) * batch_size
   indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
   batch = {n: jnp.take(a, indices, 0, mode="clip") for n, a in arrays.items()}
-  if preset is not None and "images" in batch:
+  if preset is not None and preset.augments and "images" in batch:
     key = augment_key(seed, step)
     batch["images"] = preprocess.augment(preset, batch["images"], key, image_size)
   return batch

@@ -291,7 +291,7 @@ def _decode_all(
     read, output_signature=tf.TensorSpec([None], tf.string)
   )
   data = data.prefetch(_AHEAD).unbatch()
-  # AUTOTUNE now and then settles on one core, for half the images per second.
+  # AUTOTUNE now and then settles on one core.
   calls = _CALLS_PER_CORE * (os.cpu_count() or 1)
   data = data.map(decode, num_parallel_calls=calls, deterministic=True)
   if together:
