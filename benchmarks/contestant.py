@@ -109,7 +109,7 @@ class Contestant:
     self.state = program_lib.create_state(config, self.program, params)
     self._train = self.program.train_step.lower(self.state, self._batch).compile()
     self._evaluate = self.program.eval_step.lower(
-      self.state.params, self._placed()
+      self.state.params, self._placed(), self.state.numbers
     ).compile()
     self._predict = self._create_predict()
 
@@ -133,7 +133,7 @@ class Contestant:
 
   def eval(self) -> Any:
     """Brings a batch to the devices and counts the correct ones."""
-    return self._evaluate(self.state.params, self._placed())
+    return self._evaluate(self.state.params, self._placed(), self.state.numbers)
 
   def predict(self) -> np.ndarray:
     """Brings a batch to the devices and probabilities back."""
@@ -191,7 +191,7 @@ class Contestant:
         k: jax.ShapeDtypeStruct(v.shape, jnp.asarray(v).dtype)
         for k, v in self._host.items()
       }
-      traced = program.eval_step.trace(state.params, batch)
+      traced = program.eval_step.trace(state.params, batch, state.numbers)
     return flops.count(traced.jaxpr)
 
   @property

@@ -40,6 +40,9 @@ def defaults() -> ConfigDict:
   config.total_steps = 0  # 0: from total_epochs
   config.image_size = 0  # 0: the backbone's own
   config.head_init = "torch"
+  # 0: as many columns as the task has classes. More: so that the tasks of a suite share
+  # what is compiled; those without a class take no part in anything.
+  config.head_width = 0
   # Where nothing before the head trains, compute features once instead of each step.
   config.cache_features = True
   # Steps taken in one call, where the training data are on the device; 1: each step is
@@ -305,6 +308,7 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
+  ("head_width", 0, math.inf),
   ("backbone.fsdp", 1, math.inf),
   ("plan.num_classes", 0, math.inf),
   ("plan.num_train", 0, math.inf),

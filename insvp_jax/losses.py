@@ -11,13 +11,22 @@ import optax
 
 
 def targets(
-  labels: Int[Array, " b"], num_classes: int, smoothing: float | int = 0.0
+  labels: Int[Array, " b"],
+  num_classes: int,
+  smoothing: float | int = 0.0,
+  used: Int[Array, ""] | None = None,
 ) -> Float32[Array, "b k"]:
   """Returns one row of target probabilities per label.
 
   The label's class gets 1 - smoothing + smoothing / k, every other smoothing / k.
   A label outside [0, num_classes) gives a row without its class; data is checked
   where it is read, since values cannot be checked under `jit`.
+
+  Args:
+    labels: below the number of classes.
+    num_classes: k, the number of columns.
+    smoothing: in [0, 1).
+    used: how many of the columns stand for classes, if not all; the others get 0.
 
   Raises:
     ValueError: `smoothing` is not in [0, 1) or `num_classes` is below 1.
@@ -29,7 +38,12 @@ def targets(
   if not 0 <= smoothing < 1:
     raise ValueError(f"label_smoothing is {smoothing!r}; it must be in [0, 1).")
   one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-  return optax.smooth_labels(one_hot, smoothing) if smoothing else one_hot
+  if not smoothing:
+    return one_hot
+  if used is None:
+    return optax.smooth_labels(one_hot, smoothing)
+  smoothed = one_hot * (1.0 - smoothing) + smoothing / used
+  return jnp.where(jnp.arange(num_classes) < used, smoothed, 0.0)
 
 
 def cross_entropy(

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax import flops, partition, trees
+from insvp_jax import flops, partition, trees, wide_head
 from insvp_jax import program as program_lib
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.program import Program
-from insvp_jax.state_items import stored_names
+from insvp_jax.state_items import flatten_rest, stored_names
 
 # Compiled only to be measured: generating quick code takes longer than all the rest.
 _CPU_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -104,11 +104,14 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     "planned_on": mesh.devices.flat[0].device_kind,
     "scan": config.backbone.scan,
     "remat": config.backbone.remat,
-    "params": trees.count(state.params),
+    "params": trees.count(program_lib.param_shapes(program.model)),
     "arrays": arrays,
     "train_step": _step(traced, batch, mesh, resident),
     "eval_step": _step(
-      program.eval_step.trace(state.params, eval_batch), eval_batch, mesh, resident
+      program.eval_step.trace(state.params, eval_batch, state.numbers),
+      eval_batch,
+      mesh,
+      resident,
     ),
     "checkpoint": _checkpoint(program, state),
     "flops": flops.count(traced.jaxpr),
@@ -188,10 +191,11 @@ def _step(traced: Any, batch: Any, mesh: Any, resident: int) -> dict[str, int]:
 
 
 def _checkpoint(program: Program, state: Any) -> dict[str, int]:
-  flat = trees.flatten(state.params)
+  flat, classes = trees.flatten(state.params), program.model.head.num_classes
+  adapter = {name: flat[name] for name in stored_names(program.mask)}
   return {
-    "adapter": _nbytes([flat[name] for name in stored_names(program.mask)]),
-    "optimizer": _nbytes(state.replace(step=None, params=None, rng=None)),
+    "adapter": _nbytes(wide_head.narrow(adapter, classes)),
+    "optimizer": _nbytes(wide_head.narrow(flatten_rest(state), classes)),
   }
 
 

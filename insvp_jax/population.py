@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import calls, evaluate, partition, shardings, steps, trees
+from insvp_jax import calls, evaluate, partition, shardings, steps, trees, wide_head
 from insvp_jax import program as program_lib
 from insvp_jax.data import ArraySplit, members, pipeline, preprocess, resident
 from insvp_jax.data.splits import Split
@@ -113,7 +113,9 @@ class Population:
       configs: of the members.
       drawn: from `draw`.
     """
-    each = [trees.flatten(drawn[config.seed]) for config in configs]
+    width = self.program.trained.head.num_classes
+    widened = {seed: wide_head.widen(params, width) for seed, params in drawn.items()}
+    each = [trees.flatten(widened[config.seed]) for config in configs]
     frozen_dtype = jnp.dtype(configs[0].backbone.frozen_dtype)
     axes, params = trees.flatten(self.axes.params), {}
     for name, trainable in trees.flatten(self.program.mask).items():
@@ -129,7 +131,7 @@ class Population:
       seeds[0] if self.one_seed else seeds,
       np.array([program_lib.peak_lr(config) for config in configs], np.float32),
       np.array([config.optim.wd for config in configs], np.float32),
-      {n: np.stack([x[n] for x in numbers]) for n in self.program.numbers},
+      {n: np.stack([x[n] for x in numbers]) for n in numbers[0]},
     )
 
   @functools.cached_property

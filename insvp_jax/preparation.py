@@ -56,7 +56,12 @@ class Prepared:
     """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
     arrays = self.features(config, split, params)
     batches = eval_batches(config, self.program, self.data.splits[split], arrays)
-    return evaluate.evaluate(self.program.eval_step, params, batches)
+    numbers = program_lib.numbers_of(config, self.program)
+    return evaluate.evaluate(
+      lambda params, batch: self.program.eval_step(params, batch, numbers),
+      params,
+      batches,
+    )
 
 
 def prepare(

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from insvp_jax import calls, optim, partition, shardings, steps, trees
+from insvp_jax import calls, optim, partition, shardings, steps, trees, wide_head
 from insvp_jax import config as config_lib
 from insvp_jax.data import preprocess, resident
 from insvp_jax.models import mimetic, pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.models.heads import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Program:
 
   Attributes:
     model: the classifier.
+    trained: the same with a head of `config.head_width` columns, if that is set. What
+      the steps compute, and whose parameters a state has.
     model_kwargs: the arguments of `create_model` that made it, as JSON values.
     mask: bool tree of the trainable parameters.
     optimizer: over the full tree, with a peak lr of 1.
@@ -32,12 +35,12 @@ class Program:
     total_steps: batches of the whole run.
     steps_per_epoch: batches of an epoch.
     train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
-    eval_step: jitted `(params, batch) -> sums`.
+    eval_step: jitted `(params, batch, numbers) -> sums`.
     mesh: all devices, from `partition.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
-    numbers: names of the method's fields that are data; see `Method.number`.
+    numbers: names of the method's fields that are data; see `numbers_of`.
     feature_step: jitted `({"backbone": params}, batch) -> features`, on every device;
       see `steps.create_feature_step`.
     train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
@@ -47,6 +50,7 @@ class Program:
   """
 
   model: PromptedClassifier
+  trained: PromptedClassifier
   model_kwargs: Mapping[str, Any]
   mask: Mapping[str, Any]
   optimizer: optax.GradientTransformation
@@ -104,7 +108,8 @@ def create_program(
   model = create_model(**kwargs)
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
   optim.check_optim(config.optim)
-  shapes = param_shapes(model)
+  trained = _trained(config, model)
+  shapes = param_shapes(trained)
   mask = trees.mask(shapes, model.prompter.trainable_patterns())
   unit = config.optim.copy_and_resolve_references()
   unit.lr = 1.0
@@ -117,8 +122,7 @@ def create_program(
   )
   optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
   preset = preprocess.get_preset(config.data.preset)
-  # Of the same parameters; `model` itself is what is initialised and stored.
-  gathered = shardings.gathered(model, mesh)
+  gathered = shardings.gathered(trained, mesh)
   train_step = steps.create_train_step(
     gathered, optimizer, mask, preset=preset, loss=config.loss.to_dict()
   )
@@ -138,6 +142,7 @@ def create_program(
   )
   return Program(
     model=model,
+    trained=trained,
     model_kwargs=kwargs,
     mask=mask,
     optimizer=optimizer,
@@ -152,7 +157,7 @@ def create_program(
     ),
     eval_step=jax.jit(
       eval_step,
-      in_shardings=(params, rows),
+      in_shardings=(params, rows, whole),
       out_shardings=whole,
     ),
     mesh=mesh,
@@ -181,6 +186,18 @@ def create_program(
     gather=gather,
     batch_size=config.batch_size,
   )
+
+
+def _trained(config: ConfigDict, model: PromptedClassifier) -> PromptedClassifier:
+  width, classes = config.head_width, model.head.num_classes
+  if not width:
+    return model
+  if width < classes:
+    raise ValueError(
+      f"config.head_width is {width}, but the task has {classes} classes; expected at "
+      f"least {classes}, or 0 for as many columns as there are classes."
+    )
+  return model.clone(head=Head(width, config.head_init))
 
 
 def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
@@ -294,9 +311,13 @@ def peak_lr(config: ConfigDict) -> float:
 
 
 def numbers_of(config: ConfigDict, program: Program) -> dict[str, np.ndarray]:
-  """Returns the values in a config of the method's fields that are data, float32."""
+  """Returns what is data rather than compiled into the steps; see `TrainState`."""
   given = config_lib.method_kwargs(config)
-  return {name: np.asarray(given[name], np.float32) for name in program.numbers}
+  numbers = {name: np.asarray(given[name], np.float32) for name in program.numbers}
+  if config.head_width:
+    # Also where no column is left over: those of its suite have some.
+    numbers["num_classes"] = np.asarray(program.model.head.num_classes, np.int32)
+  return numbers
 
 
 def create_state(
@@ -305,6 +326,7 @@ def create_state(
   """Returns the state before the first step, placed on the devices."""
   sharding = program.state_sharding
   # On the host until each device gets its part: none has room for all of it.
+  params = wide_head.widen(params, program.trained.head.num_classes)
   params = shardings.put(_stored(config, program, params, np.asarray), sharding.params)
   # Donated: there is no second copy of the parameters, not even for a moment.
   create = jax.jit(
@@ -321,7 +343,7 @@ def abstract_state(config: ConfigDict, program: Program) -> steps.TrainState:
   def cast(leaf, dtype):
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-  params = _stored(config, program, param_shapes(program.model), cast)
+  params = _stored(config, program, param_shapes(program.trained), cast)
   return jax.eval_shape(functools.partial(_new_state, config, program), params)
 
 

@@ -108,7 +108,9 @@ def result(
   trained_on_val = config.data.train_split == "train_val"
   val_accuracy, _ = (None, 0) if trained_on_val else accuracy("val")
   test_accuracy, num_test = accuracy("test") if test else (None, 0)
-  trainable, _ = trees.split(params, program.mask)
+  # Of the columns of a wider head, those without a class do not count.
+  shapes = program_lib.param_shapes(program.model)
+  trainable, _ = trees.split(shapes, program.mask)
   prompter = {n: v for n, v in trainable.items() if n.startswith("prompter/")}
   return {
     "task": data.name,
@@ -125,7 +127,7 @@ def result(
     "num_test_examples": num_test,
     "trainable_params": trees.count(trainable),
     "prompter_params": trees.count(prompter),
-    "total_params": trees.count(params),
+    "total_params": trees.count(shapes),
     "backbone": meta["backbone"],
     "data_sha256": meta["data_sha256"],
     "train_seconds": clock.seconds,

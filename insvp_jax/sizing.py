@@ -69,7 +69,7 @@ def member_bytes(config: ConfigDict, population: Population) -> tuple[int, int]:
 def _kept_bytes(config: ConfigDict, population: Population, m: int) -> tuple[int, int]:
   """Returns bytes (of m members, of the frozen parameters)."""
   program = population.program
-  model, size = program.model, program.model.backbone.image_size
+  model, size = program.trained, program.model.backbone.image_size
   params = program_lib.param_shapes(model)
   trainable, frozen = trees.split(params, program.mask)
   axes, _ = trees.split(population.axes.params, program.mask)

@@ -33,8 +33,9 @@ class TrainState:
     peak_lr: float32 []; multiplies the schedule, which is normalised to a peak of 1.
       As data rather than a constant it lets one compiled step serve a whole search.
     wd: float32 []; the weight decay. None leaves it the optimizer's own constant.
-    numbers: {name: float32 [] or [2]} of the method's fields that are data; see
-      `Method.number`. None or {} for none.
+    numbers: {name: float32 [] or [2]} of the method's fields that are data (see
+      `Method.number`), and `num_classes`, int32 [], of a head that may be wider (see
+      `Head`). None or {} for none.
   """
 
   step: Any
@@ -78,7 +79,10 @@ def create_train_step(
     # The first one is the pipeline's, for crops and flips.
     _, mix_key, dropout_key = jax.random.split(key, 3)
     targets = losses.targets(
-      batch["labels"], model.head.num_classes, loss["label_smoothing"]
+      batch["labels"],
+      model.head.num_classes,
+      loss["label_smoothing"],
+      (state.numbers or {}).get("num_classes"),
     )
     # Features stand for images only where nothing is mixed.
     if "features" not in batch:
@@ -199,5 +203,8 @@ def _variables(
   params: Mapping[str, Any], numbers: Mapping[str, Any] | None
 ) -> dict[str, Any]:
   """Returns what the model is applied to."""
-  variables = {"params": params}
-  return {**variables, "numbers": {"prompter": numbers}} if numbers else variables
+  groups = {"prompter": dict(numbers or {})}
+  if "num_classes" in groups["prompter"]:
+    groups["head"] = {"num_classes": groups["prompter"].pop("num_classes")}
+  groups = {name: group for name, group in groups.items() if group}
+  return {"params": params, "numbers": groups} if groups else {"params": params}

@@ -34,7 +34,7 @@ LAYERS = (
   ("models",),
   ("methods",),
   ("config", "trees", "errors", "stopping", "versions", "clock", "flops", "grids"),
-  ("appended_file", "lock", "memory", "profiling"),
+  ("appended_file", "lock", "memory", "profiling", "wide_head"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
