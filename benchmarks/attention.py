@@ -1,6 +1,6 @@
 """Our attention against `jax.nn.dot_product_attention`, forward and gradient.
 
-  python benchmarks/attention.py
+  python -m benchmarks.attention
 
 Prints milliseconds of processor time per call and their ratio, alternating between
 the two within one run. The shape is that of the backbone in the box at batch 64.

@@ -1,6 +1,6 @@
 """InsVP's convolutions in each form that the package can compute them in.
 
-  python benchmarks/convolutions.py [--batch_size=8] [--rounds=7]
+  python -m benchmarks.convolutions [--batch_size=8] [--rounds=7]
 
 Prints the median milliseconds of a forward pass together with the gradients that the
 train step needs, alternating between the forms within one run. `conv="auto"` chooses

@@ -1,6 +1,6 @@
 """FLOPs of a train step as a multiple of the forward pass, by method.
 
-  python benchmarks/gradient_economy.py [--backbone=boxed] [--batch_size=8]
+  python -m benchmarks.gradient_economy [--backbone=boxed] [--batch_size=8]
 
 Read off the compiled programs (`cost_analysis`), so the numbers do not depend on the
 machine's speed. Full fine-tuning needs about 3 (forward, gradients of activations,

@@ -1,20 +1,32 @@
 """Start-up: seconds to import the package, and from `main` to the first train step.
 
-  python benchmarks/startup.py
+  python -m benchmarks.startup [--rounds=3] [--json=startup.json]
 
-The first step is that of the quickstart's InsVP run, once with an empty cache of
-compiled programs and once with the cache that the first left behind.
+The first step is that of the quickstart's InsVP run: with an empty cache of compiled
+programs; with the cache that the first run left behind; and with that same cache on a
+task of twice as many classes, whose head is its own or (`config.head_width`) as wide as
+that of the run before. Each is a process of its own; medians over rounds.
 """
 
+import argparse
+import json
 import os
 from pathlib import Path
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+from benchmarks.epoch import write_images
+
 ROOT = Path(__file__).resolve().parents[1]
+# The second task's; the quickstart's digits have 10.
+NUM_CLASSES = 20
+# As many images as the digits have, so that nothing but the head differs.
+NUM_IMAGES = {"train": 800, "val": 200, "test": 20}
+SIZE = 32
 
 
 def import_seconds() -> float:
@@ -29,38 +41,85 @@ def import_seconds() -> float:
   return float(run.stdout)
 
 
-def first_step_seconds(workdir: Path, cache: Path) -> float:
-  """Returns the seconds from the start of the process to the first train step."""
+def first_step_seconds(workdir: Path, cache: Path, *flags: str) -> float:
+  """Returns the seconds from the start of the process to the first train step.
+
+  Args:
+    workdir: of the run, which is ended then.
+    cache: folder of compiled programs.
+    *flags: more of the command line.
+  """
   start = time.perf_counter()
-  process = subprocess.Popen(
+  lines = []
+  with subprocess.Popen(
     [
       *(sys.executable, "-m", "insvp_jax.main", "--config=configs/quickstart.py"),
-      *("--config.tune.methods=('insvp',)", f"--workdir={workdir}"),
+      *("--config.tune.methods=('insvp',)", f"--workdir={workdir}", *flags),
     ],
     cwd=ROOT,
     env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
-  )
-  lines = []
-  for line in process.stderr:
-    lines.append(line)
-    if re.search(r"step 1/", line):
-      seconds = time.perf_counter() - start
-      process.kill()
-      process.wait()
-      return seconds
+  ) as process:
+    for line in process.stderr:
+      lines.append(line)
+      if re.search(r"step 1/", line):
+        seconds = time.perf_counter() - start
+        process.kill()
+        return seconds
   raise RuntimeError(f"no first step:\n{''.join(lines)}")
 
 
-def main() -> None:
-  """Prints the three times."""
-  print(f"import insvp_jax: {min(import_seconds() for _ in range(3)):.3f} s")
+def one_round(folder: Path, images: Path) -> dict[str, float]:
+  """Returns the seconds of everything once, by name.
+
+  Args:
+    folder: an empty one.
+    images: of the second task.
+  """
+  other = "--config.task=folder", f"--config.data.root={images}"
+  other += (f"--config.data.cache_dir={folder / 'decoded'}",)
+  shared = (f"--config.head_width={NUM_CLASSES}",)
+  runs = {
+    "first train step, empty cache": ("own", ()),
+    "the same again": ("own", ()),
+    "another task, a head of its own": ("own", other),
+    "": ("shared", shared),
+    "another task, a head as wide": ("shared", (*other, *shared)),
+  }
+  found = {"import insvp_jax": import_seconds()}
+  for i, (name, (cache, flags)) in enumerate(runs.items()):
+    found[name] = first_step_seconds(folder / f"run{i}", folder / cache, *flags)
+  del found[""]  # it filled the cache
+  return found
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+  """Returns the seconds of each round, by name."""
+  seconds: dict[str, list[float]] = {}
   with tempfile.TemporaryDirectory() as folder:
-    for name in ("empty", "warm"):
-      seconds = first_step_seconds(Path(folder) / name, Path(folder) / "cache")
-      print(f"first train step, {name} cache: {seconds:.1f} s", flush=True)
+    images = Path(folder) / "images"
+    for split, number in NUM_IMAGES.items():
+      write_images(images / split, number, SIZE, NUM_CLASSES)
+    for i in range(rounds):
+      for name, value in one_round(Path(folder) / f"round{i}", images).items():
+        seconds.setdefault(name, []).append(value)
+  return seconds
+
+
+def main() -> None:
+  """Prints a table of the medians."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--json", help="write every round there")
+  args = parser.parse_args()
+  seconds = measure(args.rounds)
+  print(f"| start-up, medians of {args.rounds} rounds | seconds |\n|---|---|")
+  for name, values in seconds.items():
+    print(f"| {name} | {statistics.median(values):.3g} |")
+  if args.json:
+    Path(args.json).write_text(json.dumps(seconds, indent=2) + "\n")
 
 
 if __name__ == "__main__":
