@@ -157,6 +157,7 @@ class Watch(threading.Thread):
     self._interval = max(lost_timeout / 12, 0.25)
     self._beats = 0
     self._over = threading.Event()
+    self._gives_up = False
     # Of each process what it last said, and when that was new.
     self._said: dict[int, tuple[str, float]] = {
       i: ("", time.monotonic()) for i in range(count)
@@ -216,6 +217,9 @@ class Watch(threading.Thread):
     while chain is not None:
       if isinstance(chain, jax.errors.JaxRuntimeError):
         self._over.wait(self._timeout + 3 * self._interval)
+        if self._gives_up:
+          # The process is about to be ended: whatever else is said would be wrong.
+          time.sleep(self._timeout)
         return
       chain = chain.__cause__ or chain.__context__
 
@@ -254,6 +258,7 @@ class Watch(threading.Thread):
 
   def _give_up(self, status: int, line: str) -> None:
     if not self._over.is_set():
+      self._gives_up = True
       self._over.set()
       print(f"insvp_jax: {line}", file=sys.stderr, flush=True)
       self._say("done")

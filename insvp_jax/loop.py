@@ -149,7 +149,7 @@ class Loop:
       }
       self.checkpointer.save(state, progress=progress, force=stopping)
     if stopping:
-      raise Stopped(self.stop.signum or signal.SIGTERM, step)
+      raise Stopped(self.stop.signum or self.stop.passed_on or signal.SIGTERM, step)
 
   def _is_at(self, step: int) -> tuple[bool, bool, bool]:
     """Returns whether a step is one to log, to save and to evaluate at."""

@@ -48,23 +48,35 @@ def interrupt(signum: int, frame: object) -> None:
 
 
 class StopSignal:
-  """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
+  """Remembers the first SIGINT or SIGTERM; a second one acts at once.
+
+  Of several processes all must stop at the same step. SIGTERM is then left to JAX's
+  preemption service, which tells the others, and Ctrl-C is made into a SIGTERM.
+
+  Attributes:
+    signum: the one that stops this process after its step; None for none.
+    passed_on: the one that the preemption service was told of; None for none.
+  """
 
   def __init__(self):
     """Starts without a signal."""
     self.signum: int | None = None
+    self.passed_on: int | None = None
 
   @contextlib.contextmanager
-  def listen(self, enabled: bool = True) -> Iterator["StopSignal"]:
+  def listen(self, alone: bool = True) -> Iterator["StopSignal"]:
     """Replaces the signal handlers inside the with block (main thread only).
 
     Args:
-      enabled: False leaves them as they are.
+      alone: whether the run has no other process.
     """
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
       yield self
       return
-    previous = {s: signal.signal(s, self._handle) for s in EXIT_STATUS}
+    handle = {signum: self._handle for signum in EXIT_STATUS}
+    if not alone:
+      handle = {signal.SIGINT: self._pass_on}
+    previous = {s: signal.signal(s, handler) for s, handler in handle.items()}
     try:
       yield self
     finally:
@@ -78,3 +90,9 @@ class StopSignal:
       return
     signal.signal(signum, signal.SIG_DFL)
     signal.raise_signal(signum)
+
+  def _pass_on(self, signum, frame) -> None:
+    del frame
+    self.passed_on = signum
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTERM)

@@ -64,8 +64,6 @@ def train(
   _check_profile(config, program.total_steps)
   with (
     own(workdir),
-    # Of several processes all must stop at the same step: there JAX's preemption
-    # service has to hear of the signal.
     StopSignal().listen(jax.process_count() == 1) as stop,
     open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):

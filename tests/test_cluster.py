@@ -97,6 +97,19 @@ def test_an_error_of_the_devices_waits_for_the_lost_process(watches):
   assert time.monotonic() - before > 0.2
 
 
+def test_after_the_verdict_nothing_else_is_said(watches):
+  first, second = watches
+  second.look()
+  first.look()
+  time.sleep(0.3)
+  with pytest.raises(Left):
+    first.look()
+  before = time.monotonic()
+  # The process would have ended meanwhile.
+  first.await_verdict(jax.errors.JaxRuntimeError("connection closed by peer"))
+  assert time.monotonic() - before >= first._timeout
+
+
 def test_an_abort_is_explained_by_a_silent_process_or_coordinator(watches, monkeypatch):
   first, second = watches
   with socket.create_server(("127.0.0.1", 0)) as server:
@@ -178,24 +191,24 @@ def test_two_interrupted_processes_train_as_one_with_as_many_devices(
   command = [*base, *more, f"--workdir={tmp_path / 'two'}"]
   alone = driver.run(*base, *more, f"--workdir={tmp_path / 'one'}", env=FOUR_DEVICES)
   assert alone.status == 0, alone.err
-  if kind == "resident":
-    both = interrupt(
-      driver, command, tmp_path / "two", index=1, signum=signal.SIGTERM, beyond=6
-    )
-    assert [done.status for done in both] == [42, 42], both
-    (step,) = {last_line(done).split("at step ")[1].split(";")[0] for done in both}
-    assert find_step(tmp_path / "two").name == step
-    victim, beyond = 1, int(step) + 6
-  else:
-    # With process 0 the others lose the coordinator.
-    victim, beyond = 0, 12
+  # Killed is once the one that is also the coordinator.
+  signum, stopped, statuses, victim = {
+    "resident": (signal.SIGTERM, 1, [42, 42], 1),
+    "streamed": (signal.SIGINT, 0, [130, 42], 0),
+  }[kind]
+  both = interrupt(
+    driver, command, tmp_path / "two", index=stopped, signum=signum, beyond=6
+  )
+  assert [done.status for done in both] == statuses, both
+  (step,) = {last_line(done).split("at step ")[1].split(";")[0] for done in both}
+  assert find_step(tmp_path / "two").name == step
   both = interrupt(
     driver,
     command,
     tmp_path / "two",
     index=victim,
     signum=signal.SIGKILL,
-    beyond=beyond,
+    beyond=int(step) + 6,
   )
   killed, other = both[victim], both[1 - victim]
   assert (killed.status, other.status) == (-signal.SIGKILL, LOST), both

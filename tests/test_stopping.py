@@ -53,10 +53,23 @@ def test_the_handlers_come_back_after_an_error():
   assert handlers() == before
 
 
-def test_where_signals_are_others_business_nothing_changes():
+def test_of_several_processes_ctrl_c_becomes_the_signal_that_all_hear_of():
+  before, heard = handlers(), []
+  previous = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+  try:
+    with StopSignal().listen(alone=False) as stop:
+      os.kill(os.getpid(), signal.SIGINT)
+      # Where to stop is for all of them to agree on.
+      assert (stop.signum, stop.passed_on) == (None, signal.SIGINT)
+      assert heard == [signal.SIGTERM]
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+  assert handlers() == before
+
+
+def test_in_another_thread_nothing_changes():
   before, inside = handlers(), []
-  with StopSignal().listen(False):
-    inside.append(handlers())
 
   def elsewhere():
     with StopSignal().listen() as stop:
@@ -66,7 +79,7 @@ def test_where_signals_are_others_business_nothing_changes():
   thread = threading.Thread(target=elsewhere)
   thread.start()
   thread.join()
-  assert inside == [before, before]
+  assert inside == [before]
 
 
 @pytest.mark.parametrize("signum, status", SIGNALS)
