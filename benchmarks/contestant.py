@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import parts
-from insvp_jax import flops, partition, trees
+from insvp_jax import flops, parameters, partition, trees
 from insvp_jax import program as program_lib
 from insvp_jax.config import METHOD_SECTIONS, defaults
 from insvp_jax.data import ArraySplit, pipeline, preprocess
@@ -105,7 +105,7 @@ class Contestant:
       "labels": split.labels[: config.batch_size],
       "mask": np.ones(config.batch_size, np.float32),
     }
-    params = program_lib.init_params(self.program.model, 0)
+    params = parameters.init_params(self.program.model, 0)
     self.state = program_lib.create_state(config, self.program, params)
     self._train = self.program.train_step.lower(self.state, self._batch).compile()
     self._evaluate = self.program.eval_step.lower(

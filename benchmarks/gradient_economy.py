@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from insvp_jax import optim, program, steps, trees
+from insvp_jax import optim, parameters, steps, trees
 from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods import METHODS
@@ -37,7 +37,7 @@ def forward_flops(
 ) -> float:
   """Returns the FLOPs of a model's forward pass; allocates no weights."""
   images = _images(model, batch_size, jnp.float32)
-  shapes = program.param_shapes(model)
+  shapes = parameters.param_shapes(model)
   return count_flops(
     lambda p, x: model.apply({"params": p}, x), shapes, images, compiled=compiled
   )
@@ -57,7 +57,7 @@ def train_step_flops(
   """Returns the FLOPs of a model's train step; allocates no weights."""
   config = defaults()
   config.optim.lr = 1.0
-  shapes = program.param_shapes(model)
+  shapes = parameters.param_shapes(model)
   mask = trees.mask(shapes, model.prompter.trainable_patterns())
   schedule = optim.create_schedule(
     config.optim, total_steps=100, steps_per_epoch=10, batch_size=batch_size

@@ -95,11 +95,10 @@ def main(argv: list[str]) -> None:
   config.profile = _PROFILE.value or config.profile
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
-  from insvp_jax import cluster
-  from insvp_jax import config as config_lib
+  from insvp_jax import cluster, config_checks
 
   try:
-    config_lib.check_folder("--workdir", _WORKDIR.value or "")
+    config_checks.check_folder("--workdir", _WORKDIR.value or "")
     if _PLAN.value is not None:
       _plan(config, _PLAN.value)
       return

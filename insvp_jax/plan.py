@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import config as config_lib
-from insvp_jax import flops, partition, trees, wide_head
+from insvp_jax import config_checks, flops, parameters, partition, trees, wide_head
 from insvp_jax import program as program_lib
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import get_preset
@@ -71,7 +70,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
   """
-  config_lib.validate(config)
+  config_checks.validate(config)
   mesh = partition.create_mesh(devices, fsdp=config.backbone.fsdp)
   task, num_classes, num_train = _numbers(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
@@ -104,7 +103,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     "planned_on": mesh.devices.flat[0].device_kind,
     "scan": config.backbone.scan,
     "remat": config.backbone.remat,
-    "params": trees.count(program_lib.param_shapes(program.model)),
+    "params": trees.count(parameters.param_shapes(program.model)),
     "arrays": arrays,
     "train_step": _step(traced, batch, mesh, resident),
     "eval_step": _step(

@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import calls, evaluate, partition, shardings, steps, trees, wide_head
+from insvp_jax import (
+  calls,
+  evaluate,
+  parameters,
+  partition,
+  shardings,
+  steps,
+  trees,
+  wide_head,
+)
 from insvp_jax import program as program_lib
 from insvp_jax.data import ArraySplit, members, pipeline, preprocess, resident
 from insvp_jax.data.splits import Split
@@ -102,7 +111,7 @@ class Population:
   ) -> dict[int, dict[str, Any]]:
     """Returns each seed's initial parameters, on the host."""
     init, seeds = configs[0].backbone.init, {config.seed for config in configs}
-    return program_lib.init_members(self.program.model, seeds, weights, init)
+    return parameters.init_members(self.program.model, seeds, weights, init)
 
   def create(
     self, configs: Sequence[ConfigDict], drawn: Mapping[int, Mapping[str, Any]]

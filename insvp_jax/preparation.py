@@ -8,7 +8,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import evaluate, partition
+from insvp_jax import config_checks, evaluate, parameters, partition
 from insvp_jax import program as program_lib
 from insvp_jax.data import TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
@@ -78,7 +78,7 @@ def prepare(
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
   """
-  config_lib.validate(config)
+  config_checks.validate(config)
   get_preset(config.data.preset)
   mesh = partition.create_mesh(fsdp=config.backbone.fsdp)
   partition.check_batch_size(config.batch_size, mesh)
@@ -97,5 +97,5 @@ def prepare(
   )
   if like:
     return Prepared(data, like.weights, like.backbone, program, like.cache)
-  weights, identity = program_lib.load_weights(config, program.model)
+  weights, identity = parameters.load_weights(config, program.model)
   return Prepared(data, weights, identity, program)

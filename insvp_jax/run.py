@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 import numpy as np
 
-from insvp_jax import program, trees
+from insvp_jax import parameters, trees
 from insvp_jax.checkpoint_files import (
   FOLDER,
   check_leaves,
@@ -177,7 +177,7 @@ def load_run(
   where, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
   meta = _check_meta(meta, where)
   model = create_model(**meta["model"])
-  shapes = trees.flatten(program.param_shapes(model))
+  shapes = trees.flatten(parameters.param_shapes(model))
   trained = {*meta["trainable"], *adapter}
   expected = {
     name: leaf
@@ -215,7 +215,7 @@ def _load_backbone(
     # On the CPU, as another device may round the drawn numbers differently.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
       init = identity.get("init", "default")
-      params = program.init_params(model, identity["seed"], init=init)["backbone"]
+      params = parameters.init_params(model, identity["seed"], init=init)["backbone"]
     _compare_digest(
       trees.digest(params),
       identity,

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import losses, trees
-from insvp_jax import program as program_lib
+from insvp_jax import losses, parameters, trees
 from insvp_jax.data.splits import Split
 from insvp_jax.population import Population
 
@@ -70,7 +69,7 @@ def _kept_bytes(config: ConfigDict, population: Population, m: int) -> tuple[int
   """Returns bytes (of m members, of the frozen parameters)."""
   program = population.program
   model, size = program.trained, program.model.backbone.image_size
-  params = program_lib.param_shapes(model)
+  params = parameters.param_shapes(model)
   trainable, frozen = trees.split(params, program.mask)
   axes, _ = trees.split(population.axes.params, program.mask)
   _, frozen_axes = trees.split(population.axes.params, program.mask)

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import tables, tune
+from insvp_jax import config_checks, tables, tune
 from insvp_jax.data import GROUPS, TASKS, check_data
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.writers import write_json
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   tasks = members(config, workdir)
   if config.task not in GROUPS:
     return tune.run(config, workdir, mode)
-  config_lib.validate(config)
+  config_checks.validate(config)
   size = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   ).image_size

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax import features, records, trainer
+from insvp_jax import features, parameters, records, trainer
 from insvp_jax import program as program_lib
 from insvp_jax.loop import Diverged, Loop, divergence
 from insvp_jax.member_files import MeanWriter, MemberFiles, MemberWriters, NoFiles
@@ -203,7 +203,7 @@ def _train(configs, workdirs, prepared, population) -> dict[int, str]:
     stop = stack.enter_context(StopSignal().listen(jax.process_count() == 1))
     checkpointers = []
     for config, workdir in zip(configs, workdirs, strict=True):
-      backbone = program_lib.identify(
+      backbone = parameters.identify(
         prepared.backbone, config.seed, drawn[config.seed]["backbone"]
       )
       meta = records.describe_run(config, prepared, backbone, data_sha256)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from insvp_jax import cluster, lock, prompt_panels, records
+from insvp_jax import cluster, lock, parameters, prompt_panels, records
 from insvp_jax import config as config_lib
 from insvp_jax import program as program_lib
 from insvp_jax.checkpoints import Checkpointer
@@ -53,11 +53,11 @@ def train(
   prepared = prepared or prepare(config)
   program = prepared.program
   workdir = Path(workdir)
-  params = program_lib.init_params(
+  params = parameters.init_params(
     program.model, config.seed, prepared.weights, config.backbone.init
   )
   state = program_lib.create_state(config, program, params)
-  backbone = program_lib.identify(prepared.backbone, config.seed, params["backbone"])
+  backbone = parameters.identify(prepared.backbone, config.seed, params["backbone"])
   data_sha256 = records.data_digest(config, prepared.data, test)
   meta = records.describe_run(config, prepared, backbone, data_sha256)
   check_processes(meta)

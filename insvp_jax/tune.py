@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
 from insvp_jax import (
+  config_checks,
   features,
   records,
   sizing,
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
       val split.
   """
   workdir = Path(workdir)
-  config_lib.validate(config)
+  config_checks.validate(config)
   if mode not in MODES:
     raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
   for method in config.tune.methods or (config.method,):

@@ -12,7 +12,15 @@ from test_population import final_states
 from test_trainer import assert_same, metrics, stored
 from tiny_training import prepare, tiny_config
 
-from insvp_jax import calls, config, feeds, together, trees, trials
+from insvp_jax import (
+  calls,
+  config_checks,
+  feeds,
+  parameters,
+  together,
+  trees,
+  trials,
+)
 from insvp_jax import program as program_lib
 from insvp_jax.checkpoint_files import find_step
 from insvp_jax.checkpoints import Checkpointer
@@ -112,7 +120,7 @@ def test_many_steps_end_and_log_as_single_ones(prepared, whole, counts, tmp_path
     np.testing.assert_allclose(many[name], leaf, err_msg=name, **CLOSE)
   for here, there in zip(metrics(whole), metrics(tmp_path), strict=True):
     assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
-  before = program_lib.init_params(prepared.program.model, 0)
+  before = parameters.init_params(prepared.program.model, 0)
   for name, leaf in trees.flatten(before["prompter"]).items():
     assert np.abs(leaf - many[f"prompter/{name}"]).max() > 1e-3
 
@@ -173,7 +181,7 @@ def members_of(linear, seeds, lrs, **changes):
     trials.at(config_of("linear", **changes), seed=seed, lr=lr)
     for seed, lr in zip(seeds, lrs, strict=True)
   ]
-  weights = program_lib.init_params(linear.program.model, 5)["backbone"]
+  weights = parameters.init_params(linear.program.model, 5)["backbone"]
   return configs, dataclasses.replace(
     linear, weights=weights, backbone={"id": "test", "sha256": "5"}
   )
@@ -269,7 +277,7 @@ def test_how_many_steps_a_call_takes(
   chosen = {"linear": linear, "vpt_deep": prepared}[method]
   monkeypatch.setattr(feeds, "_platform", lambda program: platform)
   settings = config_of(method, steps_per_call=asked)
-  params = program_lib.init_params(chosen.program.model, 0)
+  params = parameters.init_params(chosen.program.model, 0)
   state = program_lib.create_state(settings, chosen.program, params)
   split = chosen.data.splits["train"]
   if not resident:
@@ -296,7 +304,7 @@ def test_a_call_does_no_more_than_a_device_does_in_about_a_second(
 ):
   monkeypatch.setattr(feeds, "_WORK_ELSEWHERE", 1e7)
   monkeypatch.setattr(feeds, "_platform", lambda program: "gpu")
-  params = program_lib.init_params(prepared.program.model, 0)
+  params = parameters.init_params(prepared.program.model, 0)
   state = program_lib.create_state(config_of(), prepared.program, params)
   arrays = feeds.resident.put_split(
     prepared.data.splits["train"], feeds.partition.batch_sharding(prepared.program.mesh)
@@ -312,7 +320,7 @@ def test_a_call_does_no_more_than_a_device_does_in_about_a_second(
 
 def test_a_negative_number_of_steps_is_refused():
   with pytest.raises(ValueError, match="steps_per_call is -1, expected at least 0"):
-    config.validate(config_of(steps_per_call=-1))
+    config_checks.validate(config_of(steps_per_call=-1))
 
 
 def test_the_loop_starts_with_one_step_that_compiles(linear, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pytest
 
 from insvp_jax import config as config_lib
-from insvp_jax import methods, optim, trees
+from insvp_jax import config_checks, methods, optim, trees
 from insvp_jax.config import defaults
 from insvp_jax.data import tasks
 from insvp_jax.data.preprocess import PRESETS
@@ -71,7 +71,7 @@ def test_backbone_kwargs_reach_the_vit():
 
 def test_the_defaults_are_valid_and_locked():
   config = defaults()
-  config_lib.validate(config)
+  config_checks.validate(config)
   with pytest.raises(KeyError, match='Did you mean "lr"'):
     config.optim["lrr"] = 1.0
 
@@ -118,7 +118,7 @@ def test_a_bad_value_is_named_with_its_key(key, value):
   (config[section] if section else config)[field] = value
   shown = value[0] if isinstance(value, tuple) else value
   with pytest.raises(ValueError) as raised:
-    config_lib.validate(config)
+    config_checks.validate(config)
   message = str(raised.value)
   assert f"config.{key}" in message and str(shown) in message
   assert re.search("expected|must be|twice", message) and "\n" not in message
@@ -130,7 +130,7 @@ def test_a_config_that_lacks_keys_is_told_where_to_start():
     del config["seed"]
     del config.optim["lr"]
   with pytest.raises(ValueError, match="lacks optim.lr, seed; start it from .*default"):
-    config_lib.validate(config)
+    config_checks.validate(config)
 
 
 @given(
@@ -200,9 +200,9 @@ def test_profile_wants_a_range_of_steps(value):
   with pytest.raises(
     ValueError, match=f"config.profile is '{value}', expected .*10:15"
   ):
-    config_lib.validate(config)
+    config_checks.validate(config)
   config.profile = "10:15"
-  config_lib.validate(config)
+  config_checks.validate(config)
   assert config_lib.profile_steps(config) == (10, 15)
   assert config_lib.profile_steps(defaults()) is None
 
@@ -221,7 +221,7 @@ def test_parse_arg():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_is_valid(root, name):
   config = load(root, name)
-  config_lib.validate(config)
+  config_checks.validate(config)
   assert config.is_locked
   assert trees.flatten(config.to_dict()).keys() == (
     trees.flatten(defaults().to_dict()).keys()
@@ -274,7 +274,7 @@ def test_every_task_has_a_config(root, name):
 def test_the_released_recipe_of_each_hta_task_is_valid(root, name):
   short = name.removeprefix("hta_")
   config = load(root, "hta", f"task={short},subset=insvp_release")
-  config_lib.validate(config)
+  config_checks.validate(config)
   assert config.insvp.preset == "release" and config.seed == 3407
   assert not any(config.tune[key] for key in ("methods", "lr", "wd", "seeds"))
   assert tasks.TASKS[name].subset(config.data.subset).retrain is False

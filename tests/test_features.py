@@ -13,7 +13,15 @@ from test_trainer import assert_same, at_step, metrics, stop_by, stored
 from tiny_training import SPLITS, make_data, tiny_config
 from tiny_training import prepare as prepare_tiny
 
-from insvp_jax import features, preparation, together, trainer, trees, trials
+from insvp_jax import (
+  features,
+  parameters,
+  preparation,
+  together,
+  trainer,
+  trees,
+  trials,
+)
 from insvp_jax import program as program_lib
 from insvp_jax.checkpoint_files import find_step, read_arrays
 from insvp_jax.features import FeatureCache
@@ -179,7 +187,7 @@ def test_all_trials_and_seeds_of_a_search_share_one_pass(
   compiled, monkeypatch, tmp_path
 ):
   config = config_of()
-  params = program_lib.init_params(compiled.program.model, 7)
+  params = parameters.init_params(compiled.program.model, 7)
   # As if they had been loaded.
   identity = {"id": "test", "sha256": "7"}
   prepared, sizes = counted(
@@ -230,7 +238,7 @@ def test_the_oldest_features_make_room_for_new_ones(fresh):
   prepared, _ = fresh
   config = config_of()
   params = program_lib.create_state(
-    config, prepared.program, program_lib.init_params(prepared.program.model, 0)
+    config, prepared.program, parameters.init_params(prepared.program.model, 0)
   ).params
   one = features.nbytes(prepared.program, prepared.data.splits["train"])
   first = prepared.features(config, "train", params)

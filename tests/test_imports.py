@@ -29,10 +29,11 @@ LAYERS = (
   ("calls",),
   ("evaluate", "checkpoints", "writers", "steps", "data"),
   ("state_items", "checkpoint_files"),
-  ("shardings",),
+  ("shardings", "parameters"),
   ("optim", "losses", "partition", "cluster", "event_file"),
   ("models",),
   ("methods",),
+  ("config_checks",),
   ("config", "trees", "errors", "stopping", "versions", "clock", "flops", "grids"),
   ("appended_file", "lock", "memory", "profiling", "wide_head"),
 )

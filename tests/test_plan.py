@@ -11,7 +11,7 @@ import pytest
 from test_shardings import first_batch, wide_config
 from tiny_training import SIZE, SPLITS, prepare, tiny_config
 
-from insvp_jax import plan, trees
+from insvp_jax import parameters, plan, trees
 from insvp_jax import program as program_lib
 from insvp_jax.checkpoint_files import find_step
 from insvp_jax.checkpoints import Checkpointer
@@ -21,7 +21,7 @@ COUNTS = {"plan__num_classes": 3, "plan__num_train": SPLITS["train"]}
 
 def real_state(config):
   program = prepare(config).program
-  params = program_lib.init_params(program.model, 0)
+  params = parameters.init_params(program.model, 0)
   return program, program_lib.create_state(config, program, params)
 
 

@@ -12,8 +12,7 @@ import pytest
 from test_shardings import wide_config
 from tiny_training import make_data, tiny_config
 
-from insvp_jax import preparation, sizing, together, trainer, trees, trials
-from insvp_jax import program as program_lib
+from insvp_jax import parameters, preparation, sizing, together, trainer, trees, trials
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.data import ArraySplit, StreamSplit, TaskData
 from insvp_jax.loop import Diverged, Loop
@@ -141,7 +140,7 @@ def test_seeds_end_as_runs_of_their_own(weights, monkeypatch, tmp_path):
   if weights == "stored":
     path = tmp_path / "backbone.npz"
     model = trainer.prepare(config).program.model
-    drawn = program_lib.init_params(model, 7)
+    drawn = parameters.init_params(model, 7)
     pretrained.save_backbone(drawn["backbone"], path)
     config.backbone.weights = str(path)
     # Frozen, and yet drawn by each seed.
@@ -352,7 +351,7 @@ def test_the_chunk_fits_into_the_memory_that_the_device_has(monkeypatch):
   split = prepared.data.splits["train"]
   shared, each = sizing.member_bytes(config, population)
   frozen = trees.split(
-    program_lib.param_shapes(population.program.model), population.program.mask
+    parameters.param_shapes(population.program.model), population.program.mask
   )[1]
   assert shared >= 4 * trees.count(frozen) and each > 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_runs import CLASSES, SIZE, make_run
 
-from insvp_jax import partition, program, trees
+from insvp_jax import parameters, partition, trees
 from insvp_jax.data import preprocess
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
@@ -175,7 +175,7 @@ def test_a_run_that_trained_everything_needs_no_backbone_file(tmp_path):
 def test_a_random_backbone_is_drawn_again(tmp_path):
   kwargs = {"backbone": "mu/4", "method": "linear", "num_classes": len(CLASSES)}
   kwargs |= {"image_size": SIZE, "backbone_kwargs": {"depth": 2}}
-  drawn = program.init_params(create_model(**kwargs), seed=5)["backbone"]
+  drawn = parameters.init_params(create_model(**kwargs), seed=5)["backbone"]
   identity = {"id": "random", "seed": 5, "sha256": trees.digest(drawn)}
   workdir, _, _ = make_run(tmp_path, "linear", meta={"backbone": identity})
   run = load_run(workdir)

@@ -8,7 +8,7 @@ import pytest
 from test_trainer import at_step, metrics, stop_by, stored
 from tiny_training import make_data, make_split, prepare, tiny_config
 
-from insvp_jax import partition, shardings, trees
+from insvp_jax import parameters, partition, shardings, trees
 from insvp_jax import program as program_lib
 from insvp_jax.data import pipeline
 from insvp_jax.run import load_run
@@ -126,7 +126,7 @@ def test_each_device_is_given_its_part_of_a_host_array_and_no_more():
 @pytest.mark.parametrize("fsdp", [1, 2, 4])
 def test_devices_hold_parts_before_and_after_a_step(prepared, fsdp):
   config, program = wide_config(fsdp), prepared[fsdp].program
-  params = program_lib.init_params(program.model, 0)
+  params = parameters.init_params(program.model, 0)
   host = trees.flatten(params)
   before = {name: leaf.copy() for name, leaf in host.items()}
   state = program_lib.create_state(config, program, params)
@@ -182,7 +182,7 @@ def test_blocks_of_every_kind_compute_the_same_when_split(changes):
   for fsdp in (1, 4):
     config = wide_config(fsdp, **changes)
     program = prepare(config).program
-    params = program_lib.init_params(program.model, 0)
+    params = parameters.init_params(program.model, 0)
     state = program_lib.create_state(config, program, params)
     batch = first_batch(config, program)
     _, got = program.train_step(state, batch)

@@ -14,8 +14,15 @@ import pytest
 from test_writers import stored_events
 from tiny_training import CLASSES, SIZE, SPLITS, make_data, prepare, tiny_config
 
-from insvp_jax import partition, preparation, prompt_panels, records, trainer, trees
-from insvp_jax import program as program_lib
+from insvp_jax import (
+  parameters,
+  partition,
+  preparation,
+  prompt_panels,
+  records,
+  trainer,
+  trees,
+)
 from insvp_jax.checkpoint_files import find_step, read_arrays, read_json
 from insvp_jax.config import to_dict
 from insvp_jax.data import ArraySplit, preprocess
@@ -142,7 +149,7 @@ def test_the_result_says_all_that_was_promised(insvp, whole):
     correct = result[f"{split}_accuracy"] * SPLITS[split]
     assert correct == pytest.approx(round(correct), abs=1e-9)
     assert 0 <= result[f"{split}_accuracy"] <= 1
-  shapes = program_lib.param_shapes(insvp.program.model)
+  shapes = parameters.param_shapes(insvp.program.model)
   trainable, _ = trees.split(shapes, insvp.program.mask)
   head = trees.count(shapes["head"])
   assert head == 16 * len(CLASSES) + len(CLASSES)
@@ -514,7 +521,7 @@ def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
 
 def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
   model, test = insvp.program.model, insvp.data.splits["test"]
-  params = program_lib.init_params(model, 0)
+  params = parameters.init_params(model, 0)
   whole = jax.device_put(params, partition.replicated(insvp.program.mesh))
   split = {**whole, "backbone": dict(whole["backbone"])}
   rows = partition.batch_sharding(insvp.program.mesh)

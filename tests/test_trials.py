@@ -6,7 +6,7 @@ import pytest
 from tiny_training import tiny_config
 
 from insvp_jax import config as config_lib
-from insvp_jax import optim, trees, trials
+from insvp_jax import config_checks, optim, trees, trials
 from insvp_jax.grids import GRIDS
 from insvp_jax.methods import METHODS
 
@@ -108,7 +108,7 @@ def test_wrong_values_are_named(key, value, message):
   section, _, field = key.rpartition(".")
   (config.tune[section] if section else config.tune)[field] = value
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(config)
+    config_checks.validate(config)
 
 
 def test_at_sets_a_point_s_numbers_where_they_belong():

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from insvp_jax import partition, trainer
+from insvp_jax import parameters, partition, trainer
 from insvp_jax import program as program_lib
 from insvp_jax.config import defaults
 from insvp_jax.data import ArraySplit, TaskData
@@ -76,7 +76,7 @@ def prepare(
   mesh = partition.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])
   program = program_lib.create_program(config, data.num_classes, number, mesh)
-  weights, backbone = program_lib.load_weights(config, program.model)
+  weights, backbone = parameters.load_weights(config, program.model)
   return trainer.Prepared(data, weights, backbone, program)
 
 

@@ -129,13 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
   """Prepares and reports all tasks; returns whether they are ready."""
-  from insvp_jax import config
+  from insvp_jax import config_checks
   from insvp_jax.data import readiness
 
-  config.check_folder("--data_dir", args.data_dir)
+  config_checks.check_folder("--data_dir", args.data_dir)
   for flag in ("root", "lists", "manual_dir"):
     path = getattr(args, flag)
-    config.check_folder(f"--{flag}", path)
+    config_checks.check_folder(f"--{flag}", path)
     if path and not Path(path).expanduser().exists():
       raise FileNotFoundError(f"--{flag} is {path!r}, but there is nothing.")
   for task in tasks:
