@@ -19,7 +19,7 @@ from tfds_fixtures import (
   shards_of,
 )
 
-from insvp_jax.data import arrays, load_data, tfds_source
+from insvp_jax.data import arrays, load_data, tfds_builder, tfds_source
 from insvp_jax.data.stratify import stratified_choice
 from insvp_jax.data.tasks import TASKS
 
@@ -98,7 +98,7 @@ def _load(task, root, order, **options):
 
 
 def _numbers(task, config, order):
-  builder = tfds_source.find_builder(TASKS[task], config.data_dir)
+  builder = tfds_builder.find_builder(TASKS[task], config.data_dir)
   records = tfds_source.find_records(builder, TASKS[task], config)
   numbers = {
     split: order[places(builder, "train", records[split])].tolist()

@@ -20,7 +20,7 @@ from tfds_fixtures import (
   shards_of,
 )
 
-from insvp_jax.data import arrays, load_data, tfds_source
+from insvp_jax.data import arrays, load_data, tfds_builder, tfds_source
 from insvp_jax.data.tasks import TASKS
 
 
@@ -246,7 +246,7 @@ def test_the_whole_test_split_follows_the_files(name, prepared):
   """Between the images that are looked at, too, by their places in the files."""
   task = VTAB[name]
   config = data_config(data_dir=str(prepared(name)))
-  builder = tfds_source.find_builder(TASKS[name], config.data_dir)
+  builder = tfds_builder.find_builder(TASKS[name], config.data_dir)
   test = tfds_source.find_records(builder, TASKS[name], config)["test"]
   total = task.splits[task.test[0]]
   found = places(builder, task.test[0], test)

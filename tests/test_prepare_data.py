@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import requests
 
-from insvp_jax.data import downloads, original_rows, readiness, subsets, tfds_source
+from insvp_jax.data import downloads, original_rows, readiness, subsets, tfds_builder
 from insvp_jax.data.tasks import TASKS, Subset
 from insvp_jax.tools import prepare_data
 
@@ -40,7 +40,7 @@ def prepare_cifar100(root, number):
   The i-th of the training images, and of the 12 test images, is of class i % 100.
   """
   tf = pytest.importorskip("tensorflow")
-  builder = tfds_source.import_tfds().builder("cifar100", data_dir=str(root))
+  builder = tfds_builder.import_tfds().builder("cifar100", data_dir=str(root))
   Path(builder.data_dir).mkdir(parents=True)
   infos = []
   for split, size in {"train": number, "test": 12}.items():
@@ -680,7 +680,7 @@ _FOR_OTHERS = {"eurosat": {"tifffile"}, "caltech_birds2011": {"scipy"}}
 @pytest.fixture(scope="module")
 def builders():
   """Returns TFDS's builders, by name, of the versions that are prepared."""
-  tfds_source.import_tfds()
+  tfds_builder.import_tfds()
   tasks = {downloads.builder_name(t): t for t in TASKS.values() if t.spec}
   return {
     name: tfds.builder(downloads.prepared_spec(task), data_dir="/nonexistent")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from insvp_jax.data import tfds_source
+from insvp_jax.data import tfds_builder
 
 # A shard: its records, or how many times it holds the one that no test looks at.
 Shard = Sequence[bytes] | int
@@ -24,7 +24,7 @@ _LONGEST = 20_000
 def import_tfds() -> Any:
   """Returns TFDS; tests that need it are skipped where it is not installed."""
   pytest.importorskip("tensorflow_datasets")
-  return tfds_source.import_tfds()
+  return tfds_builder.import_tfds()
 
 
 def features_of(spec: str) -> Any:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from insvp_jax import config
-from insvp_jax.data import downloads, load_data, tfds_source, tfrecords
+from insvp_jax.data import downloads, load_data, tfds_builder, tfrecords
 from insvp_jax.data.arrays import TaskData
 from insvp_jax.data.tasks import Task
 
@@ -119,7 +119,7 @@ def _check_tfds(task: Task, places: Places) -> State:
     text = "reading it takes tensorflow-datasets and tensorflow, not installed here"
     return State(task, "unavailable", text)
   try:
-    builder = tfds_source.find_builder(task, places.data_dir)
+    builder = tfds_builder.find_builder(task, places.data_dir)
   except FileNotFoundError:
     return _unprepared(task, places)
   except ValueError as error:
@@ -229,7 +229,7 @@ def _unprepared(task: Task, places: Places) -> State:
 
 def _builder(task: Task, places: Places) -> Any:
   """Returns TFDS's builder of the version that would be prepared."""
-  tfds = tfds_source.import_tfds()
+  tfds = tfds_builder.import_tfds()
   data_dir = str(Path(places.data_dir).expanduser()) if places.data_dir else None
   return tfds.builder(downloads.prepared_spec(task), data_dir=data_dir)
 
@@ -267,7 +267,7 @@ def prepare(state: State, places: Places) -> str:
     return (
       f"not begun, because packages are missing: {_install(state.missing_packages)}"
     )
-  tfds = tfds_source.import_tfds()
+  tfds = tfds_builder.import_tfds()
   builder = _builder(state.task, places)
   manual_dir = _manual_dir(builder, places)
   try:
