@@ -319,6 +319,7 @@ def test_wrong_variants(variant, message):
     ({"dtype": "float16"}, "dtype is 'float16'"),
     ({"num_heads": 3}, "width 16 is not divisible by num_heads 3"),
     ({"image_size": 10}, "image_size 10 is not a multiple of patch_size 4"),
+    ({"fused_attention": True, "num_heads": 4}, "4 heads of 16 have 4. Turn it off"),
   ],
 )
 def test_wrong_fields(changes, message):

@@ -144,6 +144,12 @@ class ViT(nn.Module):
       raise ValueError(
         f"width {self.width} is not divisible by num_heads {self.num_heads}."
       )
+    head = self.width // self.num_heads
+    if self.fused_attention and head % 8:
+      raise ValueError(
+        f"fused_attention needs heads whose width is a multiple of 8, as cuDNN does; "
+        f"{self.num_heads} heads of {self.width} have {head}. Turn it off."
+      )
     if self.image_size % self.patch_size:
       raise ValueError(
         f"image_size {self.image_size} is not a multiple of patch_size "
