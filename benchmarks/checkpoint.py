@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import turns
 from benchmarks.contestant import Contestant, create_config
 from insvp_jax.checkpoints import Checkpointer
+from insvp_jax.methods import METHODS
 
 
 def item_bytes(checkpoint: Path) -> dict[str, int]:
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
   """Measures, prints a line per figure and writes JSON if asked to."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--backbone", default="B/16")
-  parser.add_argument("--method", default="insvp")
+  parser.add_argument("--method", default="insvp", choices=METHODS)
   parser.add_argument("--batch_size", type=int, default=1)
   parser.add_argument("--num_classes", type=int, default=100)
   parser.add_argument("--rounds", type=int, default=5)
