@@ -42,28 +42,28 @@ def are_constant(config: ConfigDict, program: Program) -> bool:
   return not (adapts or trains or mixes or augments)
 
 
-def nbytes(program: Program, split: Split) -> int:
-  """Returns the bytes on each device of the features of a split."""
-  return len(split) * program.model.backbone.spec.width * 4
+def nbytes(program: Program, number: int) -> int:
+  """Returns the bytes on each device of so many features."""
+  return number * program.model.backbone.spec.width * 4
 
 
-def are_cached(config: ConfigDict, program: Program, split: Split) -> bool:
+def are_cached(config: ConfigDict, program: Program, number: int) -> bool:
   """Returns whether a split's features are computed once and kept on the devices.
 
   Args:
     config: the whole configuration; `cache_features` turns it off, and
       `data.resident_mb` limits it.
     program: made for it.
-    split: the examples.
+    number: of the split's examples.
   """
-  fits = nbytes(program, split) <= config.data.resident_mb * 2**20
+  fits = nbytes(program, number) <= config.data.resident_mb * 2**20
   return config.cache_features and fits and are_constant(config, program)
 
 
 def describe(config: ConfigDict, program: Program, split: Split) -> str:
   """Returns one line on how a run comes by its features; "" if that is nothing new."""
-  size = f"{nbytes(program, split) / 2**20:.1f} MiB"
-  if are_cached(config, program, split):
+  size = f"{nbytes(program, len(split)) / 2**20:.1f} MiB"
+  if are_cached(config, program, len(split)):
     return f"features of the {len(split)} training images are computed once: {size}"
   if config.cache_features and are_constant(config, program):
     return (
@@ -103,12 +103,13 @@ class FeatureCache:
     Returns:
       Replicated arrays; None where features are not cached (see `are_cached`).
     """
-    if not are_cached(config, program, split):
+    if not are_cached(config, program, len(split)):
       return None
     settings = config.data.preset, config.backbone.frozen_dtype
     key = (split.digest, seed, *settings)
     if key not in self._held:
-      self._make_room(config.data.resident_mb * 2**20 - nbytes(program, split))
+      needed = nbytes(program, len(split))
+      self._make_room(config.data.resident_mb * 2**20 - needed)
       self._held[key] = _compute(config, program, split, backbone)
     return self._held[key]
 

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import config_checks, flops, parameters, partition, trees, wide_head
+from insvp_jax import (
+  config_checks,
+  features,
+  flops,
+  parameters,
+  partition,
+  trees,
+  wide_head,
+)
 from insvp_jax import program as program_lib
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import get_preset
@@ -61,9 +69,11 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
 
   Returns:
     What is planned (task, method, ...), and
-    `arrays`: bytes on each device: frozen, trainable, optimizer, training_images.
+    `arrays`: bytes on each device: frozen, trainable, optimizer, training_images,
+      training_features.
     `train_step`, `eval_step`: bytes on each device: batch, temporaries (activations
-      above all) and total, which has the arrays that are there meanwhile.
+      above all) and total, which has the arrays that are there meanwhile. Where
+      features are computed once, evaluation stands for that pass over the images.
     `checkpoint`: bytes on disk before compression: adapter, optimizer.
     `flops`: of one train step on all devices; matrix products and convolutions.
 
@@ -78,14 +88,29 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   size = program.model.backbone.image_size
   preset = get_preset(config.data.preset)
   stored = preset.stored_size(size)
+  cached = features.are_cached(config, program, num_train)
+  width = program.model.backbone.spec.width
   batch = _batch(config.batch_size, size if preset.augments else stored)
+  if cached:
+    given = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
+    batch = {"features": given, "labels": batch["labels"]}
   # As `features.eval_size` rounds it.
   eval_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
   eval_batch = _batch(eval_size, stored) | {
     "mask": jax.ShapeDtypeStruct((eval_size,), jnp.float32)
   }
   traced = program.train_step.trace(state, batch)
-  arrays = _arrays(config, program, state, num_train * (stored**2 * 3 + 4))
+  if cached:
+    backbone = {"backbone": state.params["backbone"]}
+    evaluation = program.feature_step.trace(backbone, eval_batch)
+  else:
+    evaluation = program.eval_step.trace(state.params, eval_batch, state.numbers)
+  arrays = _arrays(program, state)
+  each = width * 4 + 4 if cached else stored**2 * 3 + 4
+  # Every device keeps all of them, if they are not streamed.
+  kept = num_train * each * (num_train * each <= config.data.resident_mb * 2**20)
+  arrays["training_images"] = 0 if cached else kept
+  arrays["training_features"] = kept if cached else 0
   # While it is evaluated, the training images and the optimizer's state stay.
   resident = sum(arrays.values())
   return {
@@ -106,12 +131,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     "params": trees.count(parameters.param_shapes(program.model)),
     "arrays": arrays,
     "train_step": _step(traced, batch, mesh, resident),
-    "eval_step": _step(
-      program.eval_step.trace(state.params, eval_batch, state.numbers),
-      eval_batch,
-      mesh,
-      resident,
-    ),
+    "eval_step": _step(evaluation, eval_batch, mesh, resident),
     "checkpoint": _checkpoint(program, state),
     "flops": flops.count(traced.jaxpr),
   }
@@ -152,10 +172,8 @@ def _batch(size: int, pixels: int) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def _arrays(
-  config: ConfigDict, program: Program, state: Any, train_bytes: int
-) -> dict[str, int]:
-  """Returns the bytes on each device of what stays there all the time."""
+def _arrays(program: Program, state: Any) -> dict[str, int]:
+  """Returns the bytes on each device of the state."""
   sharding = trees.flatten(program.state_sharding.params)
 
   def held(leaves):
@@ -165,13 +183,10 @@ def _arrays(
     )
 
   trainable, frozen = trees.split(state.params, program.mask)
-  resident = train_bytes <= config.data.resident_mb * 2**20
   return {
     "frozen": held(frozen),
     "trainable": held(trainable),
     "optimizer": _nbytes(state.replace(params=None, rng=None)),
-    # Every device keeps all of them, if they are not streamed.
-    "training_images": train_bytes if resident else 0,
   }
 
 
@@ -205,12 +220,14 @@ def _nbytes(tree: Any) -> int:
 
 def describe(found: dict[str, Any]) -> str:
   """Returns a plan as text: a table of bytes, and a few lines."""
+  caches = found["arrays"]["training_features"] > 0
+  inputs = "features" if caches else "images"
   rows = [
-    ("bytes on each device", "training", "evaluation"),
+    ("bytes on each device", "training", "features" if caches else "evaluation"),
     ("frozen parameters", *[found["arrays"]["frozen"]] * 2),
     ("trainable parameters", *[found["arrays"]["trainable"]] * 2),
     ("optimizer state", *[found["arrays"]["optimizer"]] * 2),
-    ("training images (uint8)", *[found["arrays"]["training_images"]] * 2),
+    (f"training {inputs}", *[found["arrays"][f"training_{inputs}"]] * 2),
   ]
   for title, key in (
     ("one batch", "batch"),

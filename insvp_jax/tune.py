@@ -279,7 +279,7 @@ def _final_size(configs: list[ConfigDict], prepared: Prepared) -> int:
   limit = sizing.chunk_size(configs, population, split)
   seeds = [config.seed for config in configs]
   cached = population.one_backbone and features.are_cached(
-    configs[0], prepared.program, split
+    configs[0], prepared.program, len(split)
   )
   if limit > 1 and not (cached or can_train_together(seeds, split)):
     say("The training images are streamed: the seeds train one by one.")

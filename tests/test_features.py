@@ -240,7 +240,7 @@ def test_the_oldest_features_make_room_for_new_ones(fresh):
   params = program_lib.create_state(
     config, prepared.program, parameters.init_params(prepared.program.model, 0)
   ).params
-  one = features.nbytes(prepared.program, prepared.data.splits["train"])
+  one = features.nbytes(prepared.program, len(prepared.data.splits["train"]))
   first = prepared.features(config, "train", params)
   assert prepared.features(config, "train", params) is first
   assert first["features"].shape == (24, 16) and one == 24 * 16 * 4

@@ -43,6 +43,7 @@ def test_a_plan_has_the_bytes_of_the_real_state(fsdp):
     "trainable": on_first_device(trainable),
     "optimizer": on_first_device(state.replace(params=None, rng=None)),
     "training_images": SPLITS["train"] * (SIZE * SIZE * 3 + 4),
+    "training_features": 0,
   }
   assert found["train_step"]["batch"] == on_first_device(batch)
   # The compiled step takes what was planned, beside the random key.
@@ -75,6 +76,24 @@ def test_a_plan_has_the_size_of_the_real_checkpoint(tmp_path):
     stored = sum(path.stat().st_size for path in files)
     # Compressed by some per cent; names and shapes take some KiB.
     assert 0.9 * found[item] < stored < found[item] + 2**16, item
+
+
+def test_where_features_are_computed_once_the_plan_has_them_in_place_of_images():
+  found, without = (
+    plan.plan(tiny_config("linear", cache_features=c, **COUNTS), jax.devices()[:1])
+    for c in (True, False)
+  )
+  width, number = 16, SPLITS["train"]
+  assert found["arrays"]["training_features"] == number * (4 * width + 4)
+  assert found["arrays"]["training_images"] == 0
+  assert found["train_step"]["batch"] == 8 * (4 * width + 4)
+  assert found["flops"] < without["flops"] / 100
+  # The pass over the images is as large as an evaluation, but for the head.
+  passes = (each["eval_step"]["temporaries"] for each in (found, without))
+  assert next(passes) == pytest.approx(next(passes), rel=0.05)
+  lines = [" ".join(line.split()) for line in plan.describe(found).splitlines()]
+  assert "bytes on each device training features" in lines
+  assert "training features 1.59 KiB 1.59 KiB" in lines
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -146,7 +165,8 @@ def test_a_plan_is_told_in_powers_of_1024():
     "dtypes": ["bfloat16", "float32"],
     "arrays": dict.fromkeys(
       ("frozen", "trainable", "optimizer", "training_images"), 1536
-    ),
+    )
+    | {"training_features": 0},
     "train_step": step,
     "eval_step": step,
     "checkpoint": {"adapter": 2**42, "optimizer": 2**53},
@@ -160,6 +180,7 @@ def test_a_plan_is_told_in_powers_of_1024():
   assert "checkpoint: adapter 4.00 TiB, optimizer 8192.00 TiB" in lines
   assert "a train step: 8 TFLOP, 2 on each device" in lines
   assert "unrolled" in text and "bfloat16" in text
+  assert "training images 1.50 KiB 1.50 KiB" in lines
   found |= {"planned_on": "H100"}
   assert "unrolled" not in plan.describe(found)
 
