@@ -112,7 +112,6 @@ def test_a_run_ends_as_with_a_head_of_its_classes(
     }
     for width in ("0", f"{WIDTH}")
   ]
-  assert kept[1].pop("optimizer/numbers/num_classes") == ()
   assert kept[0] == kept[1]
 
 
@@ -207,9 +206,7 @@ def test_a_plan_says_what_a_wider_head_takes_and_what_is_stored():
   assert wide["params"] == narrow["params"]
   more = 4 * (WIDTH - K) * (16 + 1)
   assert wide["arrays"]["trainable"] == narrow["arrays"]["trainable"] + more
-  assert wide["checkpoint"]["adapter"] == narrow["checkpoint"]["adapter"]
-  # And the number of classes.
-  assert wide["checkpoint"]["optimizer"] == narrow["checkpoint"]["optimizer"] + 4
+  assert wide["checkpoint"] == narrow["checkpoint"]
 
 
 @pytest.mark.parametrize("name", ["vtab", "fgvc", "hta"])
