@@ -5,7 +5,8 @@ classes are 0 and stay 0: they get no gradient, and nothing else moves a zero. W
 a run is stored, it has the columns of its classes alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 import re
 from typing import Any
 
@@ -40,7 +41,7 @@ def narrow(flat: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
   def cut(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return leaf.update(shape=(*leaf.shape[:-1], num_classes))
-    return jax.jit(lambda x: x[..., :num_classes], out_shardings=leaf.sharding)(leaf)
+    return _resize(num_classes, leaf.sharding)(leaf)
 
   return {
     name: cut(leaf)
@@ -57,15 +58,23 @@ def widen_as(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]
     flat: arrays on the devices, by '/'-joined path.
     like: leaves of the former shapes.
   """
-
-  def pad(leaf: jax.Array, width: int) -> jax.Array:
-    margin = _margin(leaf, width)
-    return jax.jit(lambda x: jnp.pad(x, margin), out_shardings=leaf.sharding)(leaf)
-
   return {
-    name: leaf if leaf.shape == like[name].shape else pad(leaf, like[name].shape[-1])
+    name: leaf
+    if leaf.shape == like[name].shape
+    else _resize(like[name].shape[-1], leaf.sharding)(leaf)
     for name, leaf in flat.items()
   }
+
+
+@functools.cache
+def _resize(width: int, sharding: jax.sharding.Sharding) -> Callable:
+  """Returns what cuts or fills the last axis of arrays, compiled once for them all."""
+
+  def resize(leaf: jax.Array) -> jax.Array:
+    leaf = leaf[..., :width]
+    return jnp.pad(leaf, _margin(leaf, width))
+
+  return jax.jit(resize, out_shardings=sharding)
 
 
 def _margin(leaf: Any, width: int) -> list[tuple[int, int]]:
