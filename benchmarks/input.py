@@ -30,7 +30,7 @@ from PIL import Image
 
 from insvp_jax import evaluate
 from insvp_jax.config import defaults
-from insvp_jax.data import load_data, pipeline, tfds_source
+from insvp_jax.data import load_data, pipeline, tfds_builder
 from insvp_jax.data.tasks import TASKS
 
 TASK = "dtd"  # a builder of plain images and labels
@@ -57,7 +57,7 @@ def photographs(height: int, width: int, encoding: str) -> list[bytes]:
 
 def prepare(folder: Path, files: list[bytes], num_test: int) -> None:
   """Writes what TFDS would prepare under the name of `TASK`."""
-  tfds = tfds_source.import_tfds()
+  tfds = tfds_builder.import_tfds()
   import tensorflow as tf
 
   def example(i: int) -> bytes:

@@ -27,6 +27,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+# These compile many programs and run each for a moment: quick to compile is better than
+# quick to run. What they compare is compiled alike.
+QUICKLY_COMPILED = (
+  *("test_calls", "test_features", "test_population", "test_suite"),
+  *("test_trainer", "test_tune", "test_wide_head"),
+)
 
 
 def _processor() -> str:
@@ -104,6 +110,15 @@ def _home(tmp_path_factory: pytest.TempPathFactory):
     patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     patch.delenv("XDG_CACHE_HOME", raising=False)
     yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile(request: pytest.FixtureRequest):
+  """Leaves out most of XLA's optimizations where they are not worth their time."""
+  quickly = request.module.__name__ in QUICKLY_COMPILED
+  jax.config.update("jax_disable_most_optimizations", quickly)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
