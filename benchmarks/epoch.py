@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from insvp_jax.methods import METHODS
+from insvp_jax.methods.insvp_settings import PRESETS
 from insvp_jax.models.classifier import create_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,9 +141,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--backbone", default="B/16")
   parser.add_argument("--method", default="insvp", choices=METHODS)
-  parser.add_argument(
-    "--preset", default="paper", choices=("paper", "release"), help="InsVP's"
-  )
+  parser.add_argument("--preset", default="paper", choices=PRESETS, help="InsVP's")
   parser.add_argument("--epochs", type=float, default=100)
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")

@@ -3,9 +3,9 @@
   python -m benchmarks.startup [--rounds=3] [--json=startup.json]
 
 The first step is that of the quickstart's InsVP run: with an empty cache of compiled
-programs; with the cache that the first run left behind; and with that same cache on a
-task of twice as many classes, whose head is its own or (`config.head_width`) as wide as
-that of the run before. Each is a process of its own; medians over rounds.
+programs; with the cache that such a run left behind; and with that of one on a task of
+twice as many classes, whose head is its own or (`config.head_width`) as wide as that of
+the run that filled the cache. Each is a process of its own; medians over rounds.
 """
 
 import argparse

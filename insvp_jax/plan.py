@@ -21,7 +21,6 @@ from insvp_jax import (
   config_checks,
   features,
   flops,
-  parameters,
   partition,
   trees,
   wide_head,
@@ -89,13 +88,12 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   preset = get_preset(config.data.preset)
   stored = preset.stored_size(size)
   cached = features.are_cached(config, program, num_train)
-  width = program.model.backbone.spec.width
   batch = _batch(config.batch_size, size if preset.augments else stored)
   if cached:
+    width = program.model.backbone.spec.width
     given = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
     batch = {"features": given, "labels": batch["labels"]}
-  # As `features.eval_size` rounds it.
-  eval_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
+  eval_size = features.eval_size(config, program)
   eval_batch = _batch(eval_size, stored) | {
     "mask": jax.ShapeDtypeStruct((eval_size,), jnp.float32)
   }
@@ -106,10 +104,11 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   else:
     evaluation = program.eval_step.trace(state.params, eval_batch, state.numbers)
   arrays = _arrays(program, state)
-  each = width * 4 + 4 if cached else stored**2 * 3 + 4
-  # Every device keeps all of them, if they are not streamed.
-  kept = num_train * each * (num_train * each <= config.data.resident_mb * 2**20)
-  arrays["training_images"] = 0 if cached else kept
+  # Every device keeps all of them, and their labels, if they are not streamed.
+  images = num_train * (stored**2 * 3 + 4)
+  streamed = images > config.data.resident_mb * 2**20
+  arrays["training_images"] = 0 if cached or streamed else images
+  kept = features.nbytes(program, num_train) + num_train * 4
   arrays["training_features"] = kept if cached else 0
   # While it is evaluated, the training images and the optimizer's state stay.
   resident = sum(arrays.values())
@@ -128,7 +127,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     "planned_on": mesh.devices.flat[0].device_kind,
     "scan": config.backbone.scan,
     "remat": config.backbone.remat,
-    "params": trees.count(parameters.param_shapes(program.model)),
+    "params": trees.count(program.shapes),
     "arrays": arrays,
     "train_step": _step(traced, batch, mesh, resident),
     "eval_step": _step(evaluation, eval_batch, mesh, resident),

@@ -76,6 +76,11 @@ class Program:
   gather: Any = None
   batch_size: int = 0
 
+  @functools.cached_property
+  def shapes(self) -> dict[str, Any]:
+    """The parameters of `model` as `jax.ShapeDtypeStruct`, traced once."""
+    return parameters.param_shapes(self.model)
+
 
 def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""

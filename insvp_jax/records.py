@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import features, memory, parameters, trees
+from insvp_jax import features, memory, trees
 from insvp_jax import program as program_lib
 from insvp_jax.clock import Clock
 from insvp_jax.data import TaskData
@@ -30,9 +30,8 @@ def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
     return f"resumed at step {step} of {prepared.program.total_steps}"
   program, mesh = prepared.program, prepared.program.mesh
   split = prepared.data.splits[config.data.train_split]
-  shapes = parameters.param_shapes(program.model)
   lines = [
-    param_overview(shapes, program.mask),
+    param_overview(program.shapes, program.mask),
     prepared.data.describe(),
     get_preset(config.data.preset).describe(),
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
@@ -109,8 +108,7 @@ def result(
   val_accuracy, _ = (None, 0) if trained_on_val else accuracy("val")
   test_accuracy, num_test = accuracy("test") if test else (None, 0)
   # Of the columns of a wider head, those without a class do not count.
-  shapes = parameters.param_shapes(program.model)
-  trainable, _ = trees.split(shapes, program.mask)
+  trainable, _ = trees.split(program.shapes, program.mask)
   prompter = {n: v for n, v in trainable.items() if n.startswith("prompter/")}
   return {
     "task": data.name,
@@ -127,7 +125,7 @@ def result(
     "num_test_examples": num_test,
     "trainable_params": trees.count(trainable),
     "prompter_params": trees.count(prompter),
-    "total_params": trees.count(shapes),
+    "total_params": trees.count(program.shapes),
     "backbone": meta["backbone"],
     "data_sha256": meta["data_sha256"],
     "train_seconds": clock.seconds,

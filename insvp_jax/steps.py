@@ -203,8 +203,8 @@ def _variables(
   params: Mapping[str, Any], numbers: Mapping[str, Any] | None
 ) -> dict[str, Any]:
   """Returns what the model is applied to."""
-  groups = {"prompter": dict(numbers or {})}
-  if "num_classes" in groups["prompter"]:
-    groups["head"] = {"num_classes": groups["prompter"].pop("num_classes")}
-  groups = {name: group for name, group in groups.items() if group}
+  groups: dict[str, Any] = {}
+  for name, value in (numbers or {}).items():
+    group = "head" if name == "num_classes" else "prompter"
+    groups.setdefault(group, {})[name] = value
   return {"params": params, "numbers": groups} if groups else {"params": params}

@@ -118,7 +118,7 @@ def open_checkpoints(
     workdir,
     mask=program.mask,
     meta=meta,
-    num_classes=program.model.head.num_classes if config.head_width else 0,
+    num_classes=program.model.head.num_classes,
     keep=config.keep_checkpoints,
     report=_report,
   )

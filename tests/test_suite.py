@@ -15,7 +15,7 @@ NAMES = ("cifar100", "svhn", "eurosat")
 SIZES = {"train800": 16, "val200": 6, "test": 5}
 
 
-def _write_noah(root, task, number_of_classes=3):
+def write_noah(root, task, number_of_classes=3):
   """Writes a few images in NOAH's form."""
   folder = root / TASKS[task].folder_name
   rng = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def group(monkeypatch, tmp_path):
   """A group of three tasks with images on disk; returns their root."""
   monkeypatch.setitem(tasks.GROUPS, "natural", NAMES)
   for name in NAMES:
-    _write_noah(tmp_path / "vtab", name)
+    write_noah(tmp_path / "vtab", name)
   return tmp_path / "vtab"
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_config import load
-from test_suite import _write_noah
+from test_suite import write_noah
 from test_trainer import assert_same, at_step, run_to_state, stop_by, stored
 from tiny_training import CLASSES, make_data, prepare, tiny_config
 
@@ -174,7 +174,7 @@ def fresh_cache(folder):
 def test_one_compilation_serves_tasks_of_different_classes(monkeypatch, tmp_path):
   monkeypatch.setitem(tasks.GROUPS, "natural", ("svhn", "dtd"))
   for name in GROUPS["natural"]:
-    _write_noah(tmp_path / "vtab", name)
+    write_noah(tmp_path / "vtab", name)
   config = config_of("vpt_deep", 47, total_epochs=1.0, backbone__depth=1)
   config.task, config.data.root = "natural", str(tmp_path / "vtab")
   config.tune.lr = (0.01, 0.02)
