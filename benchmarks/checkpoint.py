@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import turns
 from benchmarks.contestant import Contestant, create_config
-from insvp_jax.checkpoints import Checkpointer
+from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.methods import METHODS
 
 

@@ -9,10 +9,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import parts
-from insvp_jax import flops, parameters, partition, trees
-from insvp_jax import program as program_lib
+from insvp_jax import trees
 from insvp_jax.config import METHOD_SECTIONS, defaults
 from insvp_jax.data import ArraySplit, pipeline, preprocess
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.train import flops, parameters
+from insvp_jax.train import program as program_lib
 
 # Names beside those of methods: a method and its fields. 16 prompts, and these kernels
 # with them, are what the released code takes for most of its data sets.
@@ -84,13 +86,13 @@ class Contestant:
       ValueError: something in the config does not fit.
     """
     self.config = config
-    mesh = partition.create_mesh()
+    mesh = mesh_lib.create_mesh()
     number = 4 * config.batch_size
     self.program = program_lib.create_program(config, num_classes, number, mesh)
     size = self.program.model.backbone.image_size
     split = _random_split(number, size, num_classes)
     self.preset = preprocess.get_preset(PRESET)
-    self._rows = partition.batch_sharding(mesh)
+    self._rows = mesh_lib.batch_sharding(mesh)
     self._batches = pipeline.train_batches(
       split,
       batch_size=config.batch_size,

@@ -4,7 +4,7 @@
 
 Prints the median milliseconds of a forward pass together with the gradients that the
 train step needs, alternating between the forms within one run. `conv="auto"` chooses
-by the rule in insvp_jax/methods/conv.py, which this table is behind.
+by the rule in insvp_jax/methods/ops/conv.py, which this table is behind.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from insvp_jax.methods.conv import choose_form
-from insvp_jax.methods.conv_forms import FORMS
+from insvp_jax.methods.ops.conv import choose_form
+from insvp_jax.methods.ops.conv_forms import FORMS
 
 
 class Layer(NamedTuple):

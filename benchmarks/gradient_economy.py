@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from insvp_jax import optim, parameters, steps, trees
+from insvp_jax import trees
 from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods import METHODS
 from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.train import optim, parameters, steps
 
 
 def count_flops(function, *args, compiled: bool = True) -> float:

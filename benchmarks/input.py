@@ -28,10 +28,11 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from insvp_jax import evaluate
 from insvp_jax.config import defaults
-from insvp_jax.data import load_data, pipeline, tfds_builder
+from insvp_jax.data import load_data, pipeline
+from insvp_jax.data.sources import tfds_builder
 from insvp_jax.data.tasks import TASKS
+from insvp_jax.train import evaluate
 
 TASK = "dtd"  # a builder of plain images and labels
 SIZE = 224

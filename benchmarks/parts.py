@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from insvp_jax import losses, steps, trees
+from insvp_jax import trees
 from insvp_jax.data import preprocess
-from insvp_jax.program import Program
+from insvp_jax.train import losses, steps
+from insvp_jax.train.program import Program
 
 PARTS = (
   "input",

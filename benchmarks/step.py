@@ -30,8 +30,8 @@ from benchmarks import ceilings, turns
 from benchmarks.contestant import VARIANTS, Contestant, create_config
 from benchmarks.parts import PARTS
 from benchmarks.yardstick_client import Client, missing
-from insvp_jax import memory, versions
 from insvp_jax.methods import METHODS
+from insvp_jax.train import memory, versions
 
 MODES = ("train", "eval", "predict")
 YARDSTICK = "PyTorch"

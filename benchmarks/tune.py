@@ -24,10 +24,11 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import sizing, together, trainer, trials
 from insvp_jax.config import defaults
 from insvp_jax.data import ArraySplit, TaskData
-from insvp_jax.population import Population
+from insvp_jax.search import sizing, together, trials
+from insvp_jax.search.population import Population
+from insvp_jax.train import trainer
 
 
 def create_config(method: str, backbone: str, steps: int) -> ConfigDict:

@@ -6,7 +6,7 @@
   python -m insvp_jax.main --mode=tune --config=configs/vtab.py:task=svhn,method=insvp
 
 The second line does the same. With --config.tune.lr='()' --config.tune.wd='()' it tries
-the method's own grid in place of these (insvp_jax/grids.py); VPT's is one for SGD:
+the method's own grid in place of these; VPT's is one for SGD:
 --config.optim.name=sgd --config.optim.schedule=cosine_epochwise. Trials train together
 where the device gains by it: --config.tune.population=1 trains them one by one.
 

@@ -13,10 +13,10 @@ _PUBLIC = {
   "METHODS": "insvp_jax.methods",
   "Run": "insvp_jax.run",
   "create_model": "insvp_jax.models.classifier",
-  "load_backbone": "insvp_jax.models.pretrained",
+  "load_backbone": "insvp_jax.models.weights.load",
   "load_run": "insvp_jax.run",
-  "save_backbone": "insvp_jax.models.pretrained",
-  "train": "insvp_jax.trainer",
+  "save_backbone": "insvp_jax.models.weights.load",
+  "train": "insvp_jax.train.trainer",
 }
 __all__ = [*_PUBLIC]
 

@@ -16,7 +16,8 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from insvp_jax import errors, stopping
+from insvp_jax import errors
+from insvp_jax.distributed import stopping
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, e.g. configs/quickstart.py.", lock_config=True
@@ -95,14 +96,15 @@ def main(argv: list[str]) -> None:
   config.profile = _PROFILE.value or config.profile
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
-  from insvp_jax import cluster, config_checks
+  from insvp_jax import config_checks
+  from insvp_jax.distributed import processes
 
   try:
     config_checks.check_folder("--workdir", _WORKDIR.value or "")
     if _PLAN.value is not None:
       _plan(config, _PLAN.value)
       return
-    with cluster.joined(
+    with processes.joined(
       config.multihost,
       join_timeout=_JOIN_TIMEOUT.value,
       lost_timeout=_LOST_TIMEOUT.value,
@@ -116,7 +118,8 @@ def main(argv: list[str]) -> None:
 
 def _plan(config, count: int) -> None:
   """Prints what each method needs, and writes plan.json if a workdir was given."""
-  from insvp_jax import plan, writers
+  from insvp_jax.logs import writers
+  from insvp_jax.tools import plan
 
   devices, found = plan.find_devices(count), {}
   for method in config.tune.methods or (config.method,):
@@ -129,13 +132,14 @@ def _plan(config, count: int) -> None:
 
 def _work(config, workdir: Path, watch) -> None:
   """Does what the config says; as one of several processes never fails silently."""
-  from insvp_jax import cluster, suite
   from insvp_jax import config as config_lib
+  from insvp_jax.distributed import processes
+  from insvp_jax.search import suite
 
   try:
     shared = {"config": config_lib.shared_settings(config), "workdir": str(workdir)}
     shared["mode"] = _MODE.value
-    cluster.check_same("its settings", shared, "Start the same command on all hosts.")
+    processes.check_same("its settings", shared, "Start the same command on all hosts.")
     suite.run(config, workdir, _MODE.value)
     for single, where in suite.members(config, workdir):
       _draw_prompts(single, where)
@@ -164,7 +168,8 @@ def _draw_prompts(config, workdir: Path) -> None:
   """Draws the prompts of InsVP's first final run, if the config asks for it."""
   import jax
 
-  from insvp_jax import run, tune
+  from insvp_jax import run
+  from insvp_jax.search import tune
   from insvp_jax.tools import visualize
 
   run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)

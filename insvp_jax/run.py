@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 import numpy as np
 
-from insvp_jax import parameters, trees
-from insvp_jax.checkpoint_files import (
+from insvp_jax import trees
+from insvp_jax.checkpoints.files import (
   FOLDER,
   check_leaves,
   find_steps,
@@ -29,10 +29,11 @@ from insvp_jax.checkpoint_files import (
   read_json,
   verify,
 )
+from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
-from insvp_jax.models import pretrained
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.state_items import ALWAYS_STORED
+from insvp_jax.models.weights import load as weights_lib
+from insvp_jax.train import parameters
 
 FORMAT = 1
 # Batches are padded to one of these sizes, so that at most so many are compiled.
@@ -226,21 +227,21 @@ def _load_backbone(
     return params
   path = _find_backbone(identity, override)
   _compare_digest(
-    pretrained.file_digest(path),
+    weights_lib.file_digest(path),
     identity,
     f"{path} has",
     "Pass load_run(..., backbone=<path>) with the file that the run was trained on.",
   )
-  return pretrained.load_backbone(str(path), model)
+  return weights_lib.load_backbone(str(path), model)
 
 
 def _find_backbone(
   identity: Mapping[str, Any], override: str | os.PathLike | None
 ) -> Path:
   if override is not None:
-    return pretrained.resolve(os.fspath(override))
+    return weights_lib.resolve(os.fspath(override))
   try:
-    return pretrained.resolve(identity["id"])
+    return weights_lib.resolve(identity["id"])
   except FileNotFoundError as error:
     source = identity.get("source")
     if source and Path(source).is_file():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests; sets everything up the first time.
 #   bash launch/test.sh                          all of them
-#   bash launch/test.sh tests/test_launch.py -x  arguments go to pytest
+#   bash launch/test.sh tests/launch/test_launch.py -x  arguments go to pytest
 # Two processes share the test files (-n 0: one process, as debuggers need it).
 # They run on the CPU unless JAX_PLATFORMS says otherwise.
 set -euo pipefail

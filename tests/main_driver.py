@@ -153,8 +153,6 @@ def _send(pid: int, signum: int, when: Path) -> None:
 def main() -> None:
   """Answers until standard input ends."""
   # All that a run imports.
-  import insvp_jax.main
-  import insvp_jax.tools.visualize
   import insvp_jax.tune  # noqa: F401
 
   for line in sys.stdin:

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 import pytest
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, methods, optim, trees
+from insvp_jax import config_checks, methods, trees
 from insvp_jax.config import defaults
 from insvp_jax.data import tasks
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.models.heads import HEAD_INITS
+from insvp_jax.train import optim
 
 CONFIGS = (
   "cifar100_lt",

@@ -16,7 +16,7 @@ import pytest
 from tiny_commands import base_flags, flags_of, make_place
 from tiny_training import CLASSES, SPLITS
 
-from insvp_jax import lock
+from insvp_jax.distributed import lock
 from insvp_jax.run import load_run
 
 LONG = 1500  # steps: long enough to be stopped, short enough to be finished

@@ -10,10 +10,9 @@ from tiny_runs import make_params, make_run
 
 from insvp_jax import config as config_lib
 from insvp_jax import tools
-from insvp_jax.models import pretrained
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
-from insvp_jax.trainer import train
+from insvp_jax.train.trainer import train
 
 KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}
 
@@ -24,7 +23,7 @@ def trained(tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp("trained")
   weights = workdir / "backbone.npz"
   params = make_params(create_model(num_classes=10, method="linear", **KWARGS))
-  pretrained.save_backbone(params["backbone"], weights)
+  weights.save_backbone(params["backbone"], weights)
   config = config_lib.defaults()
   config.task = "digits"
   config.total_steps = 3

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from insvp_jax.models.releases import ASSETS
+from insvp_jax.models.weights.releases import ASSETS
 
 
 @pytest.fixture(scope="module")

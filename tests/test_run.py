@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from tiny_runs import CLASSES, SIZE, make_run
 
-from insvp_jax import parameters, partition, trees
+from insvp_jax import trees
 from insvp_jax.data import preprocess
+from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
+from insvp_jax.train import parameters
 
 
 def draw(*shape, seed=0):
@@ -143,7 +145,7 @@ def test_shown_pixels_are_those_of_the_image(run):
 
 def test_trained_on_four_devices_loaded_on_one(tmp_path, make_mesh):
   mesh = make_mesh(4)
-  workdir, _, params = make_run(tmp_path, sharding=partition.replicated(mesh))
+  workdir, _, params = make_run(tmp_path, sharding=mesh_lib.replicated(mesh))
   device = jax.devices()[2]
   run = load_run(workdir, device=device)
   for name, leaf in trees.flatten(run.params).items():

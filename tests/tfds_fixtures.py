@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from insvp_jax.data import tfds_builder
+from insvp_jax.data.sources import tfds_builder
 
 # A shard: its records, or how many times it holds the one that no test looks at.
 Shard = Sequence[bytes] | int

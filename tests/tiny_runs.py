@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import trees
-from insvp_jax.checkpoints import Checkpointer
-from insvp_jax.models import pretrained
+from insvp_jax.checkpoints.checkpointer import Checkpointer
+from insvp_jax.logs.writers import write_json
 from insvp_jax.models.classifier import create_model
-from insvp_jax.writers import write_json
 
 CLASSES = ("ant", "bee", "$cat$")
 SIZE = 16
@@ -57,13 +56,13 @@ def make_run(
   model = create_model(**kwargs)
   params = make_params(model)
   weights = workdir / "backbone.npz"
-  pretrained.save_backbone(params["backbone"], weights)
+  weights.save_backbone(params["backbone"], weights)
   mask = trees.mask(params, patterns or model.prompter.trainable_patterns())
   flat = trees.flatten(mask)
   description = {
     "format": 1,
     "model": kwargs,
-    "backbone": {"id": str(weights), "sha256": pretrained.file_digest(weights)},
+    "backbone": {"id": str(weights), "sha256": weights.file_digest(weights)},
     "class_names": list(CLASSES),
     "preset": "vtab",
     "image_size": SIZE,

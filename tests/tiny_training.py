@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from insvp_jax import parameters, partition, trainer
-from insvp_jax import program as program_lib
 from insvp_jax.config import defaults
 from insvp_jax.data import ArraySplit, TaskData
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.train import parameters, trainer
+from insvp_jax.train import program as program_lib
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 16
@@ -73,7 +74,7 @@ def prepare(
 ) -> trainer.Prepared:
   """Does what `trainer.prepare` does, with images from memory on some devices."""
   data = data or make_data()
-  mesh = partition.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
+  mesh = mesh_lib.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])
   program = program_lib.create_program(config, data.num_classes, number, mesh)
   weights, backbone = parameters.load_weights(config, program.model)

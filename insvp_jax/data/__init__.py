@@ -6,9 +6,9 @@ from typing import Any
 import ml_collections
 
 from insvp_jax import trees
-from insvp_jax.data import cifar_npz, digits, folder, gtsrb, listed, noah, tfds_source
 from insvp_jax.data.arrays import ArraySplit, TaskData
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.data.sources import cifar_npz, digits, folder, gtsrb, listed, noah, tfds
 from insvp_jax.data.splits import Split, StreamSplit
 from insvp_jax.data.tasks import GROUPS, TASKS
 
@@ -67,7 +67,7 @@ def load_data(
   if task not in TASKS:
     return source(data_config, image_size)
   if not data_config.root:
-    return tfds_source.load(source, data_config, image_size)
+    return tfds.load(source, data_config, image_size)
   if not source.folder:
     raise ValueError(
       f"config.data.root is {data_config.root!r}, but {task} is read from TFDS only; "

@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 
 from insvp_jax import config
-from insvp_jax.data import downloads, load_data, tfds_builder, tfrecords
+from insvp_jax.data import downloads, load_data
 from insvp_jax.data.arrays import TaskData
+from insvp_jax.data.sources import tfds_builder, tfrecords
 from insvp_jax.data.tasks import Task
 
 # Absent classes that a warning names.

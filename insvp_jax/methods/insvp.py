@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.base import BlockPrompts, Method
-from insvp_jax.methods.dropout import Dropout, is_off
-from insvp_jax.methods.initializers import symmetric_uniform, vpt_bound
 from insvp_jax.methods.insvp_prompters import (
   GlobalPrompter,
   PatchPrompter,
@@ -21,6 +19,8 @@ from insvp_jax.methods.insvp_prompters import (
   simam,
 )
 from insvp_jax.methods.insvp_settings import Settings, resolve
+from insvp_jax.methods.ops.dropout import Dropout, is_off
+from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
 
 
 class InsVP(Method):

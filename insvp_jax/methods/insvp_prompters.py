@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from insvp_jax.methods.conv import AUTO, Conv
-from insvp_jax.methods.dropout import Dropout, Number
-from insvp_jax.methods.initializers import torch_uniform
+from insvp_jax.methods.ops.conv import AUTO, Conv
+from insvp_jax.methods.ops.dropout import Dropout, Number
+from insvp_jax.methods.ops.initializers import torch_uniform
 
 SIMAM_LAMBDA = 1e-3
 ACTIVATIONS = {

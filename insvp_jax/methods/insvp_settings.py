@@ -5,9 +5,10 @@ import dataclasses
 from typing import Any
 
 from insvp_jax import trees
-from insvp_jax.methods import checks, conv
+from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.insvp_prompters import ACTIVATIONS, specific_grid
+from insvp_jax.methods.ops import conv
 
 CHOICES = {
   "specific_activation": tuple(ACTIVATIONS),

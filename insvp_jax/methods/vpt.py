@@ -12,8 +12,12 @@ from jaxtyping import Array, Float
 
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BlockPrompts, Method
-from insvp_jax.methods.dropout import Dropout, is_off
-from insvp_jax.methods.initializers import symmetric_uniform, torch_uniform, vpt_bound
+from insvp_jax.methods.ops.dropout import Dropout, is_off
+from insvp_jax.methods.ops.initializers import (
+  symmetric_uniform,
+  torch_uniform,
+  vpt_bound,
+)
 
 
 class _VPT(Method):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax import trees
-from insvp_jax.methods.initializers import torch_uniform
+from insvp_jax.methods.ops.initializers import torch_uniform
 
 # The logit of a column without a class: exp of it is exactly 0, and so is its product
 # with a target of 0, which of -inf would be NaN.

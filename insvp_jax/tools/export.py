@@ -31,16 +31,16 @@ def export_backbone(
     ValueError: unknown dtype, or values that float16 cannot hold.
     OSError: the files cannot be written.
   """
-  from insvp_jax.models import pretrained
-  from insvp_jax.models.releases import ARCHITECTURE
-  from insvp_jax.writers import write_json
+  from insvp_jax.logs.writers import write_json
+  from insvp_jax.models.weights import load as weights_lib
+  from insvp_jax.models.weights.releases import ARCHITECTURE
 
-  pretrained.save_backbone(run.params["backbone"], output, dtype=dtype)
+  weights_lib.save_backbone(run.params["backbone"], output, dtype=dtype)
   vit = run.model.backbone
   result = run.result or {}
   described = {field: getattr(vit, field) for field in ARCHITECTURE}
   described |= {
-    "sha256": pretrained.file_digest(output),
+    "sha256": weights_lib.file_digest(output),
     "dtype": dtype,
     "preset": run.preset.name,
     "trained_on": run.meta["task"],

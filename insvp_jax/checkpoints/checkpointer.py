@@ -1,0 +1,351 @@
+"""Checkpoints: what a run learnt, written so that a half-written one never counts.
+
+A checkpoint `<workdir>/checkpoints/<step>/` holds separate items:
+
+- `adapter`: every leaf under `prompter/` and `head/`, and every trainable leaf of
+  the backbone, by '/'-joined name. All that a user needs besides the backbone.
+- `optimizer`: the optimizer's state and the peak lr, by '/'-joined path.
+- `progress`: JSON; step, random key and what else the trainer counts.
+- `meta`: JSON; what the run is (model, backbone and its digest, class names, ...).
+- `checksums.json`: size and sha256 of each file.
+
+All of it is written to another directory, which then gets the name of the step.
+
+Frozen weights are never written: the backbone is named by its digest instead.
+Nothing is pickled.
+"""
+
+from collections.abc import Callable, Mapping
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+import warnings
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from insvp_jax import config as config_lib
+from insvp_jax import trees
+from insvp_jax.checkpoints import wide_head
+from insvp_jax.checkpoints.files import (
+  FOLDER,
+  newest_good,
+  quieten_orbax,
+  read_arrays,
+  read_json,
+  reason_of,
+  sharding_of,
+  short,
+  verify,
+  write_checksums,
+)
+from insvp_jax.checkpoints.items import (
+  as_array,
+  decode_key,
+  encode_key,
+  flatten_rest,
+  stored_names,
+  unflatten_rest,
+)
+from insvp_jax.distributed import processes
+
+OLD = "deleted"  # where checkpoints go that are no longer kept
+
+
+class Checkpointer:
+  """Saves and restores the state of one run.
+
+  Frozen backbone leaves are neither written nor read: `restore` returns them as
+  they were given.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    mask: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    num_classes: int = 0,
+    keep: int = 2,
+    report: Callable[[str], Any] = warnings.warn,
+  ):
+    """Opens, or creates, `<workdir>/checkpoints`.
+
+    Args:
+      workdir: the run's directory, seen by every process.
+      mask: nested tree of bools over the parameters: True where trainable.
+      meta: JSON-like description of the run, written into every checkpoint.
+      num_classes: of the task, where the state's head may have more columns: those are
+        neither written nor read. 0 for a head that has none.
+      keep: how many checkpoints stay on disk; the newest ones do.
+      report: is told of a damaged checkpoint that is passed over.
+
+    Raises:
+      OSError: the directory cannot be written to.
+      TypeError: `meta` holds something that JSON cannot.
+    """
+    quieten_orbax()
+    self.directory = Path(workdir).absolute() / FOLDER
+    self._stored = stored_names(mask)
+    self._num_classes = num_classes
+    self._meta = json.loads(json.dumps(dict(meta)))
+    self._report = report
+    self._pending: int | None = None
+    _check_writable(self.directory)
+    self._remove_old()
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        # Moved away at once, deleted by `_remove_old`: half a checkpoint is none.
+        todelete_subdir=OLD,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+      ),
+    )
+
+  def save(
+    self, state: Any, *, progress: Mapping[str, int | float], force: bool = False
+  ) -> bool:
+    """Writes a checkpoint of `state` at its step.
+
+    Args:
+      state: a dataclass with `step`, `params`, `rng` (a typed key), `opt_state`.
+      progress: further numbers to keep, e.g. the seconds trained so far.
+      force: return only when everything is on disk, as before an exit.
+
+    Returns:
+      Whether it was written; False where this step is there already.
+
+    Raises:
+      OSError: the disk is full or read-only. Earlier checkpoints stay as they are.
+    """
+    step = int(state.step)
+    self.wait()
+    if step in self._manager.all_steps():
+      return False
+    flat = trees.flatten(state.params)
+    arrays = {
+      "adapter": {name: as_array(flat[name]) for name in self._stored},
+      "optimizer": {k: as_array(v) for k, v in flatten_rest(state).items()},
+    }
+    arrays = {item: self._narrow(leaves) for item, leaves in arrays.items()}
+    progress = {**progress, "step": step, "rng": encode_key(state.rng)}
+    # Orbax refuses an item without leaves, as of an optimizer without state.
+    items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
+    items["progress"] = ocp.args.JsonSave(progress)
+    items["meta"] = ocp.args.JsonSave(self._meta)
+    self._check_space(step, arrays)
+    self._pending = step
+    try:
+      self._manager.save(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+      self._fail(error)
+    if force:
+      self.wait()
+    return True
+
+  def wait(self) -> None:
+    """Returns when the checkpoint under way is complete on disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    if self._pending is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      self._fail(error)
+    self._pending = None
+    self._remove_old()
+
+  def restore(self, state: Any) -> Any | None:
+    """Returns `state` with the newest checkpoint's values, bit for bit, or None.
+
+    Args:
+      state: as for `save`. Leaves that are stored may be abstract
+        (`jax.ShapeDtypeStruct` with a sharding); the values are placed by the
+        leaves' shardings, on any number of devices. Frozen leaves are kept.
+
+    Returns:
+      The state, or None where there is no checkpoint yet. A damaged checkpoint is
+      reported, set aside as `<step>.damaged`, and the one before it is taken.
+
+    Raises:
+      ValueError: all checkpoints are damaged, or the run is another one: of other
+        settings, data, backbone or shapes.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    processes.check_same(
+      "the checkpoints it sees",
+      {"steps": steps},
+      f"Is {self.directory} one directory that all of them share?",
+    )
+    if not steps:
+      return None
+    where, found = newest_good(
+      [self.directory / str(step) for step in steps],
+      lambda where: self._read(where, state),
+      self._report,
+    )
+    self._set_aside([step for step in steps if step > int(where.name)])
+    return found
+
+  def _read(self, where: Path, state: Any) -> Any:
+    """Returns `state` with the values of one checkpoint."""
+    verify(where)
+    self._check_same_run(read_json(where, "meta"), where)
+    flat = trees.flatten(state.params)
+    adapter = self._read_like(
+      where, "adapter", {name: flat[name] for name in self._stored}
+    )
+    rest = self._read_like(where, "optimizer", flatten_rest(state))
+    progress = read_json(where, "progress")
+    return state.replace(
+      step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
+      params=trees.unflatten({**flat, **adapter}),
+      rng=decode_key(progress["rng"], state.rng, where),
+      **unflatten_rest(rest, state),
+    )
+
+  def _read_like(
+    self, where: Path, item: str, like: Mapping[str, Any]
+  ) -> dict[str, jax.Array]:
+    """Returns an item's arrays, as wide as the leaves that they replace."""
+    found = read_arrays(where, item, self._narrow(like))
+    return wide_head.widen_as(found, like)
+
+  def _narrow(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns leaves as a checkpoint has them."""
+    if not self._num_classes:
+      return dict(leaves)
+    return wide_head.narrow(leaves, self._num_classes)
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Renames damaged checkpoints: their steps will be saved again."""
+    if not steps:
+      return
+    processes.wait("read")
+    for step in steps if jax.process_index() == 0 else ():
+      aside = self.directory / f"{step}.damaged"
+      shutil.rmtree(aside, ignore_errors=True)
+      (self.directory / str(step)).rename(aside)
+    processes.wait("set aside")
+    self._manager.reload()
+
+  def progress(self) -> dict[str, Any]:
+    """Returns what `save` was told with the newest checkpoint; {} without one."""
+    step = self.latest_step()
+    return {} if step is None else read_json(self.directory / str(step), "progress")
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the newest checkpoint, or None."""
+    self.wait()
+    return self._manager.latest_step()
+
+  def reached_preemption(self, step: int) -> bool:
+    """Returns whether the cluster is about to take this machine away."""
+    return self._manager.reached_preemption(step)
+
+  def close(self) -> None:
+    """Waits for the checkpoint under way and gives up the directory."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+      # Only now has the last thread of a failed save stopped writing.
+      self._remove_partial()
+
+  def __enter__(self):
+    """Returns itself; `close` is called at the end of the with block."""
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    """Closes; an error of the with block is not replaced by one of closing."""
+    try:
+      self.close()
+    except OSError:
+      if error is None:
+        raise
+
+  def _seal(self) -> None:
+    """Adds the checksums to a checkpoint that is about to get its name."""
+    (partial,) = self.directory.glob(f"{self._pending}.orbax-checkpoint-tmp*")
+    write_checksums(partial)
+
+  def _check_space(self, step: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Fails before anything is written where the disk is too full for it."""
+    # A MiB for all that is not arrays.
+    needed = 2**20 + sum(x.nbytes for item in arrays.values() for x in item.values())
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      self._pending = step
+      self._fail(f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
+
+  def _fail(self, reason: Exception | str) -> None:
+    """Removes what was half written and raises one clear line."""
+    step, self._pending = self._pending, None
+    self._remove_partial()
+    good = [int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdigit()]
+    last = f"step {max(good)}" if good else "none"
+    cause = reason if isinstance(reason, Exception) else None
+    raise OSError(
+      f"the checkpoint of step {step} could not be written to {self.directory}: "
+      f"{reason_of(reason)}. The last good checkpoint: {last}. "
+      "Free some space, or choose another workdir, and start again to resume."
+    ) from cause
+
+  def _remove_old(self) -> None:
+    if jax.process_index() == 0:
+      shutil.rmtree(self.directory / OLD, ignore_errors=True)
+
+  def _remove_partial(self) -> None:
+    if jax.process_index() == 0:
+      for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+  def _check_same_run(self, stored: Mapping[str, Any], where: Path) -> None:
+    wrong = []
+    if "config" in self._meta:
+      before = stored.get("config", {})
+      wrong.append(config_lib.difference(self._meta["config"], before))
+    mine, theirs = self._meta.get("backbone", {}), stored.get("backbone", {})
+    # Random weights have the seed they were drawn from in place of a file's digest.
+    if any(mine.get(key) != theirs.get(key) for key in ("sha256", "seed", "init")):
+      wrong.append(f"the backbone is {_describe(mine)}, was {_describe(theirs)}")
+    for key in (
+      ("class_names",) if "config" in self._meta else ("class_names", "method")
+    ):
+      if self._meta.get(key) != stored.get(key):
+        got, expected = short(stored.get(key)), short(self._meta.get(key))
+        wrong.append(f"{key} is {expected}, was {got}")
+    if self._meta.get("data_sha256") != stored.get("data_sha256"):
+      wrong.append("the images or their labels have changed")
+    if any(wrong):
+      raise ValueError(
+        f"{where.parents[1]} holds a run with other settings: "
+        f"{'; '.join(filter(None, wrong))}. Use another workdir, or delete this one to "
+        "start over."
+      )
+
+
+def _describe(backbone: Mapping[str, Any]) -> str:
+  seed = f", seed {backbone['seed']}" if "seed" in backbone else ""
+  return f"sha256 {backbone.get('sha256')} ({backbone.get('id')}{seed})"
+
+
+def _check_writable(directory: Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f".probe{jax.process_index()}"
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as error:
+    raise OSError(
+      f"cannot write checkpoints to {directory}: {error.strerror}. "
+      "Choose another workdir."
+    ) from error

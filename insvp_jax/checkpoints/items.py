@@ -1,0 +1,92 @@
+"""A train state as the items of a checkpoint: names, leaves and numbers."""
+
+from collections.abc import Mapping
+import dataclasses
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from insvp_jax import trees
+from insvp_jax.checkpoints.files import sharding_of
+
+ALWAYS_STORED = r"(prompter|head)/.*"
+_NUM_CLASSES = "num_classes"  # of `TrainState.numbers`
+
+
+def stored_names(mask: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the parameters that a checkpoint's `adapter` holds."""
+  return [
+    name
+    for name, trainable in trees.flatten(mask).items()
+    if trainable or re.fullmatch(ALWAYS_STORED, name)
+  ]
+
+
+def _rest(state: Any) -> dict[str, Any]:
+  """Returns the fields that have no item of their own: the optimizer's state."""
+  names = [field.name for field in dataclasses.fields(state)]
+  named = ("step", "params", "rng")
+  rest = {name: getattr(state, name) for name in names if name not in named}
+  if _num_classes(state):
+    # The task's, not the run's; and stored heads have their columns alone.
+    rest["numbers"] = {n: v for n, v in state.numbers.items() if n != _NUM_CLASSES}
+  return rest
+
+
+def _num_classes(state: Any) -> dict[str, Any]:
+  numbers = getattr(state, "numbers", None) or {}
+  return {n: v for n, v in numbers.items() if n == _NUM_CLASSES}
+
+
+def flatten_rest(state: Any) -> dict[str, Any]:
+  """Returns {'/'-joined path: leaf} of a state's `opt_state` and further fields."""
+  # optax nests namedtuples and empty nodes, which a dict of leaves leaves behind.
+  leaves = jax.tree_util.tree_leaves_with_path(_rest(state))
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
+
+
+def unflatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
+  """Returns the fields of which `flatten_rest` of such a state has the leaves."""
+  leaves = [flat[name] for name in flatten_rest(state)]
+  rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), leaves)
+  if found := _num_classes(state):
+    rest["numbers"] |= found
+  return rest
+
+
+def as_array(leaf: Any) -> jax.Array:
+  """Returns a leaf as what Orbax checks the shape of."""
+  # Orbax does not check the shape of a numpy leaf when it is restored.
+  return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def encode_key(key: jax.Array) -> dict[str, Any]:
+  """Returns a typed key as JSON values."""
+  data = np.asarray(jax.random.key_data(key))
+  return {"impl": str(jax.random.key_impl(key)), "data": data.tolist()}
+
+
+def decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
+  """Returns the key that `encode_key` was given.
+
+  Args:
+    stored: its JSON values.
+    like: a key, or a `jax.ShapeDtypeStruct` with a sharding, that it replaces.
+    where: the checkpoint, for the message.
+
+  Raises:
+    ValueError: it is of another kind or shape.
+  """
+  # Numbers, unlike keys, can be put on devices of which this process owns a part.
+  data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
+  key = jax.random.wrap_key_data(data, impl=stored["impl"])
+  if key.dtype != like.dtype or key.shape != like.shape:
+    raise ValueError(
+      f"the random key of the checkpoint {where} is {key.dtype}{list(key.shape)}, "
+      f"expected {like.dtype}{list(like.shape)}. Set jax_default_prng_impl as then."
+    )
+  return key

@@ -1,0 +1,105 @@
+"""Which parameter lies where: frozen backbones too large for one device are split.
+
+Trainable leaves and the optimizer's state are small and lie whole on every device.
+Frozen leaves of the backbone are cut along one axis into as many parts as the mesh's
+axis "fsdp" has devices, and are gathered where a block needs them. No gradient of a
+frozen weight exists, so nothing is ever scattered back.
+
+Source: Rajbhandari et al. 2020, "ZeRO", stage 3, of which only the parameters remain.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+import numpy as np
+
+from insvp_jax import trees
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.models.classifier import PromptedClassifier
+
+# Leaves with fewer scalars (a block's biases) stay whole: fetching them takes longer.
+MIN_SIZE = 2**14
+# A scanned encoder's leaves have the blocks as first axis. A step takes one block of
+# them: cut along that axis, every step would need the part of another device.
+STACKED = r"backbone/Transformer/encoderblock/.*"
+
+
+def param_shardings(
+  shapes: Mapping[str, Any], mask: Mapping[str, Any], mesh: Mesh
+) -> dict[str, Any]:
+  """Returns the sharding of each parameter, as a tree.
+
+  Args:
+    shapes: the tree of parameters, arrays or `jax.ShapeDtypeStruct`.
+    mask: bool tree, True where trainable.
+    mesh: from `partition.create_mesh`; without an axis "fsdp" all leaves are whole.
+  """
+  trains = trees.flatten(mask)
+
+  def spec(name: str, shape: Sequence[int]) -> PartitionSpec:
+    if trains[name] or not name.startswith("backbone/"):
+      return PartitionSpec()
+    if re.fullmatch(STACKED, name):
+      return PartitionSpec(None, *_cut(shape[1:], mesh))
+    return _cut(shape, mesh)
+
+  return trees.unflatten(
+    {
+      name: NamedSharding(mesh, spec(name, leaf.shape))
+      for name, leaf in trees.flatten(shapes).items()
+    }
+  )
+
+
+def _cut(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Returns how an array is cut: along its first axis that divides, or not at all.
+
+  The parts of a first axis are contiguous: they are read and gathered as they lie. XLA
+  gathers along another axis by way of a transposed copy of the whole stack of blocks.
+  """
+  parts = mesh.shape.get(mesh_lib.FSDP_AXIS, 1)
+  fits = [i for i, size in enumerate(shape) if size and size % parts == 0]
+  if parts == 1 or not fits or np.prod(shape) < MIN_SIZE:
+    return PartitionSpec()
+  return PartitionSpec(*[None] * fits[0], mesh_lib.FSDP_AXIS)
+
+
+def gathered(model: PromptedClassifier, mesh: Mesh) -> PromptedClassifier:
+  """Returns the model for parameters that lie as `param_shardings` says.
+
+  It computes the same of the same parameters, and makes weights whole where they are
+  used, in the forward pass and again in the backward pass. With `scan` a device has
+  one block's weights at a time. Of unrolled blocks XLA decides when it gathers and
+  how long it keeps; on CPUs it may keep all.
+  """
+  if mesh_lib.FSDP_AXIS not in mesh.shape:
+    return model
+
+  def gather(leaf: Array) -> Array:
+    # Left to itself, XLA may cut the activations like the weights, so that every
+    # device computes on all images; or gather all blocks before it takes one.
+    for spec in (_cut(leaf.shape, mesh), PartitionSpec()):
+      leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+    return leaf
+
+  gather_all = functools.partial(jax.tree.map, gather)
+  return model.clone(backbone=model.backbone.clone(gather=gather_all))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Returns host arrays as arrays on the devices; each gets only its own part.
+
+  Args:
+    tree: numpy arrays; every process must pass the same values.
+    shardings: a tree of the same structure.
+  """
+
+  def put_leaf(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+  return jax.tree.map(put_leaf, tree, shardings)

@@ -1,0 +1,285 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the progress line, an overview.
+
+Everything is written by process 0 alone; on the others the same calls do nothing.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import io
+import json
+import math
+import os
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import jax
+from jaxtyping import UInt8
+import numpy as np
+
+from insvp_jax import trees
+from insvp_jax.logs.appended_file import AppendedFile, cannot_write
+from insvp_jax.logs.tensorboard import EventFile
+
+METRICS_FILE = "metrics.jsonl"
+PARTIAL = ".partial"  # ends the name of a file that is not complete yet
+SHOWN = ("loss", "lr", "accuracy")  # in the progress line; the files have all
+
+
+class Writers:
+  """Writes a run's scalars and shows how far it is."""
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int,
+    start_step: int = 0,
+    start_lines: int | None = None,
+    tensorboard: bool = True,
+    name: str = "",
+    stream: io.TextIOBase | None = None,
+  ):
+    """Opens the files of a run, for a new one or to go on with it.
+
+    Args:
+      workdir: the run's directory; made if need be.
+      total_steps: steps of the whole run, for the share and the time left.
+      start_step: the step resumed from. What the interrupted run wrote after it
+        is dropped; with 0 everything is.
+      start_lines: how many lines metrics.jsonl had then (`lines`), which tells apart
+        what was written at `start_step` before and after it was saved. None keeps
+        all lines of that step.
+      tensorboard: whether to write an event file, too.
+      name: of the run, in front of each progress line.
+      stream: where progress goes; None is the standard error.
+
+    Raises:
+      OSError: the files cannot be written.
+      ModuleNotFoundError: tensorboard is on, but not installed.
+    """
+    self.total_steps = total_steps
+    self.name = name
+    self._is_main = jax.process_index() == 0
+    self._stream = stream or sys.stderr
+    self._clock: tuple[float, int] | None = None  # (time, step) of the first `train`
+    self._is_line_open = False
+    self._metrics = self._events = None
+    self.lines = 0  # of metrics.jsonl
+    if self._is_main:
+      workdir = Path(workdir)
+      workdir.mkdir(parents=True, exist_ok=True)
+      kept = _kept_lines(workdir / METRICS_FILE, start_step, start_lines)
+      self.lines = len(kept)
+      self._metrics = AppendedFile(workdir / METRICS_FILE, sum(map(len, kept)))
+      try:
+        self._events = EventFile(workdir, start_step) if tensorboard else None
+      except BaseException:
+        self._metrics.close()
+        raise
+
+  def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Appends scalars to metrics.jsonl and to TensorBoard.
+
+    Args:
+      step: batches seen so far.
+      scalars: names and numbers, host or device ones.
+    """
+    if not self._is_main:
+      return
+    values = {name: np.asarray(value).item() for name, value in scalars.items()}
+    line = json.dumps({"step": step, **_finite(values)}) + "\n"
+    self._metrics.append(line.encode())
+    self.lines += 1
+    if self._events:
+      self._events.write(step, values)
+
+  def text(self, name: str, text: str) -> None:
+    """Shows a text, Markdown, in TensorBoard."""
+    if self._events:
+      self._events.text(0, name, text)
+
+  def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
+    """Shows images in TensorBoard, by name."""
+    for name, pixels in images.items() if self._events else ():
+      self._events.image(step, name, pixels)
+
+  @property
+  def shows_images(self) -> bool:
+    """Whether `images` has an effect, so that they are worth being made."""
+    return self._events is not None
+
+  def train(
+    self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
+  ) -> None:
+    """Writes a training step's scalars and shows the progress line.
+
+    Args:
+      step: batches seen so far; rising from call to call.
+      scalars: as for `scalars`: loss, accuracy in [0, 1], lr per step, ...
+      images_per_second: the rate; 0 while it is not known.
+    """
+    rate = {"images_per_second": images_per_second} if images_per_second else {}
+    self.scalars(step, {**scalars, **rate})
+    shown = [f"{name} {_number(scalars[name])}" for name in SHOWN if name in scalars]
+    if images_per_second:
+      shown.append(f"{images_per_second:.0f} images/s")
+    left = self._seconds_left(step)
+    if left is not None:
+      shown.append(f"{duration(left)} left")
+    percent = 100 * step // max(self.total_steps, 1)
+    head = f"{self.name}  step {step}/{self.total_steps} ({percent}%)".strip()
+    self._show("  ".join([head, *shown]))
+
+  def log(self, text: str) -> None:
+    """Shows text, below the progress line if there is one."""
+    if self._is_main:
+      self._end_line()
+      print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    """Ends the progress line and closes the files."""
+    self._end_line()
+    for file in (self._metrics, self._events):
+      if file:
+        file.close()
+
+  def __enter__(self) -> "Writers":
+    """Returns itself; `close` is called at the end of the with block."""
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    """Closes the files."""
+    self.close()
+
+  def _seconds_left(self, step: int) -> float | int | None:
+    """Extrapolates the pace since the first call, which the compilation precedes."""
+    now = time.perf_counter()
+    if self._clock is None:
+      self._clock = (now, step)
+    elapsed, steps = now - self._clock[0], step - self._clock[1]
+    return (self.total_steps - step) * elapsed / steps if steps > 0 else None
+
+  def _show(self, line: str) -> None:
+    if not self._is_main:
+      return
+    if self._stream.isatty():
+      # \x1b[K clears what a longer line left behind.
+      print(f"\r{line}\x1b[K", end="", file=self._stream, flush=True)
+      self._is_line_open = True
+    else:
+      print(line, file=self._stream, flush=True)
+
+  def _end_line(self) -> None:
+    if self._is_line_open:
+      print(file=self._stream, flush=True)
+      self._is_line_open = False
+
+
+def param_overview(params: Mapping[str, Any], mask: Mapping[str, Any]) -> str:
+  """Returns a table of all parameters, the trainable ones marked.
+
+  Args:
+    params: nested tree of arrays or shape structs.
+    mask: bool tree, True where trainable.
+  """
+  leaves, trainable = trees.flatten(params), trees.flatten(mask)
+  rows = [("name", "shape", "size", "")]
+  for name, leaf in leaves.items():
+    marker = "trainable" if trainable[name] else ""
+    rows.append((name, str(list(leaf.shape)), f"{math.prod(leaf.shape):,}", marker))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  lines = [
+    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {size:>{widths[2]}}  {marker}".rstrip()
+    for name, shape, size, marker in rows
+  ]
+  chosen, others = trees.split(params, mask)
+  counts = trees.count(chosen), trees.count(others)
+  share = 100 * counts[0] / max(sum(counts), 1)
+  total = f"trainable {counts[0]:,} ({share:.3g}%), frozen {counts[1]:,}"
+  return "\n".join([*lines, total])
+
+
+def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
+  """Writes a JSON file that is either complete or not there at all.
+
+  Args:
+    path: the file; one that exists is replaced, and its directory is made.
+    value: numpy and device scalars become numbers; NaN and infinity become null.
+
+  Raises:
+    OSError: the disk is full or read-only; what was there before stays.
+  """
+  path = Path(path)
+  partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+  text = json.dumps(_finite(value), indent=2, default=_plain, allow_nan=False)
+  if jax.process_index() != 0:
+    return
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w") as file:
+      file.write(text + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+    partial.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise cannot_write(path, error) from error
+
+
+def remove_partial(workdir: str | os.PathLike) -> None:
+  """Removes what `write_json` left half written when its process was killed.
+
+  Call it where no other process writes to `workdir`.
+  """
+  if jax.process_index() == 0:
+    for partial in Path(workdir).glob(f".*{PARTIAL}"):
+      partial.unlink(missing_ok=True)
+
+
+def duration(seconds: float | int) -> str:
+  """Returns seconds as "m:ss" or "h:mm:ss"."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _kept_lines(path: Path, start_step: int, start_lines: int | None) -> list[bytes]:
+  """Returns the lines that were there when `start_step` was saved."""
+  kept: list[bytes] = []
+  if not start_step or not path.exists():
+    return kept
+  for line in path.read_bytes().splitlines(keepends=True)[:start_lines]:
+    # A crash of the machine may have left half a line.
+    try:
+      if json.loads(line)["step"] > start_step or not line.endswith(b"\n"):
+        break
+    except (ValueError, TypeError, KeyError):
+      break
+    kept.append(line)
+  return kept
+
+
+def _number(value: Any) -> str:
+  value = np.asarray(value).item()
+  return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _plain(value: Any) -> Any:
+  array = np.asarray(value)
+  if array.dtype == object:
+    raise TypeError(f"{type(value).__name__} is no JSON value: {value!r}.")
+  return _finite(array.tolist())
+
+
+def _finite(value: Any) -> Any:
+  """Returns the value with None for NaN and infinities, which JSON has not."""
+  if isinstance(value, Mapping):
+    return {name: _finite(item) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

@@ -1,0 +1,172 @@
+"""Known backbones: what they are and where they lie."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from insvp_jax import trees
+from insvp_jax.models.vit import decode_variant
+
+ASSETS = Path(__file__).parents[2] / "assets"
+ARCHITECTURE = (
+  "width",
+  "depth",
+  "mlp_dim",
+  "num_heads",
+  "patch_size",
+  "image_size",
+  "pool",
+  "gelu",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+  """A published backbone.
+
+  Attributes:
+    variant: the sizes, as in "B/16"; "" for one that lies in the package, whose
+      sizes are in the `.json` beside it.
+    url: "gs://..." or "https://..."; "" for one that lies in the package.
+    pool: "tok", "gap" or "map".
+    gelu: "tanh" or "exact".
+    image_size: pixels per side of the images it was last trained on.
+    sha256: hex digest of the file; None where nobody published one.
+    preset: the pixel range it was trained on.
+    positions: "learned" (in the file) or "sincos" (fixed, not in the file).
+  """
+
+  variant: str = ""
+  url: str = ""
+  pool: str = "tok"
+  gelu: str = "tanh"
+  image_size: int = 224
+  sha256: str | None = None
+  preset: str = "[-1,1]"
+  positions: str = "learned"
+
+
+def _original(variant: str) -> Release:
+  """Dosovitskiy et al. 2021, trained on ImageNet-21k; VPT's and InsVP's backbone."""
+  name = variant.replace("/", "_")
+  return Release(variant, f"gs://vit_models/imagenet21k/ViT-{name}.npz")
+
+
+def _augreg(variant: str, augmentation: str, wd: str) -> Release:
+  """Steiner et al. 2022, trained on ImageNet-21k: big_vision's "howto-i21k-..."."""
+  name = variant.replace("/", "_")
+  recipe = f"i21k-300ep-lr_0.001-aug_{augmentation}-wd_{wd}-do_0.0-sd_0.0"
+  return Release(variant, f"gs://vit_models/augreg/{name}-{recipe}.npz")
+
+
+def _baseline(epochs: int) -> Release:
+  """Beyer et al. 2022, trained on ImageNet-1k: big_vision's "i1k-s16-..."."""
+  return Release(
+    "S/16",
+    f"gs://big_vision/vit_s16_i1k_{epochs}ep.npz",
+    pool="gap",
+    positions="sincos",
+  )
+
+
+def _deit3(size: str, image_size: int, data: str) -> Release:
+  """Touvron et al. 2022, converted by big_vision to pixels in [-1, 1]."""
+  word = {"S": "small", "B": "base", "L": "large"}[size]
+  return Release(
+    f"{size}/16",
+    f"gs://big_vision/zoo/deit3/bv_deit_3_{word}_{image_size}_{data}.npz",
+    gelu="exact",
+    image_size=image_size,
+  )
+
+
+# Nobody published digests of these files; a person who has verified one can add it.
+RELEASES: dict[str, Release] = {
+  "boxed": Release(),
+  "vit_b16_i21k": _original("B/16"),
+  "vit_b32_i21k": _original("B/32"),
+  "vit_l16_i21k": _original("L/16"),
+  "vit_l32_i21k": _original("L/32"),
+  "vit_h14_i21k": _original("H/14"),
+  "augreg_ti16_i21k": _augreg("Ti/16", "none", "0.03"),
+  "augreg_s32_i21k": _augreg("S/32", "none", "0.1"),
+  "augreg_s16_i21k": _augreg("S/16", "light1", "0.03"),
+  "augreg_b32_i21k": _augreg("B/32", "light1", "0.1"),
+  "augreg_b16_i21k": _augreg("B/16", "medium1", "0.1"),
+  "augreg_b8_i21k": _augreg("B/8", "medium2", "0.1"),
+  "augreg_l16_i21k": _augreg("L/16", "strong1", "0.1"),
+  "vit_s16_i1k_90ep": _baseline(90),
+  "vit_s16_i1k_150ep": _baseline(150),
+  "vit_s16_i1k_300ep": _baseline(300),
+} | {
+  f"deit3_{size.lower()}16_{image_size}_i{data}": _deit3(size, image_size, data)
+  for size in "SBL"
+  for image_size in (224, 384)
+  for data in ("1k", "21k")
+}
+
+
+def architecture_of(name: str) -> dict[str, Any]:
+  """Returns the `ViT` fields of a release, e.g. width, pool and image_size.
+
+  Raises:
+    ValueError: unknown name, or a packaged file whose description is unusable.
+    FileNotFoundError: the packaged backbone is not there.
+  """
+  release = trees.lookup(RELEASES, name, "backbone")
+  if release.variant:
+    return decode_variant(release.variant) | {
+      "image_size": release.image_size,
+      "pool": release.pool,
+      "gelu": release.gelu,
+    }
+  described = sidecar(name)
+  missing = [field for field in ARCHITECTURE if field not in described]
+  if missing:
+    raise ValueError(
+      f"{ASSETS / name}.json lacks {', '.join(missing)}; it has to hold "
+      f"{', '.join(ARCHITECTURE)}."
+    )
+  return {field: described[field] for field in ARCHITECTURE}
+
+
+def release_of(path_or_name: str | os.PathLike[str]) -> Release | None:
+  """Returns the release of a name, or of a path that ends like its download."""
+  name = os.fspath(path_or_name)
+  if name in RELEASES:
+    return RELEASES[name]
+  for release in RELEASES.values():
+    if release.url and Path(name).name == release.url.rsplit("/", 1)[-1]:
+      return release
+  return None
+
+
+def sidecar(name: str) -> dict[str, Any]:
+  """Returns the description of a packaged backbone: ViT fields, sha256, ...
+
+  Raises:
+    FileNotFoundError: it is not there.
+    ValueError: it is no JSON object.
+  """
+  path = ASSETS / f"{name}.json"
+  if not path.is_file():
+    raise FileNotFoundError(not_packaged(name, path))
+  try:
+    described = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is not JSON: {error}. Install the package anew."
+    ) from error
+  if not isinstance(described, dict):
+    raise ValueError(f"{path} holds no JSON object. Install the package anew.")
+  return described
+
+
+def not_packaged(name: str, path: Path) -> str:
+  """Returns the message for a packaged file that is not there."""
+  return (
+    f"the packaged backbone {name!r} is incomplete: there is no {path}. Install the "
+    "package anew, or train the backbone with configs/pretrain.py."
+  )

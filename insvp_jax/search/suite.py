@@ -1,0 +1,135 @@
+"""Several tasks by one command: each its own run, and one table over all.
+
+`config.task` may name a group of tasks: VTAB's "natural", "specialized" and
+"structured", or a whole benchmark: "vtab", "fgvc", "hta", "cifar100_lt".
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+import statistics
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from insvp_jax import config as config_lib
+from insvp_jax import config_checks
+from insvp_jax.data import GROUPS, TASKS, check_data
+from insvp_jax.logs.writers import write_json
+from insvp_jax.models.classifier import create_backbone
+from insvp_jax.search import tables, tune
+
+
+def members(config: ConfigDict, workdir: str | Path) -> list[tuple[ConfigDict, Path]]:
+  """Returns the (config, workdir) of each task that a config stands for."""
+  if config.task not in GROUPS:
+    return [(config, Path(workdir))]
+  found = []
+  for task in GROUPS[config.task]:
+    single = config.copy_and_resolve_references()
+    single.task = task
+    found.append((single, Path(workdir) / task))
+  return found
+
+
+def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
+  """Does what a config asks for, for one task or for each of a group.
+
+  The data of all tasks are looked at before the first one trains. Started again, the
+  same command goes on with what is missing.
+
+  Args:
+    config: the whole configuration.
+    workdir: of a single task as in `tune.run`; of a group the parent of `<task>/`,
+      and the place of suite.json, table.md and table.csv.
+    mode: as for `tune.run`.
+
+  Returns:
+    What `tune.run` returns; for a group a dict of these by task.
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; see the message.
+  """
+  workdir = Path(workdir)
+  tasks = members(config, workdir)
+  if config.task not in GROUPS:
+    return tune.run(config, workdir, mode)
+  config_checks.validate(config)
+  size = create_backbone(
+    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
+  ).image_size
+  for single, _ in tasks:
+    check_data(single.task, single.data, size)
+  found: dict[str, Any] = {}
+  for single, where in tasks:
+    tables.say(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
+    found[single.task] = tune.run(single, where, mode)
+    _write(workdir, found, GROUPS[config.task])
+  tables.say(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
+  return found
+
+
+def accuracies(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+  """Returns {method: {task: mean test accuracy in [0, 1]}} of `run`'s results."""
+  table: dict[str, dict[str, float | None]] = {}
+  for task, result in found.items():
+    if "test_accuracy" in result:  # a single run
+      result = {result["method"]: {"mean": result["test_accuracy"]}}
+    for method, summary in result.items():
+      table.setdefault(method, {})[task] = summary["mean"]
+  return table
+
+
+def _columns(tasks: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+  """Returns (title, its tasks): each task, each of several groups, all."""
+  columns = [(task, (task,)) for task in tasks]
+  groups = list(dict.fromkeys(TASKS[task].group for task in tasks))
+  if len(groups) > 1:
+    columns += [
+      (f"{group} mean", [task for task in tasks if TASKS[task].group == group])
+      for group in groups
+    ]
+  return [*columns, ("mean", tasks)]
+
+
+def _rows(table, tasks: Sequence[str]) -> list[list[str]]:
+  """Returns the cells of the table; a mean needs all of its tasks."""
+  columns = _columns(tasks)
+  rows = [["test accuracy, %", *(title for title, _ in columns)]]
+  for method, by_task in table.items():
+    cells = []
+    for _, of in columns:
+      values = [by_task.get(task) for task in of]
+      known = [100 * value for value in values if value is not None]
+      complete = len(known) == len(values)
+      cells.append(f"{statistics.mean(known):.2f}" if complete else "")
+    rows.append([method, *cells])
+  return rows
+
+
+def format_table(
+  table: Mapping[str, Mapping[str, float | None]], tasks: Sequence[str]
+) -> str:
+  """Returns a Markdown table: a row per method, a column per task, and means.
+
+  The means are VTAB's: unweighted over tasks.
+
+  Args:
+    table: from `accuracies`.
+    tasks: all tasks of the group, done or not.
+  """
+  lines = [f"| {' | '.join(row)} |" for row in _rows(table, tasks)]
+  lines.insert(1, "|---" * (len(_columns(tasks)) + 1) + "|")
+  return "\n".join(lines) + "\n"
+
+
+def _write(workdir: Path, found: Mapping[str, Any], tasks: Sequence[str]) -> None:
+  if jax.process_index() != 0:
+    return
+  table = accuracies(found)
+  write_json(workdir / "suite.json", found)
+  (workdir / "table.md").write_text(format_table(table, tasks))
+  lines = [",".join(row) for row in _rows(table, tasks)]
+  (workdir / "table.csv").write_text(
+    "\n".join(line.replace("test accuracy, %,", "method,") for line in lines) + "\n"
+  )

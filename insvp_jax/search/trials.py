@@ -1,0 +1,204 @@
+"""The trials of a search: which there are, where they are kept, which is chosen.
+
+A trial is a point of a grid: {"lr": ..., "wd": ..., further numbers of the method}.
+Each finished one is a line of `trials.jsonl`, on disk before the next begins.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from insvp_jax import config as config_lib
+from insvp_jax import trees
+from insvp_jax.methods import METHODS
+from insvp_jax.search.grids import GRIDS
+
+FILE = "trials.jsonl"
+Point = dict[str, Any]
+
+
+def check_keys(config: ConfigDict) -> None:
+  """Checks that each further number of the grid belongs to one of the methods.
+
+  Raises:
+    ValueError: it does not; the message has the nearest that does.
+  """
+  methods = config.tune.methods or (config.method,)
+  known = {number: None for m in methods for number in METHODS[m].NUMBERS}
+  for key, values in config.tune.grid.items():
+    if values and key not in known:
+      numbers = f"Known: {', '.join(known)}." if known else "There are none."
+      raise ValueError(
+        f"config.tune.grid.{key} is no number of {', '.join(methods)}."
+        f"{trees.did_you_mean(key, known)} {numbers}"
+      )
+
+
+def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
+  """Returns the values of each number of the search of `config.method`.
+
+  Args:
+    config: the whole configuration.
+    default: whether an empty `tune.lr` stands for the method's own grid.
+
+  Raises:
+    ValueError: `default`, but the grid is empty and the method has none.
+  """
+  tune, method = config.tune, config.method
+  numbers = METHODS[method].NUMBERS
+  more = {k: v for k, v in tune.grid.items() if v and k in numbers}
+  grid = GRIDS.get((method, config.optim.name)) if default and not tune.lr else None
+  if default and not (tune.lr or tune.wd or more or grid):
+    raise ValueError(
+      f"the grid is empty: config.tune.lr is (), and the method {method!r} has no grid "
+      f"of its own for the optimizer {config.optim.name!r}. Give one, e.g. "
+      '--config.tune.lr="(0.001, 0.01)".'
+    )
+  lr, wd = (grid.lr, grid.wd) if grid else ((config.optim.lr,), (config.optim.wd,))
+  return {
+    "wd": tuple(map(float, tune.wd or wd)),
+    "lr": tuple(map(float, tune.lr or lr)),
+    **more,
+  }
+
+
+def scaled(config: ConfigDict, default: bool) -> ConfigDict:
+  """Returns the config with its lr in the units of the method's own grid, if used."""
+  grid = GRIDS.get((config.method, config.optim.name))
+  if default and not config.tune.lr and grid:
+    config = config.copy_and_resolve_references()
+    config.optim.lr_scale_by_batch = grid.lr_scale_by_batch
+  return config
+
+
+def points(grid: Mapping[str, tuple]) -> list[Point]:
+  """Returns all points of a grid; the lr varies before the wd, the others last."""
+  names = sorted(grid, key=("lr", "wd").__contains__)
+  found = itertools.product(*(grid[name] for name in names))
+  order = ("lr", "wd", *(name for name in names if name not in ("lr", "wd")))
+  each = (dict(zip(names, values, strict=True)) for values in found)
+  return [{name: point[name] for name in order} for point in each]
+
+
+def at(config: ConfigDict, **changes: Any) -> ConfigDict:
+  """Returns a copy with some of method, seed, train_split and a point's numbers."""
+  copy = config.copy_and_resolve_references()
+  copy.method = changes.pop("method", copy.method)
+  sections = {
+    "lr": copy.optim,
+    "wd": copy.optim,
+    "train_split": copy.data,
+    "seed": copy,
+  }
+  for key, value in changes.items():
+    section = sections[key] if key in sections else copy[copy.method]
+    section[key] = tuple(value) if isinstance(value, list) else value
+  return copy
+
+
+def describe(point: Mapping[str, Any]) -> str:
+  """Returns "lr 0.01, wd 0.0001, dropout 0.1"."""
+
+  def text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+  return ", ".join(f"{name} {text(value)}" for name, value in point.items())
+
+
+def settings(
+  config: ConfigDict,
+  names: Sequence[str],
+  backbone: Mapping[str, Any],
+  data_sha256: str,
+) -> str:
+  """Returns a digest of all that shapes the trials but for their points.
+
+  Args:
+    config: of any of the trials.
+    names: of the points' numbers.
+    backbone: its identity.
+    data_sha256: of the splits that trials read.
+  """
+  varied = {"lr": "optim/lr", "wd": "optim/wd"}
+  skipped = {varied.get(name, f"{config.method}/{name}") for name in names}
+  others = set(config_lib.METHOD_SECTIONS) - {config.method}
+  shaping = {
+    name: value
+    for name, value in trees.flatten(config_lib.to_dict(config)).items()
+    if name not in skipped
+    and name.split("/")[0] not in others
+    and not re.fullmatch(config_lib.MAY_CHANGE, name)
+  }
+  text = json.dumps([shaping, dict(backbone), data_sha256], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(path: Path, digest: str) -> list[dict[str, Any]]:
+  """Returns the trials of a file that were made with the same `settings`."""
+  found = []
+  for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    # A killed process may have left half a line.
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      trial = json.loads(line)
+      if trial["settings"] == digest:
+        found.append(trial)
+  return found
+
+
+def find(trials: Sequence[Mapping[str, Any]], point: Point) -> Mapping[str, Any] | None:
+  """Returns the finished trial of a point, or None."""
+  wanted = json.loads(json.dumps(point))
+  for trial in trials:
+    if all(name in trial and trial[name] == value for name, value in wanted.items()):
+      return trial
+  return None
+
+
+def append(path: Path, trial: Mapping[str, Any]) -> None:
+  """Adds a line to a file, on disk when this returns; the first process writes.
+
+  Raises:
+    OSError: the disk is full or read-only.
+  """
+  if jax.process_index() != 0:
+    return
+  line = json.dumps(trial, allow_nan=False).encode() + b"\n"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:
+      file.seek(0)
+      # Half a line of a killed process would spoil this one.
+      whole = file.read().rfind(b"\n") + 1
+      file.truncate(whole)
+      file.write(line)
+      os.fsync(file.fileno())
+  except OSError as error:
+    raise OSError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def choose(
+  trials: Sequence[Mapping[str, Any]], names: Sequence[str] = ("lr", "wd")
+) -> Point:
+  """Returns the point of the best val accuracy; ties go to the smaller lr, then wd.
+
+  Args:
+    trials: points with val_accuracy, which is None where the loss diverged.
+    names: of the points' numbers, in the order in which ties are broken.
+
+  Raises:
+    ValueError: all of them diverged.
+  """
+  finished = [trial for trial in trials if trial["val_accuracy"] is not None]
+  if not finished:
+    raise ValueError("every run of the search diverged; lower config.tune.lr.")
+  best = min(finished, key=lambda t: (-t["val_accuracy"], *(t[name] for name in names)))
+  return {name: best[name] for name in names}

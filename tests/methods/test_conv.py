@@ -1,0 +1,207 @@
+"""The convolution's forms compute one function; the rule that chooses between them."""
+
+import flax.linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import methods
+from insvp_jax.methods.ops.conv import CHOICES, Conv, choose_form
+from insvp_jax.methods.ops.conv_forms import FORMS, blocks, fft, fft_length
+
+# Of the largest absolute value, or of the data's own size where that is less.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
+
+
+def output_and_gradients(module, variables, images, weights):
+  """Of sum(weights * module(images)), with respect to parameters and images."""
+
+  @jax.jit
+  def run(variables, images):
+    output, backward = jax.vjp(module.apply, variables, images)
+    return output, *backward(weights)
+
+  return jax.tree.leaves(run(variables, images))
+
+
+def assert_near(actual, expected, tolerance):
+  for a, b in zip(actual, expected, strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert np.max(np.abs(a - b)) <= tolerance * max(1, np.max(np.abs(b)))
+
+
+def compare(form, dtype, *, height, width, channels, features, kernel, dilation):
+  """Compares a form with flax's convolution."""
+  with jax.enable_x64(dtype == "float64"):
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(2, height, width, channels)), dtype)
+    weights = jnp.asarray(rng.normal(size=(2, height, width, features)), dtype)
+    ours = Conv(features, kernel, dilation, form)
+    plain = nn.Conv(
+      features,
+      (kernel, kernel),
+      kernel_dilation=(dilation, dilation),
+      padding="SAME",
+    )
+    variables = {
+      "params": {
+        "kernel": jnp.asarray(
+          rng.normal(size=(kernel, kernel, channels, features)), dtype
+        ),
+        "bias": jnp.asarray(rng.normal(size=features), dtype),
+      }
+    }
+    expected = output_and_gradients(plain, variables, images, weights)
+    actual = output_and_gradients(ours, variables, images, weights)
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", ["fft", "blocks"])
+@settings(max_examples=12)
+@given(
+  height=st.integers(1, 33),
+  width=st.integers(1, 33),
+  channels=st.integers(1, 7),
+  features=st.integers(1, 7),
+  kernel=st.integers(1, 13),
+  dilation=st.integers(1, 5),
+)
+def test_every_form_is_flax_convolution_in_float64(form, **sizes):
+  compare(form, "float64", **sizes)
+
+
+PUBLISHED = (
+  # The published kernels; sides that no block and no transform length divides.
+  (6, 3, 25, 1, 45),
+  (3, 6, 11, 1, 45),
+  (3, 16, 7, 1, 45),
+  (3, 6, 3, 5, 45),
+  (6, 3, 3, 12, 45),
+  # A kernel wider than the image.
+  (6, 3, 25, 1, 9),
+)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  ("channels", "features", "kernel", "dilation", "size"), PUBLISHED
+)
+def test_published_kernels(form, dtype, channels, features, kernel, dilation, size):
+  compare(
+    form,
+    dtype,
+    height=size,
+    width=size,
+    channels=channels,
+    features=features,
+    kernel=kernel,
+    dilation=dilation,
+  )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_keep_the_dtype_of_the_images(form):
+  images, kernel = jnp.ones((1, 8, 8, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 1))
+  output = FORMS[form](images, kernel.astype(jnp.bfloat16), 1)
+  assert output.dtype == jnp.bfloat16
+  np.testing.assert_allclose(output[0, 1:-1, 1:-1], 18, rtol=0.01)
+
+
+@given(size=st.integers(1, 400), extent=st.integers(0, 400))
+def test_transforms_are_long_enough_and_fast(size, extent):
+  length = fft_length(size, extent)
+  assert length >= max(size + extent - extent // 2, extent + 1)
+  assert 210**9 % length == 0
+  assert length <= 2 * (size + extent)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_population_of_kernels_under_vmap(form):
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, 10, 10, 3)), jnp.float32)
+  kernels = jnp.asarray(rng.normal(size=(2, 5, 5, 3, 2)), jnp.float32)
+
+  def gradient(kernel):
+    return jax.grad(lambda k: jnp.sum(FORMS[form](images, k, 1) ** 2))(kernel)
+
+  expected = jnp.stack([gradient(kernel) for kernel in kernels])
+  np.testing.assert_allclose(jax.vmap(gradient)(kernels), expected, rtol=1e-4)
+
+
+def test_the_gradient_of_frozen_input_costs_no_transform():
+  """As many transforms as images, kernel, output and what is differentiated need."""
+  images, kernel = jnp.ones((2, 16, 16, 3)), jnp.ones((5, 5, 3, 4))
+
+  def transforms(argnums):
+    def loss(images, kernel):
+      return jnp.sum(fft(images, kernel, 1) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=argnums)).lower(images, kernel)
+    return gradient.compile().as_text().count(" fft(")
+
+  both, of_images, of_kernel = map(transforms, ((0, 1), (0,), (1,)))
+  assert (both, of_images, of_kernel) == (6, 5, 5)
+
+
+def test_blocks_keep_no_copies_of_the_images_for_the_backward_pass():
+  images, kernel = jnp.ones((2, 32, 32, 6)), jnp.ones((25, 25, 6, 3))
+  _, backward = jax.eval_shape(lambda *a: jax.vjp(blocks, *a, 1), images, kernel)
+  kept = max(leaf.size for leaf in jax.tree.leaves(backward))
+  # The padded image, or the enlarged kernel of 4 x 4 x 384 x 192.
+  assert kept <= 16 * 384 * 192
+
+
+def on(monkeypatch, platform, devices):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  monkeypatch.setattr(jax, "device_count", lambda: devices)
+
+
+RELEASE = ((3, 6, 11, 1), (6, 3, 25, 1), (3, 16, 7, 1), (16, 48, 9, 1), (48, 48, 3, 1))
+PAPER = ((3, 6, 3, 5), (6, 3, 3, 12), (3, 9, 9, 1), (9, 27, 5, 1), (27, 27, 3, 1))
+
+
+@pytest.mark.parametrize(
+  ("platform", "devices", "release", "paper"),
+  [
+    ("cpu", 1, "fft fft fft plain plain", "fft fft fft plain plain"),
+    ("cpu", 4, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
+    ("gpu", 1, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
+    ("tpu", 8, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
+  ],
+)
+def test_forms_of_the_presets(monkeypatch, platform, devices, release, paper):
+  on(monkeypatch, platform, devices)
+  assert " ".join(choose_form(*shape) for shape in RELEASE) == release
+  assert " ".join(choose_form(*shape) for shape in PAPER) == paper
+
+
+def test_a_sum_over_one_pixel_is_left_to_the_compiler(monkeypatch):
+  on(monkeypatch, "cpu", 1)
+  assert choose_form(1, 1, 1, 1) == "plain"
+
+
+@pytest.mark.parametrize("form", CHOICES)
+def test_parameters_do_not_depend_on_the_form(form):
+  spec = methods.BackboneSpec(
+    width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+  )
+  images = jnp.zeros((1, 16, 16, 3))
+
+  def init(**kwargs):
+    method = methods.create_method("insvp", spec, preset="release", **kwargs)
+    return jax.jit(lambda: method.init(jax.random.key(0), images, method="prompts"))()
+
+  default, given_form = init(), init(conv=form)
+  jax.tree.map(np.testing.assert_array_equal, default, given_form)
+
+
+def test_an_unknown_form_is_one_clear_line():
+  spec = methods.BackboneSpec(
+    width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+  )
+  with pytest.raises(ValueError, match="conv is 'ftt'.*Did you mean 'fft'"):
+    methods.create_method("insvp", spec, conv="ftt")

@@ -1,0 +1,816 @@
+"""Backbone files: every layout in and out, known names, and every way to fail."""
+
+import io
+import json
+import os
+import pickle
+import re
+import urllib.error
+import zipfile
+
+from absl import logging
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from insvp_jax import trees
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.vit import ViT, decode_variant
+from insvp_jax.models.weights import downloads, npz, positions, releases
+from insvp_jax.models.weights import load as weights_lib
+from insvp_jax.models.weights.releases import Release
+
+SIZES = {
+  "width": 8,
+  "depth": 3,
+  "mlp_dim": 12,
+  "num_heads": 2,
+  "patch_size": 4,
+  "image_size": 16,
+}
+OLD = {
+  "LayerNorm_1": "LayerNorm_2",
+  "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+  "MlpBlock_0": "MlpBlock_3",
+}
+
+
+def make_vit(**overrides):
+  return ViT(**{**SIZES, **overrides})
+
+
+def make_leaves(vit, seed=0):
+  """Random leaves under big_vision's names, one group per block."""
+  images = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
+  init = vit.clone(scan=False).init
+  shapes = trees.flatten(jax.eval_shape(init, jax.random.key(0), images)["params"])
+  rng = np.random.default_rng(seed)
+  return {
+    name: rng.standard_normal(leaf.shape).astype(np.float32)
+    for name, leaf in shapes.items()
+  }
+
+
+def to_original(leaves):
+  """The same ViT as the original release would have stored it, with a head."""
+  out = {}
+  for name, leaf in leaves.items():
+    if name.startswith("Transformer/encoderblock_"):
+      name = "/".join(OLD.get(part, part) for part in name.split("/"))
+    out[name] = leaf
+  of_class = np.full((1, 1, leaves["cls"].shape[-1]), 0.25, np.float32)
+  out["cls"] = leaves["cls"] - of_class
+  table = np.concatenate([of_class, out.pop("pos_embedding")], axis=1)
+  out["Transformer/posembed_input/pos_embedding"] = table
+  width = leaves["cls"].shape[-1]
+  out |= {"pre_logits/kernel": np.ones((width, width)), "pre_logits/bias": np.ones(3)}
+  return out | {"head/kernel": np.ones((width, 5)), "head/bias": np.ones(5)}
+
+
+def write(path, leaves):
+  np.savez(path, **leaves)
+  return path
+
+
+def load(path, model, **kwargs):
+  """Returns (flat leaves, report)."""
+  reports = []
+  params = weights_lib.load_backbone(path, model, report=reports.append, **kwargs)
+  return trees.flatten(params), reports[0]
+
+
+def assert_same(got, want, atol=0.0):
+  assert sorted(got) == sorted(want)
+  for name, leaf in want.items():
+    assert got[name].dtype == np.float32, name
+    np.testing.assert_allclose(got[name], leaf, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def leaves():
+  return make_leaves(make_vit())
+
+
+# What is read
+
+
+@pytest.mark.parametrize("case", ["vpt_deep", "vpt_shallow"])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("skip_unread", [False, True])
+def test_golden_encoding_through_the_loader(
+  golden, recipe, tmp_path, case, scan, skip_unread
+):
+  data = golden(case)
+  config = data["config"]
+  drawn = recipe.vit(config["seed"], **config["vit"])
+  path = write(tmp_path / "ViT.npz", drawn)
+  fields = {k: v for k, v in config["vit"].items() if k != "num_classes"}
+  vit = ViT(**fields, scan=scan, skip_unread=skip_unread)
+  params = weights_lib.load_backbone(path, vit)
+  size = config["vit"]["image_size"]
+  images = jnp.asarray(recipe.images((config["batch"], size, size, 3), config["seed"]))
+  with jax.default_matmul_precision("highest"):
+    feature, state = vit.apply(
+      {"params": params},
+      images,
+      capture_intermediates=lambda module, _: module.name == "Transformer",
+      mutable=["intermediates"],
+    )
+    logits = feature @ drawn["head/kernel"] + drawn["head/bias"][None]
+  encoded = state["intermediates"]["Transformer"]["__call__"][0]
+  # The head reads the class token, the first one.
+  expected = data["plain_encoded"][:, :1] if skip_unread else data["plain_encoded"]
+  np.testing.assert_allclose(encoded, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(logits, data["plain_logits"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("layout", ["original", "unrolled", "stacked"])
+def test_every_layout_into_every_layout(tmp_path, leaves, layout, scan):
+  stored = {
+    "original": to_original(leaves),
+    "unrolled": leaves,
+    "stacked": npz.stack(leaves),
+  }[layout]
+  got, report = load(write(tmp_path / "x.npz", stored), make_vit(scan=scan))
+  assert_same(got, npz.stack(leaves) if scan else leaves, atol=1e-6)
+  assert report.loaded == tuple(sorted(leaves))
+  assert report.missing == ()
+  assert report.num_params == trees.count(trees.unflatten(leaves))
+  heads = {"head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
+  assert set(report.skipped) == (heads if layout == "original" else set())
+  assert set(report.changed) == ({"cls"} if layout == "original" else set())
+
+
+@pytest.mark.parametrize("prefix", npz.PREFIXES)
+def test_prefixes_and_training_state(tmp_path, leaves, prefix):
+  stored = {prefix + name: leaf for name, leaf in leaves.items()}
+  if prefix:
+    stored |= {"opt/count": np.array(3), "opt/mu/cls": np.ones(2), "chrono": np.ones(1)}
+  got, report = load(write(tmp_path / "x.npz", stored), make_vit())
+  assert_same(got, leaves)
+  assert set(report.skipped) == (set(stored) - {prefix + name for name in leaves})
+
+
+def test_position_embedding_inside_the_encoder(tmp_path, leaves):
+  stored = dict(leaves)
+  stored["Transformer/pos_embedding"] = stored.pop("pos_embedding")
+  got, _ = load(write(tmp_path / "x.npz", stored), make_vit())
+  assert_same(got, leaves)
+
+
+def test_map_head_without_a_module_of_its_own(tmp_path):
+  vit = make_vit(pool="map")
+  leaves = make_leaves(vit)
+  stored = {name.removeprefix("MAPHead_0/"): leaf for name, leaf in leaves.items()}
+  assert "probe" in stored
+  got, _ = load(write(tmp_path / "x.npz", stored), vit)
+  assert_same(got, leaves)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
+def test_other_float_types_become_float32(tmp_path, leaves, dtype):
+  stored = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
+  got, _ = load(write(tmp_path / "x.npz", stored), make_vit())
+  assert_same(got, {name: leaf.astype(np.float32) for name, leaf in stored.items()})
+
+
+def test_class_token_is_skipped_where_the_model_averages(tmp_path, leaves):
+  vit = make_vit(pool="gap")
+  got, report = load(write(tmp_path / "x.npz", to_original(leaves)), vit)
+  assert_same(got, {n: leaf for n, leaf in leaves.items() if n != "cls"})
+  assert "pool='gap'" in report.skipped["cls"]
+  assert "pool='gap'" in report.skipped["pos_embedding[0]"]
+  assert report.changed == {}
+
+
+def test_map_head_is_skipped_where_the_model_averages(tmp_path):
+  leaves = make_leaves(make_vit(pool="map"))
+  got, report = load(write(tmp_path / "x.npz", leaves), make_vit(pool="gap"))
+  skipped = {name for name in leaves if name.startswith("MAPHead_0/")}
+  assert skipped and set(report.skipped) == skipped
+  assert set(got) == set(leaves) - skipped
+
+
+def test_a_classifier_takes_its_backbone(tmp_path, leaves):
+  sizes = {k: v for k, v in SIZES.items() if k != "image_size"}
+  model = create_model(
+    "mu/4", "linear", num_classes=2, image_size=16, backbone_kwargs=sizes
+  )
+  got, _ = load(write(tmp_path / "x.npz", leaves), model)
+  assert_same(got, leaves)
+
+
+def test_another_resolution_is_resampled_and_reported(tmp_path, leaves):
+  path = write(tmp_path / "x.npz", to_original(leaves))
+  got, report = load(path, make_vit(image_size=24))
+  want = positions.resample_positions(leaves["pos_embedding"], 6)
+  assert got["pos_embedding"].shape == (1, 36, 8)
+  np.testing.assert_array_equal(got["pos_embedding"], want)
+  assert report.changed["pos_embedding"] == "resampled from 4 x 4 to 6 x 6 patches"
+
+
+def test_fixed_positions_come_with_their_release(tmp_path, monkeypatch, leaves):
+  release = Release("mu/4", "gs://bucket/fixed.npz", "gap", positions="sincos")
+  release = Release(**{**release.__dict__, "image_size": 16})
+  monkeypatch.setitem(releases.RELEASES, "fixed", release)
+  without = {n: v for n, v in leaves.items() if n not in ("cls", "pos_embedding")}
+  got, report = load(write(tmp_path / "fixed.npz", without), make_vit(pool="gap"))
+  # Patch (y, x) = (1, 2): the lowest frequency pair turns by one radian per patch.
+  row = got["pos_embedding"][0, 1 * 4 + 2]
+  np.testing.assert_allclose(row[0::2], np.sin([2, 2 + np.pi / 2, 1, 1 + np.pi / 2]))
+  assert "sines" in report.changed["pos_embedding"]
+  other = write(tmp_path / "other.npz", without)
+  with pytest.raises(ValueError, match="only the model has: pos_embedding"):
+    load(other, make_vit(pool="gap"))
+
+
+def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
+  monkeypatch.setattr(
+    logging, "info", lambda message, *args: lines.append(str(message))
+  )
+  lines = []
+  path = write(tmp_path / "ViT.npz", to_original(leaves))
+  weights_lib.load_backbone(path, make_vit(image_size=24))
+  (text,) = lines
+  assert "\n" not in text
+  for part in (
+    f"Loaded {len(leaves)} of {len(leaves)} backbone leaves",
+    f"{sum(v.size for v in leaves.values()) + 20 * 8:,} parameters",
+    str(path),
+    "the original release's names",
+    "resampled from 4 x 4 to 6 x 6",
+    "cls: entry 0",
+    "head/kernel",
+    "Missing, drawn anew: none.",
+  ):
+    assert part in text, part
+
+
+def test_report_notes_another_gelu(tmp_path, monkeypatch, leaves):
+  release = Release("mu/4", "gs://bucket/torch.npz", gelu="exact")
+  monkeypatch.setitem(releases.RELEASES, "torch", release)
+  path = write(tmp_path / "torch.npz", leaves)
+  assert "gelu='exact'" in str(load(path, make_vit())[1])
+  assert load(path, make_vit(gelu="exact"))[1].notes == ()
+
+
+def test_missing_leaves_are_drawn_only_if_allowed(tmp_path):
+  vit = make_vit(pool="map", scan=True)
+  leaves = make_leaves(vit)
+  held = {n: leaf for n, leaf in leaves.items() if not n.startswith("MAPHead_0")}
+  path = write(tmp_path / "x.npz", held)
+  with pytest.raises(ValueError, match=r"only the model has: MAPHead_0.*pool.*gap"):
+    load(path, vit)
+  got, report = load(path, vit, allow_missing=("MAPHead_0/.*",))
+  assert set(report.missing) == set(leaves) - set(held)
+  assert "MAPHead_0" in str(report)
+  assert got["MAPHead_0/probe"].shape == (1, 1, 8)
+  assert np.ptp(got["MAPHead_0/probe"]) > 0
+  np.testing.assert_array_equal(got["embedding/kernel"], leaves["embedding/kernel"])
+
+
+def test_unknown_leaves_are_skipped_only_if_allowed(tmp_path, leaves):
+  path = write(tmp_path / "x.npz", leaves | {"gamma": np.ones(3)})
+  with pytest.raises(ValueError, match="only the file has: gamma"):
+    load(path, make_vit())
+  got, report = load(path, make_vit(), allow_unused=("gamma",))
+  assert_same(got, leaves)
+  assert list(report.skipped) == ["gamma"]
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+  ("overrides", "expected"),
+  [
+    ({"width": 16}, r"embedding/kernel is \(4, 4, 3, 8\) in the file.*\(4, 4, 3, 16\)"),
+    ({"depth": 2}, r"only the file has: Transformer/encoderblock_2/.*'depth': 3"),
+    ({"depth": 5}, r"only the model has: Transformer/encoderblock_3/.*and 28 more"),
+    ({"mlp_dim": 16}, r"MlpBlock_0.*12.*backbone_kwargs=\{'mlp_dim': 12\}"),
+    ({"num_heads": 4}, r"backbone_kwargs=\{'num_heads': 2\}"),
+    ({"patch_size": 8}, r"not resampled.*backbone_kwargs=\{'patch_size': 4\}"),
+  ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_other_sizes_name_leaves_and_the_mend(
+  tmp_path, leaves, overrides, expected, scan
+):
+  path = write(tmp_path / "x.npz", leaves)
+  with pytest.raises(ValueError, match=expected):
+    load(path, make_vit(**overrides, scan=scan))
+
+
+def test_a_known_variant_is_named(tmp_path):
+  vit = make_vit(**decode_variant("mu/4"))
+  path = write(tmp_path / "x.npz", make_leaves(vit))
+  with pytest.raises(ValueError, match="which is mu/4"):
+    load(path, make_vit())
+
+
+def test_no_class_token_in_the_file(tmp_path, leaves):
+  path = write(tmp_path / "x.npz", {n: v for n, v in leaves.items() if n != "cls"})
+  with pytest.raises(ValueError, match=r"cls.*backbone_kwargs=\{'pool': 'gap'\}"):
+    load(path, make_vit())
+
+
+@pytest.mark.parametrize("entries", [2 * 3, 4 * 4 + 2])
+def test_grid_that_is_not_square(tmp_path, leaves, entries):
+  table = np.zeros((1, entries, 8), np.float32)
+  path = write(tmp_path / "x.npz", leaves | {"pos_embedding": table})
+  with pytest.raises(ValueError, match=f"{entries} entries, expected k . k"):
+    load(path, make_vit())
+
+
+def test_position_embedding_of_two_axes(tmp_path, leaves):
+  path = write(tmp_path / "x.npz", leaves | {"pos_embedding": np.zeros((16, 8))})
+  with pytest.raises(ValueError, match=r"\(16, 8\), expected \(1, n, width\)"):
+    load(path, make_vit())
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "expected"),
+  [
+    ("cls", np.full((1, 1, 8), np.nan), "'cls'.*NaN"),
+    ("cls", np.zeros((1, 1, 8), np.int32), "'cls'.*is int32"),
+    ("Transformer/encoderblock/x", np.zeros((3, 2)), "only the file has.*block_0/x"),
+    ("Transformer/encoderblock_0/LayerNorm_2/bias", np.zeros(8), "holds .* twice"),
+    ("Transformer/pos_embedding", np.zeros((1, 16, 8)), "'pos_embedding' twice"),
+  ],
+)
+def test_bad_leaves(tmp_path, leaves, name, value, expected):
+  path = write(tmp_path / "x.npz", leaves | {name: value})
+  with pytest.raises(ValueError, match=expected):
+    load(path, make_vit())
+
+
+def test_stacks_of_different_depths_and_mixed_layouts(leaves):
+  stacked = npz.stack(leaves)
+  name = "Transformer/encoderblock/LayerNorm_0/bias"
+  with pytest.raises(ValueError, match="different depths"):
+    npz.unroll(stacked | {name: stacked[name][:2]})
+  with pytest.raises(ValueError, match="keep one"):
+    npz.unroll(stacked | leaves)
+  del (broken := dict(leaves))["Transformer/encoderblock_1/LayerNorm_0/bias"]
+  with pytest.raises(ValueError, match="block 1 of 3 has no 'LayerNorm_0/bias'"):
+    npz.stack(broken)
+
+
+# Files that are no such files
+
+
+class Bomb:
+  """Unpickling it would leave a trace."""
+
+  def __reduce__(self):
+    return (pytest.fail, ("a pickle was loaded",))
+
+
+def _npz_bytes(leaves):
+  buffer = io.BytesIO()
+  np.savez(buffer, **leaves)
+  return buffer.getvalue()
+
+
+def _flip(data):
+  # One byte in the middle of an array's values: the zip's checksum notices.
+  middle = len(data) // 2
+  return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+def _zip_of(name, content):
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as archive:
+    archive.writestr(name, content)
+  return buffer.getvalue()
+
+
+def _npy_bytes():
+  buffer = io.BytesIO()
+  np.save(buffer, np.ones(3))
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("make", "expected"),
+  [
+    (lambda data: b"", "not an .npz"),
+    (lambda data: b"<!DOCTYPE html>", "DOCTYPE"),
+    (lambda data: pickle.dumps({"cls": Bomb()}), "not an .npz"),
+    (lambda data: _npy_bytes(), "not an .npz"),
+    (lambda data: data[: len(data) // 2], "truncated"),
+    (lambda data: data[:-10], "truncated"),
+    (_flip, "damaged"),
+    (lambda data: _zip_of("archive/data.pkl", b"x"), "PyTorch"),
+    (lambda data: _zip_of("embedding/kernel.npy", b"x" * 40), "cannot be read"),
+    (lambda data: _npz_bytes({"a": np.ones(2)}), "holds no ViT.*It starts with: a"),
+    (lambda data: _npz_bytes({}), "holds nothing"),
+  ],
+)
+def test_not_a_backbone_file(tmp_path, make, expected):
+  # One large leaf, so that the middle of the file is inside it.
+  data = _npz_bytes({"embedding/kernel": np.zeros((4, 4, 3, 4096), np.float32)})
+  path = tmp_path / "x.npz"
+  path.write_bytes(make(data))
+  with pytest.raises(ValueError, match=expected) as caught:
+    load(path, make_vit())
+  assert str(path) in str(caught.value)
+
+
+def test_pickled_members_are_refused(tmp_path, leaves):
+  array = np.empty(1, object)
+  array[0] = Bomb()
+  path = tmp_path / "x.npz"
+  np.savez(path, **(leaves | {"cls": array}), allow_pickle=True)
+  with pytest.raises(ValueError, match="pickled"):
+    load(path, make_vit())
+
+
+# Writing
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_save_and_load(tmp_path, leaves, scan, dtype):
+  vit = make_vit(scan=scan)
+  params = trees.unflatten(npz.stack(leaves) if scan else leaves)
+  path = tmp_path / "deeper" / "x.npz"
+  weights_lib.save_backbone(jax.tree.map(jnp.asarray, params), path, dtype=dtype)
+  with np.load(path, allow_pickle=False) as file:
+    assert sorted(file.files) == sorted(leaves)
+    assert {str(file[name].dtype) for name in file.files} == {dtype}
+  got, report = load(path, vit)
+  rounded = {n: v.astype(dtype).astype(np.float32) for n, v in params_flat(params)}
+  assert_same(got, rounded)
+  assert report.layout == "big_vision's names"
+  again = tmp_path / "again.npz"
+  weights_lib.save_backbone(trees.unflatten(got), again, dtype=dtype)
+  assert weights_lib.file_digest(again) == weights_lib.file_digest(path)
+
+
+def params_flat(params):
+  return trees.flatten(params).items()
+
+
+def test_bfloat16_parameters_are_written_as_float32(tmp_path, leaves):
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), trees.unflatten(leaves))
+  weights_lib.save_backbone(params, tmp_path / "x.npz")
+  got, _ = load(tmp_path / "x.npz", make_vit())
+  assert_same(got, {n: np.asarray(v, np.float32) for n, v in params_flat(params)})
+
+
+def test_save_refuses_what_it_cannot_hold(tmp_path, leaves):
+  params = trees.unflatten(leaves)
+  path = tmp_path / "x.npz"
+  with pytest.raises(ValueError, match="'bfloat16', expected 'float32'"):
+    weights_lib.save_backbone(params, path, dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"pass params\['backbone'\]"):
+    weights_lib.save_backbone({"backbone": params}, path)
+  large = trees.unflatten(leaves | {"cls": np.full((1, 1, 8), 1e5, np.float32)})
+  with pytest.raises(ValueError, match="'cls'.*too large for float16"):
+    weights_lib.save_backbone(large, path, dtype="float16")
+  weights_lib.save_backbone(large, path)
+  assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, leaves):
+  path = tmp_path / "x.npz"
+  path.write_bytes(b"old")
+
+  def interrupted(file, **arrays):
+    file.write(b"half")
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(np, "savez", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    weights_lib.save_backbone(trees.unflatten(leaves), path)
+  assert path.read_bytes() == b"old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+# Position embeddings
+
+grids = st.integers(1, 9)
+
+
+@given(old=grids, new=grids, seed=st.integers(0, 3))
+def test_resampling_is_scipys_zoom(old, new, seed):
+  table = np.random.default_rng(seed).standard_normal((1, old * old, 3))
+  got = positions.resample_positions(table, new)
+  grid = table.reshape(old, old, 3)
+  want = scipy.ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+  np.testing.assert_allclose(got, want.reshape(1, new * new, 3), atol=1e-12)
+  assert got.min() >= table.min() - 1e-12 and got.max() <= table.max() + 1e-12
+
+
+@given(old=st.integers(2, 9), new=st.integers(2, 9), slope=st.floats(-2, 2))
+def test_resampling_keeps_planes_and_corners(old, new, slope):
+  def plane(k):
+    y, x = np.mgrid[:k, :k] / (k - 1)
+    return (1 + slope * y - x).reshape(1, k * k, 1)
+
+  np.testing.assert_allclose(
+    positions.resample_positions(plane(old), new), plane(new), atol=1e-12
+  )
+
+
+@given(grid=grids)
+def test_same_grid_is_untouched(grid):
+  table = np.random.default_rng(grid).standard_normal((1, grid * grid, 2))
+  assert positions.resample_positions(table, grid) is table
+
+
+@given(grid=grids)
+def test_class_entry_is_split_off(grid):
+  table = np.arange(grid * grid + 1.0).reshape(1, -1, 1)
+  of_class, rest = positions.split_positions(table)
+  assert of_class.item() == 0 and rest.shape == (1, grid * grid, 1)
+  none, same = positions.split_positions(rest)
+  assert none is None and same is rest
+
+
+def test_resampling_wants_a_square():
+  with pytest.raises(ValueError, match="6 position embeddings form no square"):
+    positions.resample_positions(np.zeros((1, 6, 2)), 3)
+
+
+# Names
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, leaves):
+  """A release "tiny" at a file:// URL; returns the file it lies in."""
+  source = write(tmp_path / "server.npz", leaves)
+  release = Release("mu/4", source.as_uri())
+  monkeypatch.setitem(releases.RELEASES, "tiny", release)
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
+  return source
+
+
+def cached_files(tmp_path):
+  return [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_download_is_cached(tmp_path, published, leaves):
+  got, _ = load("tiny", make_vit())
+  assert_same(got, leaves)
+  published.unlink()
+  path = weights_lib.resolve("tiny")
+  assert path.is_relative_to(tmp_path / "cache") and path.name == "server.npz"
+  assert cached_files(tmp_path) == [path]
+  with pytest.raises(FileNotFoundError):
+    weights_lib.resolve("tiny", cache_dir=tmp_path / "elsewhere")
+
+
+def test_a_url_is_cached_too(tmp_path, published, monkeypatch):
+  opened = []
+
+  def answer(url, timeout):
+    opened.append(url)
+    return real(published.as_uri(), timeout=timeout)
+
+  real = downloads.urllib.request.urlopen
+  monkeypatch.setattr(downloads.urllib.request, "urlopen", answer)
+  path = weights_lib.resolve("gs://some_bucket/a+b/x.npz")
+  assert opened == ["https://storage.googleapis.com/some_bucket/a%2Bb/x.npz"]
+  assert path == tmp_path / "cache" / "some_bucket" / "a+b" / "x.npz"
+  assert weights_lib.resolve(opened[0]) == path
+  other = weights_lib.resolve("https://example.org/../y.npz")
+  assert other == tmp_path / "cache" / "example.org" / "y.npz"
+  assert len(opened) == 2
+
+
+def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
+  def offline(url, timeout):
+    raise urllib.error.URLError("no network")
+
+  monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
+  with pytest.raises(FileNotFoundError) as caught:
+    weights_lib.resolve("vit_b16_i21k")
+  text = str(caught.value)
+  url = "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
+  target = tmp_path / "cache" / "vit_models" / "imagenet21k" / "ViT-B_16.npz"
+  assert url in text and str(target) in text and "no network" in text
+  assert "INSVP_CACHE" in text
+  assert cached_files(tmp_path) == []
+  # The advice works.
+  target.write_bytes(b"put by hand")
+  assert weights_lib.resolve("vit_b16_i21k") == target
+
+
+def test_cache_is_below_home_by_default(monkeypatch, tmp_path):
+  monkeypatch.delenv("INSVP_CACHE", raising=False)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  target = tmp_path / ".cache/insvp_jax/vit_models/imagenet21k/ViT-L_32.npz"
+  target.parent.mkdir(parents=True)
+  target.write_bytes(b"x")
+  assert weights_lib.resolve("vit_l32_i21k") == target
+
+
+class BrokenResponse(io.BytesIO):
+  """A response whose connection ends early, or whose reader is stopped."""
+
+  def __init__(self, data, length, error=None):
+    super().__init__(data)
+    self.headers = {"Content-Length": str(length)}
+    self.error = error
+
+  def read(self, *args):
+    data = super().read(*args)
+    if not data and self.error:
+      raise self.error
+    return data
+
+
+def test_broken_connection_leaves_nothing(tmp_path, published, monkeypatch):
+  data = published.read_bytes()
+
+  def respond(error):
+    return lambda url, timeout: BrokenResponse(data[:100], len(data), error)
+
+  monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(None))
+  with pytest.raises(FileNotFoundError, match=f"after 100 of {len(data)} bytes"):
+    weights_lib.resolve("tiny")
+  monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(KeyboardInterrupt()))
+  with pytest.raises(KeyboardInterrupt):
+    weights_lib.resolve("tiny")
+  assert cached_files(tmp_path) == []
+  monkeypatch.undo()
+
+
+def test_debris_of_a_killed_download_is_removed(tmp_path, published, monkeypatch):
+  path = weights_lib.resolve("tiny")
+  path.unlink()
+  dead = path.with_name(f".{path.name}.0123456789ab.part")
+  running = path.with_name(f".{path.name}.ba9876543210.part")
+  dead.write_bytes(b"half")
+  running.write_bytes(b"half")
+  os.utime(dead, (0, 0))
+  assert weights_lib.resolve("tiny") == path
+  assert path.read_bytes() == published.read_bytes()
+  assert set(cached_files(tmp_path)) == {path, running}
+
+
+def test_two_downloads_at_once(tmp_path, published, monkeypatch):
+  real = downloads.urllib.request.urlopen
+  others = []
+
+  def slow(url, timeout):
+    # While this download runs, another process starts and finishes its own.
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", real)
+    others.append(weights_lib.resolve("tiny"))
+    return real(url, timeout=timeout)
+
+  monkeypatch.setattr(downloads.urllib.request, "urlopen", slow)
+  assert [weights_lib.resolve("tiny")] == others
+  assert others[0].read_bytes() == published.read_bytes()
+  assert cached_files(tmp_path) == others
+
+
+def test_digest_of_a_download_is_checked(tmp_path, published, monkeypatch):
+  digest = weights_lib.file_digest(published)
+  url = published.as_uri()
+  good, bad = Release("mu/4", url, sha256=digest), Release("mu/4", url, sha256="0" * 64)
+  monkeypatch.setitem(releases.RELEASES, "tiny", bad)
+  with pytest.raises(ValueError, match=f"sha256 {digest}, expected 0000"):
+    weights_lib.resolve("tiny")
+  assert cached_files(tmp_path) == []
+  monkeypatch.setitem(releases.RELEASES, "tiny", good)
+  path = weights_lib.resolve("tiny")
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(ValueError, match="Delete it"):
+    weights_lib.resolve("tiny")
+
+
+def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
+  blocked = tmp_path / "file"
+  blocked.write_bytes(b"")
+  monkeypatch.setenv("INSVP_CACHE", str(blocked))
+  with pytest.raises(FileNotFoundError, match="INSVP_CACHE"):
+    weights_lib.resolve("tiny")
+
+
+def test_unknown_names_and_paths(tmp_path):
+  with pytest.raises(ValueError, match="Did you mean 'vit_b16_i21k'"):
+    weights_lib.resolve("vit_b16_i2k")
+  with pytest.raises(ValueError, match="Did you mean 'augreg_b8_i21k'"):
+    weights_lib.architecture_of("augreg_b8_i21")
+  with pytest.raises(ValueError, match="neither a file nor the name"):
+    weights_lib.resolve("")
+  for missing in ("nowhere.npz", tmp_path / "x.npz", "./x", "~/x"):
+    with pytest.raises(FileNotFoundError, match="there is no file /"):
+      weights_lib.resolve(missing)
+  with pytest.raises(FileNotFoundError, match="is a directory"):
+    weights_lib.resolve(tmp_path)
+
+
+def test_local_file_comes_first(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "boxed").write_bytes(b"x")
+  assert weights_lib.resolve("boxed").read_bytes() == b"x"
+
+
+# The table
+
+
+def test_releases_are_consistent():
+  urls = [r.url for r in releases.RELEASES.values() if r.url]
+  assert len(set(urls)) == len(urls)
+  # The name of a downloaded file tells its release.
+  assert len({url.rsplit("/", 1)[-1] for url in urls}) == len(urls)
+  for name, release in releases.RELEASES.items():
+    # A name with a slash would read as an architecture.
+    assert re.fullmatch(r"[a-z0-9_]+", name)
+    assert release.preset == "[-1,1]"
+    if release.url:
+      assert release.url.startswith("gs://") and release.url.endswith(".npz")
+      vit = ViT(**weights_lib.architecture_of(name))
+      assert vit.image_size == release.image_size and vit.pool == release.pool
+      size, patch = release.variant.lower().split("/")
+      assert f"{size}{patch}_" in name
+      assert (
+        releases.release_of(f"/some/where/{release.url.rsplit('/')[-1]}") == release
+      )
+
+
+def test_the_backbone_of_the_papers():
+  assert weights_lib.architecture_of("vit_b16_i21k") == {
+    "width": 768,
+    "depth": 12,
+    "mlp_dim": 3072,
+    "num_heads": 12,
+    "patch_size": 16,
+    "image_size": 224,
+    "pool": "tok",
+    "gelu": "tanh",
+  }
+  url = weights_lib.RELEASES["vit_b16_i21k"].url
+  assert url == "gs://vit_models/imagenet21k/ViT-B_16.npz"
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch, leaves):
+  """A complete packaged backbone; returns (folder, description)."""
+  folder = tmp_path / "assets"
+  weights_lib.save_backbone(
+    trees.unflatten(leaves), folder / "boxed.npz", dtype="float16"
+  )
+  described = SIZES | {
+    "pool": "tok",
+    "gelu": "tanh",
+    "sha256": weights_lib.file_digest(folder / "boxed.npz"),
+    "test_accuracy": 0.5,
+  }
+  (folder / "boxed.json").write_text(json.dumps(described))
+  monkeypatch.setattr(releases, "ASSETS", folder)
+  return folder, described
+
+
+def test_packaged_backbone(assets, leaves):
+  folder, _ = assets
+  assert weights_lib.architecture_of("boxed") == SIZES | {"pool": "tok", "gelu": "tanh"}
+  assert weights_lib.resolve("boxed") == folder / "boxed.npz"
+  model = create_model("boxed", "linear", num_classes=2)
+  got, _ = load("boxed", model)
+  assert_same(got, {n: v.astype(np.float16) for n, v in leaves.items()})
+
+
+def test_packaged_backbone_of_another_digest(assets):
+  folder, described = assets
+  described["sha256"] = "0" * 64
+  (folder / "boxed.json").write_text(json.dumps(described))
+  with pytest.raises(ValueError, match="expected 000.*Install"):
+    weights_lib.resolve("boxed")
+
+
+@pytest.mark.parametrize(
+  ("content", "expected"),
+  [("{", "not JSON"), ("[]", "no JSON object"), ('{"width": 8}', "lacks depth")],
+)
+def test_unusable_description(assets, content, expected):
+  folder, _ = assets
+  (folder / "boxed.json").write_text(content)
+  with pytest.raises(ValueError, match=expected):
+    weights_lib.architecture_of("boxed")
+
+
+@pytest.mark.parametrize("name", ["boxed.npz", "boxed.json"])
+def test_incomplete_package(assets, name):
+  folder, _ = assets
+  (folder / name).unlink()
+  with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
+    weights_lib.resolve("boxed")
+
+
+def test_the_package_holds_its_backbone():
+  if not (releases.ASSETS / "boxed.npz").is_file():
+    pytest.skip("the packaged backbone has not been trained yet")
+  vit = ViT(**weights_lib.architecture_of("boxed"))
+  _, report = load("boxed", vit)
+  assert report.missing == () and report.skipped == {} and report.changed == {}

@@ -1,0 +1,135 @@
+"""Groups of tasks: one run each, one table, all data looked at first."""
+
+import csv
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+from tiny_training import tiny_config
+
+from insvp_jax.data import GROUPS, TASKS, tasks
+from insvp_jax.search import suite
+
+NAMES = ("cifar100", "svhn", "eurosat")
+SIZES = {"train800": 16, "val200": 6, "test": 5}
+
+
+def write_noah(root, task, number_of_classes=3):
+  """Writes a few images in NOAH's form."""
+  folder = root / TASKS[task].folder_name
+  rng = np.random.default_rng(0)
+  lines = {}
+  for name, number in SIZES.items():
+    lines[name] = []
+    for i in range(number):
+      path = folder / "images" / f"{name}_{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      pixels = rng.integers(0, 255, (16, 16, 3), np.uint8)
+      Image.fromarray(pixels).save(path)
+      lines[name].append(f"images/{path.name} {i % number_of_classes}")
+  lines["train800val200"] = lines["train800"] + lines["val200"]
+  for name, rows in lines.items():
+    (folder / f"{name}.txt").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def group(monkeypatch, tmp_path):
+  """A group of three tasks with images on disk; returns their root."""
+  monkeypatch.setitem(tasks.GROUPS, "natural", NAMES)
+  for name in NAMES:
+    write_noah(tmp_path / "vtab", name)
+  return tmp_path / "vtab"
+
+
+def _config(root, **changes):
+  config = tiny_config("linear", total_epochs=1.0, **changes)
+  config.task = "natural"
+  config.head_width = 100  # the tasks share what is compiled
+  config.data.root = str(root)
+  config.tune.lr, config.tune.seeds = (0.01, 0.1), (0, 1)
+  config.tune.methods = ("linear", "bias")
+  return config
+
+
+def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
+  config = _config(group)
+  found = suite.run(config, tmp_path / "run")
+  assert list(found) == list(NAMES)
+  stored = json.loads((tmp_path / "run/suite.json").read_text())
+  for name in NAMES:
+    summary = json.loads((tmp_path / "run" / name / "summary.json").read_text())
+    assert stored[name]["linear"]["mean"] == summary["linear"]["mean"]
+    # Chosen on val, trained on both, every test image counted.
+    result = json.loads(
+      (tmp_path / "run" / name / "linear/seed1/result.json").read_text()
+    )
+    assert (result["task"], result["train_split"]) == (name, "train_val")
+    assert result["num_test_examples"] == SIZES["test"]
+  table = (tmp_path / "run/table.md").read_text()
+  assert table in capsys.readouterr().out
+  header = table.splitlines()[0]
+  assert header == (
+    "| test accuracy, % | cifar100 | svhn | eurosat | natural mean | specialized mean "
+    "| mean |"
+  )
+  with (tmp_path / "run/table.csv").open() as file:
+    rows = {row["method"]: row for row in csv.DictReader(file)}
+  means = [100 * stored[name]["bias"]["mean"] for name in NAMES]
+  assert float(rows["bias"]["mean"]) == pytest.approx(np.mean(means), abs=0.005)
+  natural = float(rows["bias"]["natural mean"])
+  assert natural == pytest.approx(np.mean(means[:2]), abs=0.005)
+  # The same command again repeats nothing.
+  before = (tmp_path / "run/svhn/linear/seed0/result.json").stat().st_mtime_ns
+  assert suite.run(config, tmp_path / "run").keys() == found.keys()
+  after = (tmp_path / "run/svhn/linear/seed0/result.json").stat().st_mtime_ns
+  assert before == after
+
+
+def test_missing_data_of_the_last_task_show_before_the_first_trains(group, tmp_path):
+  (group / "eurosat" / "images" / "test_3.png").unlink()
+  with pytest.raises(FileNotFoundError, match="eurosat/images/test_3.png"):
+    suite.run(_config(group), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_single_runs_make_a_table_too(group, tmp_path):
+  config = _config(group)
+  config.tune.lr = config.tune.seeds = config.tune.methods = ()
+  found = suite.run(config, tmp_path / "run")
+  table = suite.accuracies(found)
+  assert set(table) == {"linear"} and set(table["linear"]) == set(NAMES)
+  result = json.loads((tmp_path / "run/svhn/result.json").read_text())
+  assert table["linear"]["svhn"] == result["test_accuracy"]
+
+
+def test_a_single_task_goes_straight_to_its_workdir(tmp_path):
+  config = tiny_config("linear")
+  assert suite.members(config, "runs/x") == [(config, suite.Path("runs/x"))]
+  config.task = "vtab"
+  members = suite.members(config, "runs/x")
+  assert [where.name for _, where in members] == list(GROUPS["vtab"])
+  assert [single.task for single, _ in members] == list(GROUPS["vtab"])
+
+
+def test_a_mean_needs_all_of_its_tasks():
+  table = {"insvp": {"cifar100": 0.5, "svhn": 0.25}, "vpt": {"cifar100": None}}
+  lines = suite.format_table(table, NAMES).splitlines()
+  assert lines[2] == "| insvp | 50.00 | 25.00 |  | 37.50 |  |  |"
+  assert lines[3] == "| vpt |  |  |  |  |  |  |"
+  assert (
+    suite.format_table(table, NAMES[:2]).splitlines()[0].endswith("| svhn | mean |")
+  )
+
+
+def test_the_groups_of_the_benchmarks():
+  sizes = {name: len(members) for name, members in GROUPS.items()}
+  assert sizes == {
+    "natural": 7,
+    "specialized": 4,
+    "structured": 8,
+    "fgvc": 5,
+    "hta": 10,
+    "cifar100_lt": 3,
+    "vtab": 19,
+  }

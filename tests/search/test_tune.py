@@ -1,0 +1,558 @@
+"""The protocol: choose on val, retrain on train + val, report test over seeds."""
+
+import csv
+import json
+import statistics
+
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import pytest
+from tiny_training import make_data, tiny_config
+
+from insvp_jax import config as config_lib
+from insvp_jax.data import ArraySplit, StreamSplit
+from insvp_jax.search import tables, together, trials, tune
+from insvp_jax.search.population import Population
+from insvp_jax.train import preparation, report, steps, trainer
+from insvp_jax.train.loop import Diverged
+
+
+def search_config(method="linear", **changes):
+  lists = {"lr": (0.1, 0.01, 0.001), "wd": (0.0, 0.1), "seeds": (0, 1, 2)}
+  changes = {f"tune__{name}": values for name, values in lists.items()} | changes
+  return tiny_config(method, **changes)
+
+
+class FakeTrainer:
+  """Stands for `trainer.train` and `together.search`; takes no time.
+
+  Attributes:
+    runs: (config, workdir, prepared, test) of single runs.
+    trials: (config, prepared) of the searches' trials.
+    chunks: how many trials trained together, of each call.
+  """
+
+  def __init__(self, val_accuracy, test_accuracy=lambda config: 0.5):
+    self.val_accuracy = val_accuracy
+    self.test_accuracy = test_accuracy
+    self.runs, self.trials, self.chunks = [], [], []
+
+  def search(self, configs, prepared, population, drawn, workdir, name):
+    self.chunks.append(len(configs))
+    self.trials += [(config, prepared) for config in configs]
+    return [self.trial(config) for config in configs]
+
+  def train(self, configs, workdirs, prepared, population):
+    pairs = zip(configs, workdirs, strict=True)
+    return [self(config, workdir, prepared=prepared) for config, workdir in pairs]
+
+  def trial(self, config):
+    trial = {"val_accuracy": None, "val_loss": None, "diverged": None}
+    try:
+      trial["val_accuracy"] = self.val_accuracy(config)
+    except Diverged as error:
+      trial["diverged"] = str(error)
+    return {**trial, "train_seconds": 2.0, "images_per_second": 8.0}
+
+  def __call__(self, config, workdir, *, prepared=None, test=True):
+    self.runs.append((config, workdir, prepared, test))
+    on_train = config.data.train_split == "train"
+    splits = prepared.data.splits if prepared else ("val", "test")
+    val = self.val_accuracy(config) if on_train and "val" in splits else None
+    result = {
+      "task": "insects",
+      "method": config.method,
+      "seed": config.seed,
+      "lr": config.optim.lr,
+      "val_accuracy": val,
+      "test_accuracy": self.test_accuracy(config) if test else None,
+      "trainable_params": 51,
+      "prompter_params": 0,
+      "total_params": 1000,
+      "train_seconds": 2.0,
+      "images_per_second": 8.0,
+      "backbone": {**prepared.backbone, "seed": config.seed} if prepared else {},
+      "data_sha256": report.data_digest(config, prepared.data, test)
+      if prepared
+      else "",
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "result.json").write_text(json.dumps(result))
+    (workdir / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+    return result
+
+
+@pytest.fixture
+def install(monkeypatch):
+  """Puts a `FakeTrainer` and images from memory in place; returns the former."""
+
+  def install(*args, without=()):
+    fake = FakeTrainer(*args)
+    monkeypatch.setattr(trainer, "train", fake)
+    monkeypatch.setattr(together, "search", fake.search)
+    monkeypatch.setattr(together, "train", fake.train)
+    monkeypatch.setattr(Population, "draw", lambda *_: {})
+    monkeypatch.setattr(preparation, "load_data", lambda *_: make_data(without))
+    return fake
+
+  return install
+
+
+def best_at(lr, wd=0.1):
+  def accuracy(config):
+    return 0.9 if (config.optim.lr, config.optim.wd) == (lr, wd) else 0.4
+
+  return accuracy
+
+
+def test_lr_and_wd_are_chosen_on_val_and_the_rest_is_final(install, tmp_path):
+  fake = install(best_at(0.01), lambda config: 0.5 + 0.1 * config.seed)
+  summary = tune.run(search_config(), tmp_path)["linear"]
+  search, final = fake.trials, fake.runs
+  pairs = [(c.optim.lr, c.optim.wd) for c, *_ in search]
+  assert pairs == [(lr, wd) for wd in (0.0, 0.1) for lr in (0.1, 0.01, 0.001)]
+  # The search trains on no single image of val.
+  assert {c.data.train_split for c, *_ in search} == {"train"}
+  assert {c.seed for c, *_ in search} == {0}
+  assert [c.seed for c, *_ in final] == [0, 1, 2]
+  for config, _, prepared, test in final:
+    assert test and config.data.train_split == "train_val"
+    assert (config.optim.lr, config.optim.wd) == (0.01, 0.1)
+    assert prepared.program.steps_per_epoch == 34 // 8
+  workdirs = [workdir for _, workdir, *_ in fake.runs]
+  assert workdirs == [tmp_path / "linear" / f"seed{s}" for s in (0, 1, 2)]
+  assert (summary["lr"], summary["wd"]) == (0.01, 0.1)
+  assert summary["seeds"] == [0, 1, 2]
+  assert summary["test_accuracies"] == [0.5, 0.6, 0.7]
+  assert summary["mean"] == pytest.approx(0.6)
+  assert summary["std"] == pytest.approx(0.1)
+  assert len(summary["trials"]) == 6
+  assert {"lr": 0.01, "wd": 0.1, "val_accuracy": 0.9} in summary["trials"]
+
+
+def test_one_program_serves_all_trials_and_one_all_final_runs(install, tmp_path):
+  fake = install(best_at(0.01))
+  tune.run(search_config(), tmp_path)
+  assert len({id(p.program) for _, p in fake.trials}) == 1
+  assert len({id(p.program) for _, _, p, _ in fake.runs}) == 1
+  everything = [p for _, p in fake.trials] + [p for _, _, p, _ in fake.runs]
+  assert len({id(p.data) for p in everything}) == 1
+
+
+def test_a_config_that_trains_on_train_val_still_searches_on_train(install, tmp_path):
+  fake = install(best_at(0.01))
+  tune.run(search_config(data__train_split="train_val"), tmp_path)
+  for config, prepared in fake.trials:
+    assert config.data.train_split == "train"
+    assert prepared.program.steps_per_epoch == 24 // 8
+  assert {c.data.train_split for c, *_ in fake.runs} == {"train_val"}
+
+
+accuracies = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+rates = st.sampled_from([0.0, 1e-4, 1e-3, 0.1, 3.0])
+trial_lists = st.lists(
+  st.fixed_dictionaries(
+    {"lr": rates, "wd": rates, "val_accuracy": st.none() | accuracies}
+  ),
+  min_size=1,
+)
+
+
+@given(trial_lists)
+def test_choose_takes_the_best_and_of_equals_the_smallest(found):
+  finished = [t for t in found if t["val_accuracy"] is not None]
+  if not finished:
+    with pytest.raises(ValueError, match="every run of the search diverged"):
+      trials.choose(found)
+    return
+  chosen = trials.choose(found)
+  best = max(t["val_accuracy"] for t in finished)
+  equals = [(t["lr"], t["wd"]) for t in finished if t["val_accuracy"] == best]
+  assert (chosen["lr"], chosen["wd"]) == min(equals)
+  assert chosen == trials.choose(found[::-1])
+
+
+def test_finished_runs_are_not_repeated(install, tmp_path):
+  install(best_at(0.01))
+  first = tune.run(search_config(), tmp_path)
+  fake = install(best_at(0.001))  # would choose otherwise, if it were asked
+  assert tune.run(search_config(), tmp_path) == first
+  # What does not shape a result may change; another lr is one more run.
+  config = search_config(
+    log_every_steps=3, tune__lr=(0.1, 0.01, 0.001, 0.02), tune__seeds=(0, 1, 2, 3)
+  )
+  again = tune.run(config, tmp_path)["linear"]
+  assert [c.optim.lr for c, _ in fake.trials] == [0.02, 0.02]
+  assert [(c.optim.lr, c.seed) for c, *_ in fake.runs] == [(0.01, 3)]
+  assert (again["lr"], again["seeds"]) == (0.01, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("what", ["config", "backbone", "data", "interrupted"])
+def test_a_run_of_something_else_is_not_taken_for_finished(install, tmp_path, what):
+  config = search_config(tune__lr=(), tune__wd=(), tune__seeds=(0,))
+  install(best_at(0.01))
+  tune.run(config, tmp_path)
+  result = tmp_path / "linear" / "seed0" / "result.json"
+  if what == "config":
+    config.total_epochs = 3.0
+  elif what == "backbone":
+    found = json.loads(result.read_text())
+    found["backbone"]["id"] = "another"
+    result.write_text(json.dumps(found))
+  elif what == "data":
+    found = json.loads(result.read_text())
+    found["data_sha256"] = "of other images"
+    result.write_text(json.dumps(found))
+  else:
+    result.unlink()
+  fake = install(best_at(0.01))
+  tune.run(config, tmp_path)
+  assert len(fake.runs) == 1
+
+
+def test_one_candidate_needs_no_search_and_no_val(install, tmp_path):
+  fake = install(best_at(0.01), without=("val", "train_val"))
+  config = search_config(tune__lr=(0.02,), tune__wd=(), tune__seeds=(5,))
+  summary = tune.run(config, tmp_path)["linear"]
+  assert len(fake.runs) == 1
+  assert fake.runs[0][0].data.train_split == "train"
+  assert (summary["lr"], summary["std"], summary["trials"]) == (0.02, None, [])
+
+
+def test_a_search_without_val_says_so_before_anything_trains(install, tmp_path):
+  fake = install(best_at(0.01), without=("val", "train_val"))
+  message = "'insects' has no val split to choose lr and wd on.*test split never"
+  with pytest.raises(ValueError, match=message):
+    tune.run(search_config(), tmp_path / "run")
+  assert not fake.trials and not (tmp_path / "run").exists()
+
+
+def test_a_task_without_test_is_trained_all_the_same(install, tmp_path):
+  install(best_at(0.01), lambda config: None, without=("test",))
+  summary = tune.run(search_config(), tmp_path)["linear"]
+  assert (summary["mean"], summary["std"], summary["test_accuracies"]) == (
+    None,
+    None,
+    [],
+  )
+  assert "| linear | - | 3 | 0.01 | 0.1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_diverged_candidate_loses_and_the_search_goes_on(install, tmp_path, capsys):
+  def accuracy(config):
+    if config.optim.lr == 0.1:
+      raise Diverged("the loss is nan at step 2.")
+    return 0.5
+
+  install(accuracy)
+  summary = tune.run(search_config(tune__wd=(), optim__wd=0.0), tmp_path)["linear"]
+  assert summary["lr"] == 0.001
+  assert summary["trials"][0] == {"lr": 0.1, "wd": 0.0, "val_accuracy": None}
+  assert "lr 0.1, wd 0: the loss is nan at step 2." in capsys.readouterr().out
+
+
+def test_methods_side_by_side_make_a_table(install, tmp_path, capsys):
+  install(best_at(0.01), lambda c: 0.5 + 0.1 * c.seed + 0.2 * (c.method == "insvp"))
+  methods = ("insvp", "linear")
+  summary = tune.run(search_config(tune__methods=methods), tmp_path)
+  assert tuple(summary) == methods
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  table = (tmp_path / "table.md").read_text()
+  assert table == tables.format_table("insects", summary)
+  rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.split("\n")]
+  assert rows[0][:2] == ["insects", "test accuracy"]
+  assert rows[2] == ["insvp", "80.00 ± 10.00", "3", "0.01", "0.1", "51", "2"]
+  assert rows[3][:2] == ["linear", "60.00 ± 10.00"]
+  assert capsys.readouterr().out.endswith(f"\n{table}\n")
+  with (tmp_path / "table.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["method"] for row in rows] == list(methods)
+  assert float(rows[0]["mean"]) == summary["insvp"]["mean"]
+  assert rows[0]["seeds"] == "0 1 2" and float(rows[0]["val_accuracy"]) == 0.9
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {*methods, "summary.json", "table.md", "table.csv"}
+
+
+def test_a_wrong_field_of_the_last_method_shows_before_the_first_trains(
+  install, tmp_path
+):
+  fake = install(best_at(0.01))
+  methods = {"tune__methods": ("linear", "vpt_deep"), "vpt_deep__prompt_length": -1}
+  with pytest.raises(ValueError, match="prompt_length is -1"):
+    tune.run(search_config(**methods), tmp_path)
+  with pytest.raises(ValueError, match="'vpt_dep'. Did you mean 'vpt_deep'"):
+    tune.run(search_config(tune__methods=("linear", "vpt_dep")), tmp_path)
+  assert not fake.runs and not fake.trials
+
+
+def test_without_lists_it_is_one_run(install, tmp_path, capsys):
+  fake = install(best_at(0.01))
+  result = tune.run(tiny_config("linear"), tmp_path)
+  ((config, workdir, _, test),) = fake.runs
+  assert (config.method, workdir, test) == ("linear", tmp_path, True)
+  assert result["test_accuracy"] == 0.5
+  assert capsys.readouterr().out == (
+    "insects linear: val 40.00%, test 50.00%; 51 trainable parameters (5.10%), 2 s, "
+    "8 images/s\n"
+  )
+
+
+def test_first_run_is_where_the_first_final_run_lies(tmp_path):
+  assert tune.first_run(tiny_config("linear"), tmp_path, "linear") == tmp_path
+  assert tune.first_run(tiny_config("linear"), tmp_path, "insvp") is None
+  config = search_config(tune__methods=("insvp", "linear"), tune__seeds=(7, 8))
+  assert tune.first_run(config, tmp_path, "linear") == tmp_path / "linear" / "seed7"
+
+
+@pytest.mark.parametrize("population, together_", [(0, 4), (1, 1), (2, 2)])
+def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
+  monkeypatch, tmp_path, capsys, population, together_
+):
+  traced = []
+  original = steps.create_train_step
+
+  def create_train_step(*args, **kwargs):
+    step = original(*args, **kwargs)
+
+    def train_step(state, batch):
+      traced.append({name: leaf.shape for name, leaf in batch.items()})
+      return step(state, batch)
+
+    return train_step
+
+  monkeypatch.setattr(steps, "create_train_step", create_train_step)
+  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
+  lists = {"tune__lr": (0.0, 0.05), "tune__wd": (0.0, 0.1), "tune__seeds": (0, 1)}
+  lists["tune__population"] = population
+  config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
+  summary = tune.run(config, tmp_path)["linear"]
+  # One program for all four trials, one for both seeds on train_val.
+  labels = {"labels": (8,)}
+  features = {"features": (8, 16), **labels}
+  # Both seeds together have random backbones of their own, so no features to share.
+  final = {"images": (8, 16, 16, 3), **labels} if population == 2 else features
+  assert traced == [features, final]
+  results = [
+    json.loads((tmp_path / "linear" / f"seed{s}" / "result.json").read_text())
+    for s in (0, 1)
+  ]
+  assert summary["mean"] == statistics.mean(r["test_accuracy"] for r in results)
+  assert all(r["train_split"] == "train_val" for r in results)
+  assert [r["lr"] for r in results] == [summary["lr"]] * 2
+  lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
+  assert [json.loads(line)["together"] for line in lines] == [together_] * 4
+  capsys.readouterr()
+  monkeypatch.setattr(trainer, "train", pytest.fail)
+  monkeypatch.setattr(together, "search", pytest.fail)
+  assert tune.run(config, tmp_path)["linear"] == summary
+
+
+# Modes, grids, interruptions.
+
+
+def test_mode_train_is_one_run_whatever_the_lists_say(install, tmp_path):
+  fake = install(best_at(0.01))
+  result = tune.run(search_config(), tmp_path, "train")
+  ((config, workdir, *_),) = fake.runs
+  assert (config.optim.lr, workdir) == (0.01, tmp_path) and not fake.trials
+  assert result["seed"] == 0
+  first = tune.first_run(search_config(), tmp_path, "linear", "train")
+  assert first == tmp_path
+  with pytest.raises(ValueError, match="mode is 'tuned', expected one of auto, train"):
+    tune.run(search_config(), tmp_path, "tuned")
+
+
+def test_mode_tune_takes_the_method_s_own_grid_where_there_is_no_list(
+  install, tmp_path
+):
+  fake = install(best_at(0.5, 1e-3))
+  config = tiny_config("linear", optim__name="sgd")
+  summary = tune.run(config, tmp_path, "tune")["linear"]
+  assert len(fake.trials) == 40
+  assert {c.optim.lr_scale_by_batch for c, _ in fake.trials} == {256}
+  ((final, workdir, *_),) = fake.runs
+  assert (final.optim.lr, final.optim.lr_scale_by_batch) == (0.5, 256)
+  assert workdir == tmp_path / "linear" / "seed0"
+  assert summary["seeds"] == [0] and len(summary["trials"]) == 40
+  assert tune.first_run(config, tmp_path, "linear", "tune") == workdir
+
+
+def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
+  fake = install(best_at(0.01))
+  with pytest.raises(ValueError, match="the grid is empty"):
+    tune.run(tiny_config("bias", optim__name="sgd"), tmp_path, "tune")
+  config = search_config()
+  config.tune.grid.dropout = (0.1, 0.2)
+  with pytest.raises(ValueError, match="grid.dropout is no number of linear"):
+    tune.run(config, tmp_path)
+  config = search_config("vpt_deep")
+  config.tune.grid.dropout = (0.1, 1.5)
+  with pytest.raises(ValueError, match="dropout is 1.5, expected a dropout rate"):
+    tune.run(config, tmp_path)
+  assert not fake.trials and not list(tmp_path.iterdir())
+
+
+def test_further_numbers_are_searched_for_and_stand_in_the_tables(install, tmp_path):
+  def accuracy(config):
+    return 0.9 if config.insvp.image_fusion == (1.0, 2.0) else 0.4
+
+  fake = install(accuracy)
+  config = search_config("insvp", tune__wd=(), tune__methods=("insvp", "linear"))
+  config.tune.grid.image_fusion = ((0.3, 0.7), (1.0, 2.0))
+  summary = tune.run(config, tmp_path)
+  numbers = [(c.method, p.program.numbers) for c, p in fake.trials]
+  assert numbers == [("insvp", ("image_fusion",))] * 6 + [("linear", ())] * 3
+  assert summary["insvp"]["image_fusion"] == [1.0, 2.0]
+  finals = [c for c, *_ in fake.runs if c.method == "insvp"]
+  assert {c.insvp.image_fusion for c in finals} == {(1.0, 2.0)}
+  # What is chosen is compiled in, as in a run of one's own.
+  assert {p.program.numbers for *_, p, _ in fake.runs} == {()}
+  head, _, insvp, linear = (tmp_path / "table.md").read_text().splitlines()
+  assert "| wd | image_fusion | prompter + head |" in head
+  assert "| 0.0001 | 1, 2 |" in insvp and "| 0.0001 |  |" in linear
+  with (tmp_path / "table.csv").open() as file:
+    assert [row["image_fusion"] for row in csv.DictReader(file)] == ["1.0 2.0", ""]
+
+
+@pytest.mark.parametrize(
+  "population, chunks", [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]), (0, [6])]
+)
+def test_as_many_trials_train_together_as_asked(install, tmp_path, population, chunks):
+  fake = install(best_at(0.01))
+  tune.run(search_config(tune__population=population), tmp_path)
+  assert fake.chunks == chunks
+  lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
+  assert len(lines) == 6
+  assert {json.loads(line)["together"] for line in lines} == {chunks[0]}
+
+
+def test_the_last_chunk_is_filled_up_and_counts_once(install, tmp_path):
+  fake = install(best_at(0.01))
+  lrs = (0.1, 0.01, 0.001, 0.002, 0.003)
+  config = search_config(tune__population=3, tune__lr=lrs, tune__wd=())
+  summary = tune.run(config, tmp_path)["linear"]
+  assert fake.chunks == [3, 3]
+  assert [c.optim.lr for c, _ in fake.trials] == [*lrs, 0.003]
+  assert [trial["lr"] for trial in summary["trials"]] == list(lrs)
+
+
+def test_an_interrupted_search_goes_on_with_the_missing_trials(install, tmp_path):
+  def accuracy(config):
+    if (config.optim.lr, config.optim.wd) == (0.01, 0.1):
+      raise KeyboardInterrupt
+    return 0.5
+
+  install(accuracy)
+  config = search_config(tune__population=2)
+  with pytest.raises(KeyboardInterrupt):
+    tune.run(config, tmp_path)
+  lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
+  done = [(json.loads(x)["lr"], json.loads(x)["wd"]) for x in lines]
+  assert done == [(0.1, 0.0), (0.01, 0.0), (0.001, 0.0), (0.1, 0.1)]
+  fake = install(best_at(0.01))
+  summary = tune.run(config, tmp_path)["linear"]
+  assert [(c.optim.lr, c.optim.wd) for c, _ in fake.trials] == [
+    (0.01, 0.1),
+    (0.001, 0.1),
+  ]
+  assert (summary["lr"], summary["wd"]) == (0.01, 0.1)
+  assert len(summary["trials"]) == 6
+
+
+def test_trials_of_other_settings_are_not_taken(install, tmp_path):
+  install(best_at(0.01))
+  tune.run(search_config(), tmp_path)
+  fake = install(best_at(0.01))
+  tune.run(search_config(batch_size=4), tmp_path)
+  assert len(fake.trials) == 6
+  # They stay beside each other.
+  fake = install(best_at(0.01))
+  tune.run(search_config(), tmp_path)
+  assert not fake.trials
+
+
+def test_all_diverged_is_one_line(install, tmp_path):
+  def accuracy(config):
+    raise Diverged("the loss is nan at step 2.")
+
+  fake = install(accuracy)
+  with pytest.raises(ValueError, match="every run of the search diverged; lower conf"):
+    tune.run(search_config(), tmp_path)
+  assert not fake.runs
+
+
+def test_too_many_trials_for_the_memory_become_fewer(
+  install, monkeypatch, tmp_path, capsys
+):
+  fake = install(best_at(0.01))
+
+  def search(configs, *args):
+    if len(configs) > 2:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return fake.search(configs, *args)
+
+  monkeypatch.setattr(together, "search", search)
+  tune.run(search_config(), tmp_path)
+  assert fake.chunks == [1] * 6 and "now 3 at a time" in capsys.readouterr().out
+
+
+def test_final_runs_of_a_stream_train_one_by_one_and_it_is_said(
+  install, monkeypatch, tmp_path, capsys
+):
+  fake = install(best_at(0.01))
+  data = make_data()
+  split = data.splits["train_val"]
+  stream = StreamSplit(split.labels, 16, "d", lambda requests, whole: iter(()))
+  data.splits["train_val"] = stream
+  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
+  tune.run(search_config(tune__population=3), tmp_path)
+  assert len(fake.runs) == 3
+  assert "streamed: the seeds train one by one" in capsys.readouterr().out
+
+
+def test_final_runs_train_together_where_it_is_asked_for(monkeypatch, tmp_path):
+  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
+  config = search_config("vpt_deep", tune__wd=(), tune__lr=(0.01, 0.03))
+  config.tune.grid.dropout = (0.0, 0.2)
+  config.tune.population = 4
+  sizes, original = [], together.train
+
+  def train(configs, *args):
+    sizes.append([c.seed for c in configs])
+    return original(configs, *args)
+
+  monkeypatch.setattr(together, "train", train)
+  summary = tune.run(config, tmp_path / "run")["vpt_deep"]
+  assert sizes == [[0, 1, 2]]
+  for seed, accuracy in zip((0, 1, 2), summary["test_accuracies"], strict=True):
+    workdir = tmp_path / "run" / "vpt_deep" / f"seed{seed}"
+    result = json.loads((workdir / "result.json").read_text())
+    assert (result["seed"], result["test_accuracy"]) == (seed, accuracy)
+    assert result["method_kwargs"]["dropout"] == summary["dropout"]
+  # One by one the same is chosen, and the same comes out.
+  config.tune.population = 1
+  again = tune.run(config, tmp_path / "again")["vpt_deep"]
+  assert sizes == [[0, 1, 2]]
+  for name in ("lr", "dropout", "test_accuracies", "trials"):
+    assert again[name] == summary[name], name
+
+
+def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
+  class Sealed(ArraySplit):
+    def __getattribute__(self, name):
+      if name in ("images", "labels", "read", "digest") and Sealed.sealed:
+        raise AssertionError(f"the test split was touched: {name}")
+      return super().__getattribute__(name)
+
+  Sealed.sealed = False
+  data = make_data()
+  test = data.splits["test"]
+  data.splits["test"] = Sealed(test.images, test.labels)
+  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
+  Sealed.sealed = True
+  # The final run is what trips over it, with the search behind it.
+  with pytest.raises(AssertionError, match="the test split was touched"):
+    tune.run(search_config(), tmp_path)
+  lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
+  assert len(lines) == 6

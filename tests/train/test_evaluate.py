@@ -1,0 +1,78 @@
+"""Every example counts exactly once, whatever the batch size."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax.data import ArraySplit, pipeline
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.train.evaluate import evaluate
+
+
+def numbered_split(number):
+  """Returns images that tell their number, with classes 0 to 4 in turn."""
+  images = np.zeros((number, 1, 2, 3), np.uint8)
+  images[:, 0, 0, 0] = np.arange(number) % 256
+  return ArraySplit(images, np.arange(number, dtype=np.int32) % 5)
+
+
+def counting_step(seen, right):
+  """Returns an eval step that is right about the examples numbered in `right`."""
+
+  def eval_step(params, batch):
+    assert params == {"head": 1}
+    real = np.asarray(batch["mask"]) > 0
+    numbers = np.asarray(batch["images"])[real, 0, 0, 0]
+    seen.extend(numbers.tolist())
+    return {
+      "correct": jnp.int32(np.isin(numbers, list(right)).sum()),
+      "count": jnp.int32(real.sum()),
+      "loss": jnp.float32(numbers.sum()),
+    }
+
+  return eval_step
+
+
+@given(number=st.integers(1, 60), batch_size=st.integers(1, 70), data=st.data())
+def test_every_example_counts_once(number, batch_size, data):
+  right = data.draw(st.sets(st.integers(0, number - 1)))
+  seen = []
+  batches = pipeline.eval_batches(numbered_split(number), batch_size=batch_size)
+  found = evaluate(counting_step(seen, right), {"head": 1}, batches)
+  assert seen == list(range(number))
+  assert found == {
+    "accuracy": len(right) / number,
+    "loss": pytest.approx((number - 1) / 2),
+    "num_correct": len(right),
+    "num_examples": number,
+  }
+
+
+@pytest.mark.parametrize("number, batch_size", [(3, 8), (21, 8), (32, 4)])
+def test_on_four_devices_the_counts_are_the_same(mesh, number, batch_size):
+  def eval_step(params, batch):
+    real = batch["mask"] > 0
+    right = (batch["labels"] == params) & real
+    return {
+      "correct": jnp.sum(right.astype(jnp.int32)),
+      "count": jnp.sum(real.astype(jnp.int32)),
+      "loss": jnp.sum(batch["mask"]),
+    }
+
+  rows = mesh_lib.batch_sharding(mesh)
+  step = jax.jit(eval_step, in_shardings=(None, rows))
+  batches = pipeline.eval_batches(
+    numbered_split(number), batch_size=batch_size, sharding=rows
+  )
+  found = evaluate(lambda params, batch: step(params["k"], batch), {"k": 0}, batches)
+  assert found["num_correct"] == -(-number // 5)
+  assert (found["num_examples"], found["loss"]) == (number, 1.0)
+
+
+def test_nothing_to_evaluate_is_an_error():
+  batches = pipeline.eval_batches(numbered_split(0), batch_size=4)
+  with pytest.raises(ValueError, match="the split is empty"):
+    evaluate(counting_step([], ()), {"head": 1}, batches)

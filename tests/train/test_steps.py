@@ -1,0 +1,183 @@
+"""Gradient economy and what a step may change, read off the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.config import defaults
+from insvp_jax.data.preprocess import PRESETS
+from insvp_jax.models.classifier import create_model
+from insvp_jax.train import losses, optim, steps
+
+TINY = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 2}
+BATCH = 4
+
+
+def setup(
+  method="insvp", *, backbone="mu/4", image_size=16, tiny=TINY, **method_kwargs
+):
+  """Returns (model, mask, optimizer, train step) with real initial parameters."""
+  model = create_model(
+    backbone,
+    method,
+    num_classes=5,
+    image_size=image_size,
+    backbone_kwargs=tiny,
+    method_kwargs=method_kwargs,
+    head_init="torch",
+  )
+  config = defaults()
+  x = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+  mask = trees.mask(shapes, model.prompter.trainable_patterns())
+  with config.unlocked():
+    config.optim.lr = 1.0
+  schedule = optim.create_schedule(
+    config.optim, total_steps=10, steps_per_epoch=5, batch_size=BATCH
+  )
+  optimizer = optim.create_optimizer(config.optim, schedule, shapes, mask)
+  step = steps.create_train_step(
+    model, optimizer, mask, preset=PRESETS["vtab"], loss=config.loss.to_dict()
+  )
+  return model, mask, optimizer, step
+
+
+def batch_of(image_size=16):
+  rng = np.random.default_rng(0)
+  return {
+    "images": rng.integers(0, 256, (BATCH, image_size, image_size, 3), np.uint8),
+    "labels": np.arange(BATCH, dtype=np.int32) % 5,
+  }
+
+
+def state_of(model, optimizer):
+  size = model.backbone.image_size
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))[
+    "params"
+  ]
+  return steps.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    rng=jax.random.key(1),
+    peak_lr=jnp.float32(1e-2),
+  )
+
+
+def abstract(tree):
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def flops(function, *args):
+  return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+  "method, limit", [("insvp", 2.3), ("vpt_deep", 2.3), ("linear", 1.05)]
+)
+def test_a_train_step_computes_no_frozen_gradient(method, limit):
+  """S/16 at 64 px: large enough that matrix products dominate, quick to compile."""
+  kwargs = {} if method == "linear" else {"prompt_length": 9}
+  model, _, optimizer, step = setup(
+    method, backbone="S/16", image_size=64, tiny={"depth": 3}, **kwargs
+  )
+  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  forward = flops(
+    lambda params, x: model.apply({"params": params}, x),
+    state.params,
+    jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32),
+  )
+  ratio = flops(step, state, abstract(batch_of(64))) / forward
+  assert 1 <= ratio <= limit
+
+
+def test_full_training_costs_three_forward_passes():
+  """The yardstick of the test above: with all gradients the ratio is about 3."""
+  model, _, optimizer, step = setup(
+    "full", backbone="S/16", image_size=64, tiny={"depth": 3}
+  )
+  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  forward = flops(
+    lambda params, x: model.apply({"params": params}, x),
+    state.params,
+    jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32),
+  )
+  assert flops(step, state, abstract(batch_of(64))) / forward > 2.6
+
+
+@pytest.mark.parametrize(
+  "method", ["insvp", "vpt_shallow", "vpt_deep", "linear", "bias"]
+)
+def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(method):
+  model, mask, optimizer, step = setup(method)
+  state = state_of(model, optimizer)
+  # The sign of a negative zero is the first thing that careless updates lose.
+  state.params["backbone"]["pos_embedding"] *= -0.0
+  before = jax.device_get(trees.flatten(state.params))
+  step = jax.jit(step)
+  for _ in range(2):
+    state, metrics = step(state, batch_of())
+  after = jax.device_get(trees.flatten(state.params))
+  # The softmax does not see a bias of the keys; only rounding would ever move it.
+  unseen = f"encoderblock_{model.backbone.depth - 1}/MultiHeadDotProductAttention_0/key"
+  for name, chosen in trees.flatten(mask).items():
+    chosen = chosen and f"{unseen}/bias" not in name
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same != chosen, f"{name}: trainable {chosen}, unchanged {same}"
+  assert int(state.step) == 2
+  assert np.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0
+
+
+def test_no_optimizer_state_for_frozen_leaves():
+  model, mask, optimizer, _ = setup("insvp")
+  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  trainable, _ = trees.split(state.params, mask)
+  moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+  counters = 4
+  assert moments <= 2 * trees.count(trainable) + counters
+
+
+def test_the_step_descends_its_own_loss():
+  model, _, optimizer, step = setup("insvp", dropout=0.0)
+  state = state_of(model, optimizer)
+  step = jax.jit(step)
+  values = []
+  for _ in range(8):
+    state, metrics = step(state, batch_of())
+    values.append(float(metrics["loss"]))
+  assert values[-1] < 0.8 * values[0]
+
+
+def test_the_gradient_is_that_of_the_mean_cross_entropy():
+  """One SGD step of the compiled train step against autodiff written out here."""
+  model, mask, optimizer, step = setup("vpt_deep", prompt_length=3, dropout=0.0)
+  state = state_of(model, optimizer)
+  _, metrics = jax.jit(step)(state, batch_of())
+  data = batch_of()
+  images = jnp.asarray(data["images"], jnp.float32) / 127.5 - 1
+
+  def loss(params):
+    logits = model.apply({"params": params}, images)
+    targets = losses.targets(jnp.asarray(data["labels"]), 5)
+    return jnp.mean(losses.cross_entropy(logits, targets))
+
+  value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
+  trainable, _ = trees.split(grads, mask)
+  norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in trainable.values()))
+  assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+  assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_eval_step_ignores_padding():
+  model, _, optimizer, _ = setup("insvp")
+  state = state_of(model, optimizer)
+  evaluate = jax.jit(steps.create_eval_step(model, preset=PRESETS["vtab"]))
+  data = {k: np.concatenate([v, v]) for k, v in batch_of().items()}
+  mask = np.ones(2 * BATCH, np.float32)
+  whole = evaluate(state.params, {**data, "mask": mask})
+  half = evaluate(state.params, {**data, "mask": mask * (np.arange(8) < 4)})
+  assert (int(whole["count"]), int(half["count"])) == (8, 4)
+  assert int(whole["correct"]) == 2 * int(half["correct"])
+  assert float(whole["loss"]) == pytest.approx(2 * float(half["loss"]), rel=1e-5)
