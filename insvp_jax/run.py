@@ -33,7 +33,7 @@ from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 from insvp_jax.models.weights import load as weights_lib
-from insvp_jax.train import parameters
+from insvp_jax.train import state as state_lib
 
 FORMAT = 1
 # Batches are padded to one of these sizes, so that at most so many are compiled.
@@ -178,7 +178,7 @@ def load_run(
   where, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
   meta = _check_meta(meta, where)
   model = create_model(**meta["model"])
-  shapes = trees.flatten(parameters.param_shapes(model))
+  shapes = trees.flatten(state_lib.param_shapes(model))
   trained = {*meta["trainable"], *adapter}
   expected = {
     name: leaf
@@ -216,7 +216,7 @@ def _load_backbone(
     # On the CPU, as another device may round the drawn numbers differently.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
       init = identity.get("init", "default")
-      params = parameters.init_params(model, identity["seed"], init=init)["backbone"]
+      params = state_lib.init_params(model, identity["seed"], init=init)["backbone"]
     _compare_digest(
       trees.digest(params),
       identity,

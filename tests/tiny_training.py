@@ -1,6 +1,10 @@
-"""Makes what small trainings need: images in memory or on disk, and a config."""
+"""Makes what small trainings need, and reads what they leave behind."""
 
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
 from pathlib import Path
+import signal
 from typing import Any
 
 import jax
@@ -8,11 +12,14 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
+from insvp_jax import trees
+from insvp_jax.checkpoints.files import find_steps, read_arrays, read_json
 from insvp_jax.config import defaults
-from insvp_jax.data import ArraySplit, TaskData
+from insvp_jax.data import ArraySplit, StreamSplit, TaskData
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train import parameters, trainer
 from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
+from insvp_jax.train import trainer
 
 CLASSES = ("ant", "bee", "cat")
 SIZE = 16
@@ -69,6 +76,21 @@ def make_data(without: tuple[str, ...] = ()) -> TaskData:
   return TaskData("insects", CLASSES, splits)
 
 
+def streamed(data: TaskData) -> TaskData:
+  """Returns the task with splits that are read like streams."""
+
+  def stream(split: ArraySplit) -> StreamSplit:
+    return StreamSplit(
+      split.labels,
+      split.stored_size,
+      split.digest,
+      lambda requests, whole: split.read(requests, whole=whole),
+    )
+
+  splits = {name: stream(split) for name, split in data.splits.items()}
+  return dataclasses.replace(data, splits=splits)
+
+
 def prepare(
   config: ConfigDict, data: TaskData | None = None, devices: int | None = None
 ) -> trainer.Prepared:
@@ -77,7 +99,7 @@ def prepare(
   mesh = mesh_lib.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])
   program = program_lib.create_program(config, data.num_classes, number, mesh)
-  weights, backbone = parameters.load_weights(config, program.model)
+  weights, backbone = state_lib.load_weights(config, program.model)
   return trainer.Prepared(data, weights, backbone, program)
 
 
@@ -91,3 +113,92 @@ def write_images(root: Path, splits: tuple[str, ...] = tuple(SPLITS)) -> Path:
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.fromarray(image).save(path)
   return root
+
+
+# What a run leaves behind.
+
+
+def stored(workdir: Path) -> tuple[str, int, Any, dict[str, Any]]:
+  """Returns all that the newest checkpoint holds, without the clock."""
+  where = find_steps(workdir)[0]
+  arrays = {item: read_arrays(where, item) for item in ("adapter", "optimizer")}
+  progress = read_json(where, "progress")
+  return where.name, progress["step"], progress["rng"], arrays
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+  """Returns the lines of metrics.jsonl without what depends on the clock."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+
+
+def assert_same(a: tuple, b: tuple) -> None:
+  """Asserts that two runs stored the same bits."""
+  assert a[:3] == b[:3]
+  a, b = trees.flatten(a[3]), trees.flatten(b[3])
+  assert a.keys() == b.keys() and len(a) > 6
+  for name in a:
+    assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
+
+
+def stored_events(workdir: Path) -> Iterator[Any]:
+  """Yields the events of all TensorBoard files, oldest first."""
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+  for file in sorted(workdir.glob("events.out.tfevents.*")):
+    reader = PyRecordReader_New(str(file))
+    while True:
+      try:
+        reader.GetNext()
+      except Exception as error:
+        assert type(error).__name__ == "OutOfRangeError"
+        break
+      yield event_pb2.Event.FromString(reader.record())
+
+
+# What happens in the middle of a run.
+
+
+def at_step(monkeypatch: Any, step: int, action: Callable[[], Any]) -> None:
+  """Makes the loop call `action` once a step is taken and before it is saved."""
+  original = trainer._is_preempted
+
+  def patched(first, last):
+    if first <= step <= last:
+      action()
+    return original(first, last)
+
+  monkeypatch.setattr(trainer, "_is_preempted", patched)
+
+
+def stop_by(signum: int) -> Callable[[], None]:
+  """Returns an action that sends a signal to this process."""
+  return lambda: signal.raise_signal(signum)
+
+
+def run_to_state(
+  monkeypatch: Any, config: ConfigDict, workdir: Path, prepared: trainer.Prepared
+) -> list[dict[str, np.ndarray]]:
+  """Trains and returns (parameters before, parameters after), flat and on the host."""
+  states = []
+  original = trainer.train_loop
+
+  def train_loop(config, prepared, state, **kwargs):
+    states.append(jax.device_get(trees.flatten(state.params)))
+    state = original(config, prepared, state, **kwargs)
+    states.append(jax.device_get(trees.flatten(state.params)))
+    return state
+
+  monkeypatch.setattr(trainer, "train_loop", train_loop)
+  trainer.train(config, workdir, prepared=prepared)
+  return states
+
+
+def with_step(prepared: trainer.Prepared, **steps: Any) -> trainer.Prepared:
+  """Returns `prepared` with another `train_step` or `multi_step`."""
+  program = dataclasses.replace(prepared.program)
+  # In the place where the cached property would be.
+  program.__dict__.update(steps)
+  return dataclasses.replace(prepared, program=program)

@@ -29,7 +29,6 @@ import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
-from insvp_jax.checkpoints import wide_head
 from insvp_jax.checkpoints.files import (
   FOLDER,
   newest_good,
@@ -68,7 +67,6 @@ class Checkpointer:
     *,
     mask: Mapping[str, Any],
     meta: Mapping[str, Any],
-    num_classes: int = 0,
     keep: int = 2,
     report: Callable[[str], Any] = warnings.warn,
   ):
@@ -78,8 +76,6 @@ class Checkpointer:
       workdir: the run's directory, seen by every process.
       mask: nested tree of bools over the parameters: True where trainable.
       meta: JSON-like description of the run, written into every checkpoint.
-      num_classes: of the task, where the state's head may have more columns: those are
-        neither written nor read. 0 for a head that has none.
       keep: how many checkpoints stay on disk; the newest ones do.
       report: is told of a damaged checkpoint that is passed over.
 
@@ -90,7 +86,6 @@ class Checkpointer:
     quieten_orbax()
     self.directory = Path(workdir).absolute() / FOLDER
     self._stored = stored_names(mask)
-    self._num_classes = num_classes
     self._meta = json.loads(json.dumps(dict(meta)))
     self._report = report
     self._pending: int | None = None
@@ -132,7 +127,6 @@ class Checkpointer:
       "adapter": {name: as_array(flat[name]) for name in self._stored},
       "optimizer": {k: as_array(v) for k, v in flatten_rest(state).items()},
     }
-    arrays = {item: self._narrow(leaves) for item, leaves in arrays.items()}
     progress = {**progress, "step": step, "rng": encode_key(state.rng)}
     # Orbax refuses an item without leaves, as of an optimizer without state.
     items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
@@ -200,10 +194,8 @@ class Checkpointer:
     verify(where)
     self._check_same_run(read_json(where, "meta"), where)
     flat = trees.flatten(state.params)
-    adapter = self._read_like(
-      where, "adapter", {name: flat[name] for name in self._stored}
-    )
-    rest = self._read_like(where, "optimizer", flatten_rest(state))
+    adapter = read_arrays(where, "adapter", {n: flat[n] for n in self._stored})
+    rest = read_arrays(where, "optimizer", flatten_rest(state))
     progress = read_json(where, "progress")
     return state.replace(
       step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
@@ -211,19 +203,6 @@ class Checkpointer:
       rng=decode_key(progress["rng"], state.rng, where),
       **unflatten_rest(rest, state),
     )
-
-  def _read_like(
-    self, where: Path, item: str, like: Mapping[str, Any]
-  ) -> dict[str, jax.Array]:
-    """Returns an item's arrays, as wide as the leaves that they replace."""
-    found = read_arrays(where, item, self._narrow(like))
-    return wide_head.widen_as(found, like)
-
-  def _narrow(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns leaves as a checkpoint has them."""
-    if not self._num_classes:
-      return dict(leaves)
-    return wide_head.narrow(leaves, self._num_classes)
 
   def _set_aside(self, steps: list[int]) -> None:
     """Renames damaged checkpoints: their steps will be saved again."""
@@ -246,10 +225,6 @@ class Checkpointer:
     """Returns the step of the newest checkpoint, or None."""
     self.wait()
     return self._manager.latest_step()
-
-  def reached_preemption(self, step: int) -> bool:
-    """Returns whether the cluster is about to take this machine away."""
-    return self._manager.reached_preemption(step)
 
   def close(self) -> None:
     """Waits for the checkpoint under way and gives up the directory."""

@@ -15,21 +15,20 @@ import re
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 T = TypeVar("T")
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
+# What older checkpoints hold and nothing needs: the optimizer counted updates for the
+# lr schedule, which is a function of the step.
+OBSOLETE = r"opt_state/.*/count"
 
 
 class Damaged(ValueError):
   """A checkpoint that cannot be read, or is not as it was written."""
-
-
-def find_step(path: str | os.PathLike) -> Path:
-  """Returns the directory of the checkpoint that `path` means; see `find_steps`."""
-  return find_steps(path)[0]
 
 
 def find_steps(path: str | os.PathLike) -> list[Path]:
@@ -141,7 +140,8 @@ def read_arrays(
     where: the directory of one step.
     item: the item's name.
     expected: leaves of the shapes and types that must be there, whose shardings
-      place the values; None takes what there is.
+      place the values; None takes what there is. Values of a narrower float type are
+      cast, which loses nothing.
     sharding: where the values go if `expected` is None; None is the first device.
 
   Raises:
@@ -151,16 +151,26 @@ def read_arrays(
   if expected is not None and not expected:
     return {}
   stored = _read_item(where, item, None)
-  if expected is None:
-    place = dict.fromkeys(stored, sharding or sharding_of(None))
-  else:
-    check_leaves(stored, expected, f"{item!r} of the checkpoint {where}")
-    place = {name: sharding_of(leaf) for name, leaf in expected.items()}
   target = {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
+    name: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding or sharding_of(None)
+    )
     for name, leaf in stored.items()
   }
-  return _read_item(where, item, target)
+  if expected is None:
+    return _read_item(where, item, target)
+  needed = {
+    name: leaf
+    for name, leaf in stored.items()
+    if name in expected or not re.fullmatch(OBSOLETE, name)
+  }
+  check_leaves(needed, expected, f"{item!r} of the checkpoint {where}")
+  target |= {
+    name: target[name].update(sharding=sharding_of(leaf))
+    for name, leaf in expected.items()
+  }
+  arrays = _read_item(where, item, target)
+  return {name: arrays[name].astype(leaf.dtype) for name, leaf in expected.items()}
 
 
 def _read_item(where: Path, item: str, target: Mapping[str, Any] | None) -> Any:
@@ -208,14 +218,26 @@ def check_leaves(
   def form(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if dtypes else str(list(leaf.shape))
 
+  def fits(leaf: Any, like: Any) -> bool:
+    if leaf.shape != like.shape:
+      return False
+    return not dtypes or leaf.dtype == like.dtype or _is_narrower(leaf, like)
+
   wrong = [
     f"{name}: got {form(got[name])}, expected {form(leaf)}"
     for name, leaf in expected.items()
-    if form(got[name]) != form(leaf)
+    if not fits(got[name], leaf)
   ]
   if wrong:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ValueError(f"{what} has other shapes: {'; '.join(wrong[:3])}{more}.")
+
+
+def _is_narrower(leaf: Any, like: Any) -> bool:
+  """Returns whether each float of a leaf is one of the other leaf's type, too."""
+  if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, like)):
+    return False
+  return jnp.promote_types(leaf.dtype, like.dtype) == like.dtype
 
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:

@@ -14,7 +14,6 @@ from insvp_jax import trees
 from insvp_jax.checkpoints.files import sharding_of
 
 ALWAYS_STORED = r"(prompter|head)/.*"
-_NUM_CLASSES = "num_classes"  # of `TrainState.numbers`
 
 
 def stored_names(mask: Mapping[str, Any]) -> list[str]:
@@ -29,17 +28,7 @@ def stored_names(mask: Mapping[str, Any]) -> list[str]:
 def _rest(state: Any) -> dict[str, Any]:
   """Returns the fields that have no item of their own: the optimizer's state."""
   names = [field.name for field in dataclasses.fields(state)]
-  named = ("step", "params", "rng")
-  rest = {name: getattr(state, name) for name in names if name not in named}
-  if _num_classes(state):
-    # The task's, not the run's; and stored heads have their columns alone.
-    rest["numbers"] = {n: v for n, v in state.numbers.items() if n != _NUM_CLASSES}
-  return rest
-
-
-def _num_classes(state: Any) -> dict[str, Any]:
-  numbers = getattr(state, "numbers", None) or {}
-  return {n: v for n, v in numbers.items() if n == _NUM_CLASSES}
+  return {n: getattr(state, n) for n in names if n not in ("step", "params", "rng")}
 
 
 def flatten_rest(state: Any) -> dict[str, Any]:
@@ -52,10 +41,7 @@ def flatten_rest(state: Any) -> dict[str, Any]:
 def unflatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
   """Returns the fields of which `flatten_rest` of such a state has the leaves."""
   leaves = [flat[name] for name in flatten_rest(state)]
-  rest = jax.tree.unflatten(jax.tree.structure(_rest(state)), leaves)
-  if found := _num_classes(state):
-    rest["numbers"] |= found
-  return rest
+  return jax.tree.unflatten(jax.tree.structure(_rest(state)), leaves)
 
 
 def as_array(leaf: Any) -> jax.Array:

@@ -18,7 +18,6 @@ import jax
 from jaxtyping import UInt8
 import numpy as np
 
-from insvp_jax import trees
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
 from insvp_jax.logs.tensorboard import EventFile
 
@@ -175,30 +174,6 @@ class Writers:
     if self._is_line_open:
       print(file=self._stream, flush=True)
       self._is_line_open = False
-
-
-def param_overview(params: Mapping[str, Any], mask: Mapping[str, Any]) -> str:
-  """Returns a table of all parameters, the trainable ones marked.
-
-  Args:
-    params: nested tree of arrays or shape structs.
-    mask: bool tree, True where trainable.
-  """
-  leaves, trainable = trees.flatten(params), trees.flatten(mask)
-  rows = [("name", "shape", "size", "")]
-  for name, leaf in leaves.items():
-    marker = "trainable" if trainable[name] else ""
-    rows.append((name, str(list(leaf.shape)), f"{math.prod(leaf.shape):,}", marker))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  lines = [
-    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {size:>{widths[2]}}  {marker}".rstrip()
-    for name, shape, size, marker in rows
-  ]
-  chosen, others = trees.split(params, mask)
-  counts = trees.count(chosen), trees.count(others)
-  share = 100 * counts[0] / max(sum(counts), 1)
-  total = f"trainable {counts[0]:,} ({share:.3g}%), frozen {counts[1]:,}"
-  return "\n".join([*lines, total])
 
 
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:

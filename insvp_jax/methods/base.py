@@ -95,6 +95,15 @@ class Method(nn.Module):
     del images
     return {}
 
+  @classmethod
+  def overridden_hooks(cls) -> frozenset[str]:
+    """Returns the names of the hooks that this method overrides."""
+    return frozenset(
+      name
+      for name in ("prompt_image", "prompt_tokens", "adapt_feature")
+      if getattr(cls, name) is not getattr(Method, name)
+    )
+
   @nn.nowrap
   def number(self, name: str, constant: Any) -> Any:
     """Returns one of `NUMBERS`: the data of that name where there are any.

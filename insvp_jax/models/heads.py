@@ -9,10 +9,6 @@ from jaxtyping import Array, Float
 from insvp_jax import trees
 from insvp_jax.methods.ops.initializers import torch_uniform
 
-# The logit of a column without a class: exp of it is exactly 0, and so is its product
-# with a target of 0, which of -inf would be NaN.
-_NEVER = -1e30
-
 
 def _zeros(width: int, num_classes: int):
   del width, num_classes
@@ -37,13 +33,8 @@ HEAD_INITS = {"zeros": _zeros, "torch": _torch, "vpt": _vpt}
 class Head(nn.Module):
   """One linear layer from feature to logits, computed in float32.
 
-  A head may have more columns than its task has classes, so that one compiled step
-  serves many tasks: then the collection "numbers", next to "params", has `num_classes`,
-  int32 [], and the logits of the columns from there on are so low that they take no
-  part in a softmax and get no gradient.
-
   Attributes:
-    num_classes: k, the number of columns.
+    num_classes: k.
     initializer: "zeros" (big_vision), "torch" (InsVP's code: PyTorch's default) or
       "vpt" (VPT's code: Kaiming normal, bias -ln 99).
   """
@@ -60,8 +51,4 @@ class Head(nn.Module):
     )
     kernel = self.param("kernel", inits[0], (width, self.num_classes))
     bias = self.param("bias", inits[1], (self.num_classes,))
-    logits = feature.astype(jnp.float32) @ kernel + bias
-    used = self.get_variable("numbers", "num_classes", None)
-    if used is None:
-      return logits
-    return jnp.where(jnp.arange(self.num_classes) < used, logits, _NEVER)
+    return feature.astype(jnp.float32) @ kernel + bias

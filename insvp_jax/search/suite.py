@@ -62,10 +62,10 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     check_data(single.task, single.data, size)
   found: dict[str, Any] = {}
   for single, where in tasks:
-    tables.say(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
+    tables.print_once(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
     found[single.task] = tune.run(single, where, mode)
     _write(workdir, found, GROUPS[config.task])
-  tables.say(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
+  tables.print_once(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
   return found
 
 

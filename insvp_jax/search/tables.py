@@ -1,4 +1,4 @@
-"""What a search and its final runs have found, as text: lines, Markdown, CSV."""
+"""The tables of a search and its final runs: Markdown and CSV."""
 
 from collections.abc import Mapping
 import csv
@@ -7,28 +7,11 @@ from typing import Any
 
 import jax
 
-_SPLITS = ("val", "test")
 
-
-def say(text: str) -> None:
+def print_once(text: str) -> None:
   """Prints on the first of several processes."""
   if jax.process_index() == 0:
     print(text, flush=True)
-
-
-def describe(result: Mapping[str, Any]) -> str:
-  """Returns one line about a finished run."""
-  accuracies = [
-    f"{split} {100 * result[f'{split}_accuracy']:.2f}%"
-    for split in _SPLITS
-    if result[f"{split}_accuracy"] is not None
-  ]
-  share = 100 * result["trainable_params"] / result["total_params"]
-  return (
-    f"{result['task']} {result['method']}: {', '.join(accuracies) or 'not evaluated'}; "
-    f"{result['trainable_params']:,} trainable parameters ({share:.2f}%), "
-    f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
-  )
 
 
 def format_table(task: str, summary: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def at(config: ConfigDict, **changes: Any) -> ConfigDict:
   return copy
 
 
-def describe(point: Mapping[str, Any]) -> str:
+def point_text(point: Mapping[str, Any]) -> str:
   """Returns "lr 0.01, wd 0.0001, dropout 0.1"."""
 
   def text(value: Any) -> str:

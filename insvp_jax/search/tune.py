@@ -2,16 +2,16 @@
 
 A search leaves one line per trial in `<method>/trials.jsonl`; the final runs lie in
 `<method>/seed<n>`; the choice and the accuracies in `summary.json`, `table.md` and
-`table.csv`. Trials train together where the device gains by it (see `sizing`), and so
-do the final runs. Interrupted, the same command goes on: finished trials and runs are
-kept, trials under way start again, final runs go on from their checkpoints.
+`table.csv`. Trials train together where the device gains by it (see `population`).
+Interrupted, the same command goes on: finished trials and runs are kept, trials under
+way start again, the final run under way goes on from its checkpoint.
 
 Source: Zhai et al. 2019, "A Large-scale Study of Representation Learning with the
 Visual Task Adaptation Benchmark", section 3; the choice by the last epoch, ties to
 the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 2022).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
@@ -20,16 +20,20 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
-from insvp_jax.logs.writers import write_json
+from insvp_jax.distributed.stopping import StopSignal
+from insvp_jax.logs.writers import Writers, write_json
 from insvp_jax.methods import METHODS, create_method
-from insvp_jax.search import sizing, tables, together, trials
-from insvp_jax.search.population import Population, can_train_together
-from insvp_jax.search.tables import describe, say
-from insvp_jax.train import features, report, trainer
-from insvp_jax.train.preparation import Prepared, prepare
+from insvp_jax.search import population, tables, trials
+from insvp_jax.search.tables import print_once
+from insvp_jax.train import report, trainer
+from insvp_jax.train import state as state_lib
+from insvp_jax.train.program import create_state
+from insvp_jax.train.timing import Timer
+from insvp_jax.train.trainer import Prepared, prepare
 
 MODES = ("auto", "train", "tune")
 
@@ -67,13 +71,14 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     trees.lookup(METHODS, method, "method")
   if not _is_search(config, mode):
     result = trainer.train(config, workdir)
-    say(describe(result))
+    print_once(report.result_line(result))
     return result
   trials.check_keys(config)
   # All at once: a wrong field of the last method shows before the first one trains.
   searches, prepared = {}, None
   for method in config.tune.methods or (config.method,):
-    searches[method] = Search(trials.at(config, method=method), mode, prepared)
+    method_config = trials.at(config, method=method)
+    searches[method] = Search(method_config, mode, prepared)
     prepared = searches[method].prepared
   summary = {}
   for method, search in searches.items():
@@ -84,7 +89,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     if jax.process_index() == 0:
       (workdir / "table.md").write_text(table)
       (workdir / "table.csv").write_text(tables.format_csv(task, summary))
-  say(f"\n{table}")
+  print_once(f"\n{table}")
   return summary
 
 
@@ -108,17 +113,22 @@ def _is_search(config: ConfigDict, mode: str) -> bool:
 
 
 class Search:
-  """The choice of one method's numbers, and the runs with what was chosen.
+  """The choice of one method's hparams, and the runs with what was chosen.
 
   Attributes:
-    config: of the method; its points replace some numbers of it.
+    config: of the method; a point of the grid replaces some hparams of it.
     points: of the grid.
-    names: of the points' numbers.
+    names: of the points' hparams.
     prepared: data, weights and the trials' program.
   """
 
   def __init__(self, config: ConfigDict, mode: str, like: Prepared | None):
     """Checks all that can be checked before anything trains.
+
+    Args:
+      config: the whole configuration, of one method.
+      mode: as for `run`.
+      like: of another method on the same task and backbone; see `prepare`.
 
     Raises:
       ValueError, FileNotFoundError: bad input; see the message.
@@ -127,18 +137,17 @@ class Search:
     self.points = trials.points(grid)
     self.names = tuple(self.points[0])
     config = trials.scaled(config, mode == "tune")
-    if self.is_search:
+    if self.has_choice:
       config = trials.at(config, train_split="train")
     self.config = config
-    more = tuple(name for name in self.names if name not in ("lr", "wd"))
+    hparams = tuple(name for name in self.names if name not in ("lr", "wd"))
     configs = [trials.at(config, **point) for point in self.points]
-    # With any point's numbers: they are data.
-    self.prepared = prepare(configs[0], like=like, numbers=more)
+    # The program is the same for all points: what differs is data.
+    self.prepared = prepare(configs[0], like=like, hparams=hparams)
     spec = self.prepared.program.model.backbone.spec
     for each in configs:
       create_method(each.method, spec, **config_lib.method_kwargs(each))
-    splits = self.prepared.data.splits
-    if self.is_search and not {"train", "val"} <= set(splits):
+    if self.has_choice and not {"train", "val"} <= set(self.prepared.data.splits):
       raise ValueError(
         f"the task {self.prepared.data.name!r} has no val split to choose "
         f"{' and '.join(self.names)} on; set config.tune.lr and config.tune.wd to one "
@@ -146,18 +155,21 @@ class Search:
       )
 
   @property
-  def is_search(self) -> bool:
+  def has_choice(self) -> bool:
     """Whether there is anything to choose."""
     return len(self.points) > 1
 
   def run(self, workdir: Path) -> dict[str, Any]:
     """Returns the summary of the method: the choice, and its test accuracies."""
-    found = self.search(workdir) if self.is_search else []
-    chosen = trials.choose(found, self.names) if self.is_search else self.points[0]
+    finished = self.search(workdir) if self.has_choice else []
+    chosen = self.points[0]
+    if self.has_choice:
+      chosen = trials.choose(finished, self.names)
     results = self.retrain(chosen, workdir)
     # A task without a test split has no accuracies: its models are all there is.
     accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
-    best = trials.find(found, chosen) or {}
+    best = trials.find(finished, chosen) or {}
+    columns = (*self.names, "val_accuracy")
     return {
       "mean": statistics.mean(accuracies) if accuracies else None,
       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -165,13 +177,11 @@ class Search:
       "seeds": [result["seed"] for result in results],
       **chosen,
       "val_accuracy": best.get("val_accuracy"),
-      "searched": list(self.names) if self.is_search else [],
-      "trials": [
-        {name: trial[name] for name in (*self.names, "val_accuracy")} for trial in found
-      ],
+      "searched": list(self.names) if self.has_choice else [],
+      "trials": [{name: trial[name] for name in columns} for trial in finished],
       "trainable_params": results[0]["trainable_params"],
       "prompter_params": results[0]["prompter_params"],
-      "train_seconds": statistics.mean(result["train_seconds"] for result in results),
+      "train_seconds": statistics.mean(r["train_seconds"] for r in results),
       "images_per_second": statistics.mean(r["images_per_second"] for r in results),
     }
 
@@ -182,50 +192,61 @@ class Search:
       self.config,
       self.names,
       prepared.backbone,
-      report.data_digest(self.config, prepared.data, False),
+      report.data_digest(self.config, prepared.data, test=False),
     )
-    done = trials.read(path, digest)
-    missing = [point for point in self.points if trials.find(done, point) is None]
+    finished = trials.read(path, digest)
+    missing = [point for point in self.points if trials.find(finished, point) is None]
     if missing:
-      with trainer.own(workdir / "search"):
-        for trial in self._try(missing, workdir):
+      with trainer.hold_workdir(workdir / "search"):
+        for trial in self._run_trials(missing, workdir / "search"):
           # As it will be read: pairs become lists.
           trial = json.loads(json.dumps({**trial, "settings": digest}))
           trials.append(path, trial)
-          done.append(trial)
-    return [trials.find(done, point) for point in self.points]
+          finished.append(trial)
+    return [trials.find(finished, point) for point in self.points]
 
-  def _try(self, points: list[trials.Point], workdir: Path) -> Iterator[dict[str, Any]]:
-    """Yields the trials of some points, chunk by chunk."""
-    prepared, number, start = self.prepared, len(points), 0
+  def _run_trials(
+    self, points: list[trials.Point], workdir: Path
+  ) -> Iterator[dict[str, Any]]:
+    """Yields the trials of some points, population by population."""
+    prepared, start = self.prepared, 0
     configs = [trials.at(self.config, **point) for point in points]
-    population = Population.of(configs, prepared.program, prepared.weights)
-    limit = sizing.chunk_size(configs, population, prepared.data.splits["train"])
-    size = sizing.balanced(number, limit)
-    population = dataclasses.replace(population, alone=size == 1)
-    drawn = population.draw(configs, prepared.weights)
-    name = f"{prepared.data.name} {self.config.method}, {number} trials"
-    while start < number:
-      said = f"{name}, {size} at a time" if size > 1 else name
-      chosen = points[start : start + size]
-      # One compiled step for all chunks: the last one is filled up.
-      chunk = (configs[start : start + size] + configs[-1:] * size)[:size]
+    limit = population.population_size(
+      configs, prepared.program, prepared.data.splits["train"]
+    )
+    size = population.balanced_size(len(points), limit)
+    stacked = population.stack_program(prepared.program)
+    # All trials have one seed: they start from the same parameters.
+    config = configs[0]
+    params = state_lib.init_params(
+      prepared.program.model, config.seed, prepared.weights, config.backbone.init
+    )
+    name = f"{prepared.data.name} {config.method}, {len(points)} trials"
+    while start < len(points):
+      title = f"{name}, {size} at a time" if size > 1 else name
+      # One compiled step for all populations: the last one is filled up.
+      members = (configs[start : start + size] + configs[-1:] * size)[:size]
+      program = stacked if size > 1 else prepared.program
       try:
-        found = together.search(
-          chunk, prepared, population, drawn, workdir / "search", said
+        outcomes = train_trials(
+          members,
+          dataclasses.replace(prepared, program=program),
+          params,
+          workdir,
+          title,
         )
       except jax.errors.JaxRuntimeError as error:
         if size == 1 or "RESOURCE_EXHAUSTED" not in str(error):
           raise
         size //= 2
-        population = dataclasses.replace(population, alone=size == 1)
-        say(f"{said}: too many for the device's memory; now {size} at a time")
+        print_once(f"{title}: too many for the device's memory; now {size} at a time")
         continue
-      for point, trial in zip(chosen, found, strict=False):
-        accuracy = trial["val_accuracy"]
-        outcome = trial["diverged"] or f"val {100 * accuracy:.2f}%"
-        say(f"{trials.describe(point)}: {outcome}")
-        yield {**point, "seed": self.config.seed, **trial, "together": size}
+      chunk = points[start : start + size]
+      for point, outcome in zip(chunk, outcomes, strict=False):
+        accuracy = outcome["val_accuracy"]
+        text = outcome["diverged"] or f"val {100 * accuracy:.2f}%"
+        print_once(f"{trials.point_text(point)}: {text}")
+        yield {**point, "seed": config.seed, **outcome, "together": size}
       start += size
 
   def retrain(self, chosen: trials.Point, workdir: Path) -> list[dict[str, Any]]:
@@ -233,62 +254,96 @@ class Search:
     data = self.prepared.data
     split = data.final_split if data.final_split in data.splits else "train"
     final = trials.at(self.config, **chosen, train_split=split)
-    retrained = prepare(final, like=self.prepared)
-    configs = {
-      workdir / f"seed{seed}": trials.at(final, seed=seed)
-      for seed in self.config.tune.seeds or (self.config.seed,)
+    prepared, results = prepare(final, like=self.prepared), []
+    for seed in self.config.tune.seeds or (self.config.seed,):
+      config, where = trials.at(final, seed=seed), workdir / f"seed{seed}"
+      result = _finished_result(config, where, prepared)
+      if result is None:
+        result = trainer.train(config, where, prepared=prepared)
+      print_once(f"seed {seed}: {report.result_line(result)}")
+      results.append(result)
+    return results
+
+
+def train_trials(
+  configs: Sequence[ConfigDict],
+  prepared: Prepared,
+  params: Mapping[str, Any],
+  workdir: Path,
+  name: str,
+) -> list[dict[str, Any]]:
+  """Trains trials on train and evaluates them on val; never looks at test.
+
+  They leave nothing but what is returned: interrupted, they start again.
+
+  Args:
+    configs: of the trials; alike but for lr, wd and the program's hparams. A single
+      one is trained by itself, several as a population.
+    prepared: for any of them; with a stacked program for several.
+    params: that all start from.
+    workdir: gets metrics.jsonl, the progress of these trials.
+    name: for the progress line.
+
+  Returns:
+    For each, `val_accuracy` in [0, 1] and `val_loss` in nats after the last epoch,
+    `diverged`: None, or what went wrong in place of these, and its share of the time.
+  """
+  config = configs[0].copy_and_resolve_references()
+  # The choice is the last epoch's; nothing before it counts.
+  config.eval_every_epochs = config.checkpoint_every_epochs = 0.0
+  config.profile = ""
+  program, num_members = prepared.program, len(configs)
+  if num_members == 1:
+    state = create_state(config, program, params)
+  else:
+    state = population.stack_state(configs, program, params)
+  timer = Timer()
+  with Writers(
+    workdir, total_steps=program.total_steps, tensorboard=False, name=name
+  ) as writers:
+    diverged: dict[int, str] = {}
+    val: dict[str, Any] = {}
+    try:
+      state = trainer.train_loop(
+        config,
+        prepared,
+        state,
+        writers=writers,
+        stop=StopSignal(),
+        timer=timer,
+        diverged=diverged,
+      )
+      val = prepared.evaluate(config, "val", state)
+    except trainer.Diverged:
+      pass
+
+  def outcome(member: int) -> dict[str, Any]:
+    is_finite = member not in diverged
+    return {
+      "val_accuracy": _of_member(val["accuracy"], member) if is_finite else None,
+      "val_loss": _of_member(val["loss"], member) if is_finite else None,
+      "diverged": diverged.get(member),
+      "train_seconds": timer.seconds / num_members,
+      "images_per_second": timer.images_per_second,
     }
-    results = {where: _finished(c, where, retrained) for where, c in configs.items()}
-    missing = {w: c for w, c in configs.items() if results[w] is None}
-    results |= _train(missing, retrained)
-    for result in results.values():
-      say(f"seed {result['seed']}: {describe(result)}")
-    return list(results.values())
+
+  return [outcome(member) for member in range(num_members)]
 
 
-def _train(
-  configs: Mapping[Path, ConfigDict], prepared: Prepared
-) -> dict[Path, dict[str, Any]]:
-  """Returns the results of runs that differ in their seeds, by workdir."""
-  workdirs, members = list(configs), list(configs.values())
-  if not members:
-    return {}
-  size, results = _final_size(members, prepared), []
-  for start in range(0, len(members), size):
-    some, where = members[start : start + size], workdirs[start : start + size]
-    if len(some) == 1:
-      results.append(trainer.train(some[0], where[0], prepared=prepared))
-    else:
-      population = Population.of(some, prepared.program, prepared.weights)
-      results += together.train(some, where, prepared, population)
-  return dict(zip(workdirs, results, strict=True))
+def _of_member(values: Any, member: int) -> float:
+  return float(np.atleast_1d(values)[member])
 
 
-def _final_size(configs: list[ConfigDict], prepared: Prepared) -> int:
-  """Returns how many of the final runs train together."""
-  split = prepared.data.splits[configs[0].data.train_split]
-  population = Population.of(configs, prepared.program, prepared.weights)
-  limit = sizing.chunk_size(configs, population, split)
-  seeds = [config.seed for config in configs]
-  cached = population.one_backbone and features.are_cached(
-    configs[0], prepared.program, len(split)
-  )
-  if limit > 1 and not (cached or can_train_together(seeds, split)):
-    say("The training images are streamed: the seeds train one by one.")
-    return 1
-  return sizing.balanced(len(configs), limit)
-
-
-def _finished(
+def _finished_result(
   config: ConfigDict, workdir: Path, prepared: Prepared
 ) -> dict[str, Any] | None:
   """Returns the result if the same run has already finished in `workdir`."""
-  result, stored = workdir / "result.json", workdir / "config.json"
-  if not (result.exists() and stored.exists()):
+  result_file, config_file = workdir / "result.json", workdir / "config.json"
+  if not (result_file.exists() and config_file.exists()):
     return None
-  found, before = json.loads(result.read_text()), json.loads(stored.read_text())
+  result, stored = (json.loads(f.read_text()) for f in (result_file, config_file))
   # Random weights have a seed beside what is prepared; the config compares it.
-  same = prepared.backbone.items() <= found["backbone"].items()
-  digest = report.data_digest(config, prepared.data, True)
-  same &= found.get("data_sha256") == digest
-  return found if same and not config_lib.difference(config, before) else None
+  is_same = prepared.backbone.items() <= result["backbone"].items()
+  digest = report.data_digest(config, prepared.data)
+  is_same &= result.get("data_sha256") == digest
+  return result if is_same and not config_lib.difference(config, stored) else None

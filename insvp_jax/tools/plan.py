@@ -18,12 +18,11 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config_checks, trees
-from insvp_jax.checkpoints import wide_head
 from insvp_jax.checkpoints.items import flatten_rest, stored_names
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train import features, flops
+from insvp_jax.train import batches, features, flops
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import Program
 
@@ -89,7 +88,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     width = program.model.backbone.spec.width
     given = jax.ShapeDtypeStruct((config.batch_size, width), jnp.float32)
     batch = {"features": given, "labels": batch["labels"]}
-  eval_size = features.eval_size(config, program)
+  eval_size = batches.eval_batch_size(config, program)
   eval_batch = _batch(eval_size, stored) | {
     "mask": jax.ShapeDtypeStruct((eval_size,), jnp.float32)
   }
@@ -98,7 +97,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     backbone = {"backbone": state.params["backbone"]}
     evaluation = program.feature_step.trace(backbone, eval_batch)
   else:
-    evaluation = program.eval_step.trace(state.params, eval_batch, state.numbers)
+    evaluation = program.eval_step.trace(state.params, eval_batch, state.hparams)
   arrays = _arrays(program, state)
   # Every device keeps all of them, and their labels, if they are not streamed.
   images = num_train * (stored**2 * 3 + 4)
@@ -200,12 +199,9 @@ def _step(traced: Any, batch: Any, mesh: Any, resident: int) -> dict[str, int]:
 
 
 def _checkpoint(program: Program, state: Any) -> dict[str, int]:
-  flat, classes = trees.flatten(state.params), program.model.head.num_classes
+  flat = trees.flatten(state.params)
   adapter = {name: flat[name] for name in stored_names(program.mask)}
-  return {
-    "adapter": _nbytes(wide_head.narrow(adapter, classes)),
-    "optimizer": _nbytes(wide_head.narrow(flatten_rest(state), classes)),
-  }
+  return {"adapter": _nbytes(adapter), "optimizer": _nbytes(flatten_rest(state))}
 
 
 def _nbytes(tree: Any) -> int:

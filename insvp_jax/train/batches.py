@@ -1,118 +1,184 @@
-"""Where steps get their batches from, and how many of them a call takes."""
+"""What a step is fed: batches to train on, and batches to evaluate.
 
-from collections.abc import Callable, Iterator
+Training has two forms, chosen by `create_feed`. A `StreamFeed` takes one step a call,
+on a batch that comes from elsewhere. A `ResidentFeed` takes many steps in one call, on
+examples that live on the devices. The trainer's loop treats both alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax.data import ArraySplit, resident
+from insvp_jax.data import ArraySplit, pipeline, resident
+from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import flops
 from insvp_jax.train.program import Program
 
 # Nothing is gained by more, and a signal is looked at between two calls.
-_MOST = 256
-# FLOPs of a call on one device: what takes about a second, or less. No clock decides,
+_MAX_STEPS_PER_CALL = 256
+# FLOPs of a call on one device that take about a second, or less. No clock decides,
 # because all processes have to decide alike.
-_WORK = {"cpu": 1e10}
-_WORK_ELSEWHERE = 1e13
+_FLOPS_PER_CALL = {"cpu": 1e10}
+_FLOPS_PER_CALL_ELSEWHERE = 1e13
 
 
-class Stepwise:
-  """One step a call; the batches come from elsewhere.
+class StreamFeed:
+  """One step a call; the batches come from an iterator.
 
   Attributes:
-    most: steps of a call.
+    max_steps: the most steps that a call may take.
   """
 
-  most = 1
+  max_steps = 1
 
   def __init__(self, train_step: Callable, batches: Iterator):
-    """Takes the jitted step, and an iterator that can be closed."""
+    """Takes the jitted `train_step` and an iterator that can be closed."""
     self._train_step = train_step
     self._batches = batches
 
   def next(self, count: int) -> Any:
-    """Returns what `advance` needs for so many steps; it may have to be waited for."""
+    """Returns the batch of the next step; it may have to be waited for."""
     del count
     return next(self._batches)
 
-  def advance(self, state: Any, given: Any) -> tuple[Any, Any, Any]:
-    """Returns (state, metrics, their step or None if there is but one)."""
-    state, metrics = self._train_step(state, given)
-    return state, metrics, None
+  def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Returns (state, metrics) after one step."""
+    return self._train_step(state, batch)
 
   def close(self) -> None:
     """Ends the threads of a stream."""
     self._batches.close()
 
 
-class Resident:
+class ResidentFeed:
   """Many steps a call; the examples are on the devices.
 
   Attributes:
-    most: steps of a call.
+    max_steps: the most steps that a call may take.
   """
 
-  def __init__(self, train_call: Callable, arrays: Any, seed: Any, most: int):
-    """Takes the jitted call of `calls.create_train_call` and its arguments."""
-    self._train_call, self._arrays, self._seed = train_call, arrays, seed
-    self.most = most
+  def __init__(self, multi_step: Callable, arrays: Any, seed: Any, max_steps: int):
+    """Takes the jitted function of `steps.create_multi_step` and its arguments."""
+    self._multi_step, self._arrays, self._seed = multi_step, arrays, seed
+    self.max_steps = max_steps
 
   def next(self, count: int) -> Any:
-    """As of `Stepwise`; there is nothing to wait for."""
+    """Returns the number of steps: there is nothing to wait for."""
     return np.int32(count)
 
-  def advance(self, state: Any, given: Any) -> tuple[Any, Any, Any]:
-    """As of `Stepwise`."""
-    return self._train_call(state, self._arrays, self._seed, given)
+  def step(self, state: Any, count: Any) -> tuple[Any, Any]:
+    """Returns (state, metrics) after `count` steps."""
+    return self._multi_step(state, self._arrays, self._seed, count)
 
   def close(self) -> None:
     """Has nothing to end."""
 
 
 def create_feed(
-  config: ConfigDict,
-  program: Program,
-  split: Split,
-  state: Any,
-  *,
-  features: Any,
-  seed: Any,
-  batches: Callable[[Any], Iterator],
-) -> Stepwise | Resident:
+  config: ConfigDict, program: Program, split: Split, state: Any, features: Any = None
+) -> StreamFeed | ResidentFeed:
   """Returns what the loop takes its steps from.
 
   Args:
     config: the whole configuration; `steps_per_call` decides, 0 automatically.
-    program: with `train_step` and `train_call`.
+    program: made for it.
     split: the training examples.
-    state: before the next step.
-    features: and labels on the devices, where they are cached; else None.
-    seed: of the order, uint32 [], or [m] of a population.
-    batches: maps arrays on the devices, or None, to an iterator of batches.
+    state: before the next step, which says where in the data the run stands.
+    features: features and labels of the split on the devices, where they are cached.
   """
-  asked, on_cpu = config.steps_per_call, _platform(program) == "cpu"
-  arrays = features
+  steps_per_call, on_cpu = config.steps_per_call, _platform(program) == "cpu"
+  rows = mesh_lib.batch_sharding(program.mesh)
   # A step on images keeps a CPU busy for so long that a call of its own costs nothing.
-  wanted = asked > 1 or (asked == 0 and (features is not None or not on_cpu))
-  if arrays is None and wanted and isinstance(split, ArraySplit):
-    arrays = resident.put_split(split, mesh_lib.batch_sharding(program.mesh))
-  if arrays is None or not wanted:
-    return Stepwise(program.train_step, batches(arrays))
-  most = asked or _automatic(program, state, arrays, seed)
-  return Resident(program.train_call, arrays, seed, most)
+  many = steps_per_call > 1 or (
+    steps_per_call == 0 and (features is not None or not on_cpu)
+  )
+  arrays = features
+  if arrays is None and many and isinstance(split, ArraySplit):
+    arrays = resident.put_split(split, rows)
+  if arrays is None or not many:
+    batches = pipeline.train_batches(
+      split if arrays is None else arrays,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      preset=get_preset(config.data.preset),
+      image_size=program.model.backbone.image_size,
+      start_step=int(state.step),
+      sharding=rows,
+    )
+    return StreamFeed(program.train_step, batches)
+  seed = np.uint32(config.seed % 2**32)
+  max_steps = steps_per_call or _steps_per_call(program, state, arrays, seed)
+  return ResidentFeed(program.multi_step, arrays, seed, max_steps)
 
 
-def _automatic(program: Program, state: Any, arrays: Any, seed: Any) -> int:
+def _steps_per_call(program: Program, state: Any, arrays: Any, seed: Any) -> int:
   """Returns how many steps are short enough for one call."""
-  traced = program.train_call.trace(state, arrays, seed, np.int32(1))
-  work = _WORK.get(_platform(program), _WORK_ELSEWHERE) * program.mesh.size
-  # One round of the loop counts.
-  return max(1, min(_MOST, int(work / max(1, flops.count(traced.jaxpr)))))
+  traced = program.multi_step.trace(state, arrays, seed, np.int32(1))
+  limit = _FLOPS_PER_CALL.get(_platform(program), _FLOPS_PER_CALL_ELSEWHERE)
+  # `flops.count` counts one round of the loop over steps.
+  num_steps = limit * program.mesh.size / max(1, flops.count(traced.jaxpr))
+  return max(1, min(_MAX_STEPS_PER_CALL, int(num_steps)))
 
 
 def _platform(program: Program) -> str:
   return program.mesh.devices.flat[0].platform
+
+
+def next_end(
+  step: int, max_steps: int, periods: Sequence[int], marks: Sequence[int]
+) -> int:
+  """Returns the last step of the call that comes after a step.
+
+  Args:
+    step: number of steps taken.
+    max_steps: of a call.
+    periods: something is done at their multiples, so a call ends there; 0 is never.
+    marks: single steps at which a call ends, too.
+  """
+  ends = [(step // every + 1) * every for every in periods if every]
+  return min([step + max_steps, *ends, *(mark for mark in marks if mark > step)])
+
+
+def eval_batch_size(config: ConfigDict, program: Program) -> int:
+  """Returns the size of an evaluation batch: any one fits, since it is padded."""
+  devices = program.mesh.size
+  return -(-config.eval_batch_size // devices) * devices
+
+
+def eval_batches(
+  config: ConfigDict,
+  program: Program,
+  split: Split,
+  features: Mapping[str, Array] | None = None,
+) -> Iterator[dict[str, Array]]:
+  """Returns every example of a split once, in padded batches with a "mask".
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    split: the examples.
+    features: from `FeatureCache.arrays`; the batches have features then, else images.
+  """
+  size = eval_batch_size(config, program)
+  rows = mesh_lib.batch_sharding(program.mesh)
+  if features is None:
+    return pipeline.eval_batches(split, batch_size=size, sharding=rows)
+  take = jax.jit(_take, static_argnames="size", out_shardings=rows)
+  starts = range(0, len(split), size)
+  return (take(dict(features), np.int32(start), size=size) for start in starts)
+
+
+def _take(arrays, start, size: int):
+  """Returns rows start, start + 1, ... of each array; beyond the last the mask is 0."""
+  indices = start + jnp.arange(size)
+  take = functools.partial(jnp.take, indices=indices, axis=0, mode="clip")
+  mask = (indices < arrays["labels"].shape[0]).astype(jnp.float32)
+  return {name: take(array) for name, array in arrays.items()} | {"mask": mask}

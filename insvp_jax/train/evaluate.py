@@ -1,62 +1,54 @@
 """Evaluation that counts every example exactly once, on any number of devices."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jaxtyping import Array
 import numpy as np
 
-_AHEAD = 3
+# Batches that wait for the device hold their images: not too many at a time.
+_MAX_BATCHES_IN_FLIGHT = 3
 
 
 def evaluate(
-  eval_step: Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]],
-  params: Mapping[str, Any],
+  eval_step: Callable[[dict[str, Array]], dict[str, Array]],
   batches: Iterable[dict[str, Array]],
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
   """Returns accuracy and loss over all examples of `batches`.
 
   Args:
-    eval_step: jitted; returns the sums of one padded batch.
-    params: the full tree of parameters.
-    batches: padded batches with a mask, from `pipeline.eval_batches`.
+    eval_step: jitted; returns the sums of one padded batch, [] or, of m trials, [m].
+    batches: padded batches with a mask, from `batches.eval_batches`.
 
   Returns:
-    accuracy in [0, 1], loss (mean, in nats), num_correct and num_examples.
+    accuracy in [0, 1], loss (mean, in nats), num_correct and num_examples; of m trials
+    the first three are arrays [m].
 
   Raises:
     ValueError: there is no example to evaluate.
   """
-  found = sums(eval_step, params, batches)
-  correct, count = int(found["correct"]), int(found["count"])
-  return {
-    "accuracy": correct / count,
-    "loss": float(found["loss"]) / count,
-    "num_correct": correct,
-    "num_examples": count,
-  }
-
-
-def sums(
-  eval_step: Callable[[Any, dict[str, Array]], dict[str, Array]],
-  params: Any,
-  batches: Iterable[dict[str, Array]],
-) -> dict[str, np.ndarray]:
-  """Returns what `eval_step` counts, added up over all batches in double precision.
-
-  Raises:
-    ValueError: there is no example to evaluate.
-  """
-  found = []
+  sums: list[dict[str, Array]] = []
   for batch in batches:
-    found.append(eval_step(params, batch))
-    # Batches that wait for the device hold their images: not too many at a time.
-    jax.block_until_ready(found[-_AHEAD:][0])
+    sums.append(eval_step(batch))
+    jax.block_until_ready(sums[-_MAX_BATCHES_IN_FLIGHT:][0])
+  # Added up in double precision, on the host.
   total = {
-    name: np.asarray(sum(np.asarray(each[name], np.float64) for each in found))
+    name: sum(np.asarray(each[name], np.float64) for each in sums)
     for name in ("correct", "count", "loss")
   }
   if not np.any(total["count"]):
     raise ValueError("evaluation found no example; the split is empty.")
-  return total
+  # All trials see the same examples.
+  count = float(np.max(total["count"]))
+  return {
+    "accuracy": _plain(total["correct"] / count),
+    "loss": _plain(total["loss"] / count),
+    "num_correct": _plain(np.asarray(total["correct"]).astype(int)),
+    "num_examples": int(count),
+  }
+
+
+def _plain(value: Any) -> Any:
+  """Returns a Python number, or the array if there are several."""
+  return value.item() if np.ndim(value) == 0 else value

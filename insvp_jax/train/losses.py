@@ -14,7 +14,6 @@ def targets(
   labels: Int[Array, " b"],
   num_classes: int,
   smoothing: float | int = 0.0,
-  used: Int[Array, ""] | None = None,
 ) -> Float32[Array, "b k"]:
   """Returns one row of target probabilities per label.
 
@@ -24,9 +23,8 @@ def targets(
 
   Args:
     labels: below the number of classes.
-    num_classes: k, the number of columns.
+    num_classes: k.
     smoothing: in [0, 1).
-    used: how many of the columns stand for classes, if not all; the others get 0.
 
   Raises:
     ValueError: `smoothing` is not in [0, 1) or `num_classes` is below 1.
@@ -40,10 +38,7 @@ def targets(
   one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
   if not smoothing:
     return one_hot
-  if used is None:
-    return optax.smooth_labels(one_hot, smoothing)
-  smoothed = one_hot * (1.0 - smoothing) + smoothing / used
-  return jnp.where(jnp.arange(num_classes) < used, smoothed, 0.0)
+  return optax.smooth_labels(one_hot, smoothing)
 
 
 def cross_entropy(

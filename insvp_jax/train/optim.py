@@ -1,12 +1,12 @@
 """Learning rate schedules and the optimizer of the trainable parameters.
 
-Both read the `optim` section of the config: `name, lr, wd, b1, b2, eps, momentum,
-nesterov, schedule, warmup_epochs, warmup_steps, end_lr_factor, grad_clip_norm,
-accumulate_steps, no_decay, lr_scale_by_batch`.
+Both read the `optim` section of the config. The learning rate of a train step is
+`schedule(step) * peak_lr`: the schedule's factor, which peaks at 1, times the one
+number that a search varies. It is applied in `steps.update_params`, so the optimizer
+itself knows no learning rate.
 
-Two clocks: a *train step* consumes one batch, an *update* changes the parameters.
-They differ only when `accumulate_steps` > 1. Everything in the config counts train
-steps; the schedules count updates, as optax calls them (see `current_lr`).
+A *train step* consumes one batch, an *update* changes the parameters. They differ only
+when `accumulate_steps` > 1; then all steps of an update have the same learning rate.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 import optax
 
@@ -24,25 +23,38 @@ Config = ConfigDict | Mapping[str, Any]
 Schedule = Callable[[Any], Any]
 
 
-def create_schedule(
-  optim: Config, *, total_steps: int, steps_per_epoch: int, batch_size: int
-) -> Schedule:
-  """Returns the learning rate as a function of the number of updates so far.
-
-  The schedules, with W warm-up updates out of T:
-    constant: lr.
-    cosine: half a cosine from lr (at W) to lr * end_lr_factor (at T).
-    cosine_epochwise: the factor changes only between epochs. Epoch e of a warm-up
-      of W epochs has e / W, so that the first epoch trains with lr 0, as VPT does.
-  In the warm-up of the first two, update i (from 0) has lr * (i + 1) / W: lr / W at
-  first, lr at updates W - 1 and W.
+def peak_lr(optim: Config, batch_size: int) -> float:
+  """Returns the lr at the schedule's peak.
 
   Args:
     optim: the config section. `lr_scale_by_batch` > 0 multiplies lr by
       (images per update) / lr_scale_by_batch.
+    batch_size: images per train step, over all devices.
+  """
+  if optim["lr_scale_by_batch"] <= 0:
+    return float(optim["lr"])
+  images_per_update = batch_size * optim["accumulate_steps"]
+  return float(optim["lr"]) * (images_per_update / optim["lr_scale_by_batch"])
+
+
+def create_schedule(
+  optim: Config, *, total_steps: int, steps_per_epoch: int
+) -> Schedule:
+  """Returns the factor of the peak lr, in [0, 1], as a function of the train step.
+
+  The schedules, with W warm-up updates out of T:
+    constant: 1.
+    cosine: half a cosine from 1 (at W) to end_lr_factor (at T).
+    cosine_epochwise: the factor changes only between epochs. Epoch e of a warm-up
+      of W epochs has e / W, so that the first epoch trains with lr 0, as VPT does.
+  In the warm-up of the first two, update i (from 0) has (i + 1) / W: 1 / W at first,
+  1 at updates W - 1 and W. Train step s (from 0) belongs to update
+  s // accumulate_steps.
+
+  Args:
+    optim: the config section.
     total_steps: train steps of the whole run.
     steps_per_epoch: train steps of one epoch.
-    batch_size: images per train step, over all devices.
 
   Raises:
     ValueError: an unknown schedule, a value out of range, or a warm-up that does
@@ -56,36 +68,25 @@ def create_schedule(
   for name, value in (
     ("total_steps", total_steps),
     ("steps_per_epoch", steps_per_epoch),
-    ("batch_size", batch_size),
   ):
     if value < 1:
       raise ValueError(f"{name} is {value}; it must be at least 1.")
-  if total_steps < optim["accumulate_steps"]:
+  accumulate_steps = optim["accumulate_steps"]
+  if total_steps < accumulate_steps:
     raise ValueError(
-      f"optim.accumulate_steps is {optim['accumulate_steps']}, but the run has only "
+      f"optim.accumulate_steps is {accumulate_steps}, but the run has only "
       f"{total_steps} steps: no update would happen. Lower it or train longer."
     )
-  peak = float(optim["lr"])
-  if optim["lr_scale_by_batch"] > 0:
-    images_per_update = batch_size * optim["accumulate_steps"]
-    peak *= images_per_update / optim["lr_scale_by_batch"]
-  return create(optim, peak, total_steps, steps_per_epoch)
-
-
-def current_lr(
-  schedule: Schedule, step: int | Int[Array, ""], accumulate_steps: int = 1
-) -> Float[Array, ""]:
-  """Returns the lr of the update that train step `step` (from 0) belongs to."""
-  return jnp.asarray(schedule(step // accumulate_steps), jnp.float32)
+  by_update = create(optim, total_steps, steps_per_epoch)
+  return lambda step: by_update(step // accumulate_steps)
 
 
 def create_optimizer(
   optim: Config,
-  schedule: Schedule,
   params: Mapping[str, Any],
   mask: Mapping[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns the optimizer over the full tree of parameters.
+  """Returns the optimizer over the full tree of parameters, for a lr of 1.
 
   Trainable leaves: clip by their global norm, then AdamW (decoupled decay) or SGD
   (decay added to the gradient, before the momentum), with the mean of
@@ -95,13 +96,13 @@ def create_optimizer(
   Args:
     optim: the config section. `no_decay` holds regular expressions over the
       '/'-names of parameters without weight decay; () decays all that train.
-    schedule: lr as a function of updates, from `create_schedule`.
     params: the full tree, arrays or `jax.ShapeDtypeStruct`.
     mask: bools in the structure of `params`; True is trainable.
 
   Returns:
-    The optimizer. Its `update(..., wd=x)` decays by x, which may be data, in place of
-    the config section's constant.
+    The optimizer, whose updates are to be multiplied by the learning rate. Its
+    `update(..., wd=x)` decays by x, which may be data, in place of the config
+    section's constant.
 
   Raises:
     ValueError: an unknown optimizer, a value out of range, a `no_decay` pattern
@@ -113,7 +114,7 @@ def create_optimizer(
   _check_trainable(params, mask)
   no_decay = trees.mask(params, tuple(optim["no_decay"]))
   decay = jax.tree.map(lambda excluded: not excluded, no_decay)
-  links = [create(optim, schedule, decay)]
+  links = [create(optim, decay)]
   if optim["grad_clip_norm"] > 0:
     # Inside the partition: before it, the norm would run over frozen leaves too.
     links.insert(0, optax.clip_by_global_norm(optim["grad_clip_norm"]))
@@ -174,25 +175,23 @@ _RANGES = {
 def _stepwise(decay: Callable[[float, int, float], Schedule]):
   """Returns the factory of a schedule with a linear warm-up and then `decay`."""
 
-  def create(
-    optim: Config, peak: float, total_steps: int, steps_per_epoch: int
-  ) -> Schedule:
+  def create(optim: Config, total_steps: int, steps_per_epoch: int) -> Schedule:
     total = total_steps // optim["accumulate_steps"]
     steps = optim["warmup_steps"] or optim["warmup_epochs"] * steps_per_epoch
     warmup = round(steps / optim["accumulate_steps"])
     _check_warmup(optim, warmup, total, "updates")
-    after = decay(peak, total - warmup, float(optim["end_lr_factor"]))
+    after = decay(1.0, total - warmup, float(optim["end_lr_factor"]))
     if not warmup:
       return after
-    # lr * (count + 1) / W: the first update must not be lost to lr 0.
-    before = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    # (count + 1) / W: the first update must not be lost to lr 0.
+    before = optax.linear_schedule(1.0 / warmup, 1.0, warmup - 1)
     return optax.join_schedules([before, after], [warmup])
 
   return create
 
 
 def _create_cosine_epochwise(
-  optim: Config, peak: float, total_steps: int, steps_per_epoch: int
+  optim: Config, total_steps: int, steps_per_epoch: int
 ) -> Schedule:
   warmup = int(optim["warmup_epochs"])
   if optim["warmup_steps"] > 0 or warmup != optim["warmup_epochs"]:
@@ -204,13 +203,13 @@ def _create_cosine_epochwise(
   total = total_steps / steps_per_epoch
   _check_warmup(optim, warmup, total, "epochs")
   by_epoch = optax.cosine_decay_schedule(
-    peak, total - warmup, alpha=float(optim["end_lr_factor"])
+    1.0, total - warmup, alpha=float(optim["end_lr_factor"])
   )
   if warmup:
     by_epoch = optax.join_schedules(
-      [optax.linear_schedule(0.0, peak, warmup), by_epoch], [warmup]
+      [optax.linear_schedule(0.0, 1.0, warmup), by_epoch], [warmup]
     )
-  return lambda count: by_epoch(count * optim["accumulate_steps"] // steps_per_epoch)
+  return lambda update: by_epoch(update * optim["accumulate_steps"] // steps_per_epoch)
 
 
 def _check_warmup(optim: Config, warmup: int, total: float | int, unit: str) -> None:
@@ -223,25 +222,25 @@ def _check_warmup(optim: Config, warmup: int, total: float | int, unit: str) -> 
     )
 
 
-def _create_adamw(optim: Config, schedule: Schedule, decay: Any):
-  # optax.adamw, with a decay that may be data.
+def _create_adamw(optim: Config, decay_mask: Any):
+  # optax.adamw with lr 1, and with a decay that may be data.
   return optax.chain(
     optax.scale_by_adam(
       b1=optim["b1"], b2=optim["b2"], eps=optim["eps"], mu_dtype=jnp.float32
     ),
-    _decay_weights(optim["wd"], decay),
-    optax.scale_by_learning_rate(schedule),
+    _decay_weights(optim["wd"], decay_mask),
+    optax.scale_by_learning_rate(1.0),
   )
 
 
-def _create_sgd(optim: Config, schedule: Schedule, decay: Any):
+def _create_sgd(optim: Config, decay_mask: Any):
   sgd = optax.sgd(
-    schedule,
+    1.0,
     momentum=optim["momentum"] or None,
     nesterov=optim["nesterov"],
     accumulator_dtype=jnp.float32,
   )
-  return optax.chain(_decay_weights(optim["wd"], decay), sgd)
+  return optax.chain(_decay_weights(optim["wd"], decay_mask), sgd)
 
 
 def _decay_weights(constant: float, mask: Any):

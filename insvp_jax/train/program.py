@@ -1,6 +1,6 @@
-"""What a run consists of: the compiled program and the first state."""
+"""A model with its optimizer and its compiled steps: what runs of one shape share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -13,71 +13,148 @@ import optax
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
-from insvp_jax.checkpoints import wide_head
-from insvp_jax.data import preprocess, resident
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.models.heads import Head
-from insvp_jax.train import calls, optim, parameters, steps
+from insvp_jax.train import optim, steps
+from insvp_jax.train import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled once and serves every run of the same shape.
+  """A model with its optimizer and its jitted steps.
 
   Attributes:
     model: the classifier.
-    trained: the same with a head of `config.head_width` columns, if that is set. What
-      the steps compute, and whose parameters a state has.
-    model_kwargs: the arguments of `create_model` that made it, as JSON values.
     mask: bool tree of the trainable parameters.
-    optimizer: over the full tree, with a peak lr of 1.
-    schedule: the lr schedule with a peak of 1, by update.
+    optimizer: over the full tree, for a learning rate of 1.
+    schedule: the lr schedule with a peak of 1, by train step.
     total_steps: batches of the whole run.
     steps_per_epoch: batches of an epoch.
-    train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
-    eval_step: jitted `(params, batch, numbers) -> sums`.
-    mesh: all devices, from `partition.create_mesh`.
-    state_sharding: where the state lies: a `TrainState` of shardings.
-    train_function: what `train_step` compiles, to be transformed.
-    eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
-    numbers: names of the method's fields that are data; see `numbers_of`.
-    feature_step: jitted `({"backbone": params}, batch) -> features`, on every device;
-      see `steps.create_feature_step`.
-    train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
-      the state. See `calls.create_train_call`.
-    gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
     batch_size: of training.
+    mesh: all devices, from `mesh.create_mesh`.
+    state_sharding: where the state lies: a `TrainState` of shardings.
+    functions: what the steps compute, not jitted.
+    hparams: names of the method's fields that come with the state instead of being
+      compiled into the steps.
   """
 
   model: PromptedClassifier
-  trained: PromptedClassifier
-  model_kwargs: Mapping[str, Any]
   mask: Mapping[str, Any]
   optimizer: optax.GradientTransformation
   schedule: optim.Schedule
   total_steps: int
   steps_per_epoch: int
-  train_step: Any
-  eval_step: Any
+  batch_size: int
   mesh: jax.sharding.Mesh
-  state_sharding: steps.TrainState
-  train_function: Any = None
-  eval_function: Any = None
-  numbers: tuple[str, ...] = ()
-  feature_step: Any = None
-  train_call: Any = None
-  gather: Any = None
-  batch_size: int = 0
+  state_sharding: state_lib.TrainState
+  functions: steps.StepFunctions
+  hparams: tuple[str, ...] = ()
 
   @functools.cached_property
   def shapes(self) -> dict[str, Any]:
-    """The parameters of `model` as `jax.ShapeDtypeStruct`, traced once."""
-    return parameters.param_shapes(self.model)
+    """The parameters as `jax.ShapeDtypeStruct`, traced once."""
+    return state_lib.param_shapes(self.model)
+
+  @functools.cached_property
+  def train_step(self) -> Any:
+    """Jitted `(state, batch) -> (state, metrics)`; donates the state."""
+    whole, rows = self._shardings
+    return jax.jit(
+      self.functions.train,
+      donate_argnums=0,
+      in_shardings=(self.state_sharding, rows),
+      out_shardings=(self.state_sharding, whole),
+    )
+
+  @functools.cached_property
+  def multi_step(self) -> Any:
+    """Jitted `(state, arrays, seed, count) -> (state, metrics)`; donates the state.
+
+    See `steps.create_multi_step`.
+    """
+    whole, rows = self._shardings
+    return jax.jit(
+      steps.create_multi_step(
+        self.functions, self.mask, batch_size=self.batch_size, sharding=rows
+      ),
+      donate_argnums=0,
+      in_shardings=(self.state_sharding, whole, whole, whole),
+      out_shardings=(self.state_sharding, whole),
+    )
+
+  @functools.cached_property
+  def eval_step(self) -> Any:
+    """Jitted `(params, batch, hparams) -> sums`; see `steps.create_eval_step`."""
+    whole, rows = self._shardings
+    return jax.jit(
+      self.functions.evaluate,
+      in_shardings=(self.state_sharding.params, rows, whole),
+      out_shardings=whole,
+    )
+
+  @functools.cached_property
+  def feature_step(self) -> Any:
+    """Jitted `({"backbone": params}, batch) -> features`, whole on every device."""
+    whole, rows = self._shardings
+    backbone = {"backbone": self.state_sharding.params["backbone"]}
+    return jax.jit(
+      self.functions.features, in_shardings=(backbone, rows), out_shardings=whole
+    )
+
+  @property
+  def _shardings(self):
+    """(every device holds all of it, the first axis is split over the devices)."""
+    return mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
 
 
-def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+def create_program(
+  config: ConfigDict,
+  num_classes: int,
+  num_train: int,
+  mesh: jax.sharding.Mesh,
+  hparams: tuple[str, ...] = (),
+) -> Program:
+  """Builds model, mask, optimizer and steps; runs and compiles nothing.
+
+  Args:
+    config: the whole configuration.
+    num_classes: k.
+    num_train: number of training images.
+    mesh: where the batches will lie.
+    hparams: fields of the method that come with the state instead of being compiled
+      into the steps; names of its `HPARAMS`.
+
+  Raises:
+    ValueError: something in the config does not fit; see the message.
+  """
+  mesh_lib.check_batch_size(config.batch_size, mesh)
+  model = create_model(**model_kwargs(config, num_classes))
+  total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
+  shapes = state_lib.param_shapes(model)
+  mask = trees.mask(shapes, model.prompter.trainable_patterns())
+  schedule = optim.create_schedule(
+    config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+  )
+  optimizer = optim.create_optimizer(config.optim, shapes, mask)
+  return Program(
+    model=model,
+    mask=mask,
+    optimizer=optimizer,
+    schedule=schedule,
+    total_steps=total_steps,
+    steps_per_epoch=steps_per_epoch,
+    batch_size=config.batch_size,
+    mesh=mesh,
+    state_sharding=state_lib.create_sharding(shapes, mask, mesh),
+    functions=steps.create_step_functions(
+      sharding_lib.gathered(model, mesh), optimizer, schedule, mask, config
+    ),
+    hparams=hparams,
+  )
+
+
+def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""
   return {
     "backbone": config.backbone.name,
@@ -90,159 +167,20 @@ def create_model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   }
 
 
-def create_program(
-  config: ConfigDict,
-  num_classes: int,
-  num_train: int,
-  mesh: jax.sharding.Mesh,
-  numbers: tuple[str, ...] = (),
-) -> Program:
-  """Builds model, mask, optimizer and the jitted steps; runs nothing.
+def create_state(
+  config: ConfigDict, program: Program, params: Mapping[str, Any]
+) -> state_lib.TrainState:
+  """Returns the state before the first step, placed on the devices.
 
   Args:
     config: the whole configuration.
-    num_classes: k.
-    num_train: images of the training split.
-    mesh: where the batches will lie.
-    numbers: fields of the method that come with the state instead of being compiled
-      into the steps; names of its `NUMBERS`.
-
-  Raises:
-    ValueError: something in the config does not fit; see the message.
+    program: made for it.
+    params: from `state.init_params`.
   """
-  mesh_lib.check_batch_size(config.batch_size, mesh)
-  kwargs = create_model_kwargs(config, num_classes)
-  model = create_model(**kwargs)
-  total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
-  optim.check_optim(config.optim)
-  trained = _trained(config, model)
-  shapes = parameters.param_shapes(trained)
-  mask = trees.mask(shapes, model.prompter.trainable_patterns())
-  unit = config.optim.copy_and_resolve_references()
-  unit.lr = 1.0
-  unit.lr_scale_by_batch = 0
-  schedule = optim.create_schedule(
-    unit,
-    total_steps=total_steps,
-    steps_per_epoch=steps_per_epoch,
-    batch_size=config.batch_size,
-  )
-  optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
-  preset = preprocess.get_preset(config.data.preset)
-  gathered = sharding_lib.gathered(trained, mesh)
-  train_step = steps.create_train_step(
-    gathered, optimizer, mask, preset=preset, loss=config.loss.to_dict()
-  )
-  eval_step = steps.create_eval_step(gathered, preset=preset)
-  whole = mesh_lib.replicated(mesh)
-  rows = mesh_lib.batch_sharding(mesh)
-  params = sharding_lib.param_shardings(shapes, mask, mesh)
-  gather = _create_gather(config, model)
-  state = steps.TrainState(
-    step=whole,
-    params=params,
-    opt_state=whole,
-    rng=whole,
-    peak_lr=whole,
-    wd=whole,
-    numbers=whole,
-  )
-  return Program(
-    model=model,
-    trained=trained,
-    model_kwargs=kwargs,
-    mask=mask,
-    optimizer=optimizer,
-    schedule=schedule,
-    total_steps=total_steps,
-    steps_per_epoch=steps_per_epoch,
-    train_step=jax.jit(
-      train_step,
-      donate_argnums=0,
-      in_shardings=(state, rows),
-      out_shardings=(state, whole),
-    ),
-    eval_step=jax.jit(
-      eval_step,
-      in_shardings=(params, rows, whole),
-      out_shardings=whole,
-    ),
-    mesh=mesh,
-    state_sharding=state,
-    train_function=train_step,
-    eval_function=eval_step,
-    numbers=numbers,
-    feature_step=jax.jit(
-      steps.create_feature_step(gathered, preset=preset),
-      in_shardings=({"backbone": params["backbone"]}, rows),
-      out_shardings=whole,
-    ),
-    train_call=jax.jit(
-      calls.create_train_call(
-        train_step,
-        mask,
-        order=resident.epoch_order,
-        gather=gather,
-        batch_size=config.batch_size,
-        sharding=rows,
-      ),
-      donate_argnums=0,
-      in_shardings=(state, whole, whole, whole),
-      out_shardings=(state, whole, whole),
-    ),
-    gather=gather,
-    batch_size=config.batch_size,
-  )
-
-
-def _trained(config: ConfigDict, model: PromptedClassifier) -> PromptedClassifier:
-  width, classes = config.head_width, model.head.num_classes
-  if not width:
-    return model
-  if width < classes:
-    raise ValueError(
-      f"config.head_width is {width}, but the task has {classes} classes; expected at "
-      f"least {classes}, or 0 for as many columns as there are classes."
-    )
-  return model.clone(head=Head(width, config.head_init))
-
-
-def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
-  return functools.partial(
-    resident.gather,
-    batch_size=config.batch_size,
-    preset=preprocess.get_preset(config.data.preset),
-    image_size=model.backbone.image_size,
-  )
-
-
-def peak_lr(config: ConfigDict) -> float:
-  """Returns the lr at the schedule's peak, scaled by the batch if asked for."""
-  scale = config.optim.lr_scale_by_batch
-  images = config.batch_size * config.optim.accumulate_steps
-  return config.optim.lr * (images / scale if scale else 1.0)
-
-
-def numbers_of(config: ConfigDict, program: Program) -> dict[str, np.ndarray]:
-  """Returns what is data rather than compiled into the steps; see `TrainState`."""
-  given = config_lib.method_kwargs(config)
-  numbers = {name: np.asarray(given[name], np.float32) for name in program.numbers}
-  if config.head_width:
-    # Also where no column is left over: those of its suite have some.
-    numbers["num_classes"] = np.asarray(program.model.head.num_classes, np.int32)
-  return numbers
-
-
-def create_state(
-  config: ConfigDict, program: Program, params: Mapping[str, Any]
-) -> steps.TrainState:
-  """Returns the state before the first step, placed on the devices."""
   sharding = program.state_sharding
-  # On the host until each device gets its part: none has room for all of it.
-  params = wide_head.widen(params, program.trained.head.num_classes)
-  params = sharding_lib.put(
-    _stored(config, program, params, np.asarray), sharding.params
-  )
+  params = state_lib.cast_frozen(params, program.mask, config, np.asarray)
+  # On the host until each device gets its part: no device may have room for all.
+  params = sharding_lib.put(params, sharding.params)
   # Donated: there is no second copy of the parameters, not even for a moment.
   create = jax.jit(
     functools.partial(_new_state, config, program),
@@ -252,33 +190,23 @@ def create_state(
   return create(params)
 
 
-def abstract_state(config: ConfigDict, program: Program) -> steps.TrainState:
+def abstract_state(config: ConfigDict, program: Program) -> state_lib.TrainState:
   """Returns what `create_state` does as `jax.ShapeDtypeStruct`; allocates nothing."""
 
   def cast(leaf, dtype):
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-  params = _stored(config, program, parameters.param_shapes(program.trained), cast)
+  params = state_lib.cast_frozen(program.shapes, program.mask, config, cast)
   return jax.eval_shape(functools.partial(_new_state, config, program), params)
 
 
-def _stored(config: ConfigDict, program: Program, params, cast) -> dict[str, Any]:
-  """Returns the parameters in the types that they have on the devices."""
-  trainable, frozen = trees.split(params, program.mask)
-  dtype = jnp.dtype(config.backbone.frozen_dtype)
-  return trees.merge(
-    {name: cast(leaf, leaf.dtype) for name, leaf in trainable.items()},
-    {name: cast(leaf, dtype) for name, leaf in frozen.items()},
-  )
-
-
-def _new_state(config: ConfigDict, program: Program, params) -> steps.TrainState:
-  return steps.TrainState(
+def _new_state(config: ConfigDict, program: Program, params) -> state_lib.TrainState:
+  return state_lib.TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=program.optimizer.init(params),
     rng=jax.random.key(config.seed),
-    peak_lr=jnp.float32(peak_lr(config)),
+    peak_lr=jnp.float32(optim.peak_lr(config.optim, config.batch_size)),
     wd=jnp.float32(config.optim.wd),
-    numbers=numbers_of(config, program),
+    hparams=state_lib.hparams_of(config, program.hparams),
   )

@@ -1,6 +1,11 @@
 """What a run says of itself: at its start, with each checkpoint, as its result."""
 
 from collections.abc import Mapping
+from importlib import metadata
+import math
+import platform
+import resource
+import sys
 from typing import Any
 
 import jax
@@ -10,39 +15,53 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
-from insvp_jax.logs.writers import param_overview
-from insvp_jax.train import features, memory
-from insvp_jax.train import program as program_lib
-from insvp_jax.train.preparation import Prepared
-from insvp_jax.train.steps import TrainState
-from insvp_jax.train.timing import Clock
-from insvp_jax.train.versions import versions
+from insvp_jax.train import features, optim
+from insvp_jax.train.program import Program, model_kwargs
+from insvp_jax.train.timing import Timer
+
+# The packages whose versions a result depends on.
+PACKAGES = ("insvp_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def data_digest(config: ConfigDict, data: TaskData, test: bool) -> str:
-  """Returns the digest of the splits that a run reads."""
-  splits = {config.data.train_split, "val"} | ({"test"} if test else set())
-  return data.digest(splits)
-
-
-def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
+def start_text(config: ConfigDict, program: Program, data: TaskData) -> str:
   """Returns what a run prints first: parameters, data, protocol, devices."""
-  if step:
-    return f"resumed at step {step} of {prepared.program.total_steps}"
-  program, mesh = prepared.program, prepared.program.mesh
-  split = prepared.data.splits[config.data.train_split]
+  mesh, split = program.mesh, data.splits[config.data.train_split]
+  peak_lr = optim.peak_lr(config.optim, config.batch_size)
   lines = [
     param_overview(program.shapes, program.mask),
-    prepared.data.describe(),
+    data.describe(),
     get_preset(config.data.preset).describe(),
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
-    f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
-    f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
-    f"{mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+    f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
+    f"seed {config.seed}; {mesh.size} x {mesh.devices.flat[0].device_kind}, "
+    f"{config.backbone.dtype}"
     + (f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""),
-    features.describe(config, program, split),
+    features.summary_line(config, program, split),
   ]
   return "\n".join(filter(None, lines))
+
+
+def param_overview(params: Mapping[str, Any], mask: Mapping[str, Any]) -> str:
+  """Returns a table of all parameters, the trainable ones marked.
+
+  Args:
+    params: nested tree of arrays or shape structs.
+    mask: bool tree, True where trainable.
+  """
+  is_trainable = trees.flatten(mask)
+  rows = [("name", "shape", "size", "")]
+  for name, leaf in trees.flatten(params).items():
+    marker = "trainable" if is_trainable[name] else ""
+    rows.append((name, str(list(leaf.shape)), f"{math.prod(leaf.shape):,}", marker))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  lines = [
+    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {size:>{widths[2]}}  {marker}".rstrip()
+    for name, shape, size, marker in rows
+  ]
+  trainable, frozen = map(trees.count, trees.split(params, mask))
+  share = 100 * trainable / max(trainable + frozen, 1)
+  total = f"trainable {trainable:,} ({share:.3g}%), frozen {frozen:,}"
+  return "\n".join([*lines, total])
 
 
 def config_table(config: ConfigDict) -> str:
@@ -52,26 +71,46 @@ def config_table(config: ConfigDict) -> str:
   return "\n".join(["| config | |", "|---|---|", *rows])
 
 
-def describe_run(
+def data_digest(config: ConfigDict, data: TaskData, test: bool = True) -> str:
+  """Returns the digest of the splits that a run reads.
+
+  Args:
+    config: the whole configuration.
+    data: the task's splits.
+    test: whether the test split is one of them.
+  """
+  splits = {config.data.train_split, "val"} | ({"test"} if test else set())
+  return data.digest(splits)
+
+
+def run_meta(
   config: ConfigDict,
-  prepared: Prepared,
+  program: Program,
+  data: TaskData,
   backbone: Mapping[str, Any],
   data_sha256: str,
 ) -> dict[str, Any]:
-  """Returns what a run is, as stored with each of its checkpoints."""
-  program = prepared.program
-  trainable = [n for n, chosen in trees.flatten(program.mask).items() if chosen]
+  """Returns what a run is, as stored with each of its checkpoints.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    data: the task's splits.
+    backbone: from `state.backbone_identity`.
+    data_sha256: from `data_digest`.
+  """
+  is_trainable = trees.flatten(program.mask)
   return {
     "format": 1,
-    "model": config_lib.to_dict(program.model_kwargs),
+    "model": config_lib.to_dict(model_kwargs(config, data.num_classes)),
     "backbone": dict(backbone),
-    "class_names": list(prepared.data.class_names),
+    "class_names": list(data.class_names),
     "preset": config.data.preset,
     "image_size": program.model.backbone.image_size,
     "method": config.method,
-    "task": prepared.data.name,
+    "task": data.name,
     "data_sha256": data_sha256,
-    "trainable": trainable,
+    "trainable": [name for name, trainable in is_trainable.items() if trainable],
     "config": config_lib.to_dict(config),
     "versions": versions(),
   }
@@ -79,40 +118,29 @@ def describe_run(
 
 def result(
   config: ConfigDict,
-  prepared: Prepared,
-  state: TrainState,
-  clock: Clock,
+  program: Program,
+  timer: Timer,
   meta: Mapping[str, Any],
-  test: bool,
+  *,
+  step: int,
+  val: Mapping[str, Any] | None,
+  test: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-  """Evaluates the final model and returns what result.json holds.
+  """Returns what result.json holds.
 
   Args:
     config: the whole configuration.
-    prepared: data and program.
-    state: after the last step.
-    clock: the loop's.
-    meta: from `describe_run`.
-    test: whether the test split is evaluated.
+    program: made for it.
+    timer: of the run.
+    meta: from `run_meta`.
+    step: the last one.
+    val: what `Prepared.evaluate` returned for val; None where it was not evaluated.
+    test: the same for test.
   """
-  program, data = prepared.program, prepared.data
-  params = state.params
-
-  def accuracy(split):
-    if split not in data.splits:
-      return None, 0
-    found = prepared.evaluate(config, split, params)
-    return found["accuracy"], found["num_examples"]
-
-  # After training on train_val, an accuracy on val would be one on training data.
-  trained_on_val = config.data.train_split == "train_val"
-  val_accuracy, _ = (None, 0) if trained_on_val else accuracy("val")
-  test_accuracy, num_test = accuracy("test") if test else (None, 0)
-  # Of the columns of a wider head, those without a class do not count.
   trainable, _ = trees.split(program.shapes, program.mask)
-  prompter = {n: v for n, v in trainable.items() if n.startswith("prompter/")}
+  prompter = {n: leaf for n, leaf in trainable.items() if n.startswith("prompter/")}
   return {
-    "task": data.name,
+    "task": meta["task"],
     "method": config.method,
     "method_kwargs": config_lib.to_dict(config_lib.method_kwargs(config)),
     "preset": config.data.preset,
@@ -120,22 +148,65 @@ def result(
     "train_split": config.data.train_split,
     "lr": config.optim.lr,
     "wd": config.optim.wd,
-    "steps": int(state.step),
-    "val_accuracy": val_accuracy,
-    "test_accuracy": test_accuracy,
-    "num_test_examples": num_test,
+    "steps": step,
+    "val_accuracy": val and val["accuracy"],
+    "test_accuracy": test and test["accuracy"],
+    "num_test_examples": test["num_examples"] if test else 0,
     "trainable_params": trees.count(trainable),
     "prompter_params": trees.count(prompter),
     "total_params": trees.count(program.shapes),
     "backbone": meta["backbone"],
     "data_sha256": meta["data_sha256"],
-    "train_seconds": clock.seconds,
-    "images_per_second": clock.images_per_second,
-    "compile_seconds": clock.compile_seconds,
-    "input_wait_seconds": clock.input_wait_seconds,
-    "step_seconds": clock.step_seconds,
-    "peak_host_mb": memory.peak_host_mb(),
-    "peak_device_mb": memory.peak_device_mb(),
+    "train_seconds": timer.seconds,
+    "images_per_second": timer.images_per_second,
+    "compile_seconds": timer.compile_seconds,
+    "input_wait_seconds": timer.input_wait_seconds,
+    "step_seconds": timer.step_seconds,
+    "peak_host_mb": peak_host_mb(),
+    "peak_device_mb": peak_device_mb(),
     "devices": jax.device_count(),
     "versions": versions(),
   }
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+  """Returns one line about a finished run."""
+  accuracies = [
+    f"{split} {100 * result[f'{split}_accuracy']:.2f}%"
+    for split in ("val", "test")
+    if result[f"{split}_accuracy"] is not None
+  ]
+  share = 100 * result["trainable_params"] / result["total_params"]
+  return (
+    f"{result['task']} {result['method']}: {', '.join(accuracies) or 'not evaluated'}; "
+    f"{result['trainable_params']:,} trainable parameters ({share:.2f}%), "
+    f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
+  )
+
+
+def versions() -> dict[str, str]:
+  """Returns {package: version} of what computes, and Python's."""
+  result = {"python": platform.python_version()}
+  for package in PACKAGES:
+    try:
+      result[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
+      result[package] = "not installed"
+  return result
+
+
+def peak_host_mb() -> float:
+  """Returns the largest resident size of this process so far, in MiB."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # In KiB, but on macOS in bytes.
+  return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_device_mb() -> float | None:
+  """Returns the peak of the local device that needed most, in MiB.
+
+  None where the backend does not say: the CPU's memory is the host's.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  return max(peaks) / 2**20 if peaks else None

@@ -1,56 +1,87 @@
-"""The train and the eval step: pure functions of state and batch."""
+"""What is computed in a step: pure functions of state and batch.
+
+`create_step_functions` makes them for a model. They are jitted by `program.Program`; a
+search maps them over several trials first (`search.population`).
+"""
 
 from collections.abc import Callable, Mapping
+import dataclasses
+import functools
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from ml_collections import ConfigDict
 import optax
 
 from insvp_jax import trees
-from insvp_jax.data import preprocess
+from insvp_jax.data import preprocess, resident
 from insvp_jax.models.classifier import PromptedClassifier
 from insvp_jax.train import losses
+from insvp_jax.train.optim import Schedule
+from insvp_jax.train.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-METRICS = ("loss", "accuracy", "grad_norm", "param_norm")  # of a train step
+# Metrics of a train step that have to be finite; "step" says which step they are of.
+METRICS = ("loss", "accuracy", "grad_norm", "param_norm")
 
 
-@flax.struct.dataclass
-class TrainState:
-  """All that changes while training.
-
-  The annotations are wide because JAX's transformations put shapes, shardings and
-  masks where the arrays are.
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+  """The pure functions of one model, not jitted.
 
   Attributes:
-    step: number of batches seen, int32 [].
-    params: {"backbone", "prompter", "head"}, trainable and frozen together.
-    opt_state: of the trainable leaves only.
-    rng: the run's typed key; step s draws from fold_in(rng, s).
-    peak_lr: float32 []; multiplies the schedule, which is normalised to a peak of 1.
-      As data rather than a constant it lets one compiled step serve a whole search.
-    wd: float32 []; the weight decay. None leaves it the optimizer's own constant.
-    numbers: {name: float32 [] or [2]} of the method's fields that are data (see
-      `Method.number`), and `num_classes`, int32 [], of a head that may be wider (see
-      `Head`). None or {} for none.
+    train: `(state, batch) -> (state, metrics)`; see `create_train_step`.
+    evaluate: `(params, batch, hparams) -> sums`; see `create_eval_step`.
+    features: `(params, batch) -> features`; see `create_feature_step`.
+    make_batch: `(arrays, order, seed, step) -> batch` of examples that live on the
+      devices; see `resident.gather`.
   """
 
-  step: Any
-  params: Any
-  opt_state: Any
-  rng: Any
-  peak_lr: Any
-  wd: Any = None
-  numbers: Any = None
+  train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  evaluate: Callable[..., Metrics]
+  features: Callable[[Mapping[str, Any], Batch], Array]
+  make_batch: Callable[..., Batch]
+
+
+def create_step_functions(
+  model: PromptedClassifier,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  mask: Mapping[str, Any],
+  config: ConfigDict,
+) -> StepFunctions:
+  """Returns the functions that train and evaluate a model.
+
+  Args:
+    model: the classifier.
+    optimizer: from `optim.create_optimizer`.
+    schedule: from `optim.create_schedule`.
+    mask: bool tree, True where trainable.
+    config: the whole configuration.
+  """
+  preset = preprocess.get_preset(config.data.preset)
+  return StepFunctions(
+    train=create_train_step(
+      model, optimizer, schedule, mask, preset=preset, loss=config.loss.to_dict()
+    ),
+    evaluate=create_eval_step(model, preset=preset),
+    features=create_feature_step(model, preset=preset),
+    make_batch=functools.partial(
+      resident.gather,
+      batch_size=config.batch_size,
+      preset=preset,
+      image_size=model.backbone.image_size,
+    ),
+  )
 
 
 def create_train_step(
   model: PromptedClassifier,
   optimizer: optax.GradientTransformation,
+  schedule: Schedule,
   mask: Mapping[str, Any],
   *,
   preset: preprocess.Preset,
@@ -63,29 +94,27 @@ def create_train_step(
 
   Args:
     model: the classifier.
-    optimizer: over the full tree, from `optim.create_optimizer` with a peak lr of 1.
+    optimizer: over the full tree of parameters, from `optim.create_optimizer`.
+    schedule: from `optim.create_schedule`.
     mask: bool tree, True where trainable.
     preset: how uint8 images become the backbone's input.
     loss: the config's `loss` section.
 
   Returns:
-    A pure function of batches {"images" or "features", "labels"}; metrics are float32
+    A pure function of batches {"images" or "features", "labels"}. Its metrics are
     scalars: loss (mean, in nats), accuracy (against the unmixed labels, in [0, 1]),
-    grad_norm (of the trainable leaves) and param_norm (of the same leaves after the
-    update).
+    grad_norm (of the trainable leaves), param_norm (of the same leaves after the
+    update), all float32, and step (int32, counted from 1).
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.rng, state.step)
-    # The first one is the pipeline's, for crops and flips.
+    # The first of the three keys belongs to the input pipeline, for crops and flips.
     _, mix_key, dropout_key = jax.random.split(key, 3)
     targets = losses.targets(
-      batch["labels"],
-      model.head.num_classes,
-      loss["label_smoothing"],
-      (state.numbers or {}).get("num_classes"),
+      batch["labels"], model.head.num_classes, loss["label_smoothing"]
     )
-    # Features stand for images only where nothing is mixed.
+    # Features stand for images only where nothing is mixed (see features.py).
     if "features" not in batch:
       images, targets = losses.mix(
         mix_key,
@@ -99,8 +128,7 @@ def create_train_step(
     trainable, frozen = trees.split(state.params, mask)
 
     def loss_fn(trainable):
-      params = trees.merge(trainable, frozen)
-      variables = _variables(params, state.numbers)
+      variables = _variables(trees.merge(trainable, frozen), state.hparams)
       if "features" in batch:
         logits = model.apply(variables, batch["features"], method="classify")
       else:
@@ -109,72 +137,77 @@ def create_train_step(
       return jnp.mean(losses.cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-    trainable, opt_state = update(optimizer, mask, state, grads)
+    trainable, opt_state = update_params(optimizer, schedule, mask, state, grads)
     correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+    state = state.replace(
+      step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state
+    )
     metrics = {
       "loss": value,
       "accuracy": jnp.mean(correct.astype(jnp.float32)),
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(trainable),
+      "step": state.step,
     }
-    state = state.replace(
-      step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state
-    )
     return state, metrics
 
   return train_step
 
 
-def update(
+def update_params(
   optimizer: optax.GradientTransformation,
+  schedule: Schedule,
   mask: Mapping[str, Any],
   state: TrainState,
   grads: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Any]:
-  """Returns the trainable leaves by name, and the optimizer's state, after an update.
+  """Returns the trainable leaves, by name, and the optimizer's state after an update.
 
   Args:
-    optimizer: as for `create_train_step`, as is `mask`.
+    optimizer: as for `create_train_step`, as are `schedule` and `mask`.
+    schedule: the factor of the peak lr, by train step.
     mask: bool tree, True where trainable.
     state: before the update.
-    grads: of the trainable leaves, by name.
+    grads: gradients of the trainable leaves, by name.
   """
   trainable, frozen = trees.split(state.params, mask)
-  # optax sees the whole tree; the zeros stand for gradients nobody computes.
+  # optax sees the whole tree; the zeros stand for gradients that nobody computes.
   zeros = jax.tree.map(jnp.zeros_like, frozen)
-  decay = {} if state.wd is None else {"wd": state.wd}
+  weight_decay = {} if state.wd is None else {"wd": state.wd}
   updates, opt_state = optimizer.update(
-    trees.merge(grads, zeros), state.opt_state, state.params, **decay
+    trees.merge(grads, zeros), state.opt_state, state.params, **weight_decay
   )
   updates, _ = trees.split(updates, mask)
-  updates = jax.tree.map(lambda change: change * state.peak_lr, updates)
+  factor = schedule(state.step)
+  # Two products: the peak lr differs from trial to trial, the factor does not.
+  updates = jax.tree.map(lambda u: u * factor * state.peak_lr, updates)
   return optax.apply_updates(trainable, updates), opt_state
 
 
 def create_eval_step(
   model: PromptedClassifier, *, preset: preprocess.Preset
 ) -> Callable[..., Metrics]:
-  """Returns `eval_step(params, batch, numbers=None) -> sums over unmasked examples`.
+  """Returns `eval_step(params, batch, hparams=None) -> sums over unmasked examples`.
 
   The sums are `correct` and `count` (int32) and `loss` (float32, in nats); padding
   has mask 0 and adds nothing to any of them.
   """
 
   def eval_step(
-    params: Mapping[str, Any], batch: Batch, numbers: Mapping[str, Any] | None = None
+    params: Mapping[str, Any], batch: Batch, hparams: Mapping[str, Any] | None = None
   ) -> Metrics:
-    variables = _variables(params, numbers)
+    variables = _variables(params, hparams)
     if "features" in batch:
       logits = model.apply(variables, batch["features"], method="classify")
     else:
       logits = model.apply(variables, _eval_images(model, preset, batch))
     targets = losses.targets(batch["labels"], model.head.num_classes)
-    real = batch["mask"] > 0
-    correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & real
-    nats = jnp.where(real, losses.cross_entropy(logits, targets), 0.0)
+    is_real = batch["mask"] > 0
+    correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & is_real
+    nats = jnp.where(is_real, losses.cross_entropy(logits, targets), 0.0)
     return {
       "correct": jnp.sum(correct.astype(jnp.int32)),
-      "count": jnp.sum(real.astype(jnp.int32)),
+      "count": jnp.sum(is_real.astype(jnp.int32)),
       "loss": jnp.sum(nats),
     }
 
@@ -194,18 +227,82 @@ def create_feature_step(
   return feature_step
 
 
-def _eval_images(model, preset, batch: Batch) -> Array:
-  """Returns the backbone's input where nothing is drawn at random."""
+def create_multi_step(
+  functions: StepFunctions,
+  mask: Mapping[str, Any],
+  *,
+  batch_size: int,
+  sharding: jax.sharding.Sharding,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns `multi_step(state, arrays, seed, count) -> (state, metrics)`.
+
+  It takes `count` steps (int32 [], at least 1) on examples that live on the devices:
+  `arrays` holds all of them (see `resident.gather`) and `seed` (uint32 []) decides
+  their order. One compiled program serves any count, which is data, so how a run is
+  divided into calls changes no bit of its result.
+
+  Args:
+    functions: of the model.
+    mask: bool tree, True where trainable.
+    batch_size: b.
+    sharding: of a batch.
+
+  Returns:
+    A pure function. Its metrics are those of the first step whose metrics are not all
+    finite, or else of the last step; "step" in them says which. Where the state is that
+    of m trials, each metric is [m].
+  """
+
+  def multi_step(state: TrainState, arrays: Mapping, seed: Any, count: Any):
+    num_examples = arrays["labels"].shape[0]
+    steps_per_epoch = num_examples // batch_size
+    # Frozen leaves stay out of the loop's carry, so that XLA need not find out that
+    # they never change.
+    trainable, frozen = trees.split(state.params, mask)
+
+    def body(_, carry):
+      state, order, metrics = carry
+      # A new epoch has a new order; within an epoch it is carried along.
+      order = jax.lax.cond(
+        state.step % steps_per_epoch == 0,
+        lambda: resident.epoch_order(seed, state.step // steps_per_epoch, num_examples),
+        lambda: order,
+      )
+      batch = functions.make_batch(arrays, order, seed, state.step)
+      batch = jax.lax.with_sharding_constraint(batch, sharding)
+      full_state = state.replace(params=trees.merge(state.params, frozen))
+      full_state, new_metrics = functions.train(full_state, batch)
+      state = full_state.replace(params=trees.split(full_state.params, mask)[0])
+      # Once metrics are not finite they stay: [] or, of m trials, [m].
+      is_finite = jnp.all(
+        jnp.stack([jnp.isfinite(metrics[n]) for n in METRICS]), axis=0
+      )
+      metrics = {
+        name: jnp.where(is_finite, new_metrics[name], value)
+        for name, value in metrics.items()
+      }
+      return state, order, metrics
+
+    zeros = jnp.zeros(jnp.shape(state.peak_lr), jnp.float32)
+    metrics = {**dict.fromkeys(METRICS, zeros), "step": zeros.astype(jnp.int32)}
+    order = resident.epoch_order(seed, state.step // steps_per_epoch, num_examples)
+    carry = (state.replace(params=trainable), order, metrics)
+    state, _, metrics = jax.lax.fori_loop(0, count, body, carry)
+    return state.replace(params=trees.merge(state.params, frozen)), metrics
+
+  return multi_step
+
+
+def _eval_images(model: PromptedClassifier, preset, batch: Batch) -> Array:
+  """Returns the backbone's input [b, h, w, 3] where nothing is drawn at random."""
   size = model.backbone.image_size
   return preprocess.eval_preprocess(preset, batch["images"], size)
 
 
 def _variables(
-  params: Mapping[str, Any], numbers: Mapping[str, Any] | None
+  params: Mapping[str, Any], hparams: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-  """Returns what the model is applied to."""
-  groups: dict[str, Any] = {}
-  for name, value in (numbers or {}).items():
-    group = "head" if name == "num_classes" else "prompter"
-    groups.setdefault(group, {})[name] = value
-  return {"params": params, "numbers": groups} if groups else {"params": params}
+  """Returns the Flax variables that the model is applied to."""
+  if not hparams:
+    return {"params": params}
+  return {"params": params, "numbers": {"prompter": dict(hparams)}}

@@ -1,29 +1,129 @@
-"""One run, from a config to a result, readable top to bottom.
+"""One run, from a config to a result: read it from top to bottom.
 
-`train(config, workdir)` is what the command line, the tuner and notebooks call.
+`train` opens what a run needs, resumes, goes through `train_loop` and evaluates. The
+command line, the search and notebooks call it. `train_loop` is THE loop over batches; a
+search calls it, too, with a state that may be that of several trials at once.
 """
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
+import math
 from pathlib import Path
+import signal
 import sys
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+from jaxtyping import Array
 from ml_collections import ConfigDict
+import numpy as np
 
 from insvp_jax import config as config_lib
+from insvp_jax import config_checks
 from insvp_jax.checkpoints.checkpointer import Checkpointer
+from insvp_jax.data import TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.distributed import lock, processes
-from insvp_jax.distributed.stopping import Stopped, StopSignal
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels
 from insvp_jax.logs.writers import Writers, remove_partial, write_json
-from insvp_jax.train import parameters, report
-from insvp_jax.train import program as program_lib
-from insvp_jax.train.loop import Loop
-from insvp_jax.train.preparation import Prepared, prepare
-from insvp_jax.train.program import Program
+from insvp_jax.models.classifier import create_backbone
+from insvp_jax.train import batches, evaluate, optim, report
+from insvp_jax.train import state as state_lib
+from insvp_jax.train.features import FeatureCache
+from insvp_jax.train.program import Program, create_program, create_state
+from insvp_jax.train.state import TrainState
+from insvp_jax.train.steps import METRICS
+from insvp_jax.train.timing import Profiler, Timer
+
+
+class Diverged(FloatingPointError):
+  """The loss, a gradient or a parameter is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What several runs on one task and backbone share.
+
+  Attributes:
+    data: the task's splits.
+    weights: the backbone's parameters; None for random ones.
+    backbone: the backbone's identity, as stored with each run.
+    program: the model and its steps.
+    cache: features of the splits, where they are constant.
+  """
+
+  data: TaskData
+  weights: Mapping[str, Any] | None
+  backbone: Mapping[str, Any]
+  program: Program
+  cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
+
+  def features(
+    self, config: ConfigDict, split: str, params: Mapping[str, Any]
+  ) -> dict[str, Array] | None:
+    """Returns a split's features and labels; None where they are not cached.
+
+    Args:
+      config: of the run.
+      split: its name.
+      params: whose "backbone" is applied.
+    """
+    # Random backbones differ from seed to seed, and so do their features.
+    seed = config.seed if self.weights is None else None
+    return self.cache.arrays(
+      config, self.program, self.data.splits[split], params["backbone"], seed
+    )
+
+  def evaluate(
+    self, config: ConfigDict, split: str, state: TrainState
+  ) -> dict[str, Any]:
+    """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
+    features = self.features(config, split, state.params)
+    return evaluate.evaluate(
+      lambda batch: self.program.eval_step(state.params, batch, state.hparams),
+      batches.eval_batches(config, self.program, self.data.splits[split], features),
+    )
+
+
+def prepare(
+  config: ConfigDict, like: Prepared | None = None, hparams: tuple[str, ...] = ()
+) -> Prepared:
+  """Reads data and weights and builds the program; trains nothing.
+
+  Args:
+    config: the whole configuration.
+    like: a preparation for the same task and backbone, whose data and weights are
+      used again (for another method, or another training split).
+    hparams: as for `create_program`.
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; see the message.
+  """
+  config_checks.validate(config)
+  get_preset(config.data.preset)
+  mesh = mesh_lib.create_mesh(fsdp=config.backbone.fsdp)
+  # `create_program` checks it again: here a wrong size shows before data are read.
+  mesh_lib.check_batch_size(config.batch_size, mesh)
+  backbone = create_backbone(
+    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
+  )
+  data = like.data if like else load_data(config.task, config.data, backbone.image_size)
+  split = config.data.train_split
+  if split not in data.splits:
+    raise ValueError(
+      f"the task {data.name!r} has no split {split!r}, only "
+      f"{', '.join(data.splits)}; set config.data.train_split to one of them."
+    )
+  num_train = len(data.splits[split])
+  program = create_program(config, data.num_classes, num_train, mesh, hparams)
+  if like:
+    return Prepared(data, like.weights, like.backbone, program, like.cache)
+  weights, identity = state_lib.load_weights(config, program.model)
+  return Prepared(data, weights, identity, program)
 
 
 def train(
@@ -53,46 +153,79 @@ def train(
     OSError: the disk is full or read-only.
   """
   prepared = prepared or prepare(config)
-  program = prepared.program
-  workdir = Path(workdir)
-  params = parameters.init_params(
+  program, data, workdir = prepared.program, prepared.data, Path(workdir)
+  _check_profile(config, program.total_steps)
+
+  # The state before the first step, and what identifies this run.
+  params = state_lib.init_params(
     program.model, config.seed, prepared.weights, config.backbone.init
   )
-  state = program_lib.create_state(config, program, params)
-  backbone = parameters.identify(prepared.backbone, config.seed, params["backbone"])
-  data_sha256 = report.data_digest(config, prepared.data, test)
-  meta = report.describe_run(config, prepared, backbone, data_sha256)
-  check_processes(meta)
-  _check_profile(config, program.total_steps)
+  state = create_state(config, program, params)
+  backbone = state_lib.backbone_identity(
+    prepared.backbone, config.seed, params["backbone"]
+  )
+  data_sha256 = report.data_digest(config, data, test)
+  meta = report.run_meta(config, program, data, backbone, data_sha256)
+  _check_processes_agree(meta)
+
   with (
-    own(workdir),
+    hold_workdir(workdir),
     StopSignal().listen(jax.process_count() == 1) as stop,
-    open_checkpoints(config, workdir, program, meta) as checkpointer,
+    _open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
     remove_partial(workdir)
     state = checkpointer.restore(state) or state
+    # What the interrupted run counted; {} for a new one.
+    progress = checkpointer.progress()
+    start_step, timer = int(state.step), Timer.of(progress)
     write_json(workdir / "config.json", config_lib.to_dict(config))
+
     with Writers(
       workdir,
       total_steps=program.total_steps,
-      start_step=int(state.step),
-      start_lines=checkpointer.progress().get("metrics_lines"),
+      start_step=start_step,
+      start_lines=progress.get("metrics_lines"),
       tensorboard=config.tensorboard,
-      name=f"{prepared.data.name} {config.method}",
+      name=f"{data.name} {config.method}",
     ) as writers:
-      writers.log(report.announce(config, prepared, int(state.step)))
+      if start_step:
+        writers.log(f"resumed at step {start_step} of {program.total_steps}")
+      else:
+        writers.log(report.start_text(config, program, data))
       writers.text("config", report.config_table(config))
-      loop = Loop(config, prepared, checkpointer, writers, stop, workdir)
-      state = loop.run(state)
-      writers.log(loop.clock.describe())
-      result = report.result(config, prepared, state, loop.clock, meta, test)
+
+      state = train_loop(
+        config,
+        prepared,
+        state,
+        writers=writers,
+        stop=stop,
+        timer=timer,
+        checkpointer=checkpointer,
+        progress=progress,
+        profile_folder=workdir / "profile",
+      )
+      writers.log(timer.summary_line())
+
+      # After training on train + val, an accuracy on val would be one on training data.
+      has_val = "val" in data.splits and config.data.train_split != "train_val"
+      has_test = test and "test" in data.splits
+      result = report.result(
+        config,
+        program,
+        timer,
+        meta,
+        step=int(state.step),
+        val=prepared.evaluate(config, "val", state) if has_val else None,
+        test=prepared.evaluate(config, "test", state) if has_test else None,
+      )
       accuracies = {k: v for k, v in result.items() if k.endswith("_accuracy")}
       writers.scalars(
         int(state.step), {k: v for k, v in accuracies.items() if v is not None}
       )
       if test and writers.shows_images:
-        _show_prompts(prepared, state, writers, get_preset(config.data.preset))
-    # Who has a result has the last checkpoint, too.
+        _write_prompt_images(prepared, state, writers, get_preset(config.data.preset))
+    # Whoever finds a result.json finds the last checkpoint, too.
     checkpointer.wait()
     write_json(workdir / "result.json", result)
   if stop.signum is not None:
@@ -101,39 +234,262 @@ def train(
   return result
 
 
-def _report(text: str) -> None:
-  """Says on the first of several processes what came before there are writers."""
-  if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+def train_loop(
+  config: ConfigDict,
+  prepared: Prepared,
+  state: TrainState,
+  *,
+  writers: Writers,
+  stop: StopSignal,
+  timer: Timer,
+  checkpointer: Checkpointer | None = None,
+  progress: Mapping[str, Any] | None = None,
+  profile_folder: Path | None = None,
+  diverged: dict[int, str] | None = None,
+) -> TrainState:
+  """Takes all steps that are left; logs, evaluates, saves and stops between them.
+
+  The state may be that of m trials (`search.population`): then each metric is [m], the
+  writers get the mean over the trials that have not diverged, and the loop goes on
+  until all of them have.
+
+  Args:
+    config: the whole configuration; of trials that of any of them.
+    prepared: data and steps.
+    state: before the next step. It is donated.
+    writers: get the metrics.
+    stop: asks the loop to end.
+    timer: counts where the time goes.
+    checkpointer: gets the state; None where nothing is saved.
+    progress: what a run that goes on had stored with its checkpoint.
+    profile_folder: where a trace of `config.profile` goes.
+    diverged: gets {index: what went wrong} of each trial whose metrics are not finite.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    Diverged: metrics are not finite; of trials, those of all of them.
+    Stopped: the loop was asked to end, and did after a checkpoint; `Interrupted` where
+      nothing is saved.
+  """
+  program, progress = prepared.program, progress or {}
+  split_name, total_steps = config.data.train_split, program.total_steps
+  num_members = np.size(state.peak_lr)
+  step = start_step = int(state.step)
+  # Every how many steps to log, save and evaluate; 0 is never.
+  periods = log_every, save_every, eval_every = _periods(config, program)
+  has_val = split_name == "train" and "val" in prepared.data.splits
+  diverged = {} if diverged is None else diverged
+
+  # A run that had to stop left out the evaluation that was due.
+  if progress.get("evaluation_due") and has_val:
+    _evaluate(config, prepared, state, writers, step)
+  # A run that has finished is only evaluated again.
+  if step == total_steps:
+    return state
+
+  timer.restart()
+  with timer.waiting():
+    features = prepared.features(config, split_name, state.params)
+  with timer.compiling():
+    split = prepared.data.splits[split_name]
+    feed = batches.create_feed(config, program, split, state, features)
+  timer.add(0, 0)
+
+  profile_steps = config_lib.profile_steps(config)
+  profiler = Profiler(profile_steps, profile_folder)
+  # A call of many steps ends where one of them is to be profiled alone.
+  marks = [profile_steps[0] - 1, profile_steps[1]] if profile_steps else []
+  pending = None  # metrics of the last call, which nobody has waited for
+  timed_step = start_step  # up to which the timer has counted
+
+  # A stream has threads, which end with it.
+  with contextlib.closing(feed), contextlib.closing(profiler):
+    while step < total_steps:
+      # One call takes the steps up to `end`. The first one is a single step, which
+      # compiles: it is timed apart.
+      is_first = step == start_step
+      max_steps = 1 if is_first else min(feed.max_steps, total_steps - step)
+      end = batches.next_end(step, max_steps, periods, marks)
+      profiler.before(step + 1)
+      with timer.compiling() if is_first else timer.waiting():
+        batch = feed.next(end - step)
+      with timer.compiling() if is_first else contextlib.nullcontext():
+        state, metrics = feed.step(state, batch)
+      # The device is still busy with this call. The one before it is done, so that
+      # looking at its metrics does not stall the device.
+      _check_finite(pending, diverged, num_members, state, checkpointer)
+      pending = metrics
+      profiler.after(end, metrics)
+
+      # Asked in any case: all processes have to ask about the same steps.
+      is_preempted = _is_preempted(step + 1, end)
+      is_stopping = is_preempted or stop.signum is not None
+      step, is_last = end, end == total_steps
+      logs = step == 1 or is_last or _is_multiple(step, log_every)
+      saves = is_last or _is_multiple(step, save_every)
+      evaluates = _is_multiple(step, eval_every) and not is_last
+      if not (is_first or is_stopping or logs or saves or evaluates):
+        continue
+
+      # From here on the host waits for the device.
+      _check_finite(metrics, diverged, num_members, state, checkpointer)
+      num_steps = 0 if is_first else step - timed_step
+      timer.add(num_steps, num_steps * config.batch_size * num_members)
+      timed_step = step
+      if logs:
+        _log(config, program, metrics, diverged, writers, timer, step)
+      # A process that has to stop may have little time left: it evaluates later.
+      if evaluates and has_val and not is_stopping:
+        _evaluate(config, prepared, state, writers, step)
+      if checkpointer and (saves or is_stopping):
+        progress = {
+          **timer.state(),
+          "evaluation_due": int(evaluates and is_stopping),
+          "metrics_lines": writers.lines,
+        }
+        checkpointer.save(state, progress=progress, force=is_stopping)
+      if is_stopping:
+        signum = stop.signum or stop.passed_on or signal.SIGTERM
+        raise Stopped(signum, step) if checkpointer else Interrupted(signum)
+      timer.restart()
+  return state
 
 
-def own(workdir: Path) -> contextlib.AbstractContextManager[None]:
-  """Returns the context in which a workdir is this run's alone."""
+def _periods(config: ConfigDict, program: Program) -> tuple[int, int, int]:
+  """Returns every how many steps to log, save and evaluate; 0 is never."""
+
+  def steps(epochs: float) -> int:
+    return max(1, round(epochs * program.steps_per_epoch)) if epochs > 0 else 0
+
+  return (
+    config.log_every_steps,
+    steps(config.checkpoint_every_epochs),
+    steps(config.eval_every_epochs),
+  )
+
+
+def _is_multiple(step: int, period: int) -> bool:
+  return period > 0 and step % period == 0
+
+
+def _is_preempted(first: int, last: int) -> bool:
+  """Returns whether the cluster is about to take a machine of this run away.
+
+  Every process has to ask JAX's preemption service about each step in turn; all get
+  the same answer for the same step.
+  """
+  try:
+    answers = [
+      multihost_utils.reached_preemption_sync_point(step)
+      for step in range(first, last + 1)
+    ]
+  except RuntimeError:  # The service is turned off.
+    return False
+  return any(answers)
+
+
+def _check_finite(
+  metrics: Mapping[str, Any] | None,
+  diverged: dict[int, str],
+  num_members: int,
+  state: TrainState,
+  checkpointer: Checkpointer | None,
+) -> None:
+  """Adds the members whose metrics are not finite to `diverged`.
+
+  The loss is that before the update; the norms tell of what a checkpoint would keep.
+
+  Raises:
+    Diverged: no member is left.
+  """
+  if metrics is None:
+    return
+  values = {name: np.atleast_1d(v) for name, v in jax.device_get(metrics).items()}
+  for member in set(range(num_members)) - set(diverged):
+    wrong = [name for name in METRICS if not math.isfinite(values[name][member])]
+    if wrong:
+      name = wrong[0]
+      peak_lr = np.atleast_1d(jax.device_get(state.peak_lr))[member]
+      diverged[member] = (
+        f"the {name} is {values[name][member]} at step {values['step'][member]}. Lower "
+        f"config.optim.lr (now {peak_lr:g}) or set config.optim.grad_clip_norm."
+      )
+  if len(diverged) == num_members:
+    message = diverged[0]
+    if checkpointer:
+      last = checkpointer.latest_step()
+      message += (
+        f" The checkpoint of step {last} is kept." if last else " No checkpoint yet."
+      )
+    raise Diverged(message)
+
+
+def _log(
+  config: ConfigDict,
+  program: Program,
+  metrics: Mapping[str, Any],
+  diverged: Mapping[int, str],
+  writers: Writers,
+  timer: Timer,
+  step: int,
+) -> None:
+  """Writes the metrics of a step; of several trials the mean of those left."""
+  scalars = {name: np.asarray(metrics[name]) for name in METRICS}
+  scalars["epoch"] = step / program.steps_per_epoch
+  if np.ndim(metrics["loss"]) == 0:
+    # As `steps.update_params` computes it; trials each have their own.
+    factor = float(program.schedule(step - 1))
+    scalars["lr"] = factor * optim.peak_lr(config.optim, config.batch_size)
+  else:
+    left = [i for i in range(len(metrics["loss"])) if i not in diverged]
+    scalars |= {name: np.mean(scalars[name][left]) for name in METRICS}
+    scalars["diverged"] = len(diverged)
+  writers.train(step, scalars, images_per_second=timer.images_per_second)
+
+
+def _evaluate(
+  config: ConfigDict, prepared: Prepared, state: TrainState, writers: Writers, step: int
+) -> None:
+  """Evaluates on val while training."""
+  val = prepared.evaluate(config, "val", state)
+  writers.scalars(step, {"val_accuracy": val["accuracy"], "val_loss": val["loss"]})
+  writers.log(f"step {step}: val accuracy {100 * val['accuracy']:.2f}%")
+
+
+def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
+  """Returns the context in which no other run may use a workdir."""
   return lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
-def open_checkpoints(
+def _open_checkpoints(
   config: ConfigDict, workdir: Path, program: Program, meta: Mapping[str, Any]
 ) -> Checkpointer:
-  """Returns the checkpoints of a run, from `describe_run`; close them."""
+  """Returns the checkpoints of a run, from `run_meta`; close them."""
+
+  def report_damage(text: str) -> None:
+    # There are no writers yet.
+    if jax.process_index() == 0:
+      print(text, file=sys.stderr, flush=True)
+
   return Checkpointer(
     workdir,
     mask=program.mask,
     meta=meta,
-    num_classes=program.model.head.num_classes,
     keep=config.keep_checkpoints,
-    report=_report,
+    report=report_damage,
   )
 
 
-def check_processes(meta: Mapping[str, Any]) -> None:
+def _check_processes_agree(meta: Mapping[str, Any]) -> None:
   """Checks that all processes have the same data, backbone and versions.
 
   Raises:
     ValueError: they do not.
   """
   shared = {key: meta[key] for key in ("data_sha256", "versions")}
-  # Wherever a host has its files.
+  # Each host has its files wherever it likes.
   shared["backbone"] = {
     k: v for k, v in meta["backbone"].items() if k not in ("id", "source")
   }
@@ -148,7 +504,7 @@ def _check_profile(config: ConfigDict, total_steps: int) -> None:
     )
 
 
-def _show_prompts(prepared: Prepared, state, writers: Writers, preset) -> None:
+def _write_prompt_images(prepared: Prepared, state, writers: Writers, preset) -> None:
   """Draws prompts of images that the run has been tested on, if it has any."""
   split = prepared.data.splits.get("test") or prepared.data.splits.get("val")
   if split is not None:

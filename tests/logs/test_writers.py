@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from tiny_training import stored_events
 
-from insvp_jax import trees
 from insvp_jax.logs import writers
-from insvp_jax.logs.writers import Writers, duration, param_overview, write_json
+from insvp_jax.logs.writers import Writers, duration, write_json
 
 
 def lines(workdir):
@@ -109,22 +109,6 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def stored_events(workdir):
-  """Yields the events of all files, oldest first."""
-  from tensorboard.compat.proto import event_pb2
-  from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
-
-  for file in sorted(workdir.glob("events.out.tfevents.*")):
-    reader = PyRecordReader_New(str(file))
-    while True:
-      try:
-        reader.GetNext()
-      except Exception as error:
-        assert type(error).__name__ == "OutOfRangeError"
-        break
-      yield event_pb2.Event.FromString(reader.record())
-
-
 def read_events(workdir):
   """Returns (step, name, value) of all scalars that TensorBoard would show."""
   found, voided = [], []
@@ -166,19 +150,6 @@ def test_a_missing_tensorboard_is_said_clearly(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
   with pytest.raises(ModuleNotFoundError, match="config.tensorboard=False"):
     Writers(tmp_path, total_steps=1)
-
-
-def test_overview_marks_what_trains_and_adds_it_up():
-  params = {
-    "backbone": {"kernel": jnp.zeros((90, 10))},
-    "head": {"kernel": jnp.zeros((10, 9)), "bias": jax.ShapeDtypeStruct((10,), "f4")},
-  }
-  table = param_overview(params, trees.mask(params, ["head/.*"])).splitlines()
-  assert table[0].split() == ["name", "shape", "size"]
-  assert table[1].split() == ["backbone/kernel", "[90,", "10]", "900"]
-  assert table[2].split() == ["head/kernel", "[10,", "9]", "90", "trainable"]
-  assert table[-1] == "trainable 100 (10%), frozen 900"
-  assert len({line.rfind("]") for line in table[1:2]}) == 1
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -22,8 +22,7 @@ def numbered_split(number):
 def counting_step(seen, right):
   """Returns an eval step that is right about the examples numbered in `right`."""
 
-  def eval_step(params, batch):
-    assert params == {"head": 1}
+  def eval_step(batch):
     real = np.asarray(batch["mask"]) > 0
     numbers = np.asarray(batch["images"])[real, 0, 0, 0]
     seen.extend(numbers.tolist())
@@ -41,7 +40,7 @@ def test_every_example_counts_once(number, batch_size, data):
   right = data.draw(st.sets(st.integers(0, number - 1)))
   seen = []
   batches = pipeline.eval_batches(numbered_split(number), batch_size=batch_size)
-  found = evaluate(counting_step(seen, right), {"head": 1}, batches)
+  found = evaluate(counting_step(seen, right), batches)
   assert seen == list(range(number))
   assert found == {
     "accuracy": len(right) / number,
@@ -53,9 +52,9 @@ def test_every_example_counts_once(number, batch_size, data):
 
 @pytest.mark.parametrize("number, batch_size", [(3, 8), (21, 8), (32, 4)])
 def test_on_four_devices_the_counts_are_the_same(mesh, number, batch_size):
-  def eval_step(params, batch):
+  def eval_step(batch):
     real = batch["mask"] > 0
-    right = (batch["labels"] == params) & real
+    right = (batch["labels"] == 0) & real
     return {
       "correct": jnp.sum(right.astype(jnp.int32)),
       "count": jnp.sum(real.astype(jnp.int32)),
@@ -63,11 +62,11 @@ def test_on_four_devices_the_counts_are_the_same(mesh, number, batch_size):
     }
 
   rows = mesh_lib.batch_sharding(mesh)
-  step = jax.jit(eval_step, in_shardings=(None, rows))
+  step = jax.jit(eval_step, in_shardings=(rows,))
   batches = pipeline.eval_batches(
     numbered_split(number), batch_size=batch_size, sharding=rows
   )
-  found = evaluate(lambda params, batch: step(params["k"], batch), {"k": 0}, batches)
+  found = evaluate(step, batches)
   assert found["num_correct"] == -(-number // 5)
   assert (found["num_examples"], found["loss"]) == (number, 1.0)
 
@@ -75,4 +74,21 @@ def test_on_four_devices_the_counts_are_the_same(mesh, number, batch_size):
 def test_nothing_to_evaluate_is_an_error():
   batches = pipeline.eval_batches(numbered_split(0), batch_size=4)
   with pytest.raises(ValueError, match="the split is empty"):
-    evaluate(counting_step([], ()), {"head": 1}, batches)
+    evaluate(counting_step([], ()), batches)
+
+
+def test_several_trials_are_evaluated_at_once():
+  def eval_step(batch):
+    real = batch["mask"] > 0
+    right = (batch["labels"] == jnp.arange(2)[:, None]) & real
+    return {
+      "correct": jnp.sum(right.astype(jnp.int32), axis=1),
+      "count": jnp.full(2, jnp.sum(real.astype(jnp.int32))),
+      "loss": jnp.array([1.0, 2.0]) * jnp.sum(batch["mask"]),
+    }
+
+  batches = pipeline.eval_batches(numbered_split(6), batch_size=4)
+  result = evaluate(eval_step, batches)
+  assert result["accuracy"].tolist() == [2 / 6, 1 / 6]
+  assert result["loss"].tolist() == [1.0, 2.0]
+  assert result["num_examples"] == 6

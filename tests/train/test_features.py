@@ -3,35 +3,42 @@
 import dataclasses
 import json
 import signal
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from test_population import final_states, streamed
-from test_trainer import assert_same, at_step, metrics, stop_by, stored
-from tiny_training import SPLITS, make_data, tiny_config
+from tiny_training import (
+  SPLITS,
+  assert_same,
+  at_step,
+  make_data,
+  metrics,
+  run_to_state,
+  stop_by,
+  stored,
+  streamed,
+  tiny_config,
+  with_step,
+)
 from tiny_training import prepare as prepare_tiny
 
 from insvp_jax import trees
-from insvp_jax.checkpoints.files import find_step, read_arrays
+from insvp_jax.checkpoints.files import find_steps, read_arrays
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.methods import METHODS
 from insvp_jax.methods.linear import Linear
-from insvp_jax.search import together, trials
-from insvp_jax.search.member_files import NoFiles
-from insvp_jax.search.population import Population
-from insvp_jax.train import features, parameters, preparation, trainer
+from insvp_jax.search import population, trials, tune
+from insvp_jax.train import features, trainer
 from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache
-from insvp_jax.train.preparation import prepare
+from insvp_jax.train.trainer import prepare
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)
 def _data(monkeypatch):
-  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
 
 
 def config_of(**changes):
@@ -59,25 +66,20 @@ def counted(prepared):
     sizes.append(len(batch["labels"]))
     return step(params, batch)
 
-  program = dataclasses.replace(prepared.program, feature_step=feature_step)
-  prepared = dataclasses.replace(prepared, program=program, cache=FeatureCache())
-  return prepared, sizes
+  prepared = with_step(prepared, feature_step=feature_step)
+  return dataclasses.replace(prepared, cache=FeatureCache()), sizes
 
 
 def finished(config, workdir, prepared, monkeypatch):
   """Returns (parameters, metrics by line, result) of a run."""
-  states = final_states(monkeypatch)
-  result = trainer.train(config, workdir, prepared=prepared)
-  params = jax.device_get(trees.flatten(states[-1].params))
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  for row in rows:
-    row.pop("images_per_second", None)
-  return params, rows, result
+  with monkeypatch.context() as patch:
+    _, params = run_to_state(patch, config, workdir, prepared)
+  result = json.loads((workdir / "result.json").read_text())
+  return params, metrics(workdir), result
 
 
 def load_arrays(workdir, item):
-  return read_arrays(find_step(workdir), item)
+  return read_arrays(find_steps(workdir)[0], item)
 
 
 def assert_alike(mine, theirs):
@@ -181,30 +183,29 @@ def test_all_trials_and_seeds_of_a_search_share_one_pass(
   compiled, monkeypatch, tmp_path
 ):
   config = config_of()
-  params = parameters.init_params(compiled.program.model, 7)
+  params = state_lib.init_params(compiled.program.model, 7)
   # As if they had been loaded.
   identity = {"id": "test", "sha256": "7"}
   prepared, sizes = counted(
     dataclasses.replace(compiled, weights=params["backbone"], backbone=identity)
   )
   configs = [trials.at(config, lr=lr) for lr in (0.01, 0.05)]
-  population = Population.of(configs, prepared.program, prepared.weights)
-  drawn = population.draw(configs, prepared.weights)
+  program = population.stack_program(prepared.program)
+  program.__dict__["feature_step"] = prepared.program.feature_step
+  stacked = dataclasses.replace(prepared, program=program)
   for _ in range(2):
-    together.search(configs, prepared, population, drawn, tmp_path / "s", "test")
+    tune.train_trials(configs, stacked, params, tmp_path / "search", "test")
   passes = sum(-(-SPLITS[name] // 8) for name in ("train", "val"))
   assert len(sizes) == passes
-  members = [trials.at(config, seed=seed) for seed in (3, 4)]
-  population = Population.of(members, prepared.program, prepared.weights)
-  assert not population.one_seed and population.one_backbone
-  workdirs = [tmp_path / str(c.seed) for c in members]
-  results = together.train(members, workdirs, prepared, population)
+  for seed in (3, 4):
+    member = trials.at(config, seed=seed)
+    result = trainer.train(member, tmp_path / str(seed), prepared=prepared)
   assert len(sizes) == passes + -(-SPLITS["test"] // 8)
   params, _, expected = finished(
-    off(members[1]), tmp_path / "alone", prepared, monkeypatch
+    off(member), tmp_path / "images", prepared, monkeypatch
   )
-  assert results[1]["test_accuracy"] == expected["test_accuracy"]
-  head = load_arrays(workdirs[1], "adapter")
+  assert result["test_accuracy"] == expected["test_accuracy"]
+  head = load_arrays(tmp_path / "4", "adapter")
   for name in ("head/kernel", "head/bias"):
     np.testing.assert_allclose(head[name], params[name], **CLOSE)
 
@@ -220,19 +221,13 @@ def test_backbones_of_their_own_are_not_mistaken_for_each_other(
   assert len(sizes) == 2 * sum(-(-n // 8) for n in SPLITS.values())
   plain = finished(off(configs[1]), tmp_path / "plain", prepared, monkeypatch)
   assert_alike(cached, plain)
-  # Together they would need one cache each; they compute theirs in each step.
-  population = Population.of(configs, prepared.program, prepared.weights)
-  loop = together.PopulationLoop(
-    configs, prepared, population, NoFiles(), SimpleNamespace(), None, tmp_path
-  )
-  assert not population.one_backbone and loop.features(None, "train") is None
 
 
 def test_the_oldest_features_make_room_for_new_ones(fresh):
   prepared, _ = fresh
   config = config_of()
   params = program_lib.create_state(
-    config, prepared.program, parameters.init_params(prepared.program.model, 0)
+    config, prepared.program, state_lib.init_params(prepared.program.model, 0)
   ).params
   one = features.nbytes(prepared.program, len(prepared.data.splits["train"]))
   first = prepared.features(config, "train", params)
@@ -244,23 +239,18 @@ def test_the_oldest_features_make_room_for_new_ones(fresh):
   assert prepared.features(config, "train", params) is not first
 
 
-def test_trials_that_train_together_end_as_they_would_on_images(
-  compiled, monkeypatch, tmp_path
-):
+def test_trials_that_train_together_end_as_they_would_on_images(compiled, tmp_path):
   ends = []
+  program = population.stack_program(compiled.program)
+  stacked = dataclasses.replace(compiled, program=program)
+  params = state_lib.init_params(program.model, 0)
   for cached in (True, False):
     config = config_of(cache_features=cached)
     points = [{"lr": lr, "wd": wd} for lr in (0.01, 0.05) for wd in (0.0, 0.5)]
     configs = [trials.at(config, **point) for point in points]
-    population = Population.of(configs, compiled.program, compiled.weights)
-    states = final_states(monkeypatch)
-    drawn = population.draw(configs, compiled.weights)
-    where = tmp_path / str(cached)
-    found = together.search(configs, compiled, population, drawn, where, "test")
-    ends.append((jax.device_get(states[-1].params["head"]), found))
-  for name, leaf in ends[1][0].items():
-    assert leaf.shape[0] == 4
-    np.testing.assert_allclose(ends[0][0][name], leaf, **CLOSE)
-  for mine, theirs in zip(ends[0][1], ends[1][1], strict=True):
-    assert mine["val_accuracy"] == theirs["val_accuracy"]
-    assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+    workdir = tmp_path / str(cached)
+    ends.append(tune.train_trials(configs, stacked, params, workdir, "test"))
+  assert len({outcome["val_loss"] for outcome in ends[0]}) == 4
+  for cached, on_images in zip(*ends, strict=True):
+    assert cached["val_accuracy"] == on_images["val_accuracy"]
+    assert cached["val_loss"] == pytest.approx(on_images["val_loss"], rel=1e-5)

@@ -32,14 +32,15 @@ def setup(
   x = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
   mask = trees.mask(shapes, model.prompter.trainable_patterns())
-  with config.unlocked():
-    config.optim.lr = 1.0
-  schedule = optim.create_schedule(
-    config.optim, total_steps=10, steps_per_epoch=5, batch_size=BATCH
-  )
-  optimizer = optim.create_optimizer(config.optim, schedule, shapes, mask)
+  schedule = optim.create_schedule(config.optim, total_steps=10, steps_per_epoch=5)
+  optimizer = optim.create_optimizer(config.optim, shapes, mask)
   step = steps.create_train_step(
-    model, optimizer, mask, preset=PRESETS["vtab"], loss=config.loss.to_dict()
+    model,
+    optimizer,
+    schedule,
+    mask,
+    preset=PRESETS["vtab"],
+    loss=config.loss.to_dict(),
   )
   return model, mask, optimizer, step
 

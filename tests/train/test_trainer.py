@@ -11,21 +11,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_writers import stored_events
-from tiny_training import CLASSES, SIZE, SPLITS, make_data, prepare, tiny_config
+from tiny_training import (
+  CLASSES,
+  SIZE,
+  SPLITS,
+  assert_same,
+  at_step,
+  make_data,
+  metrics,
+  prepare,
+  run_to_state,
+  stop_by,
+  stored,
+  stored_events,
+  tiny_config,
+  with_step,
+)
 
 from insvp_jax import trees
-from insvp_jax.checkpoints.files import find_step, read_arrays, read_json
+from insvp_jax.checkpoints.files import find_steps
 from insvp_jax.config import to_dict
 from insvp_jax.data import ArraySplit, preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.logs import prompt_panels
 from insvp_jax.run import load_run
-from insvp_jax.train import parameters, preparation, report, trainer
-from insvp_jax.train.loop import Diverged, Loop
-from insvp_jax.train.profiling import Profiler
-from insvp_jax.train.trainer import train
+from insvp_jax.train import report, trainer
+from insvp_jax.train import state as state_lib
+from insvp_jax.train.state import TrainState
+from insvp_jax.train.timing import Profiler
+from insvp_jax.train.trainer import Diverged, train
 
 TOTAL = 6  # steps of `tiny_config`: 2 epochs of 3
 RESULT_KEYS = (
@@ -67,62 +82,6 @@ def whole(insvp, tmp_path_factory):
   return workdir, train(config_of(), workdir, prepared=insvp)
 
 
-def stored(workdir):
-  """Returns all that the newest checkpoint holds, without the clock."""
-  where = find_step(workdir)
-  arrays = {item: read_arrays(where, item) for item in ("adapter", "optimizer")}
-  progress = read_json(where, "progress")
-  return where.name, progress["step"], progress["rng"], arrays
-
-
-def metrics(workdir):
-  """Returns the lines of metrics.jsonl without what depends on the clock."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
-
-
-def assert_same(a, b):
-  """Asserts that two runs stored the same bits."""
-  assert a[:3] == b[:3]
-  a, b = trees.flatten(a[3]), trees.flatten(b[3])
-  assert a.keys() == b.keys() and len(a) > 8
-  for name in a:
-    assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
-
-
-def at_step(monkeypatch, step, action):
-  """Makes the loop call `action(loop)` once, after a step and before it is saved."""
-  original = Loop._is_stopping
-
-  def patched(loop, current):
-    if current == step:
-      action(loop)
-    return original(loop, current)
-
-  monkeypatch.setattr(Loop, "_is_stopping", patched)
-
-
-def stop_by(signum):
-  return lambda loop: setattr(loop.stop, "signum", signum)
-
-
-def run_to_state(monkeypatch, config, workdir, prepared):
-  """Trains and returns (parameters before, parameters after), flat and on the host."""
-  states = []
-  original = Loop.run
-
-  def run(loop, state):
-    states.append(jax.device_get(trees.flatten(state.params)))
-    state = original(loop, state)
-    states.append(jax.device_get(trees.flatten(state.params)))
-    return state
-
-  monkeypatch.setattr(Loop, "run", run)
-  train(config, workdir, prepared=prepared)
-  return states
-
-
 def test_the_result_says_all_that_was_promised(insvp, whole):
   workdir, result = whole
   assert json.loads((workdir / "result.json").read_text()) == result
@@ -144,7 +103,7 @@ def test_the_result_says_all_that_was_promised(insvp, whole):
     correct = result[f"{split}_accuracy"] * SPLITS[split]
     assert correct == pytest.approx(round(correct), abs=1e-9)
     assert 0 <= result[f"{split}_accuracy"] <= 1
-  shapes = parameters.param_shapes(insvp.program.model)
+  shapes = state_lib.param_shapes(insvp.program.model)
   trainable, _ = trees.split(shapes, insvp.program.mask)
   head = trees.count(shapes["head"])
   assert head == 16 * len(CLASSES) + len(CLASSES)
@@ -207,9 +166,7 @@ def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
     states.append(jax.device_get(trees.flatten(state.params)))
     return step(state, batch)
 
-  program = dataclasses.replace(program, train_step=train_step)
-  prepared = dataclasses.replace(prepared, program=program)
-  train(config, tmp_path, prepared=prepared)
+  train(config, tmp_path, prepared=with_step(prepared, train_step=train_step))
   first, third, last = states[0], states[2], states[-1]
   mask = trees.flatten(program.mask)
   assert set(mask.values()) == {True, False}
@@ -240,7 +197,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     with pytest.raises(Stopped, match=f"SIGTERM at step {step}; the ch") as stopped:
       train(config_of(), tmp_path, prepared=insvp)
   assert stopped.value.exit_status == 42
-  assert find_step(tmp_path).name == str(step)
+  assert find_steps(tmp_path)[0].name == str(step)
   assert not (tmp_path / "result.json").exists()
   result = train(config_of(), tmp_path, prepared=insvp)
   assert_same(stored(tmp_path), stored(whole[0]))
@@ -251,7 +208,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 
 def test_killed_and_resumed_equals_uninterrupted(insvp, whole, monkeypatch, tmp_path):
-  def die(loop):
+  def die():
     raise RuntimeError("power cut")
 
   with monkeypatch.context() as patch:
@@ -260,7 +217,7 @@ def test_killed_and_resumed_equals_uninterrupted(insvp, whole, monkeypatch, tmp_
       train(config_of(), tmp_path, prepared=insvp)
   # Step 5 was not saved: it is trained again from the checkpoint of step 4.
   assert [row["step"] for row in metrics(tmp_path)][-1] == 4
-  assert find_step(tmp_path).name == "4"
+  assert find_steps(tmp_path)[0].name == "4"
   train(config_of(), tmp_path, prepared=insvp)
   assert_same(stored(tmp_path), stored(whole[0]))
   assert metrics(tmp_path) == metrics(whole[0])
@@ -270,12 +227,12 @@ def test_a_real_ctrl_c_writes_a_checkpoint_and_leaves_the_handlers(
   insvp, monkeypatch, tmp_path
 ):
   before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-  at_step(monkeypatch, 2, lambda loop: os.kill(os.getpid(), signal.SIGINT))
+  at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
   with pytest.raises(Stopped, match="SIGINT") as stopped:
     train(config_of(), tmp_path, prepared=insvp)
   assert stopped.value.exit_status == 130
   # Python runs the handler a little after the signal came.
-  assert find_step(tmp_path).name in ("2", "3")
+  assert find_steps(tmp_path)[0].name in ("2", "3")
   assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -284,9 +241,9 @@ def test_a_signal_after_the_last_step_keeps_the_result_and_still_stops(
 ):
   original = report.result
 
-  def result(*args):
+  def result(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
-    return original(*args)
+    return original(*args, **kwargs)
 
   monkeypatch.setattr(report, "result", result)
   with pytest.raises(Stopped, match=f"at step {TOTAL}"):
@@ -297,8 +254,7 @@ def test_a_signal_after_the_last_step_keeps_the_result_and_still_stops(
 def test_a_finished_run_is_only_evaluated_again(insvp, whole, monkeypatch, tmp_path):
   train(config_of(), tmp_path, prepared=insvp)
   before = stored(tmp_path)
-  broken = dataclasses.replace(insvp.program, train_step=None)
-  prepared = dataclasses.replace(insvp, program=broken)
+  prepared = with_step(insvp, train_step=None)
   # What does not shape the result may differ: here, what is logged.
   again = train(config_of(log_every_steps=7), tmp_path, prepared=prepared)
   assert_same(stored(tmp_path), before)
@@ -338,8 +294,7 @@ def broken_after(prepared, step, **values):
     wrong = {name: jnp.float32(value) for name, value in values.items()}
     return state, ({**found, **wrong} if calls[-1] >= step else found)
 
-  program = dataclasses.replace(prepared.program, train_step=train_step)
-  return dataclasses.replace(prepared, program=program), calls
+  return with_step(prepared, train_step=train_step), calls
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
@@ -350,7 +305,7 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(insvp, tmp_path, n
   with pytest.raises(Diverged, match=message):
     train(config, tmp_path, prepared=prepared)
   assert calls == [1, 2, 3, 4]
-  assert find_step(tmp_path).name == "3"
+  assert find_steps(tmp_path)[0].name == "3"
   assert not (tmp_path / "result.json").exists()
   assert all(
     np.isfinite(leaf).all() for leaf in load_run(tmp_path).params["head"].values()
@@ -391,7 +346,8 @@ def test_four_devices_train_and_evaluate_as_one(insvp, whole, monkeypatch, tmp_p
     for batch_size in (1, 3, 8, 64):
       config = config_of(eval_batch_size=batch_size)
       for prepared in (insvp, alone):
-        sums = prepared.evaluate(config, split, trees.unflatten(params))
+        state = TrainState(0, trees.unflatten(params), None, None, None)
+        sums = prepared.evaluate(config, split, state)
         found.add((sums["num_correct"], sums["num_examples"]))
     assert len(found) == 1, found
     assert found.pop()[1] == SPLITS[split]
@@ -516,7 +472,7 @@ def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
 
 def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
   model, test = insvp.program.model, insvp.data.splits["test"]
-  params = parameters.init_params(model, 0)
+  params = state_lib.init_params(model, 0)
   whole = jax.device_put(params, mesh_lib.replicated(insvp.program.mesh))
   split = {**whole, "backbone": dict(whole["backbone"])}
   rows = mesh_lib.batch_sharding(insvp.program.mesh)
@@ -556,7 +512,7 @@ def test_a_profile_that_a_resumed_run_enters_in_its_middle_is_kept(linear, tmp_p
 
 def test_prepare_says_which_splits_there_are(monkeypatch):
   monkeypatch.setattr(
-    preparation, "load_data", lambda *_: make_data(without=("val", "train_val"))
+    trainer, "load_data", lambda *_: make_data(without=("val", "train_val"))
   )
   config = tiny_config("linear", data__train_split="train_val")
   with pytest.raises(ValueError, match="no split 'train_val', only train, test"):
@@ -575,7 +531,7 @@ def test_prepare_says_which_splits_there_are(monkeypatch):
   ],
 )
 def test_prepare_refuses_what_cannot_train(monkeypatch, changes, message):
-  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   with pytest.raises(ValueError, match=message):
     trainer.prepare(tiny_config("linear", **changes))
 
@@ -584,7 +540,7 @@ def test_training_on_arrays_imports_no_tensorflow(root, tmp_path):
   code = f"""
 import sys
 from tiny_training import prepare, tiny_config
-from insvp_jax.trainer import train
+from insvp_jax.train.trainer import train
 config = tiny_config("linear", total_steps=2, tensorboard=True)
 train(config, {str(tmp_path)!r}, prepared=prepare(config))
 print([name for name in sys.modules if name.split(".")[0] == "tensorflow"])

@@ -8,21 +8,25 @@ from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
-from test_population import final_states
-from test_trainer import assert_same, metrics, stored
-from tiny_training import prepare, tiny_config
+from tiny_training import (
+  assert_same,
+  metrics,
+  prepare,
+  stored,
+  tiny_config,
+  with_step,
+)
 
 from insvp_jax import config_checks, trees
-from insvp_jax.checkpoints.checkpointer import Checkpointer
-from insvp_jax.checkpoints.files import find_step
+from insvp_jax.checkpoints.files import find_steps
 from insvp_jax.distributed.stopping import Stopped
-from insvp_jax.search import together, trials
-from insvp_jax.search.population import Population
-from insvp_jax.train import batches, calls, parameters
+from insvp_jax.search import population, trials, tune
+from insvp_jax.train import batches, steps, trainer
 from insvp_jax.train import program as program_lib
-from insvp_jax.train.batches import Resident, Stepwise
-from insvp_jax.train.loop import Diverged, Loop
-from insvp_jax.train.trainer import train
+from insvp_jax.train import state as state_lib
+from insvp_jax.train.batches import ResidentFeed, StreamFeed
+from insvp_jax.train.timing import Timer
+from insvp_jax.train.trainer import Diverged, train
 
 TOTAL = 7  # steps; 3 are an epoch
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}
@@ -70,14 +74,14 @@ def whole(prepared, tmp_path_factory):
 @pytest.fixture
 def counts(monkeypatch):
   """Gets the number of steps of each call."""
-  found, original = [], Resident.next
+  counts, original = [], ResidentFeed.next
 
   def next_(feed, count):
-    found.append(count)
+    counts.append(count)
     return original(feed, count)
 
-  monkeypatch.setattr(Resident, "next", next_)
-  return found
+  monkeypatch.setattr(ResidentFeed, "next", next_)
+  return counts
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ def test_many_steps_end_and_log_as_single_ones(prepared, whole, counts, tmp_path
     np.testing.assert_allclose(many[name], leaf, err_msg=name, **CLOSE)
   for here, there in zip(metrics(whole), metrics(tmp_path), strict=True):
     assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
-  before = parameters.init_params(prepared.program.model, 0)
+  before = state_lib.init_params(prepared.program.model, 0)
   for name, leaf in trees.flatten(before["prompter"]).items():
     assert np.abs(leaf - many[f"prompter/{name}"]).max() > 1e-3
 
@@ -124,17 +128,17 @@ def test_a_preemption_within_a_call_stops_at_its_end_and_resumes_bit_for_bit(
 ):
   asked = []
 
-  def reached(checkpointer, step):
-    asked.append(step)
-    return step == 3
+  def is_preempted(first, last):
+    asked.extend(range(first, last + 1))
+    return first <= 3 <= last
 
   changes = {"log_every_steps": 100, "steps_per_call": 4}
   with monkeypatch.context() as patch:
-    patch.setattr(Checkpointer, "reached_preemption", reached)
+    patch.setattr(trainer, "_is_preempted", is_preempted)
     with pytest.raises(Stopped, match="SIGTERM at step 5"):
       train(config_of(**changes), tmp_path, prepared=prepared)
   # The service counts steps, in turn, in all processes.
-  assert asked == [1, 2, 3, 4, 5] and find_step(tmp_path).name == "5"
+  assert asked == [1, 2, 3, 4, 5] and find_steps(tmp_path)[0].name == "5"
   train(config_of(**changes), tmp_path, prepared=prepared)
   assert counts == [1, 4, 1, 1]
   assert_same(stored(tmp_path), stored(whole))
@@ -143,84 +147,79 @@ def test_a_preemption_within_a_call_stops_at_its_end_and_resumes_bit_for_bit(
 def test_a_call_names_the_first_step_that_was_not_finite(linear, tmp_path):
   """One metric of steps 3 and 5 is broken within the compiled call."""
   name = "grad_norm"
-  step = linear.program.train_function
+  train_step = linear.program.functions.train
 
   def broken(state, batch):
-    after, found = step(state, batch)
+    after, found = train_step(state, batch)
     wrong = (after.step == 3) | (after.step == 5)
     value = jax.numpy.where(after.step == 3, np.inf, np.nan)
     return after, {**found, name: jax.numpy.where(wrong, value, found[name])}
 
-  call = calls.create_train_call(
-    broken,
+  multi_step = steps.create_multi_step(
+    dataclasses.replace(linear.program.functions, train=broken),
     linear.program.mask,
-    order=batches.resident.epoch_order,
-    gather=linear.program.gather,
     batch_size=8,
-    sharding=jax.tree.leaves(linear.program.state_sharding)[0],
+    sharding=linear.program.state_sharding.step,
   )
-  program = dataclasses.replace(
-    linear.program, train_call=jax.jit(call, donate_argnums=0)
-  )
-  broken_one = dataclasses.replace(linear, program=program)
+  prepared = with_step(linear, multi_step=jax.jit(multi_step, donate_argnums=0))
   with pytest.raises(Diverged, match=f"the {name} is inf at step 3. Lower"):
-    train(config_of("linear", log_every_steps=6), tmp_path, prepared=broken_one)
+    train(config_of("linear", log_every_steps=6), tmp_path, prepared=prepared)
   # What was logged before was fine; nothing of the call was.
   assert {row["step"] for row in metrics(tmp_path)} == {1}
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def members_of(linear, seeds, lrs, **changes):
-  configs = [
-    trials.at(config_of("linear", **changes), seed=seed, lr=lr)
-    for seed, lr in zip(seeds, lrs, strict=True)
-  ]
-  weights = parameters.init_params(linear.program.model, 5)["backbone"]
-  return configs, dataclasses.replace(
-    linear, weights=weights, backbone={"id": "test", "sha256": "5"}
-  )
+def run_trials(linear, workdir, lrs, **changes):
+  """Returns (outcomes of trials that train together, their final parameters)."""
+  configs = [trials.at(config_of("linear", **changes), lr=lr) for lr in lrs]
+  program = population.stack_program(linear.program)
+  states, original = [], trainer.train_loop
+  with pytest.MonkeyPatch.context() as patch:
+
+    def train_loop(*args, **kwargs):
+      states.append(original(*args, **kwargs))
+      return states[0]
+
+    patch.setattr(trainer, "train_loop", train_loop)
+    outcomes = tune.train_trials(
+      configs,
+      dataclasses.replace(linear, program=program),
+      state_lib.init_params(linear.program.model, 0),
+      workdir,
+      "test",
+    )
+  return outcomes, jax.device_get(trees.flatten(states[0].params))
 
 
-@pytest.mark.parametrize("seeds", [(3, 3), (3, 4)])
-def test_members_of_a_population_end_as_they_would_step_by_step(
-  linear, counts, monkeypatch, tmp_path, seeds
+def test_trials_that_train_together_end_as_they_would_step_by_step(
+  linear, counts, tmp_path
 ):
   ends = []
   for i, changes in enumerate(
     ({"steps_per_call": 1}, {}, {"log_every_steps": 2, "steps_per_call": 3})
   ):
-    configs, shared = members_of(linear, seeds, (0.01, 0.05), **changes)
-    population = Population.of(configs, shared.program, shared.weights)
-    states = final_states(monkeypatch)
-    workdirs = [tmp_path / f"{i}{j}" for j in range(2)]
-    together.train(configs, workdirs, shared, population)
+    _, params = run_trials(linear, tmp_path / str(i), (0.01, 0.05), **changes)
     assert len(counts) == (0, 4, 9)[i]
-    ends.append([stored(w)[3]["adapter"] for w in workdirs])
-    assert int(states[0].step) == TOTAL
-  for single, many, divided in zip(*ends, strict=True):
-    for name, leaf in single.items():
-      np.testing.assert_allclose(many[name], leaf, err_msg=name, **CLOSE)
-      assert np.asarray(many[name]).tobytes() == np.asarray(divided[name]).tobytes()
-  first, second = (end["head/kernel"] for end in ends[0])
-  assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-2
+    ends.append({name: params[name] for name in ("head/kernel", "head/bias")})
+  single, many, divided = ends
+  for name, leaf in single.items():
+    np.testing.assert_allclose(many[name], leaf, err_msg=name, **CLOSE)
+    assert many[name].tobytes() == divided[name].tobytes()
+  first, second = single["head/kernel"]
+  assert np.abs(first - second).max() > 1e-2
 
 
-def test_a_member_that_diverges_names_the_same_step_in_a_call(
-  linear, monkeypatch, tmp_path
-):
-  said = []
+def test_a_trial_that_diverges_names_the_same_step_in_a_call(linear, tmp_path):
+  texts = []
   for steps_per_call in (1, 200):
-    configs, shared = members_of(
-      linear, (3, 3), (0.01, 1e30), steps_per_call=steps_per_call
+    workdir = tmp_path / str(steps_per_call)
+    outcomes, _ = run_trials(
+      linear, workdir, (0.01, 1e30), steps_per_call=steps_per_call
     )
-    population = Population.of(configs, shared.program, shared.weights)
-    drawn = population.draw(configs, shared.weights)
-    where = tmp_path / str(steps_per_call)
-    found = together.search(configs, shared, population, drawn, where, "test")
-    said.append([trial["diverged"] for trial in found])
-    assert found[0]["val_accuracy"] is not None
-  assert said[0] == said[1] and re.search(r"is \w+ at step \d\.", said[0][1])
-  assert said[0][0] is None
+    texts.append([outcome["diverged"] for outcome in outcomes])
+    assert outcomes[0]["val_accuracy"] is not None
+  assert texts[0] == texts[1] and re.search(r"is \w+ at step \d\.", texts[0][1])
+  assert texts[0][0] is None
 
 
 # How many steps a call takes.
@@ -235,7 +234,7 @@ def test_a_member_that_diverges_names_the_same_step_in_a_call(
 def test_calls_end_wherever_something_is_due(total, most, periods, marks):
   step, ends = 0, [0]
   while step < total:
-    end = calls.next_end(step, min(step + most, total), periods, marks)
+    end = batches.next_end(step, min(most, total - step), periods, marks)
     assert step < end <= min(step + most, total)
     step = end
     ends.append(end)
@@ -271,7 +270,7 @@ def test_how_many_steps_a_call_takes(
   chosen = {"linear": linear, "vpt_deep": prepared}[method]
   monkeypatch.setattr(batches, "_platform", lambda program: platform)
   settings = config_of(method, steps_per_call=asked)
-  params = parameters.init_params(chosen.program.model, 0)
+  params = state_lib.init_params(chosen.program.model, 0)
   state = program_lib.create_state(settings, chosen.program, params)
   split = chosen.data.splits["train"]
   if not resident:
@@ -280,33 +279,29 @@ def test_how_many_steps_a_call_takes(
     )
   features = chosen.features(settings, "train", state.params)
   assert (features is not None) == (method == "linear")
-  feed = batches.create_feed(
-    settings,
-    chosen.program,
-    split,
-    state,
-    features=features,
-    seed=np.uint32(0),
-    batches=lambda arrays: (_ for _ in ()),
-  )
-  assert feed.most == most
-  assert isinstance(feed, Resident if most > 1 else Stepwise)
+  feed = batches.create_feed(settings, chosen.program, split, state, features)
+  assert feed.max_steps == most
+  assert isinstance(feed, ResidentFeed if most > 1 else StreamFeed)
 
 
 def test_a_call_does_no_more_than_a_device_does_in_about_a_second(
   prepared, monkeypatch
 ):
-  monkeypatch.setattr(batches, "_WORK_ELSEWHERE", 1e7)
+  monkeypatch.setattr(batches, "_FLOPS_PER_CALL_ELSEWHERE", 1e7)
   monkeypatch.setattr(batches, "_platform", lambda program: "gpu")
-  params = parameters.init_params(prepared.program.model, 0)
+  params = state_lib.init_params(prepared.program.model, 0)
   state = program_lib.create_state(config_of(), prepared.program, params)
   arrays = batches.resident.put_split(
     prepared.data.splits["train"],
     batches.mesh_lib.batch_sharding(prepared.program.mesh),
   )
-  most = batches._automatic(prepared.program, state, arrays, np.uint32(0))
+  most = batches._steps_per_call(prepared.program, state, arrays, np.uint32(0))
   batch = jax.eval_shape(
-    prepared.program.gather, arrays, np.arange(24), np.uint32(0), np.int32(0)
+    prepared.program.functions.make_batch,
+    arrays,
+    np.arange(24),
+    np.uint32(0),
+    np.int32(0),
   )
   traced = prepared.program.train_step.trace(state, batch)
   expected = 4e7 / batches.flops.count(traced.jaxpr)
@@ -319,18 +314,17 @@ def test_a_negative_number_of_steps_is_refused():
 
 
 def test_the_loop_starts_with_one_step_that_compiles(linear, monkeypatch, tmp_path):
-  clocks = []
-  original = Loop._at_end_of_call
+  timers = []
+  original = Timer.add
 
-  def spied(loop, step, *rest):
-    clocks.append((step, dict(loop.clock.state())))
-    return original(loop, step, *rest)
+  def add(timer, num_steps, num_images):
+    original(timer, num_steps, num_images)
+    timers.append(timer.state())
 
-  monkeypatch.setattr(Loop, "_at_end_of_call", spied)
+  monkeypatch.setattr(Timer, "add", add)
   train(config_of("linear", log_every_steps=4), tmp_path, prepared=linear)
-  steps, found = zip(*clocks, strict=True)
-  assert steps == (1, 4, TOTAL)
-  assert [each["timed_steps"] for each in found] == [0, 3, 6]
-  assert [each["timed_images"] for each in found] == [0, 24, 48]
-  assert len({each["compile_seconds"] for each in found}) == 1
-  assert all(each["seconds"] >= each["compile_seconds"] for each in found)
+  # The first is the making of the feed; then steps 1, 4 and 7.
+  assert [each["timed_steps"] for each in timers] == [0, 0, 3, 6]
+  assert [each["timed_images"] for each in timers] == [0, 0, 24, 48]
+  assert len({each["compile_seconds"] for each in timers[1:]}) == 1
+  assert all(each["seconds"] >= each["compile_seconds"] for each in timers[1:])

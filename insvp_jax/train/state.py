@@ -1,0 +1,204 @@
+"""The state of a run: what it holds, what it starts from, where it lies.
+
+`TrainState` is all that changes while training. Its parameters are drawn from a seed,
+with the backbone's loaded from a file (`load_weights`); `program.create_state` places
+them on the devices.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+from absl import logging
+import flax
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from insvp_jax import config as config_lib
+from insvp_jax import trees
+from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.distributed import sharding as sharding_lib
+from insvp_jax.models import mimetic
+from insvp_jax.models.classifier import PromptedClassifier
+from insvp_jax.models.weights import load as weights_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that changes while training.
+
+  The annotations are wide because JAX's transformations put shapes, shardings and
+  masks where the arrays are.
+
+  Attributes:
+    step: number of batches seen, int32 []. It is the one clock of a run: the lr, the
+      order of the data and all random draws are functions of it.
+    params: {"backbone", "prompter", "head"}, trainable and frozen together.
+    opt_state: of the trainable leaves only.
+    rng: the run's typed key; step s draws from fold_in(rng, s).
+    peak_lr: float32 []; multiplies the schedule, which has a peak of 1. As data rather
+      than a constant it lets one compiled step serve a whole search.
+    wd: float32 []; the weight decay. None leaves it the optimizer's own constant.
+    hparams: {name: float32 [] or [2]} of the method's fields that are data (see
+      `Method.hparam`). None or {} for none.
+  """
+
+  step: Any
+  params: Any
+  opt_state: Any
+  rng: Any
+  peak_lr: Any
+  wd: Any = None
+  hparams: Any = None
+
+
+# The parameters that a run starts from.
+
+
+def param_shapes(model: PromptedClassifier) -> dict[str, Any]:
+  """Returns the tree of parameters as `jax.ShapeDtypeStruct`."""
+  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model: PromptedClassifier, key: jax.Array) -> dict[str, Any]:
+  size = model.backbone.image_size
+  return model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+
+
+def init_params(
+  model: PromptedClassifier,
+  seed: int,
+  weights: Mapping[str, Any] | None = None,
+  init: str = "default",
+) -> dict[str, Any]:
+  """Returns parameters on the host: fresh prompter and head over a backbone.
+
+  Args:
+    model: the classifier.
+    seed: of everything that is drawn.
+    weights: the backbone's parameters; None draws them too.
+    init: of a drawn backbone: "default" or "mimetic".
+  """
+  has_weights = weights is not None
+
+  def draw(key):
+    params = _init(model, key)
+    # XLA removes what is not returned: loaded weights cost no random numbers.
+    return {k: v for k, v in params.items() if not (has_weights and k == "backbone")}
+
+  # Always on the CPU: other devices round some distributions differently.
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    params = jax.device_get(jax.jit(draw)(jax.random.key(seed)))
+  if has_weights:
+    params["backbone"] = jax.tree.map(np.asarray, dict(weights))
+  elif init == "mimetic":
+    params["backbone"] = mimetic.mimetic(params["backbone"], seed)
+  return params
+
+
+def load_weights(
+  config: ConfigDict, model: PromptedClassifier
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+  """Returns (backbone parameters or None for random ones, the backbone's identity).
+
+  The identity is stored with every run: `id` (path, name or "random"), `sha256` of
+  the file, and for random weights how they are initialised.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such weights; see the message.
+  """
+  source = config.backbone.weights or config.backbone.name
+  if "/" in config.backbone.name and not config.backbone.weights:
+    raise ValueError(
+      f"config.backbone.name is {config.backbone.name!r}, an architecture without "
+      "weights. Set config.backbone.weights to a path or to a release's name, or to "
+      "'random' to train from scratch."
+    )
+  if source == "random":
+    return None, {"id": "random", "init": config.backbone.init}
+  path = weights_lib.resolve(source)
+  weights = weights_lib.load_backbone(str(path), model, report=logging.info)
+  identity = {"id": source, "sha256": weights_lib.file_digest(path)}
+  if source not in weights_lib.RELEASES:
+    # The path as given may be relative, but a run can be loaded from any folder.
+    identity["source"] = str(path.resolve())
+  return weights, identity
+
+
+def backbone_identity(
+  identity: Mapping[str, Any], seed: int, backbone: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the identity that is stored, with seed and digest of random weights.
+
+  Args:
+    identity: from `load_weights`.
+    seed: that random weights were drawn with.
+    backbone: the parameters before training.
+  """
+  if identity["id"] != "random":
+    return dict(identity)
+  return {**identity, "seed": seed, "sha256": trees.digest(backbone)}
+
+
+# The state on the devices.
+
+
+def create_sharding(
+  shapes: Mapping[str, Any], mask: Mapping[str, Any], mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Returns where each part of a state lies, as a `TrainState` of shardings.
+
+  Only frozen weights of the backbone may be split over devices; all else is whole on
+  each of them.
+
+  Args:
+    shapes: the tree of parameters, arrays or `jax.ShapeDtypeStruct`.
+    mask: bool tree, True where trainable.
+    mesh: from `mesh.create_mesh`.
+  """
+  whole = mesh_lib.replicated(mesh)
+  return TrainState(
+    step=whole,
+    params=sharding_lib.param_shardings(shapes, mask, mesh),
+    opt_state=whole,
+    rng=whole,
+    peak_lr=whole,
+    wd=whole,
+    hparams=whole,
+  )
+
+
+def cast_frozen(
+  params: Mapping[str, Any],
+  mask: Mapping[str, Any],
+  config: ConfigDict,
+  cast: Callable[[Any, Any], Any],
+) -> dict[str, Any]:
+  """Returns parameters in the types that they have on the devices.
+
+  Frozen weights of the backbone are stored as `config.backbone.frozen_dtype`. All else
+  stays as it is, a frozen prompter too: it is small and stored with the run.
+  """
+  is_trainable = trees.flatten(mask)
+  frozen_dtype = jnp.dtype(config.backbone.frozen_dtype)
+  return trees.unflatten(
+    {
+      name: cast(leaf, frozen_dtype)
+      if name.startswith("backbone/") and not is_trainable[name]
+      else cast(leaf, leaf.dtype)
+      for name, leaf in trees.flatten(params).items()
+    }
+  )
+
+
+def hparams_of(config: ConfigDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """Returns the values of those fields of the method that are data.
+
+  Args:
+    config: the whole configuration.
+    names: of the fields; see `Program.hparams`.
+  """
+  fields = config_lib.method_kwargs(config)
+  return {name: np.asarray(fields[name], np.float32) for name in names}
