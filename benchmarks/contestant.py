@@ -13,8 +13,9 @@ from insvp_jax import trees
 from insvp_jax.config import METHOD_SECTIONS, defaults
 from insvp_jax.data import ArraySplit, pipeline, preprocess
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train import flops, parameters
+from insvp_jax.train import flops
 from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
 
 # Names beside those of methods: a method and its fields. 16 prompts, and these kernels
 # with them, are what the released code takes for most of its data sets.
@@ -107,11 +108,11 @@ class Contestant:
       "labels": split.labels[: config.batch_size],
       "mask": np.ones(config.batch_size, np.float32),
     }
-    params = parameters.init_params(self.program.model, 0)
+    params = state_lib.init_params(self.program.model, 0)
     self.state = program_lib.create_state(config, self.program, params)
     self._train = self.program.train_step.lower(self.state, self._batch).compile()
     self._evaluate = self.program.eval_step.lower(
-      self.state.params, self._placed(), self.state.numbers
+      self.state.params, self._placed(), self.state.hparams
     ).compile()
     self._predict = self._create_predict()
 
@@ -135,7 +136,7 @@ class Contestant:
 
   def eval(self) -> Any:
     """Brings a batch to the devices and counts the correct ones."""
-    return self._evaluate(self.state.params, self._placed(), self.state.numbers)
+    return self._evaluate(self.state.params, self._placed(), self.state.hparams)
 
   def predict(self) -> np.ndarray:
     """Brings a batch to the devices and probabilities back."""
@@ -193,7 +194,7 @@ class Contestant:
         k: jax.ShapeDtypeStruct(v.shape, jnp.asarray(v).dtype)
         for k, v in self._host.items()
       }
-      traced = program.eval_step.trace(state.params, batch, state.numbers)
+      traced = program.eval_step.trace(state.params, batch, state.hparams)
     return flops.count(traced.jaxpr)
 
   @property

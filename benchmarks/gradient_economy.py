@@ -19,7 +19,8 @@ from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods import METHODS
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.train import optim, parameters, steps
+from insvp_jax.train import optim, steps
+from insvp_jax.train import state as state_lib
 
 
 def count_flops(function, *args, compiled: bool = True) -> float:
@@ -38,7 +39,7 @@ def forward_flops(
 ) -> float:
   """Returns the FLOPs of a model's forward pass; allocates no weights."""
   images = _images(model, batch_size, jnp.float32)
-  shapes = parameters.param_shapes(model)
+  shapes = state_lib.param_shapes(model)
   return count_flops(
     lambda p, x: model.apply({"params": p}, x), shapes, images, compiled=compiled
   )
@@ -57,13 +58,10 @@ def train_step_flops(
 ) -> float:
   """Returns the FLOPs of a model's train step; allocates no weights."""
   config = defaults()
-  config.optim.lr = 1.0
-  shapes = parameters.param_shapes(model)
+  shapes = state_lib.param_shapes(model)
   mask = trees.mask(shapes, model.prompter.trainable_patterns())
-  schedule = optim.create_schedule(
-    config.optim, total_steps=100, steps_per_epoch=10, batch_size=batch_size
-  )
-  optimizer = optim.create_optimizer(config.optim, schedule, shapes, mask)
+  schedule = optim.create_schedule(config.optim, total_steps=100, steps_per_epoch=10)
+  optimizer = optim.create_optimizer(config.optim, shapes, mask)
   state = steps.TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32),
     params=shapes,
@@ -76,7 +74,12 @@ def train_step_flops(
     "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   }
   step = steps.create_train_step(
-    model, optimizer, mask, preset=PRESETS["vtab"], loss=config.loss.to_dict()
+    model,
+    optimizer,
+    schedule,
+    mask,
+    preset=PRESETS["vtab"],
+    loss=config.loss.to_dict(),
   )
   return count_flops(step, state, batch, compiled=compiled)
 

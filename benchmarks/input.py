@@ -177,7 +177,7 @@ def memory(num_images: int) -> dict[str, float]:
   """Returns MiB before and after evaluating a split, and at the highest."""
   highest = 0.0
 
-  def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  def eval_step(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     nonlocal highest
     highest = max(highest, resident_mib())
     return count(batch["images"], batch["mask"])
@@ -196,7 +196,7 @@ def memory(num_images: int) -> dict[str, float]:
     before = resident_mib()
     start = time.perf_counter()
     batches = pipeline.eval_batches(split, batch_size=256)
-    found = evaluate.evaluate(eval_step, {}, batches)
+    found = evaluate.evaluate(eval_step, batches)
     seconds = time.perf_counter() - start
   assert found["num_examples"] == num_images
   return {

@@ -86,7 +86,7 @@ def train_functions(
     return found, backward(cotangents)
 
   def optimizer(grads, state):
-    return steps.update(program.optimizer, mask, state, grads)
+    return steps.update_params(program.optimizer, program.schedule, mask, state, grads)
 
   def split():
     return trees.split(state().params, mask)

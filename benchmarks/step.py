@@ -31,7 +31,7 @@ from benchmarks.contestant import VARIANTS, Contestant, create_config
 from benchmarks.parts import PARTS
 from benchmarks.yardstick_client import Client, missing
 from insvp_jax.methods import METHODS
-from insvp_jax.train import memory, versions
+from insvp_jax.train import report
 
 MODES = ("train", "eval", "predict")
 YARDSTICK = "PyTorch"
@@ -247,13 +247,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       "device": jax.devices()[0].device_kind,
       "devices": devices,
       "cpus": os.cpu_count(),
-      "versions": versions.versions(),
+      "versions": report.versions(),
       "yardstick": {name: client.info for name, client in yardsticks.items()},
       "trainable": {name: c.trainable for name, c in contestants.items()},
       "ceilings": ceiling,
       "steps": found,
-      "peak_host_mib": memory.peak_host_mb(),
-      "peak_device_mib": memory.peak_device_mb(),
+      "peak_host_mib": report.peak_host_mb(),
+      "peak_device_mib": report.peak_device_mb(),
     }
 
 

@@ -12,7 +12,8 @@ is shared is gained: with a linear head the whole backbone.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 from pathlib import Path
 import statistics
@@ -26,8 +27,8 @@ import numpy as np
 
 from insvp_jax.config import defaults
 from insvp_jax.data import ArraySplit, TaskData
-from insvp_jax.search import sizing, together, trials
-from insvp_jax.search.population import Population
+from insvp_jax.search import population, trials, tune
+from insvp_jax.train import state as state_lib
 from insvp_jax.train import trainer
 
 
@@ -53,17 +54,16 @@ def with_val(prepared: trainer.Prepared) -> trainer.Prepared:
 
 def seconds(
   configs: Sequence[ConfigDict],
+  size: int,
   prepared: trainer.Prepared,
-  population: Population,
-  drawn: Any,
+  params: Mapping[str, Any],
 ) -> float:
-  """Returns the seconds of training and evaluating some trials, chunk by chunk."""
-  size = 1 if population.alone else len(configs)
+  """Returns the seconds of training and evaluating some trials, `size` at a time."""
   with tempfile.TemporaryDirectory() as folder:
     start = time.perf_counter()
     for i in range(0, len(configs), size):
-      some = configs[i : i + size]
-      together.search(some, prepared, population, drawn, Path(folder), "trials")
+      members = configs[i : i + size]
+      tune.train_trials(members, prepared, params, Path(folder), "trials")
     return time.perf_counter() - start
 
 
@@ -83,16 +83,17 @@ def compare(
   lrs = np.geomspace(1e-4, 1e-2, number).tolist()
   configs = [trials.at(config, lr=lr) for lr in lrs]
   prepared = with_val(trainer.prepare(config))
+  stacked = population.stack_program(prepared.program)
   ways = {
-    "one by one": Population.of(configs[:1], prepared.program, prepared.weights),
-    "together": Population.of(configs, prepared.program, prepared.weights),
+    "one by one": (1, prepared),
+    "together": (number, dataclasses.replace(prepared, program=stacked)),
   }
-  drawn = ways["together"].draw(configs, prepared.weights)
-  first = {w: seconds(configs, prepared, p, drawn) for w, p in ways.items()}
-  times: dict[str, list[float]] = {way: [] for way in ways}
+  params = state_lib.init_params(prepared.program.model, 0, prepared.weights)
+  first = {w: seconds(configs, *way, params) for w, way in ways.items()}
+  times: dict[str, list[float]] = {name: [] for name in ways}
   for _ in range(rounds):
-    for way, population in ways.items():
-      times[way].append(seconds(configs, prepared, population, drawn))
+    for name, way in ways.items():
+      times[name].append(seconds(configs, *way, params))
   medians = {way: statistics.median(values) for way, values in times.items()}
   split = prepared.data.splits["train"]
   return {
@@ -105,8 +106,8 @@ def compare(
     "seconds": medians,
     "speed_up": medians["one by one"] / medians["together"],
     "compile_seconds": {way: max(first[way] - medians[way], 0.0) for way in ways},
-    "automatic_chunk": sizing.chunk_size(configs, ways["together"], split),
-    "mib_of_a_member": sizing.member_bytes(config, ways["together"])[1] / 2**20,
+    "automatic_chunk": population.population_size(configs, prepared.program, split),
+    "mib_of_a_member": population.member_bytes(config, prepared.program)[1] / 2**20,
   }
 
 

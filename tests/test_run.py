@@ -14,7 +14,7 @@ from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
-from insvp_jax.train import parameters
+from insvp_jax.train import state as state_lib
 
 
 def draw(*shape, seed=0):
@@ -177,7 +177,7 @@ def test_a_run_that_trained_everything_needs_no_backbone_file(tmp_path):
 def test_a_random_backbone_is_drawn_again(tmp_path):
   kwargs = {"backbone": "mu/4", "method": "linear", "num_classes": len(CLASSES)}
   kwargs |= {"image_size": SIZE, "backbone_kwargs": {"depth": 2}}
-  drawn = parameters.init_params(create_model(**kwargs), seed=5)["backbone"]
+  drawn = state_lib.init_params(create_model(**kwargs), seed=5)["backbone"]
   identity = {"id": "random", "seed": 5, "sha256": trees.digest(drawn)}
   workdir, _, _ = make_run(tmp_path, "linear", meta={"backbone": identity})
   run = load_run(workdir)

@@ -55,19 +55,14 @@ def stack_state(
     params: that all start from; see `state.init_params`.
   """
   state = create_state(configs[0], program, params)
-  axes, num_members = _axes(program), len(configs)
-
-  def repeat(axis, leaves):
-    if axis is None:
-      return leaves
-    return jax.tree.map(lambda x: jnp.stack([x] * num_members), leaves)
-
-  # Donated: frozen parameters stay where they are.
+  trainable, frozen = trees.split(state.params, program.mask)
+  whole = program.state_sharding.step
+  # Frozen parameters stay where they are.
   stack = jax.jit(
-    lambda state: jax.tree.map(repeat, axes, state, is_leaf=lambda axis: axis is None),
-    out_shardings=program.state_sharding,
-    donate_argnums=0,
+    lambda tree: jax.tree.map(lambda x: jnp.stack([x] * len(configs)), tree),
+    out_shardings=whole,
   )
+  trainable, opt_state = stack((trainable, state.opt_state))
   hparams = [hparams_of(config, program.hparams) for config in configs]
   peak_lr = [optim.peak_lr(config.optim, config.batch_size) for config in configs]
   numbers = {
@@ -75,8 +70,11 @@ def stack_state(
     "wd": np.array([config.optim.wd for config in configs], np.float32),
     "hparams": {name: np.stack([h[name] for h in hparams]) for name in program.hparams},
   }
-  numbers = jax.device_put(numbers, program.state_sharding.step)
-  return stack(state).replace(**numbers)
+  return state.replace(
+    params=trees.merge(trainable, frozen),
+    opt_state=opt_state,
+    **jax.device_put(numbers, whole),
+  )
 
 
 def _axes(program: Program) -> TrainState:

@@ -308,6 +308,7 @@ def train_trials(
         config,
         prepared,
         state,
+        workdir=workdir,
         writers=writers,
         stop=StopSignal(),
         timer=timer,

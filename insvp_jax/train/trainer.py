@@ -198,12 +198,12 @@ def train(
         config,
         prepared,
         state,
+        workdir=workdir,
         writers=writers,
         stop=stop,
         timer=timer,
         checkpointer=checkpointer,
         progress=progress,
-        profile_folder=workdir / "profile",
       )
       writers.log(timer.summary_line())
 
@@ -239,12 +239,12 @@ def train_loop(
   prepared: Prepared,
   state: TrainState,
   *,
+  workdir: Path,
   writers: Writers,
   stop: StopSignal,
   timer: Timer,
   checkpointer: Checkpointer | None = None,
   progress: Mapping[str, Any] | None = None,
-  profile_folder: Path | None = None,
   diverged: dict[int, str] | None = None,
 ) -> TrainState:
   """Takes all steps that are left; logs, evaluates, saves and stops between them.
@@ -257,12 +257,12 @@ def train_loop(
     config: the whole configuration; of trials that of any of them.
     prepared: data and steps.
     state: before the next step. It is donated.
+    workdir: gets profile/, the trace that `config.profile` asks for.
     writers: get the metrics.
     stop: asks the loop to end.
     timer: counts where the time goes.
     checkpointer: gets the state; None where nothing is saved.
     progress: what a run that goes on had stored with its checkpoint.
-    profile_folder: where a trace of `config.profile` goes.
     diverged: gets {index: what went wrong} of each trial whose metrics are not finite.
 
   Returns:
@@ -298,7 +298,7 @@ def train_loop(
   timer.add(0, 0)
 
   profile_steps = config_lib.profile_steps(config)
-  profiler = Profiler(profile_steps, profile_folder)
+  profiler = Profiler(profile_steps, workdir / "profile")
   # A call of many steps ends where one of them is to be profiled alone.
   marks = [profile_steps[0] - 1, profile_steps[1]] if profile_steps else []
   pending = None  # metrics of the last call, which nobody has waited for

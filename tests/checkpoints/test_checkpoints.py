@@ -17,7 +17,7 @@ import pytest
 from insvp_jax import trees
 from insvp_jax.checkpoints import files
 from insvp_jax.checkpoints.checkpointer import Checkpointer
-from insvp_jax.checkpoints.files import find_step, read_arrays, read_json
+from insvp_jax.checkpoints.files import find_steps, read_arrays, read_json
 from insvp_jax.distributed import mesh as mesh_lib
 
 META = {
@@ -197,7 +197,7 @@ def test_saving_while_training_goes_on_keeps_the_values_of_the_step(tmp_path):
     checkpointer.save(state, progress={})
     for _ in range(20):
       kernel = step(kernel)
-  stored = read_arrays(find_step(tmp_path), "adapter")
+  stored = read_arrays(find_steps(tmp_path)[0], "adapter")
   assert (np.asarray(stored["head/kernel"]) == 2).all()
 
 
@@ -209,9 +209,9 @@ def test_keep_and_a_step_that_is_there(tmp_path):
     assert not checkpointer.save(state, progress={}, force=True)
   steps = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
   assert steps == ["2", "3"]
-  assert find_step(tmp_path).name == "3"
-  assert find_step(tmp_path / "checkpoints").name == "3"
-  assert find_step(tmp_path / "checkpoints" / "2").name == "2"
+  assert find_steps(tmp_path)[0].name == "3"
+  assert find_steps(tmp_path / "checkpoints")[0].name == "3"
+  assert find_steps(tmp_path / "checkpoints" / "2")[0].name == "2"
 
 
 SHARE = st.floats(0, 1, exclude_max=True)
@@ -337,15 +337,15 @@ def test_another_key_implementation_is_refused(tmp_path):
 
 def test_what_is_no_run_is_said_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="no run at .*nowhere"):
-    find_step(tmp_path / "nowhere")
+    find_steps(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="holds no checkpoint: expected"):
-    find_step(tmp_path)
+    find_steps(tmp_path)
   mask, state = make_state()
   save(tmp_path / "insvp", mask, state)
-  assert find_step(tmp_path) == tmp_path / "insvp" / "checkpoints" / "3"
+  assert find_steps(tmp_path)[0] == tmp_path / "insvp" / "checkpoints" / "3"
   save(tmp_path / "linear", mask, state)
   with pytest.raises(FileNotFoundError, match="Runs below it: insvp, linear"):
-    find_step(tmp_path)
+    find_steps(tmp_path)
   stray = tmp_path / "stray" / "checkpoints" / "4"
   stray.mkdir(parents=True)
   with pytest.raises(ValueError, match="no checkpoint of this package"):

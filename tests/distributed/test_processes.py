@@ -14,7 +14,7 @@ import pytest
 from tiny_commands import base_flags, flags_of, make_place
 
 from insvp_jax import trees
-from insvp_jax.checkpoints.files import find_step, read_arrays
+from insvp_jax.checkpoints.files import find_steps, read_arrays
 from insvp_jax.distributed import processes
 from insvp_jax.distributed.processes import LOST, Watch
 
@@ -204,7 +204,7 @@ def test_two_interrupted_processes_train_as_one_with_as_many_devices(
   )
   assert [done.status for done in both] == statuses, both
   (step,) = {last_line(done).split("at step ")[1].split(";")[0] for done in both}
-  assert find_step(tmp_path / "two").name == step
+  assert find_steps(tmp_path / "two")[0].name == step
   both = interrupt(
     driver,
     command,
@@ -238,7 +238,7 @@ def assert_same_run(one, two):
   assert results[1]["devices"] == 4
   for item in ("adapter", "optimizer"):
     first, second = (
-      trees.flatten(read_arrays(find_step(workdir), item)) for workdir in (one, two)
+      trees.flatten(read_arrays(find_steps(workdir)[0], item)) for workdir in (one, two)
     )
     assert first.keys() == second.keys()
     for name, leaf in first.items():

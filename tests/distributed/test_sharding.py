@@ -14,8 +14,8 @@ from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.run import load_run
-from insvp_jax.train import parameters
 from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
 from insvp_jax.train.trainer import train
 
 # Wide enough for kernels that are worth splitting.
@@ -129,7 +129,7 @@ def test_each_device_is_given_its_part_of_a_host_array_and_no_more():
 @pytest.mark.parametrize("fsdp", [1, 2, 4])
 def test_devices_hold_parts_before_and_after_a_step(prepared, fsdp):
   config, program = wide_config(fsdp), prepared[fsdp].program
-  params = parameters.init_params(program.model, 0)
+  params = state_lib.init_params(program.model, 0)
   host = trees.flatten(params)
   before = {name: leaf.copy() for name, leaf in host.items()}
   state = program_lib.create_state(config, program, params)
@@ -185,7 +185,7 @@ def test_blocks_of_every_kind_compute_the_same_when_split(changes):
   for fsdp in (1, 4):
     config = wide_config(fsdp, **changes)
     program = prepare(config).program
-    params = parameters.init_params(program.model, 0)
+    params = state_lib.init_params(program.model, 0)
     state = program_lib.create_state(config, program, params)
     batch = first_batch(config, program)
     _, got = program.train_step(state, batch)

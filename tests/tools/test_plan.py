@@ -13,17 +13,17 @@ from tiny_training import SIZE, SPLITS, prepare, tiny_config
 
 from insvp_jax import trees
 from insvp_jax.checkpoints.checkpointer import Checkpointer
-from insvp_jax.checkpoints.files import find_step
+from insvp_jax.checkpoints.files import find_steps
 from insvp_jax.tools import plan
-from insvp_jax.train import parameters
 from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
 
 COUNTS = {"plan__num_classes": 3, "plan__num_train": SPLITS["train"]}
 
 
 def real_state(config):
   program = prepare(config).program
-  params = parameters.init_params(program.model, 0)
+  params = state_lib.init_params(program.model, 0)
   return program, program_lib.create_state(config, program, params)
 
 
@@ -74,7 +74,9 @@ def test_a_plan_has_the_size_of_the_real_checkpoint(tmp_path):
   with Checkpointer(tmp_path, mask=program.mask, meta={}) as checkpointer:
     checkpointer.save(state, progress={})
   for item in ("adapter", "optimizer"):
-    files = [path for path in (find_step(tmp_path) / item).rglob("*") if path.is_file()]
+    files = [
+      path for path in (find_steps(tmp_path)[0] / item).rglob("*") if path.is_file()
+    ]
     stored = sum(path.stat().st_size for path in files)
     # Compressed by some per cent; names and shapes take some KiB.
     assert 0.9 * found[item] < stored < found[item] + 2**16, item

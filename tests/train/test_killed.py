@@ -15,7 +15,7 @@ from tiny_commands import base_flags, flags_of, make_place
 
 from insvp_jax.checkpoints.files import (
   CHECKSUMS,
-  find_step,
+  find_steps,
   read_arrays,
   read_json,
   verify,
@@ -103,14 +103,14 @@ def await_moment(draw, kind, workdir, before):
 def find_or_0(workdir):
   """Returns the step of the newest checkpoint, 0 without one."""
   try:
-    return int(find_step(workdir).name)
+    return int(find_steps(workdir)[0].name)
   except FileNotFoundError:
     return 0
 
 
 def compared(workdir):
   """Returns all that a run leaves behind but times and measurements."""
-  where = find_step(workdir)
+  where = find_steps(workdir)[0]
   arrays = {
     f"{item}/{name}": np.asarray(leaf).tobytes()
     for item in ("adapter", "optimizer")
