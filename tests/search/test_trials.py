@@ -33,7 +33,7 @@ def test_a_point_has_each_number_and_the_lr_varies_first():
     (0.2, 1.0),
   ]
   assert [p["image_fusion"] for p in points] == [(1.0, 2.0)] * 4 + [(1.0, 1.0)] * 4
-  assert trials.describe(points[0]) == "lr 0.1, wd 0, image_fusion (1.0, 2.0)"
+  assert trials.point_text(points[0]) == "lr 0.1, wd 0, image_fusion (1.0, 2.0)"
 
 
 def test_what_the_grid_leaves_out_is_the_config_s():

@@ -11,11 +11,10 @@ import pytest
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import config as config_lib
-from insvp_jax.data import ArraySplit, StreamSplit
-from insvp_jax.search import tables, together, trials, tune
-from insvp_jax.search.population import Population
-from insvp_jax.train import preparation, report, steps, trainer
-from insvp_jax.train.loop import Diverged
+from insvp_jax.data import ArraySplit
+from insvp_jax.search import tables, trials, tune
+from insvp_jax.train import report, steps, trainer
+from insvp_jax.train.trainer import Diverged
 
 
 def search_config(method="linear", **changes):
@@ -25,7 +24,7 @@ def search_config(method="linear", **changes):
 
 
 class FakeTrainer:
-  """Stands for `trainer.train` and `together.search`; takes no time.
+  """Stands for `trainer.train` and `tune.train_trials`; takes no time.
 
   Attributes:
     runs: (config, workdir, prepared, test) of single runs.
@@ -38,14 +37,10 @@ class FakeTrainer:
     self.test_accuracy = test_accuracy
     self.runs, self.trials, self.chunks = [], [], []
 
-  def search(self, configs, prepared, population, drawn, workdir, name):
+  def train_trials(self, configs, prepared, params, workdir, name):
     self.chunks.append(len(configs))
     self.trials += [(config, prepared) for config in configs]
     return [self.trial(config) for config in configs]
-
-  def train(self, configs, workdirs, prepared, population):
-    pairs = zip(configs, workdirs, strict=True)
-    return [self(config, workdir, prepared=prepared) for config, workdir in pairs]
 
   def trial(self, config):
     trial = {"val_accuracy": None, "val_loss": None, "diverged": None}
@@ -90,10 +85,9 @@ def install(monkeypatch):
   def install(*args, without=()):
     fake = FakeTrainer(*args)
     monkeypatch.setattr(trainer, "train", fake)
-    monkeypatch.setattr(together, "search", fake.search)
-    monkeypatch.setattr(together, "train", fake.train)
-    monkeypatch.setattr(Population, "draw", lambda *_: {})
-    monkeypatch.setattr(preparation, "load_data", lambda *_: make_data(without))
+    monkeypatch.setattr(tune, "train_trials", fake.train_trials)
+    monkeypatch.setattr(tune.state_lib, "init_params", lambda *_: {})
+    monkeypatch.setattr(trainer, "load_data", lambda *_: make_data(without))
     return fake
 
   return install
@@ -322,7 +316,7 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
     return train_step
 
   monkeypatch.setattr(steps, "create_train_step", create_train_step)
-  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
+  monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   lists = {"tune__lr": (0.0, 0.05), "tune__wd": (0.0, 0.1), "tune__seeds": (0, 1)}
   lists["tune__population"] = population
   config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
@@ -330,9 +324,7 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
   # One program for all four trials, one for both seeds on train_val.
   labels = {"labels": (8,)}
   features = {"features": (8, 16), **labels}
-  # Both seeds together have random backbones of their own, so no features to share.
-  final = {"images": (8, 16, 16, 3), **labels} if population == 2 else features
-  assert traced == [features, final]
+  assert traced == [features, features]
   results = [
     json.loads((tmp_path / "linear" / f"seed{s}" / "result.json").read_text())
     for s in (0, 1)
@@ -344,7 +336,7 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
   assert [json.loads(line)["together"] for line in lines] == [together_] * 4
   capsys.readouterr()
   monkeypatch.setattr(trainer, "train", pytest.fail)
-  monkeypatch.setattr(together, "search", pytest.fail)
+  monkeypatch.setattr(tune, "train_trials", pytest.fail)
   assert tune.run(config, tmp_path)["linear"] == summary
 
 
@@ -393,7 +385,7 @@ def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
   assert not fake.trials and not list(tmp_path.iterdir())
 
 
-def test_further_numbers_are_searched_for_and_stand_in_the_tables(install, tmp_path):
+def test_further_hparams_are_searched_for_and_stand_in_the_tables(install, tmp_path):
   def accuracy(config):
     return 0.9 if config.insvp.image_fusion == (1.0, 2.0) else 0.4
 
@@ -401,13 +393,13 @@ def test_further_numbers_are_searched_for_and_stand_in_the_tables(install, tmp_p
   config = search_config("insvp", tune__wd=(), tune__methods=("insvp", "linear"))
   config.tune.grid.image_fusion = ((0.3, 0.7), (1.0, 2.0))
   summary = tune.run(config, tmp_path)
-  numbers = [(c.method, p.program.numbers) for c, p in fake.trials]
-  assert numbers == [("insvp", ("image_fusion",))] * 6 + [("linear", ())] * 3
+  hparams = [(c.method, p.program.hparams) for c, p in fake.trials]
+  assert hparams == [("insvp", ("image_fusion",))] * 6 + [("linear", ())] * 3
   assert summary["insvp"]["image_fusion"] == [1.0, 2.0]
   finals = [c for c, *_ in fake.runs if c.method == "insvp"]
   assert {c.insvp.image_fusion for c in finals} == {(1.0, 2.0)}
   # What is chosen is compiled in, as in a run of one's own.
-  assert {p.program.numbers for *_, p, _ in fake.runs} == {()}
+  assert {p.program.hparams for *_, p, _ in fake.runs} == {()}
   head, _, insvp, linear = (tmp_path / "table.md").read_text().splitlines()
   assert "| wd | image_fusion | prompter + head |" in head
   assert "| 0.0001 | 1, 2 |" in insvp and "| 0.0001 |  |" in linear
@@ -487,55 +479,14 @@ def test_too_many_trials_for_the_memory_become_fewer(
 ):
   fake = install(best_at(0.01))
 
-  def search(configs, *args):
+  def train_trials(configs, *args):
     if len(configs) > 2:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    return fake.search(configs, *args)
+    return fake.train_trials(configs, *args)
 
-  monkeypatch.setattr(together, "search", search)
+  monkeypatch.setattr(tune, "train_trials", train_trials)
   tune.run(search_config(), tmp_path)
   assert fake.chunks == [1] * 6 and "now 3 at a time" in capsys.readouterr().out
-
-
-def test_final_runs_of_a_stream_train_one_by_one_and_it_is_said(
-  install, monkeypatch, tmp_path, capsys
-):
-  fake = install(best_at(0.01))
-  data = make_data()
-  split = data.splits["train_val"]
-  stream = StreamSplit(split.labels, 16, "d", lambda requests, whole: iter(()))
-  data.splits["train_val"] = stream
-  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
-  tune.run(search_config(tune__population=3), tmp_path)
-  assert len(fake.runs) == 3
-  assert "streamed: the seeds train one by one" in capsys.readouterr().out
-
-
-def test_final_runs_train_together_where_it_is_asked_for(monkeypatch, tmp_path):
-  monkeypatch.setattr(preparation, "load_data", lambda *_: make_data())
-  config = search_config("vpt_deep", tune__wd=(), tune__lr=(0.01, 0.03))
-  config.tune.grid.dropout = (0.0, 0.2)
-  config.tune.population = 4
-  sizes, original = [], together.train
-
-  def train(configs, *args):
-    sizes.append([c.seed for c in configs])
-    return original(configs, *args)
-
-  monkeypatch.setattr(together, "train", train)
-  summary = tune.run(config, tmp_path / "run")["vpt_deep"]
-  assert sizes == [[0, 1, 2]]
-  for seed, accuracy in zip((0, 1, 2), summary["test_accuracies"], strict=True):
-    workdir = tmp_path / "run" / "vpt_deep" / f"seed{seed}"
-    result = json.loads((workdir / "result.json").read_text())
-    assert (result["seed"], result["test_accuracy"]) == (seed, accuracy)
-    assert result["method_kwargs"]["dropout"] == summary["dropout"]
-  # One by one the same is chosen, and the same comes out.
-  config.tune.population = 1
-  again = tune.run(config, tmp_path / "again")["vpt_deep"]
-  assert sizes == [[0, 1, 2]]
-  for name in ("lr", "dropout", "test_accuracies", "trials"):
-    assert again[name] == summary[name], name
 
 
 def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
@@ -549,7 +500,7 @@ def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
   data = make_data()
   test = data.splits["test"]
   data.splits["test"] = Sealed(test.images, test.labels)
-  monkeypatch.setattr(preparation, "load_data", lambda *_: data)
+  monkeypatch.setattr(trainer, "load_data", lambda *_: data)
   Sealed.sealed = True
   # The final run is what trips over it, with the search behind it.
   with pytest.raises(AssertionError, match="the test split was touched"):
