@@ -30,8 +30,8 @@ SHARED = ROOT.parent / "shared"
 # These compile many programs and run each for a moment: quick to compile is better than
 # quick to run. What they compare is compiled alike.
 QUICKLY_COMPILED = (
-  *("test_calls", "test_features", "test_population", "test_suite"),
-  *("test_trainer", "test_tune", "test_wide_head"),
+  *("test_batches", "test_features", "test_population", "test_stored_runs"),
+  *("test_suite", "test_trainer", "test_tune"),
 )
 
 

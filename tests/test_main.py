@@ -126,7 +126,7 @@ UNKNOWN = "unknown config key "
     ),
     (
       ["--mode=tune", "--config.tune.grid.prompt_dropout=(0.1,)"],
-      ["grid.prompt_dropout is no number of vpt_deep. Did you mean 'dropout'?"],
+      ["grid.prompt_dropout is no hparam of vpt_deep. Did you mean 'dropout'?"],
     ),
     (["--mode=tune", "--config.tune.grid.dropout=(2.0,)"], ["dropout is 2.0"]),
     (

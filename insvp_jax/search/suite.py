@@ -21,15 +21,15 @@ from insvp_jax.search import tables, tune
 
 
 def members(config: ConfigDict, workdir: str | Path) -> list[tuple[ConfigDict, Path]]:
-  """Returns the (config, workdir) of each task that a config stands for."""
+  """Returns (config, workdir) of each task that a config stands for."""
   if config.task not in GROUPS:
     return [(config, Path(workdir))]
-  found = []
+  result = []
   for task in GROUPS[config.task]:
-    single = config.copy_and_resolve_references()
-    single.task = task
-    found.append((single, Path(workdir) / task))
-  return found
+    task_config = config.copy_and_resolve_references()
+    task_config.task = task
+    result.append((task_config, Path(workdir) / task))
+  return result
 
 
 def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
@@ -58,21 +58,23 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   size = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   ).image_size
-  for single, _ in tasks:
-    check_data(single.task, single.data, size)
-  found: dict[str, Any] = {}
-  for single, where in tasks:
-    tables.print_once(f"\n{single.task} ({len(found) + 1} of {len(tasks)})")
-    found[single.task] = tune.run(single, where, mode)
-    _write(workdir, found, GROUPS[config.task])
-  tables.print_once(f"\n{format_table(accuracies(found), GROUPS[config.task])}")
-  return found
+  for task_config, _ in tasks:
+    check_data(task_config.task, task_config.data, size)
+  results: dict[str, Any] = {}
+  for task_config, task_dir in tasks:
+    task = task_config.task
+    tables.print_once(f"\n{task} ({len(results) + 1} of {len(tasks)})")
+    results[task] = tune.run(task_config, task_dir, mode)
+    # After each task: an interrupted suite has the table of what is done.
+    _write(workdir, results, GROUPS[config.task])
+  tables.print_once(f"\n{format_table(accuracies(results), GROUPS[config.task])}")
+  return results
 
 
-def accuracies(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
   """Returns {method: {task: mean test accuracy in [0, 1]}} of `run`'s results."""
   table: dict[str, dict[str, float | None]] = {}
-  for task, result in found.items():
+  for task, result in results.items():
     if "test_accuracy" in result:  # a single run
       result = {result["method"]: {"mean": result["test_accuracy"]}}
     for method, summary in result.items():
@@ -98,11 +100,11 @@ def _rows(table, tasks: Sequence[str]) -> list[list[str]]:
   rows = [["test accuracy, %", *(title for title, _ in columns)]]
   for method, by_task in table.items():
     cells = []
-    for _, of in columns:
-      values = [by_task.get(task) for task in of]
+    for _, column_tasks in columns:
+      values = [by_task.get(task) for task in column_tasks]
       known = [100 * value for value in values if value is not None]
-      complete = len(known) == len(values)
-      cells.append(f"{statistics.mean(known):.2f}" if complete else "")
+      is_complete = len(known) == len(values)
+      cells.append(f"{statistics.mean(known):.2f}" if is_complete else "")
     rows.append([method, *cells])
   return rows
 
@@ -123,11 +125,12 @@ def format_table(
   return "\n".join(lines) + "\n"
 
 
-def _write(workdir: Path, found: Mapping[str, Any], tasks: Sequence[str]) -> None:
+def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
+  """Writes suite.json, table.md and table.csv."""
   if jax.process_index() != 0:
     return
-  table = accuracies(found)
-  write_json(workdir / "suite.json", found)
+  table = accuracies(results)
+  write_json(workdir / "suite.json", results)
   (workdir / "table.md").write_text(format_table(table, tasks))
   lines = [",".join(row) for row in _rows(table, tasks)]
   (workdir / "table.csv").write_text(

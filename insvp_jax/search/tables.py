@@ -9,22 +9,22 @@ import jax
 
 
 def print_once(text: str) -> None:
-  """Prints on the first of several processes."""
+  """Prints on the first of several processes alone."""
   if jax.process_index() == 0:
     print(text, flush=True)
 
 
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as a Markdown table, one row per method."""
-  more = _more(summary)
-  titles = [task, "test accuracy", "seeds", "lr", "wd", *more]
+  hparams = _searched_hparams(summary)
+  titles = [task, "test accuracy", "seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
   rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-  for method, found in summary.items():
-    mean = "-" if found["mean"] is None else f"{100 * found['mean']:.2f}"
-    spread = f" ± {100 * found['std']:.2f}" if found["std"] is not None else ""
+  for method, result in summary.items():
+    mean = "-" if result["mean"] is None else f"{100 * found['mean']:.2f}"
+    spread = f" ± {100 * found['std']:.2f}" if result["std"] is not None else ""
     cells = [method, f"{mean}{spread}", f"{len(found['seeds'])}"]
-    cells += [_number(found.get(name, "")) for name in ("lr", "wd", *more)]
+    cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
     cells += [f"{found['trainable_params']:,}", f"{found['train_seconds']:.0f}"]
     rows.append(f"| {' | '.join(cells)} |")
   return "\n".join(rows) + "\n"
@@ -32,21 +32,21 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
 
 def format_csv(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as CSV, one row per method; accuracies in [0, 1]."""
-  more = _more(summary)
+  hparams = _searched_hparams(summary)
   columns = ("mean", "std", "seeds", "test_accuracies", "val_accuracy", "lr", "wd")
-  columns = (*columns, *more, "trainable_params", "prompter_params", "train_seconds")
+  columns = (*columns, *hparams, "trainable_params", "prompter_params", "train_seconds")
   file = io.StringIO()
   writer = csv.writer(file, lineterminator="\n")
   writer.writerow(("task", "method", *columns))
-  for method, found in summary.items():
-    cells = (found.get(name) for name in columns)
+  for method, result in summary.items():
+    cells = (result.get(name) for name in columns)
     writer.writerow((task, method, *map(_cell, cells)))
   return file.getvalue()
 
 
-def _more(summary: Mapping[str, Any]) -> list[str]:
-  """Returns the numbers beside lr and wd that any method was searched for."""
-  names = (name for found in summary.values() for name in found["searched"])
+def _searched_hparams(summary: Mapping[str, Any]) -> list[str]:
+  """Returns the hparams beside lr and wd that any method was searched for."""
+  names = (name for result in summary.values() for name in result["searched"])
   return [name for name in dict.fromkeys(names) if name not in ("lr", "wd")]
 
 

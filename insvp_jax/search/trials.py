@@ -1,6 +1,6 @@
 """The trials of a search: which there are, where they are kept, which is chosen.
 
-A trial is a point of a grid: {"lr": ..., "wd": ..., further numbers of the method}.
+A trial is a point of a grid: {"lr": ..., "wd": ..., further hparams of the method}.
 Each finished one is a line of `trials.jsonl`, on disk before the next begins.
 """
 
@@ -27,24 +27,25 @@ Point = dict[str, Any]
 
 
 def check_keys(config: ConfigDict) -> None:
-  """Checks that each further number of the grid belongs to one of the methods.
+  """Checks that each further hparam of the grid belongs to one of the methods.
 
   Raises:
     ValueError: it does not; the message has the nearest that does.
   """
   methods = config.tune.methods or (config.method,)
-  known = {number: None for m in methods for number in METHODS[m].NUMBERS}
+  # A dict keeps the order, and each name once.
+  known = {name: None for method in methods for name in METHODS[method].NUMBERS}
   for key, values in config.tune.grid.items():
     if values and key not in known:
-      numbers = f"Known: {', '.join(known)}." if known else "There are none."
+      names = f"Known: {', '.join(known)}." if known else "There are none."
       raise ValueError(
-        f"config.tune.grid.{key} is no number of {', '.join(methods)}."
-        f"{trees.did_you_mean(key, known)} {numbers}"
+        f"config.tune.grid.{key} is no hparam of {', '.join(methods)}."
+        f"{trees.did_you_mean(key, known)} {names}"
       )
 
 
 def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
-  """Returns the values of each number of the search of `config.method`.
+  """Returns the values of each hparam in the search of `config.method`.
 
   Args:
     config: the whole configuration.
@@ -54,10 +55,10 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
     ValueError: `default`, but the grid is empty and the method has none.
   """
   tune, method = config.tune, config.method
-  numbers = METHODS[method].NUMBERS
-  more = {k: v for k, v in tune.grid.items() if v and k in numbers}
+  names = METHODS[method].NUMBERS
+  hparams = {k: v for k, v in tune.grid.items() if v and k in names}
   grid = GRIDS.get((method, config.optim.name)) if default and not tune.lr else None
-  if default and not (tune.lr or tune.wd or more or grid):
+  if default and not (tune.lr or tune.wd or hparams or grid):
     raise ValueError(
       f"the grid is empty: config.tune.lr is (), and the method {method!r} has no grid "
       f"of its own for the optimizer {config.optim.name!r}. Give one, e.g. "
@@ -67,7 +68,7 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
   return {
     "wd": tuple(map(float, tune.wd or wd)),
     "lr": tuple(map(float, tune.lr or lr)),
-    **more,
+    **hparams,
   }
 
 
@@ -82,15 +83,17 @@ def scaled(config: ConfigDict, default: bool) -> ConfigDict:
 
 def points(grid: Mapping[str, tuple]) -> list[Point]:
   """Returns all points of a grid; the lr varies before the wd, the others last."""
-  names = sorted(grid, key=("lr", "wd").__contains__)
-  found = itertools.product(*(grid[name] for name in names))
-  order = ("lr", "wd", *(name for name in names if name not in ("lr", "wd")))
-  each = (dict(zip(names, values, strict=True)) for values in found)
-  return [{name: point[name] for name in order} for point in each]
+  hparams = [name for name in grid if name not in ("lr", "wd")]
+  # The last factor of a product varies first.
+  names = (*hparams, *(name for name in grid if name in ("lr", "wd")))
+  product = itertools.product(*(grid[name] for name in names))
+  combinations = (dict(zip(names, values, strict=True)) for values in product)
+  order = ("lr", "wd", *hparams)
+  return [{name: point[name] for name in order} for point in combinations]
 
 
 def at(config: ConfigDict, **changes: Any) -> ConfigDict:
-  """Returns a copy with some of method, seed, train_split and a point's numbers."""
+  """Returns a copy with some of method, seed, train_split and a point's hparams."""
   copy = config.copy_and_resolve_references()
   copy.method = changes.pop("method", copy.method)
   sections = {
@@ -124,7 +127,7 @@ def settings(
 
   Args:
     config: of any of the trials.
-    names: of the points' numbers.
+    names: of the points' hparams.
     backbone: its identity.
     data_sha256: of the splits that trials read.
   """
@@ -144,21 +147,22 @@ def settings(
 
 def read(path: Path, digest: str) -> list[dict[str, Any]]:
   """Returns the trials of a file that were made with the same `settings`."""
-  found = []
+  trials = []
   for line in path.read_bytes().split(b"\n") if path.exists() else ():
     # A killed process may have left half a line.
     with contextlib.suppress(ValueError, KeyError, TypeError):
       trial = json.loads(line)
       if trial["settings"] == digest:
-        found.append(trial)
-  return found
+        trials.append(trial)
+  return trials
 
 
 def find(trials: Sequence[Mapping[str, Any]], point: Point) -> Mapping[str, Any] | None:
   """Returns the finished trial of a point, or None."""
-  wanted = json.loads(json.dumps(point))
+  # As it was written: pairs are lists in JSON.
+  point = json.loads(json.dumps(point))
   for trial in trials:
-    if all(name in trial and trial[name] == value for name, value in wanted.items()):
+    if all(name in trial and trial[name] == value for name, value in point.items()):
       return trial
   return None
 
@@ -177,8 +181,8 @@ def append(path: Path, trial: Mapping[str, Any]) -> None:
     with path.open("ab+", buffering=0) as file:
       file.seek(0)
       # Half a line of a killed process would spoil this one.
-      whole = file.read().rfind(b"\n") + 1
-      file.truncate(whole)
+      complete_size = file.read().rfind(b"\n") + 1
+      file.truncate(complete_size)
       file.write(line)
       os.fsync(file.fileno())
   except OSError as error:
@@ -192,7 +196,7 @@ def choose(
 
   Args:
     trials: points with val_accuracy, which is None where the loss diverged.
-    names: of the points' numbers, in the order in which ties are broken.
+    names: of the points' hparams, in the order in which ties are broken.
 
   Raises:
     ValueError: all of them diverged.

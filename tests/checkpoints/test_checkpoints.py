@@ -392,7 +392,7 @@ except OSError as error:
 
 
 def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path, root):
-  path = os.pathsep.join([str(root), str(root / "tests")])
+  path = os.pathsep.join([str(root), str(root / "tests" / "checkpoints")])
   done = subprocess.run(
     [sys.executable, "-c", FULL, str(tmp_path)],
     env={**os.environ, "PYTHONPATH": path},

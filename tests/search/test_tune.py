@@ -376,7 +376,7 @@ def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
     tune.run(tiny_config("bias", optim__name="sgd"), tmp_path, "tune")
   config = search_config()
   config.tune.grid.dropout = (0.1, 0.2)
-  with pytest.raises(ValueError, match="grid.dropout is no number of linear"):
+  with pytest.raises(ValueError, match="grid.dropout is no hparam of linear"):
     tune.run(config, tmp_path)
   config = search_config("vpt_deep")
   config.tune.grid.dropout = (0.1, 1.5)

@@ -1,6 +1,6 @@
 """Runs that version 0.1.0 left half done load, and go on to the end that they had.
 
-`stored_runs.zip` holds two runs of `tiny_config`, each stopped by SIGTERM at step 4, the
+`stored_runs.zip` has two runs of `tiny_config`, each stopped by SIGTERM at step 4, the
 backbone's file, and the adapters that the same runs had ended with when nothing stopped
 them. Both have what later versions left out: a head wider than its classes (adamw), a
 count of updates for the schedule, and frozen prompters in bfloat16 (sgd).
