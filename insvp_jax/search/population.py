@@ -56,11 +56,11 @@ def stack_state(
   """
   state = create_state(configs[0], program, params)
   trainable, frozen = trees.split(state.params, program.mask)
-  whole = program.state_sharding.step
+  replicated = program.state_sharding.step
   # Frozen parameters stay where they are.
   stack = jax.jit(
     lambda tree: jax.tree.map(lambda x: jnp.stack([x] * len(configs)), tree),
-    out_shardings=whole,
+    out_shardings=replicated,
   )
   trainable, opt_state = stack((trainable, state.opt_state))
   hparams = [hparams_of(config, program.hparams) for config in configs]
@@ -73,7 +73,7 @@ def stack_state(
   return state.replace(
     params=trees.merge(trainable, frozen),
     opt_state=opt_state,
-    **jax.device_put(numbers, whole),
+    **jax.device_put(numbers, replicated),
   )
 
 

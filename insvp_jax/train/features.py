@@ -126,20 +126,22 @@ def _compute(
   config: ConfigDict, program: Program, split: Split, backbone: Mapping[str, Any]
 ) -> dict[str, Array]:
   """Runs the backbone over a split, batch by batch, into one array."""
-  whole = mesh_lib.replicated(program.mesh)
+  replicated = mesh_lib.replicated(program.mesh)
   size = batches.eval_batch_size(config, program)
   width = program.model.backbone.spec.width
   # Rows of whole batches: the last one is padded.
   num_rows = -(-len(split) // size) * size
   create = jax.jit(
-    lambda: jnp.zeros((num_rows, width), jnp.float32), out_shardings=whole
+    lambda: jnp.zeros((num_rows, width), jnp.float32), out_shardings=replicated
   )
   # Donated: there is room for all features once, and for no more.
-  write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=whole)
+  write = jax.jit(
+    jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=replicated
+  )
   features = create()
   for i, batch in enumerate(batches.eval_batches(config, program, split)):
     rows = program.feature_step({"backbone": backbone}, batch)
     features = write(features, rows, (np.int32(i * size), np.int32(0)))
     # Batches that wait for the device hold their images: one at a time.
     jax.block_until_ready(features)
-  return {"features": features, "labels": resident.put(split.labels, whole)}
+  return {"features": features, "labels": resident.put(split.labels, replicated)}

@@ -59,12 +59,12 @@ class Program:
   @functools.cached_property
   def train_step(self) -> Any:
     """Jitted `(state, batch) -> (state, metrics)`; donates the state."""
-    whole, rows = self._shardings
+    replicated, sharded = self._shardings
     return jax.jit(
       self.functions.train,
       donate_argnums=0,
-      in_shardings=(self.state_sharding, rows),
-      out_shardings=(self.state_sharding, whole),
+      in_shardings=(self.state_sharding, sharded),
+      out_shardings=(self.state_sharding, replicated),
     )
 
   @functools.cached_property
@@ -73,38 +73,38 @@ class Program:
 
     See `steps.create_multi_step`.
     """
-    whole, rows = self._shardings
+    replicated, sharded = self._shardings
     return jax.jit(
       steps.create_multi_step(
-        self.functions, self.mask, batch_size=self.batch_size, sharding=rows
+        self.functions, self.mask, batch_size=self.batch_size, sharding=sharded
       ),
       donate_argnums=0,
-      in_shardings=(self.state_sharding, whole, whole, whole),
-      out_shardings=(self.state_sharding, whole),
+      in_shardings=(self.state_sharding, replicated, replicated, replicated),
+      out_shardings=(self.state_sharding, replicated),
     )
 
   @functools.cached_property
   def eval_step(self) -> Any:
     """Jitted `(params, batch, hparams) -> sums`; see `steps.create_eval_step`."""
-    whole, rows = self._shardings
+    replicated, sharded = self._shardings
     return jax.jit(
       self.functions.evaluate,
-      in_shardings=(self.state_sharding.params, rows, whole),
-      out_shardings=whole,
+      in_shardings=(self.state_sharding.params, sharded, replicated),
+      out_shardings=replicated,
     )
 
   @functools.cached_property
   def feature_step(self) -> Any:
-    """Jitted `({"backbone": params}, batch) -> features`, whole on every device."""
-    whole, rows = self._shardings
+    """Jitted `({"backbone": params}, batch) -> features`, in full on every device."""
+    replicated, sharded = self._shardings
     backbone = {"backbone": self.state_sharding.params["backbone"]}
     return jax.jit(
-      self.functions.features, in_shardings=(backbone, rows), out_shardings=whole
+      self.functions.features, in_shardings=(backbone, sharded), out_shardings=replicated
     )
 
   @property
   def _shardings(self):
-    """(every device holds all of it, the first axis is split over the devices)."""
+    """(of what every device holds in full, of batches: their first axis is split)."""
     return mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
 
 

@@ -158,15 +158,15 @@ def create_sharding(
     mask: bool tree, True where trainable.
     mesh: from `mesh.create_mesh`.
   """
-  whole = mesh_lib.replicated(mesh)
+  replicated = mesh_lib.replicated(mesh)
   return TrainState(
-    step=whole,
+    step=replicated,
     params=sharding_lib.param_shardings(shapes, mask, mesh),
-    opt_state=whole,
-    rng=whole,
-    peak_lr=whole,
-    wd=whole,
-    hparams=whole,
+    opt_state=replicated,
+    rng=replicated,
+    peak_lr=replicated,
+    wd=replicated,
+    hparams=replicated,
   )
 
 
