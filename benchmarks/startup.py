@@ -3,9 +3,8 @@
   python -m benchmarks.startup [--rounds=3] [--json=startup.json]
 
 The first step is that of the quickstart's InsVP run: with an empty cache of compiled
-programs; with the cache that such a run left behind; and with that of one on a task of
-twice as many classes, whose head is its own or (`config.head_width`) as wide as that of
-the run that filled the cache. Each is a process of its own; medians over rounds.
+programs; with the cache that such a run left behind; and on a task of twice as many
+classes with that cache. Each is a process of its own; medians over rounds.
 """
 
 import argparse
@@ -80,19 +79,15 @@ def one_round(folder: Path, images: Path) -> dict[str, float]:
   """
   other = "--config.task=folder", f"--config.data.root={images}"
   other += (f"--config.data.cache_dir={folder / 'decoded'}",)
-  shared = (f"--config.head_width={NUM_CLASSES}",)
   runs = {
-    "first train step, empty cache": ("own", ()),
-    "the same again": ("own", ()),
-    "another task, a head of its own": ("own", other),
-    "": ("shared", shared),
-    "another task, a head as wide": ("shared", (*other, *shared)),
+    "first train step, empty cache": (),
+    "the same again": (),
+    "another task": other,
   }
-  found = {"import insvp_jax": import_seconds()}
-  for i, (name, (cache, flags)) in enumerate(runs.items()):
-    found[name] = first_step_seconds(folder / f"run{i}", folder / cache, *flags)
-  del found[""]  # it filled the cache
-  return found
+  seconds = {"import insvp_jax": import_seconds()}
+  for i, (name, flags) in enumerate(runs.items()):
+    seconds[name] = first_step_seconds(folder / f"run{i}", folder / "cache", *flags)
+  return seconds
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
