@@ -38,7 +38,7 @@ class Head(nn.Module):
   """One linear layer from feature to logits, computed in float32.
 
   A head may have more columns than its task has classes, so that one compiled step
-  serves many tasks: then the collection "numbers", next to "params", has `num_classes`,
+  serves many tasks: then the collection "hparams", next to "params", has `num_classes`,
   int32 [], and the logits of the columns from there on are so low that they take no
   part in a softmax and get no gradient.
 
@@ -61,7 +61,7 @@ class Head(nn.Module):
     kernel = self.param("kernel", inits[0], (width, self.num_classes))
     bias = self.param("bias", inits[1], (self.num_classes,))
     logits = feature.astype(jnp.float32) @ kernel + bias
-    used = self.get_variable("numbers", "num_classes", None)
+    used = self.get_variable("hparams", "num_classes", None)
     if used is None:
       return logits
     return jnp.where(jnp.arange(self.num_classes) < used, logits, _NEVER)

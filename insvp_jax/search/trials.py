@@ -33,7 +33,7 @@ def check_keys(config: ConfigDict) -> None:
     ValueError: it does not; the message has the nearest that does.
   """
   methods = config.tune.methods or (config.method,)
-  known = {number: None for m in methods for number in METHODS[m].NUMBERS}
+  known = {number: None for m in methods for number in METHODS[m].HPARAMS}
   for key, values in config.tune.grid.items():
     if values and key not in known:
       numbers = f"Known: {', '.join(known)}." if known else "There are none."
@@ -54,7 +54,7 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
     ValueError: `default`, but the grid is empty and the method has none.
   """
   tune, method = config.tune, config.method
-  numbers = METHODS[method].NUMBERS
+  numbers = METHODS[method].HPARAMS
   more = {k: v for k, v in tune.grid.items() if v and k in numbers}
   grid = GRIDS.get((method, config.optim.name)) if default and not tune.lr else None
   if default and not (tune.lr or tune.wd or more or grid):

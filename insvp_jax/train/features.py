@@ -18,10 +18,7 @@ from insvp_jax import trees
 from insvp_jax.data import pipeline, preprocess, resident
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.methods.base import Method
 from insvp_jax.train.program import Program
-
-_HOOKS = ("prompt_image", "prompt_tokens", "adapt_feature")
 
 
 def are_constant(config: ConfigDict, program: Program) -> bool:
@@ -34,8 +31,7 @@ def are_constant(config: ConfigDict, program: Program) -> bool:
     config: the whole configuration.
     program: made for it.
   """
-  method = type(program.model.prompter)
-  adapts = any(getattr(method, hook) is not getattr(Method, hook) for hook in _HOOKS)
+  adapts = bool(program.model.prompter.overridden_hooks())
   mask = trees.flatten(program.mask).items()
   trains = any(chosen for name, chosen in mask if not name.startswith("head/"))
   mixes = config.loss.mixup_alpha > 0 or config.loss.cutmix_alpha > 0

@@ -105,7 +105,7 @@ def create_program(
     num_train: images of the training split.
     mesh: where the batches will lie.
     numbers: fields of the method that come with the state instead of being compiled
-      into the steps; names of its `NUMBERS`.
+      into the steps; names of its `HPARAMS`.
 
   Raises:
     ValueError: something in the config does not fit; see the message.
@@ -196,7 +196,7 @@ def create_program(
 
 
 def _trained(config: ConfigDict, model: PromptedClassifier) -> PromptedClassifier:
-  width, classes = config.head_width, model.head.num_classes
+  width, classes = config.get("head_width", 0), model.head.num_classes
   if not width:
     return model
   if width < classes:
@@ -227,7 +227,7 @@ def numbers_of(config: ConfigDict, program: Program) -> dict[str, np.ndarray]:
   """Returns what is data rather than compiled into the steps; see `TrainState`."""
   given = config_lib.method_kwargs(config)
   numbers = {name: np.asarray(given[name], np.float32) for name in program.numbers}
-  if config.head_width:
+  if config.get("head_width", 0):
     # Also where no column is left over: those of its suite have some.
     numbers["num_classes"] = np.asarray(program.model.head.num_classes, np.int32)
   return numbers

@@ -35,7 +35,7 @@ class TrainState:
       As data rather than a constant it lets one compiled step serve a whole search.
     wd: float32 []; the weight decay. None leaves it the optimizer's own constant.
     numbers: {name: float32 [] or [2]} of the method's fields that are data (see
-      `Method.number`), and `num_classes`, int32 [], of a head that may be wider (see
+      `Method.hparam`), and `num_classes`, int32 [], of a head that may be wider (see
       `Head`). None or {} for none.
   """
 
@@ -208,4 +208,4 @@ def _variables(
   for name, value in (numbers or {}).items():
     group = "head" if name == "num_classes" else "prompter"
     groups.setdefault(group, {})[name] = value
-  return {"params": params, "numbers": groups} if groups else {"params": params}
+  return {"params": params, "hparams": groups} if groups else {"params": params}

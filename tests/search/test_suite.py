@@ -45,7 +45,6 @@ def group(monkeypatch, tmp_path):
 def _config(root, **changes):
   config = tiny_config("linear", total_epochs=1.0, **changes)
   config.task = "natural"
-  config.head_width = 100  # the tasks share what is compiled
   config.data.root = str(root)
   config.tune.lr, config.tune.seeds = (0.01, 0.1), (0, 1)
   config.tune.methods = ("linear", "bias")
