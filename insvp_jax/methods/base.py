@@ -112,25 +112,6 @@ class Method(nn.Module):
     """Returns a copy with some fields changed; see `nn.Module.clone`."""
     return super().clone(**{**self._unresolved, **updates})
 
-  @classmethod
-  def overridden_hooks(cls) -> frozenset[str]:
-    """Returns the names of the hooks by which this method changes the feature.
-
-    Every public method of the base class counts that the class overrides, but for those
-    that cannot change the feature: `trainable_patterns` and `prompts`. A hook that is
-    added to the base class counts by itself.
-    """
-    hooks = {
-      name
-      for name, value in vars(Method).items()
-      if inspect.isfunction(value) and not name.startswith("_")
-    }
-    return frozenset(
-      name
-      for name in hooks - _BESIDE_THE_FEATURE
-      if getattr(cls, name) is not getattr(Method, name)
-    )
-
   def prompt_image(
     self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b h w c"]:
@@ -166,6 +147,25 @@ class Method(nn.Module):
     """Returns what there is to look at, by name; see `Run.prompts`."""
     del images
     return {}
+
+  @classmethod
+  def overridden_hooks(cls) -> frozenset[str]:
+    """Returns the names of the hooks by which this method changes the feature.
+
+    Every public method of the base class counts that the class overrides, but for those
+    that cannot change the feature: `trainable_patterns` and `prompts`. A hook that is
+    added to the base class counts by itself.
+    """
+    hooks = {
+      name
+      for name, value in vars(Method).items()
+      if inspect.isfunction(value) and not name.startswith("_")
+    }
+    return frozenset(
+      name
+      for name in hooks - _BESIDE_THE_FEATURE
+      if getattr(cls, name) is not getattr(Method, name)
+    )
 
   @nn.nowrap
   def hparam(self, name: str) -> Any:
