@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from insvp_jax.methods import METHODS
-from insvp_jax.methods.insvp_settings import PRESETS
+from insvp_jax.methods.insvp import PRESETS
 from insvp_jax.models.classifier import create_backbone
 
 ROOT = Path(__file__).resolve().parents[1]

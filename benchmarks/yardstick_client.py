@@ -59,15 +59,15 @@ def settings(
   vit, prompter = model.backbone, model.prompter
   if not isinstance(prompter, InsVP) or vit.pool not in ("tok", "gap"):
     raise ValueError("the yardstick is InsVP over a ViT with pool 'tok' or 'gap'.")
-  chosen = prompter.settings
-  parts = (chosen.use_patch, chosen.use_global, chosen.use_common, chosen.use_specific)
-  if not all(parts) or chosen.simam or chosen.prompted_blocks != vit.depth:
+  used = [prompter.use_patch, prompter.use_global]
+  used += [prompter.use_common, prompter.use_specific]
+  if not all(used) or prompter.simam or prompter.prompted_blocks != vit.depth:
     raise ValueError("the yardstick has all four prompts in all blocks, and no SimAM.")
   grid = specific_grid(vit.width, vit.image_size)
   sizes = ("image_size", "patch_size", "width", "depth", "mlp_dim", "num_heads")
   return {
     **{name: getattr(vit, name) for name in (*sizes, "pool", "gelu")},
-    **{name: getattr(chosen, name) for name in FIELDS},
+    **{name: getattr(prompter, name) for name in FIELDS},
     "num_classes": model.head.num_classes,
     "specific_crop": grid.crop,
     "specific_size": grid.size,

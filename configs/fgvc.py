@@ -22,7 +22,5 @@ def get_config(arg=""):
   config.task = "fgvc" if arg["task"] == "all" else f"fgvc_{arg['task']}"
   config.method = arg["method"]
   config.data.preset = "insvp_release"
-  # That of NABirds, so that all tasks share what is compiled.
-  config.head_width = 555
   config.tune.seeds = (42, 44, 82, 100, 800)
   return config

@@ -37,8 +37,6 @@ def get_config(arg=""):
   config.task = "hta" if task == "all" else f"hta_{task}"
   config.method = arg["method"]
   config.data.preset = "insvp_release"
-  # That of NABirds, so that all tasks share what is compiled.
-  config.head_width = 555
   config.data.subset = subset
   config.loss.label_smoothing = 0.1
   config.loss.mixup_alpha = 0.8

@@ -30,8 +30,6 @@ def get_config(arg=""):
   config.task = {"all": "vtab"}.get(arg["task"], arg["task"])
   config.method = arg["method"]
   config.data.preset = "vtab"
-  # That of SUN397, so that all tasks share what is compiled.
-  config.head_width = 397
   # The seeds of VPT's protocol.
   config.tune.seeds = (42, 44, 82, 100, 800)
   return config

@@ -1,9 +1,9 @@
-"""The whole configuration with its defaults.
+"""The whole configuration: every key, its default and what it is.
 
 A file in `configs/` calls `defaults()` and changes values; every key can then be
-overridden on the command line as `--config.section.key=value`. A value of None
-means "what the method, the backbone or its release says". `config_checks` says which
-values are right.
+overridden on the command line as `--config.section.key=value`, and `--print_config`
+prints them all. A value of None means "what the method, the backbone or its release
+says". `config_checks` says which values are right.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,104 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from insvp_jax import trees
+from insvp_jax.methods import METHODS, fields
 
-METHOD_SECTIONS = ("insvp", "vpt_shallow", "vpt_deep")
+# (default, documentation) by key. A type is a None that takes values of that type. The
+# methods' sections and `tune.grid` follow from what the methods declare.
+_KEYS: dict[str, tuple[Any, str]] = {
+  "task": ("digits", "a task or group of data/tasks.py, digits, folder or cifar10_npz"),
+  "method": ("insvp", f"one of {', '.join(METHODS)}"),
+  "seed": (0, "seed of initialisation, batches, augmentation and dropout"),
+  "batch_size": (64, "training images of a step, over all devices"),
+  "eval_batch_size": (256, "images of a step of evaluation"),
+  "total_epochs": (100.0, "passes over the training images"),
+  "total_steps": (0, "train steps; 0: from total_epochs"),
+  "image_size": (0, "pixels per side; 0: the backbone's own"),
+  "head_init": ("torch", "initialisation of the head: zeros, torch or vpt"),
+  "cache_features": (True, "compute features once, where only the head trains"),
+  # Calls of 2 and of 200 steps give the same bits; with 1 a step is its own program.
+  "steps_per_call": (0, "steps of a call, with data on the device; 0: automatic"),
+  "log_every_steps": (50, "train steps from one line of metrics to the next"),
+  "eval_every_epochs": (0.0, "epochs between evaluations on val; 0: at the end only"),
+  "checkpoint_every_epochs": (0.0, "epochs between checkpoints; 0: at the end only"),
+  # With 1 a damaged one is the end.
+  "keep_checkpoints": (2, "how many of the newest checkpoints are kept"),
+  "tensorboard": (True, "write TensorBoard files beside metrics.jsonl"),
+  "prompt_images": (0, "test images to draw InsVP's prompts for"),
+  "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
+  "multihost": (bool, "join other processes; None: where a cluster is detected"),
+  # The ViT; None is what its variant or release says.
+  "backbone.name": ("boxed", "a variant (B/16) or a release (vit_b16_i21k)"),
+  "backbone.weights": ("", "a path, a name, or random; empty: the release's"),
+  "backbone.init": ("default", "how random weights are drawn: default or mimetic"),
+  "backbone.width": (int, "token width d"),
+  "backbone.depth": (int, "number of blocks l"),
+  "backbone.mlp_dim": (int, "hidden width of the MLP"),
+  "backbone.num_heads": (int, "attention heads"),
+  "backbone.patch_size": (int, "pixels per side of a patch"),
+  "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
+  "backbone.gelu": (str, "form of the activation: tanh or exact"),
+  "backbone.dtype": ("float32", "type of the computation: float32 or bfloat16"),
+  "backbone.remat": (False, "recompute blocks in the backward pass: saves memory"),
+  "backbone.scan": (False, "compile one block for all: saves compile time"),
+  "backbone.fused_attention": (False, "attend by cuDNN: NVIDIA GPUs, in bfloat16"),
+  "backbone.skip_unread": (True, "do not compute tokens that the pool does not read"),
+  "backbone.frozen_dtype": ("float32", "type of frozen weights: float32 or bfloat16"),
+  "backbone.fsdp": (1, "devices that frozen weights are split over; set scan too"),
+  # Where the images come from and how they become inputs.
+  "data.root": ("", "folder or .zip of the images; empty: from TFDS"),
+  "data.preset": ("vtab", "pixels: vtab, vpt, insvp_release, cifar or modern"),
+  "data.train_split": ("train", "the split that trains: train or train_val"),
+  "data.val_fraction": (0.1, "share of a folder's train for val, if it has no val"),
+  "data.test_fraction": (0.2, "share of a folder's train for test, if it has no test"),
+  "data.split_seed": (0, "seed of the splits that are drawn, not published"),
+  "data.skip_corrupt": (False, "leave unreadable images of a folder out"),
+  "data.cache_dir": ("", "folder of decoded images; empty: the default; off: none"),
+  "data.data_dir": ("", "where TFDS has its data sets; empty: its default"),
+  "data.subset": ("", "which training images; empty: the task's first choice"),
+  "data.lists": ("", "folder of VPT-style train.json, val.json and test.json"),
+  "data.resident_mb": (1024, "MiB; larger splits stay in their files and are streamed"),
+  # The optimizer of the trainable parameters, and its schedule.
+  "optim.name": ("adamw", "adamw or sgd"),
+  "optim.lr": (1e-3, "learning rate at the schedule's peak"),
+  "optim.wd": (1e-4, "weight decay"),
+  "optim.b1": (0.9, "AdamW's decay of the mean of gradients"),
+  "optim.b2": (0.999, "AdamW's decay of the mean of squared gradients"),
+  "optim.eps": (1e-8, "AdamW's term in the denominator"),
+  "optim.momentum": (0.9, "SGD's momentum"),
+  "optim.nesterov": (False, "SGD with Nesterov's momentum"),
+  "optim.schedule": ("cosine", "constant, cosine or cosine_epochwise"),
+  "optim.warmup_epochs": (0.0, "epochs of linear warm-up; or set warmup_steps"),
+  "optim.warmup_steps": (0, "train steps of linear warm-up"),
+  "optim.end_lr_factor": (0.0, "the last lr of a cosine, as a share of the peak"),
+  "optim.grad_clip_norm": (0.0, "highest global norm of the gradient; 0: any"),
+  "optim.accumulate_steps": (1, "train steps whose mean gradient makes one update"),
+  "optim.no_decay": ((), "regular expressions over parameters without weight decay"),
+  "optim.lr_scale_by_batch": (0, "multiply lr by images per update / this; 0: do not"),
+  # Targets and the mixing of images.
+  "loss.label_smoothing": (0.0, "share of a target that is spread over all classes"),
+  "loss.mixup_alpha": (0.0, "alpha of mixup's Beta distribution; 0: no mixup"),
+  "loss.cutmix_alpha": (0.0, "alpha of cutmix's Beta distribution; 0: no cutmix"),
+  "loss.mix_prob": (0.5, "probability that a batch is mixed at all"),
+  "loss.mix_switch_prob": (0.5, "probability of cutmix where mixup is on too"),
+  # The search: which values are tried, and what is trained with the chosen ones.
+  "tune.methods": ((), "methods side by side; empty: method alone"),
+  "tune.lr": ((), "learning rates to try; empty: see --mode"),
+  "tune.wd": ((), "weight decays to try; empty: see --mode"),
+  "tune.seeds": ((), "seeds of the final runs; empty: seed alone"),
+  "tune.select": ("val", "the split that chooses; there is no other"),
+  "tune.population": (0, "trials that train together; 0: what the memory holds"),
+  # What --plan cannot know without the data.
+  "plan.num_classes": (0, "classes, for --plan alone; 0: the task's"),
+  "plan.num_train": (0, "training images, for --plan alone; 0: the task's"),
+}
+# The methods that have fields, and so a section of that name.
+METHOD_SECTIONS = tuple(n for n, method in METHODS.items() if fields.declared(method))
+# The keys of the section backbone that are fields of `models.vit.ViT`.
+_VIT_FIELDS = (
+  *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
+  *("dtype", "remat", "scan", "skip_unread", "fused_attention"),
+)
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
@@ -28,45 +124,53 @@ MAY_CHANGE = (
 PER_HOST = r"data/(root|cache_dir|data_dir|lists)|backbone/weights"
 
 
+def _method_keys() -> dict[str, tuple[Any, str]]:
+  """Returns the keys that follow from the methods, in the form of `_KEYS`."""
+  keys: dict[str, tuple[Any, str]] = {}
+  for section in METHOD_SECTIONS:
+    types = fields.value_types(METHODS[section])
+    for name, field in fields.declared(METHODS[section]).items():
+      # The preset says what None means, so it is never None itself.
+      default = field.default if name == fields.PRESET else types[name]
+      doc = field.doc if name == fields.PRESET else field.doc_line()
+      keys[f"{section}.{name}"] = (default, doc)
+  for method in METHODS.values():
+    for name in method.HPARAMS:
+      keys[f"tune.grid.{name}"] = ((), f"values of a method's {name} to try")
+  return keys
+
+
+def _keys() -> dict[str, tuple[Any, str]]:
+  return {**_KEYS, **_method_keys()}
+
+
 def defaults() -> ConfigDict:
   """Returns the complete, locked configuration."""
   config = ConfigDict()
-  config.task = "digits"
-  config.method = "insvp"
-  config.seed = 0
-  config.batch_size = 64
-  config.eval_batch_size = 256
-  config.total_epochs = 100.0
-  config.total_steps = 0  # 0: from total_epochs
-  config.image_size = 0  # 0: the backbone's own
-  config.head_init = "torch"
-  # 0: as many columns as the task has classes. More: so that the tasks of a suite share
-  # what is compiled; those without a class take no part in anything.
-  config.head_width = 0
-  # Where nothing before the head trains, compute features once instead of each step.
-  config.cache_features = True
-  # Steps taken in one call, where the training data are on the device; 1: each step is
-  # a program of its own; 0: automatic. Calls of 2 and of 200 steps give the same bits.
-  config.steps_per_call = 0
-  config.backbone = _backbone()
-  config.insvp = _insvp()
-  config.vpt_shallow = _vpt()
-  config.vpt_deep = _vpt()
-  config.vpt_deep.prompted_blocks = placeholder(int)
-  config.data = _data()
-  config.optim = _optim()
-  config.loss = _loss()
-  config.tune = _tune()
-  config.plan = _plan()
-  config.log_every_steps = 50
-  config.eval_every_epochs = 0.0  # 0: at the end only
-  config.checkpoint_every_epochs = 0.0  # 0: at the end only
-  config.keep_checkpoints = 2  # the newest ones; with 1 a damaged one is the end
-  config.tensorboard = True
-  config.prompt_images = 0  # how many test images to draw InsVP's prompts for
-  config.profile = ""  # "10:15": a trace of these steps, into <workdir>/profile
-  config.multihost = placeholder(bool)  # None: where a cluster is detected
+  for key, (default, _) in _keys().items():
+    *path, name = key.split(".")
+    section = config
+    for part in path:
+      if part not in section:
+        section[part] = ConfigDict()
+      section = section[part]
+    section[name] = placeholder(default) if isinstance(default, type) else default
   return config.lock()
+
+
+def format_keys(config: ConfigDict) -> str:
+  """Returns a line for each key of a config: its value and what it is."""
+  values = trees.flatten(config.to_dict())
+  values = {name.replace("/", "."): value for name, value in values.items()}
+  docs = {key: doc for key, (_, doc) in _keys().items()}
+  # In the order of the table; what a config file has added comes last.
+  names = [key for key in docs if key in values]
+  names += [name for name in values if name not in docs]
+  lines = []
+  for name in names:
+    doc = docs.get(name, "of this config file alone")
+    lines.append(f"{f'config.{name} = {values[name]!r}':<44}  # {doc}")
+  return "\n".join(lines)
 
 
 def published() -> ConfigDict:
@@ -86,122 +190,6 @@ def published() -> ConfigDict:
   return config
 
 
-def _backbone() -> ConfigDict:
-  section = ConfigDict()
-  section.name = "boxed"  # a variant ("B/16") or a release ("vit_b16_i21k")
-  section.weights = ""  # "": the release's; a path or name; "random"
-  section.init = "default"  # of random weights: "default" or "mimetic"
-  for field in ("width", "depth", "mlp_dim", "num_heads", "patch_size"):
-    section[field] = placeholder(int)
-  for field in ("pool", "gelu"):
-    section[field] = placeholder(str)
-  section.dtype = "float32"
-  section.remat = False
-  section.scan = False
-  section.fused_attention = False  # True: cuDNN's, on NVIDIA GPUs in bfloat16
-  section.skip_unread = True  # False: compute tokens that the pool does not read
-  section.frozen_dtype = "float32"
-  section.fsdp = 1  # over how many devices frozen weights are split; set scan too
-  return section
-
-
-def _insvp() -> ConfigDict:
-  section = ConfigDict()
-  section.preset = "paper"
-  for field in ("use_patch", "use_global", "use_common", "use_specific"):
-    section[field] = placeholder(bool)
-  for field in ("train_specific", "simam"):
-    section[field] = placeholder(bool)
-  for field in ("prompt_length", "prompted_blocks", "patch_hidden", "global_hidden"):
-    section[field] = placeholder(int)
-  for field in ("global_kernels", "global_dilations", "specific_kernels"):
-    section[field] = placeholder(tuple)
-  for field in ("image_fusion", "feature_fusion"):
-    section[field] = placeholder(tuple)
-  for field in ("specific_activation", "specific_input", "prompt_init", "conv"):
-    section[field] = placeholder(str)
-  for field in ("dropout", "prompt_dropout"):
-    section[field] = placeholder(float)
-  return section
-
-
-def _vpt() -> ConfigDict:
-  section = ConfigDict()
-  section.prompt_length = placeholder(int)
-  section.project = placeholder(int)
-  section.dropout = placeholder(float)
-  return section
-
-
-def _data() -> ConfigDict:
-  section = ConfigDict()
-  section.root = ""
-  section.preset = "vtab"
-  section.train_split = "train"  # or "train_val"
-  section.val_fraction = 0.1
-  section.test_fraction = 0.2
-  section.split_seed = 0
-  section.skip_corrupt = False
-  section.cache_dir = ""  # of decoded images; "": the default place, "off": none
-  section.data_dir = ""  # "": TFDS's default
-  section.subset = ""  # which training images; "": the task's first choice
-  section.lists = ""  # folder of VPT-style train.json, val.json, test.json
-  section.resident_mb = 1024  # splits above stay in their files and are streamed
-  return section
-
-
-def _optim() -> ConfigDict:
-  section = ConfigDict()
-  section.name = "adamw"
-  section.lr = 1e-3
-  section.wd = 1e-4
-  section.b1 = 0.9
-  section.b2 = 0.999
-  section.eps = 1e-8
-  section.momentum = 0.9
-  section.nesterov = False
-  section.schedule = "cosine"
-  section.warmup_epochs = 0.0
-  section.warmup_steps = 0
-  section.end_lr_factor = 0.0
-  section.grad_clip_norm = 0.0
-  section.accumulate_steps = 1
-  section.no_decay = ()
-  section.lr_scale_by_batch = 0
-  return section
-
-
-def _loss() -> ConfigDict:
-  section = ConfigDict()
-  section.label_smoothing = 0.0
-  section.mixup_alpha = 0.0
-  section.cutmix_alpha = 0.0
-  section.mix_prob = 0.5
-  section.mix_switch_prob = 0.5
-  return section
-
-
-def _tune() -> ConfigDict:
-  section = ConfigDict()
-  section.methods = ()  # (): config.method alone
-  section.lr = ()  # (): no search; one run with config.optim
-  section.wd = ()
-  section.grid = ConfigDict()  # further numbers, of the methods that have them
-  for number in ("dropout", "prompt_dropout", "image_fusion", "feature_fusion"):
-    section.grid[number] = ()
-  section.seeds = ()  # (): config.seed alone
-  section.select = "val"  # what chooses; there is no other
-  section.population = 0  # trials that train together; 0: what the memory holds
-  return section
-
-
-def _plan() -> ConfigDict:
-  section = ConfigDict()  # of --plan alone; 0: from the task
-  section.num_classes = 0
-  section.num_train = 0
-  return section
-
-
 def method_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the section of `config.method` without its unset (None) fields."""
   if config.method not in METHOD_SECTIONS:
@@ -212,9 +200,7 @@ def method_kwargs(config: ConfigDict) -> dict[str, Any]:
 def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
   """Returns the ViT fields that the config sets."""
   section = config.backbone
-  fields = ("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu")
-  fields += ("dtype", "remat", "scan", "skip_unread", "fused_attention")
-  return {f: section[f] for f in fields if section[f] is not None}
+  return {f: section[f] for f in _VIT_FIELDS if section[f] is not None}
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
@@ -225,8 +211,8 @@ def profile_steps(config: ConfigDict) -> tuple[int, int] | None:
   """
   if not config.profile:
     return None
-  found = re.fullmatch(r"(\d+):(\d+)", config.profile)
-  first, last = map(int, found.groups()) if found else (0, 0)
+  match = re.fullmatch(r"(\d+):(\d+)", config.profile)
+  first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last:
     raise ValueError(
       f"config.profile is {config.profile!r}, expected the first and the last step to "
@@ -268,13 +254,13 @@ def difference(
     none.
   """
   before = trees.flatten(stored)
-  found = []
+  changes = []
   for name, value in trees.flatten(to_dict(config)).items():
     # A setting that is newer than the stored run had no say in it.
     was = before.get(name, value)
     if value != was and not re.fullmatch(MAY_CHANGE, name):
-      found.append(f"config.{name.replace('/', '.')} is {value!r}, was {was!r}")
-  return "; ".join(found)
+      changes.append(f"config.{name.replace('/', '.')} is {value!r}, was {was!r}")
+  return "; ".join(changes)
 
 
 def shared_settings(config: ConfigDict) -> dict[str, Any]:

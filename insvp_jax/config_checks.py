@@ -91,7 +91,7 @@ def check_folder(name: str, path: str) -> None:
     )
 
 
-# (key, lowest value, highest value) of numbers.
+# (key, lowest value, highest value).
 _RANGES = (
   ("batch_size", 1, math.inf),
   ("eval_batch_size", 1, math.inf),
@@ -102,7 +102,6 @@ _RANGES = (
   ("total_steps", 0, math.inf),
   ("total_epochs", 0, math.inf),
   ("image_size", 0, math.inf),
-  ("head_width", 0, math.inf),
   ("backbone.fsdp", 1, math.inf),
   ("plan.num_classes", 0, math.inf),
   ("plan.num_train", 0, math.inf),
@@ -119,21 +118,24 @@ _RANGES = (
 )
 
 
+# {key of config.tune: (type of its values, what they are, an example)}.
+_SEARCHED = {
+  "methods": (str, "names of methods", "('insvp', 'linear')"),
+  "lr": (float | int, "numbers >= 0", "(0.001, 0.01)"),
+  "wd": (float | int, "numbers >= 0", "(0.0001, 0.01)"),
+  "seeds": (int, "whole numbers", "(0, 1, 2)"),
+}
+
+
 def _check_tune(tune: ConfigDict) -> None:
   # ml_collections checks that these are tuples, not what is in them.
-  kinds = {
-    "methods": (str, "names of methods"),
-    "lr": (float | int, "numbers >= 0"),
-    "wd": (float | int, "numbers >= 0"),
-    "seeds": (int, "whole numbers"),
-  }
-  for key, (kind, expected) in kinds.items():
+  for key, (kind, expected, example) in _SEARCHED.items():
     for value in tune[key]:
-      wrong = isinstance(value, bool) or not isinstance(value, kind)
-      if wrong or (key in ("lr", "wd") and not 0 <= value < math.inf):
+      is_wrong = isinstance(value, bool) or not isinstance(value, kind)
+      if is_wrong or (key in ("lr", "wd") and not 0 <= value < math.inf):
         raise ValueError(
           f"config.tune.{key} has {value!r}, expected {expected}, e.g. "
-          f'--config.tune.{key}="{_EXAMPLES[key]}".'
+          f'--config.tune.{key}="{example}".'
         )
     _check_unique(key, tune[key])
   for key, values in tune.grid.items():
@@ -148,14 +150,6 @@ def _check_tune(tune: ConfigDict) -> None:
 def _check_unique(key: str, values: tuple) -> None:
   if len(set(values)) < len(values):
     raise ValueError(f"config.tune.{key} is {values}: a value is there twice.")
-
-
-_EXAMPLES = {
-  "methods": "('insvp', 'linear')",
-  "lr": "(0.001, 0.01)",
-  "wd": "(0.0001, 0.01)",
-  "seeds": "(0, 1, 2)",
-}
 
 
 def _get(config: ConfigDict, key: str) -> Any:

@@ -36,6 +36,9 @@ _MODE = flags.DEFINE_enum(
 _PROFILE = flags.DEFINE_string(
   "profile", "", "Steps to record, e.g. 10:15, for TensorBoard or Perfetto."
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+  "print_config", False, "Train nothing: print every key, its value and what it is."
+)
 _JOIN_TIMEOUT = flags.DEFINE_integer(
   "join_timeout", 300, "Seconds in which all of several processes have to come."
 )
@@ -94,6 +97,11 @@ def main(argv: list[str]) -> None:
       _fail(f"--{flag.name} is {flag.value}, expected at least 1 second.")
   config = _CONFIG.value
   config.profile = _PROFILE.value or config.profile
+  if _PRINT_CONFIG.value:
+    from insvp_jax import config as config_lib
+
+    print(config_lib.format_keys(config))
+    return
   _setup_jax()
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import config_checks

@@ -14,7 +14,7 @@ from insvp_jax.config import defaults
 from insvp_jax.data import tasks
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods.base import BackboneSpec
-from insvp_jax.models.classifier import create_backbone
+from insvp_jax.models.classifier import BACKBONE_FIELDS, create_backbone
 from insvp_jax.models.heads import HEAD_INITS
 from insvp_jax.train import optim
 
@@ -68,6 +68,39 @@ def test_backbone_kwargs_reach_the_vit():
   config.backbone.dtype = "bfloat16"
   vit = create_backbone("mu/4", 16, config_lib.backbone_kwargs(config))
   assert (vit.depth, vit.pool, vit.dtype) == (2, "gap", "bfloat16")
+
+
+def test_the_backbone_s_section_has_every_field_of_the_vit():
+  config = defaults()
+  config.backbone.update(width=8, depth=1, mlp_dim=8, num_heads=1, patch_size=4)
+  config.backbone.update(pool="gap", gelu="exact")
+  # The image's size has a key of its own.
+  assert {*config_lib.backbone_kwargs(config), "image_size"} == set(BACKBONE_FIELDS)
+
+
+def test_describe_has_a_line_for_every_key_in_the_order_of_the_table():
+  config = defaults()
+  config.optim.lr = 0.25
+  config.insvp.global_kernels = (5, 7)
+  lines = config_lib.format_keys(config).splitlines()
+  keys = [line.split(" = ")[0] for line in lines]
+  names = trees.flatten(config.to_dict())
+  assert sorted(keys) == sorted(f"config.{n.replace('/', '.')}" for n in names)
+  assert keys[:2] == ["config.task", "config.method"]
+  assert all(line.partition("  # ")[2] for line in lines)
+  text = " ".join(" ".join(lines).split())
+  assert "config.optim.lr = 0.25 # learning rate at the schedule's peak" in text
+  assert (
+    "config.insvp.global_kernels = (5, 7) # the two kernel sizes of the global "
+    "prompter; None: (3, 3) (paper), (11, 25) (release)"
+  ) in text
+  assert "None: 'paper'" not in text  # nor does its own None mean anything
+  with config.unlocked():
+    config.mine = "x"
+    del config.seed
+  lines = config_lib.format_keys(config).splitlines()
+  assert lines[-1].split("  # ")[1] == "of this config file alone"
+  assert not any(line.startswith("config.seed ") for line in lines)
 
 
 def test_the_defaults_are_valid_and_locked():
@@ -175,6 +208,7 @@ def test_difference_names_what_shapes_a_result_and_nothing_else():
   config.log_every_steps = 7
   assert config_lib.difference(config, stored) == ""
   del stored["head_init"]  # a setting that is newer than the stored run
+  stored["head_width"] = 397  # one that there is no more
   assert config_lib.difference(config, stored) == ""
   config.loss.mixup_alpha = 0.5
   assert config_lib.difference(config, stored) == (

@@ -168,6 +168,17 @@ def test_no_config_or_a_wrong_one_is_one_line(main, root, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"typo.py", "kind.py"}
 
 
+def test_print_config_prints_every_key_and_trains_nothing(main, base, tmp_path):
+  workdir = tmp_path / "run"
+  # Also where the config could not be trained with.
+  done = main(*base, f"--workdir={workdir}", "--config.seed=-7", "--print_config")
+  assert done.status == 0 and done.err == "" and not workdir.exists()
+  lines = dict(line.split(" = ", 1) for line in done.out.splitlines())
+  assert lines["config.seed"].split(None, 2)[:2] == ["-7", "#"]
+  assert lines["config.vpt_deep.dropout"].endswith("each sample; None: 0.1")
+  assert lines["config.tune.grid.dropout"].startswith("()")
+
+
 def test_traceback_shows_where_an_input_error_comes_from(main, base, tmp_path):
   flags = [f"--workdir={tmp_path / 'run'}", "--config.method=insvpp", "--traceback"]
   done = main(*base, *flags)

@@ -1,9 +1,9 @@
 """Adaptation methods: one file each, found by name in `METHODS`."""
 
-import inspect
 from typing import Any
 
 from insvp_jax import trees
+from insvp_jax.methods import fields
 from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
 from insvp_jax.methods.bias import Bias
 from insvp_jax.methods.full import Full
@@ -36,8 +36,7 @@ def method_fields(name: str) -> tuple[str, ...]:
   Raises:
     ValueError: unknown method, with the nearest known name.
   """
-  parameters = inspect.signature(trees.lookup(METHODS, name, "method")).parameters
-  return tuple(f for f in parameters if f not in ("spec", "parent", "name"))
+  return tuple(fields.declared(trees.lookup(METHODS, name, "method")))
 
 
 def create_method(name: str, spec: BackboneSpec, /, **kwargs: Any) -> Method:
@@ -52,13 +51,13 @@ def create_method(name: str, spec: BackboneSpec, /, **kwargs: Any) -> Method:
     ValueError: unknown method or field, with the nearest known name, or a value
       that a field cannot have.
   """
-  fields = method_fields(name)
+  known = method_fields(name)
   for field in kwargs:
-    if field not in fields:
-      known = f"Known: {', '.join(fields)}." if fields else "It has none."
+    if field not in known:
+      listed = f"Known: {', '.join(known)}." if known else "It has none."
       raise ValueError(
         f"unknown field {field!r} of the method {name!r}."
-        f"{trees.did_you_mean(field, fields)} {known}"
+        f"{trees.did_you_mean(field, known)} {listed}"
       )
-  given = {field: value for field, value in kwargs.items() if value is not None}
-  return METHODS[name](spec, **given)
+  values = {field: value for field, value in kwargs.items() if value is not None}
+  return METHODS[name](spec, **values)

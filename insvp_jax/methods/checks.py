@@ -1,79 +1,100 @@
-"""Checks of the values that a user gives to a method, with one clear line each."""
+"""Checks of a method's fields, with one clear line each; see `fields.Check`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 import math
 from typing import Any
 
 from insvp_jax import trees
+from insvp_jax.methods.base import BackboneSpec
+from insvp_jax.methods.fields import Check
 
 
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
+def _is_positive_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_number(value: Any) -> bool:
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return number and math.isfinite(value)
+def _is_finite_number(value: Any) -> bool:
+  is_number = isinstance(value, float | int) and not isinstance(value, bool)
+  return is_number and math.isfinite(value)
 
 
-def boolean(name: str, value: Any) -> bool:
-  """Returns the value, or raises ValueError if it is not True or False."""
-  if not isinstance(value, bool):
-    raise ValueError(f"{name} is {value!r}, expected True or False.")
-  return value
+def _expect(
+  is_valid: Callable[[Any], bool],
+  expected: str,
+  convert: Callable[[Any], Any] = lambda value: value,
+) -> Check:
+  """Returns a check of the value alone.
+
+  Args:
+    is_valid: whether a field can have the value.
+    expected: what it can have, for the message.
+    convert: applied to a valid value.
+  """
+
+  def check(name: str, value: Any, spec: BackboneSpec) -> Any:
+    del spec
+    if not is_valid(value):
+      raise ValueError(f"{name} is {value!r}, expected {expected}.")
+    return convert(value)
+
+  return check
 
 
-def positive_int(name: str, value: Any) -> int:
-  """Returns the value, or raises ValueError if it is no integer from 1 on."""
-  if not _is_int(value) or value < 1:
-    raise ValueError(f"{name} is {value!r}, expected an integer of at least 1.")
-  return value
+def _sequence_of(is_valid: Callable[[Any], bool], length: int) -> Callable[[Any], bool]:
+  def are_valid(value: Any) -> bool:
+    is_sequence = isinstance(value, tuple | list) and len(value) == length
+    return is_sequence and all(map(is_valid, value))
+
+  return are_valid
 
 
-def block_count(name: str, value: Any, depth: int) -> int:
-  """Returns the value, or raises ValueError if the backbone has fewer blocks."""
-  if not _is_int(value) or not 1 <= value <= depth:
+boolean = _expect(lambda value: isinstance(value, bool), "True or False")
+positive_int = _expect(_is_positive_int, "an integer of at least 1")
+rate = _expect(
+  lambda value: _is_finite_number(value) and 0 <= value < 1,
+  "a dropout rate in [0, 1)",
+  float,
+)
+
+
+def positive_ints(length: int) -> Check:
+  """Returns the check of a sequence of so many integers from 1 on; makes a tuple."""
+  are_valid = _sequence_of(_is_positive_int, length)
+  return _expect(are_valid, f"{length} integers of at least 1", tuple)
+
+
+def finite_numbers(length: int) -> Check:
+  """Returns the check of a sequence of so many numbers; makes a tuple of floats."""
+  are_valid = _sequence_of(_is_finite_number, length)
+  return _expect(
+    are_valid, f"{length} finite numbers", lambda value: tuple(map(float, value))
+  )
+
+
+def one_of(*known: str) -> Check:
+  """Returns the check of a choice; the message has the nearest known one."""
+
+  def check(name: str, value: Any, spec: BackboneSpec) -> str:
+    del spec
+    if value not in known:
+      raise ValueError(
+        f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}."
+        f"{trees.did_you_mean(value, known)}"
+      )
+    return value
+
+  return check
+
+
+def block_count(name: str, value: Any, spec: BackboneSpec) -> int:
+  """Returns the value.
+
+  Raises:
+    ValueError: it is no integer from 1 to the number of the backbone's blocks.
+  """
+  if not _is_positive_int(value) or value > spec.depth:
     raise ValueError(
-      f"{name} is {value!r}, but the backbone has {depth} blocks; "
-      f"expected an integer from 1 to {depth}."
+      f"{name} is {value!r}, but the backbone has {spec.depth} blocks; "
+      f"expected an integer from 1 to {spec.depth}."
     )
   return value
-
-
-def rate(name: str, value: Any) -> float:
-  """Returns a dropout rate, or raises ValueError outside of [0, 1)."""
-  if not _is_number(value) or not 0 <= value < 1:
-    raise ValueError(f"{name} is {value!r}, expected a dropout rate in [0, 1).")
-  return float(value)
-
-
-def choice(name: str, value: Any, known: Sequence[str]) -> str:
-  """Returns the value, or raises ValueError if it is none of the known ones."""
-  if value not in known:
-    raise ValueError(
-      f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}."
-      f"{trees.did_you_mean(value, known)}"
-    )
-  return value
-
-
-def _sequence(name: str, value: Any, length: int, valid: Any, kind: str) -> Sequence:
-  right = isinstance(value, (tuple, list)) and len(value) == length
-  if not right or not all(map(valid, value)):
-    raise ValueError(f"{name} is {value!r}, expected {length} {kind}.")
-  return value
-
-
-def positive_ints(name: str, value: Any, length: int) -> tuple[int, ...]:
-  """Returns a tuple, or raises ValueError if it is not `length` integers >= 1."""
-
-  def valid(x: Any) -> bool:
-    return _is_int(x) and x >= 1
-
-  return tuple(_sequence(name, value, length, valid, "integers of at least 1"))
-
-
-def numbers(name: str, value: Any, length: int) -> tuple[float, ...]:
-  """Returns a tuple of floats, or raises ValueError if it is not `length` numbers."""
-  found = _sequence(name, value, length, _is_number, "finite numbers")
-  return tuple(float(x) for x in found)

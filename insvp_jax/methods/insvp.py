@@ -4,23 +4,41 @@ Source: Liu et al. 2024, "InsVP: Efficient Instance Visual Prompting from Image
 Itself", ACM Multimedia.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from insvp_jax.methods.base import BlockPrompts, Method
+from insvp_jax import trees
+from insvp_jax.methods import checks
+from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
+from insvp_jax.methods.fields import field
 from insvp_jax.methods.insvp_prompters import (
+  ACTIVATIONS,
   GlobalPrompter,
   PatchPrompter,
   SpecificPrompter,
   simam,
+  specific_grid,
 )
-from insvp_jax.methods.insvp_settings import Settings, resolve
+from insvp_jax.methods.ops import conv as conv_lib
 from insvp_jax.methods.ops.dropout import Dropout, is_off
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
+
+PRESETS = ("paper", "release")
+# The components that each pair of fusion weights belongs to.
+_COMPONENTS = {
+  "image_fusion": ("use_patch", "use_global"),
+  "feature_fusion": ("use_common", "use_specific"),
+}
+
+
+def _check_preset(name: str, value: Any, spec: BackboneSpec) -> str:
+  del name, spec
+  trees.lookup(dict.fromkeys(PRESETS), value, "InsVP preset")
+  return value
 
 
 class InsVP(Method):
@@ -31,133 +49,166 @@ class InsVP(Method):
   p_j^F = c p_j^c + d p^s, which fuse the common prompt of the block and the
   specific prompt of the image (eq. 8 to 11). p^s is made once per forward pass.
 
-  Two presets, which are different methods; each only sets defaults, and every
-  field that is None takes the preset's:
-
-  | field | paper | release |
-  |---|---|---|
-  | image_fusion (a, b) | 0.3, 0.7 | 1, 2 |
-  | feature_fusion (c, d) | 0.5, 0.5 | 1, 1 |
-  | global_kernels, global_dilations | (3, 3), (5, 12) | (11, 25), (1, 1) |
-  | specific_input | original | prompted |
-  | specific_activation | relu | leaky_relu (0.01) |
-  | train_specific | True | False: random features |
-  | prompt_init | vpt | unit |
-  | prompt_dropout | 0 | 0.1 |
-
-  "paper" is the equations; "release" is what the authors' code computes, at its
-  settings for CUB (prompt_length 9, specific_kernels (9, 5, 3)). Its others use
-  specific_kernels (7, 9, 3) with prompt_length 20 on CIFAR-100 and 16 elsewhere
-  (NABirds, Dogs, Flowers, DTD, Food101, CIFAR-10, GTSRB, SVHN), and simam on CUB,
-  Dogs and SVHN. On a small image the global prompter's extents (11 and 25 pixels)
-  may deserve smaller values.
+  Two presets, which are different methods; each only sets defaults. "paper" is
+  equations 4 to 13. What it leaves open is here: a global prompter with the extents 11
+  and 25 of the released one, dilated, and VPT's prompt_init. "release" is what the
+  authors' code computes, at its settings for CUB (prompt_length 9, specific_kernels
+  (9, 5, 3)). Its others use specific_kernels (7, 9, 3) with prompt_length 20 on
+  CIFAR-100 and 16 elsewhere (NABirds, Dogs, Flowers, DTD, Food101, CIFAR-10, GTSRB,
+  SVHN), and simam on CUB, Dogs and SVHN. On a small image the global prompter's extents
+  (11 and 25 pixels) may deserve smaller values.
 
   Ablations (table 5, figure 7) are the `use_*` fields and the fusion weights. A
   component that is off has no parameters and its term is left out. Under "paper",
   whose fusion is convex, the component that is left then has weight 1 (eq. 6 and
   10 at the end of the range; so common prompts alone are VPT-Deep); under
   "release" it keeps its weight. Weights that are given are used as they are.
-
-  Attributes:
-    preset: "paper" or "release".
-    prompt_length: prompt tokens p per block.
-    prompted_blocks: the first l blocks get fresh prompts, the others carry the
-      prompts' outputs on; by default all.
-    use_patch: whether there is a patch prompt p^l.
-    use_global: whether there is a global prompt p^g.
-    use_common: whether there are common prompts p^c.
-    use_specific: whether there is a specific prompt p^s.
-    patch_hidden: hidden width of the patch prompter.
-    global_hidden: hidden channels of the global prompter.
-    global_kernels: its two kernel sizes.
-    global_dilations: its two dilations.
-    specific_kernels: the three kernel sizes of the specific prompter.
-    specific_activation: its activation, "relu" or "leaky_relu".
-    specific_input: the image that it sees, "original" or "prompted".
-    train_specific: whether it is trained.
-    image_fusion: weights (patch, global).
-    feature_fusion: weights (common, specific).
-    simam: whether images first pass SimAM attention.
-    prompt_init: of p^c: "vpt" (VPT's uniform bound) or "unit" (U(-1, 1)).
-    dropout: rate in the three prompters.
-    prompt_dropout: rate on p^c, drawn for each sample.
-    conv: how the prompters' convolutions are computed: "auto" (the fastest form for
-      each on this machine), "plain" (the compiler's own), "fft" or "blocks" (matrix
-      products). They differ by rounding.
   """
 
-  NUMBERS: ClassVar[tuple[str, ...]] = (
-    "dropout",
-    "prompt_dropout",
-    "image_fusion",
-    "feature_fusion",
+  preset: str = field(
+    "paper", "paper or release: whose defaults the others have", check=_check_preset
   )
-  preset: str = "paper"
-  prompt_length: int | None = None
-  prompted_blocks: int | None = None
-  use_patch: bool | None = None
-  use_global: bool | None = None
-  use_common: bool | None = None
-  use_specific: bool | None = None
-  patch_hidden: int | None = None
-  global_hidden: int | None = None
-  global_kernels: Sequence[int] | None = None
-  global_dilations: Sequence[int] | None = None
-  specific_kernels: Sequence[int] | None = None
-  specific_activation: str | None = None
-  specific_input: str | None = None
-  train_specific: bool | None = None
-  image_fusion: Sequence[float | int] | None = None
-  feature_fusion: Sequence[float | int] | None = None
-  simam: bool | None = None
-  prompt_init: str | None = None
-  dropout: float | int | None = None
-  prompt_dropout: float | int | None = None
-  conv: str | None = None
+  prompt_length: int = field(9, "prompt tokens p per block", check=checks.positive_int)
+  prompted_blocks: int | None = field(
+    lambda spec: spec.depth,
+    "the first l blocks get fresh prompts, later ones carry them on; None: all blocks",
+    check=checks.block_count,
+  )
+  use_patch: bool = field(
+    True, "whether there is a patch prompt p^l", check=checks.boolean
+  )
+  use_global: bool = field(
+    True, "whether there is a global prompt p^g", check=checks.boolean
+  )
+  use_common: bool = field(
+    True, "whether there are common prompts p^c", check=checks.boolean
+  )
+  use_specific: bool = field(
+    True, "whether there is a specific prompt p^s", check=checks.boolean
+  )
+  patch_hidden: int = field(
+    16, "hidden width of the patch prompter", check=checks.positive_int
+  )
+  global_hidden: int = field(
+    6, "hidden channels of the global prompter", check=checks.positive_int
+  )
+  global_kernels: Sequence[int] | None = field(
+    None,
+    "the two kernel sizes of the global prompter",
+    check=checks.positive_ints(2),
+    presets={"paper": (3, 3), "release": (11, 25)},
+  )
+  global_dilations: Sequence[int] | None = field(
+    None,
+    "the two dilations of the global prompter",
+    check=checks.positive_ints(2),
+    presets={"paper": (5, 12), "release": (1, 1)},
+  )
+  specific_kernels: Sequence[int] = field(
+    (9, 5, 3),
+    "the three kernel sizes of the specific prompter",
+    check=checks.positive_ints(3),
+  )
+  specific_activation: str | None = field(
+    None,
+    "activation of the specific prompter: relu or leaky_relu (slope 0.01)",
+    check=checks.one_of(*ACTIVATIONS),
+    presets={"paper": "relu", "release": "leaky_relu"},
+  )
+  specific_input: str | None = field(
+    None,
+    "the image that the specific prompter sees: original or prompted",
+    check=checks.one_of("original", "prompted"),
+    presets={"paper": "original", "release": "prompted"},
+  )
+  train_specific: bool | None = field(
+    None,
+    "whether the specific prompter is trained; else its features are random",
+    check=checks.boolean,
+    presets={"paper": True, "release": False},
+  )
+  simam: bool = field(
+    False, "whether images first pass SimAM attention", check=checks.boolean
+  )
+  prompt_init: str | None = field(
+    None,
+    "how the common prompts start: vpt (VPT's uniform bound) or unit (U(-1, 1))",
+    check=checks.one_of("vpt", "unit"),
+    presets={"paper": "vpt", "release": "unit"},
+  )
+  dropout: float | int = field(
+    0.1, "rate in the three prompters", check=checks.rate, hparam=True
+  )
+  prompt_dropout: float | int | None = field(
+    None,
+    "rate on the common prompts, drawn for each sample",
+    check=checks.rate,
+    hparam=True,
+    presets={"paper": 0.0, "release": 0.1},
+  )
+  image_fusion: Sequence[float | int] | None = field(
+    None,
+    "weights (patch, global) of the image prompt",
+    check=checks.finite_numbers(2),
+    hparam=True,
+    presets={"paper": (0.3, 0.7), "release": (1.0, 2.0)},
+  )
+  feature_fusion: Sequence[float | int] | None = field(
+    None,
+    "weights (common, specific) of the prompt tokens",
+    check=checks.finite_numbers(2),
+    hparam=True,
+    presets={"paper": (0.5, 0.5), "release": (1.0, 1.0)},
+  )
+  conv: str = field(
+    conv_lib.AUTO,
+    "form of the prompters' convolutions, all alike up to rounding: auto (the fastest "
+    "here), plain (the compiler's own), fft or blocks (matrix products)",
+    check=checks.one_of(*conv_lib.CHOICES),
+  )
 
-  def __post_init__(self) -> None:
-    """Checks the fields at construction, before any device work."""
-    self._resolve()
-    super().__post_init__()
-
-  @nn.nowrap
-  def _resolve(self) -> Settings:
-    fields = Settings.__dataclass_fields__
-    given = {name: getattr(self, name) for name in fields}
-    return resolve(self.preset, given, self.spec)
-
-  @property
-  def settings(self) -> Settings:
-    """Every field after the preset's defaults."""
-    return self._resolve()
+  @classmethod
+  def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    resolved = super().resolve(spec, values)
+    for name, components in _COMPONENTS.items():
+      is_alone = sum(resolved[component] for component in components) == 1
+      # The paper fuses convexly: a component that stands alone has weight 1.
+      if is_alone and resolved["preset"] == "paper" and values.get(name) is None:
+        resolved[name] = (1.0, 1.0)
+    if resolved["use_specific"]:
+      specific_grid(spec.width, spec.image_size)  # raises where there is none
+    return resolved
 
   def setup(self) -> None:
     """Creates the prompters that are on."""
-    s = self.settings
-    dropout = self.number("dropout", s.dropout)
-    if s.use_patch:
-      size = self.spec.patch_size
-      self.patch_prompter = PatchPrompter(size, s.patch_hidden, dropout)
-    if s.use_global:
-      self.global_prompter = GlobalPrompter(
-        s.global_hidden, s.global_kernels, s.global_dilations, dropout, s.conv
+    dropout = self.hparam("dropout")
+    if self.use_patch:
+      self.patch_prompter = PatchPrompter(
+        self.spec.patch_size, self.patch_hidden, dropout
       )
-    if s.use_common:
+    if self.use_global:
+      self.global_prompter = GlobalPrompter(
+        self.global_hidden,
+        self.global_kernels,
+        self.global_dilations,
+        dropout,
+        self.conv,
+      )
+    if self.use_common:
       bound = 1.0
-      if s.prompt_init == "vpt":
+      if self.prompt_init == "vpt":
         bound = vpt_bound(self.spec.patch_size, self.spec.width)
-      shape = (s.prompted_blocks, s.prompt_length, self.spec.width)
+      shape = (self.prompted_blocks, self.prompt_length, self.spec.width)
       self.common_prompt = self.param("common_prompt", symmetric_uniform(bound), shape)
-      rate = self.number("prompt_dropout", s.prompt_dropout)
-      self.common_dropout = Dropout(rate)
-    if s.use_specific:
+      self.common_dropout = Dropout(self.hparam("prompt_dropout"))
+    if self.use_specific:
       self.specific_prompter = SpecificPrompter(
         self.spec.width,
-        s.prompt_length,
-        s.specific_kernels,
-        s.specific_activation,
+        self.prompt_length,
+        self.specific_kernels,
+        self.specific_activation,
         dropout,
-        s.conv,
+        self.conv,
       )
 
   def prompt_image(
@@ -194,28 +245,29 @@ class InsVP(Method):
       "specific" p^s [b, p, d]; "feature" p^F [l, b, p, d].
     """
     attended = self._attended(images)
-    found = self._image_prompts(attended, train=False)
-    prompted = attended + found["image"] if found else attended
-    found |= self._token_prompts(images, prompted, train=False)
-    if "feature" in found:
-      repeats = len(images) // found["feature"].shape[1]
-      found["feature"] = jnp.repeat(found["feature"], repeats, axis=1)
-    return found
+    prompts = self._image_prompts(attended, train=False)
+    prompted = attended + prompts["image"] if prompts else attended
+    prompts |= self._token_prompts(images, prompted, train=False)
+    if "feature" in prompts:
+      # The batch axis is 1 where all images share the tokens.
+      repeats = len(images) // prompts["feature"].shape[1]
+      prompts["feature"] = jnp.repeat(prompts["feature"], repeats, axis=1)
+    return prompts
 
   @nn.nowrap
   def trainable_patterns(self) -> tuple[str, ...]:
     """Returns patterns of the components that are on, and of the head."""
-    s = self.settings
-    trained = {
-      "prompter/patch_prompter/.*": s.use_patch,
-      "prompter/global_prompter/.*": s.use_global,
-      "prompter/common_prompt": s.use_common,
-      "prompter/specific_prompter/.*": s.use_specific and s.train_specific,
+    is_trained = {
+      "prompter/patch_prompter/.*": self.use_patch,
+      "prompter/global_prompter/.*": self.use_global,
+      "prompter/common_prompt": self.use_common,
+      "prompter/specific_prompter/.*": self.use_specific and self.train_specific,
       "head/.*": True,
     }
-    return tuple(pattern for pattern, used in trained.items() if used)
+    return tuple(pattern for pattern, trained in is_trained.items() if trained)
 
   def _attended(self, images: Array) -> Array:
+    """Returns the images, after SimAM if that is on."""
     size = self.spec.image_size
     if images.shape[1:3] != (size, size):
       raise ValueError(
@@ -223,44 +275,44 @@ class InsVP(Method):
         f"was built for {size} x {size}; resize the images or build the model with "
         f"image_size={images.shape[1]}."
       )
-    return simam(images) if self.settings.simam else images
+    return simam(images) if self.simam else images
 
   def _image_prompts(self, images: Array, train: bool) -> dict[str, Array]:
-    s = self.settings
-    weights = self.number("image_fusion", s.image_fusion)
-    found, fused = {}, []
-    if s.use_patch:
-      found["patch"] = self.patch_prompter(images, train=train)
-      fused.append(weights[0] * found["patch"])
-    if s.use_global:
-      found["global"] = self.global_prompter(images, train=train)
-      fused.append(weights[1] * found["global"])
-    return {**found, "image": sum(fused)} if found else {}
+    """Returns "patch" and "global" as far as they are on, and "image", their fusion."""
+    weights = self.hparam("image_fusion")
+    prompts, terms = {}, []
+    if self.use_patch:
+      prompts["patch"] = self.patch_prompter(images, train=train)
+      terms.append(weights[0] * prompts["patch"])
+    if self.use_global:
+      prompts["global"] = self.global_prompter(images, train=train)
+      terms.append(weights[1] * prompts["global"])
+    return {**prompts, "image": sum(terms)} if prompts else {}
 
   def _token_prompts(
     self, images: Array, prompted_images: Array, train: bool
   ) -> dict[str, Array]:
-    s = self.settings
-    weights = self.number("feature_fusion", s.feature_fusion)
-    found, fused = {}, []
-    if s.use_common:
-      common = self._common(len(images), train)
-      fused.append(weights[0] * common)
-    if s.use_specific:
+    """Returns "specific" if that is on, and "feature", the fused tokens."""
+    weights = self.hparam("feature_fusion")
+    prompts, terms = {}, []
+    if self.use_common:
+      common = self._common(len(images), train)  # [l, b or 1, p, d]
+      terms.append(weights[0] * common)
+    if self.use_specific:
       source = prompted_images
-      if s.specific_input == "original":
+      if self.specific_input == "original":
         source = self._attended(images)
-      specific = self.specific_prompter(source, train=train)
-      found["specific"] = specific
-      fused.append(weights[1] * specific[None])
-    if not fused:
+      prompts["specific"] = self.specific_prompter(source, train=train)  # [b, p, d]
+      terms.append(weights[1] * prompts["specific"][None])
+    if not terms:
       return {}
-    feature = sum(fused)
-    shape = (s.prompted_blocks, *feature.shape[1:])
-    return {**found, "feature": jnp.broadcast_to(feature, shape)}
+    feature = sum(terms)
+    # Specific prompts alone have a block axis of 1: every block gets the same.
+    shape = (self.prompted_blocks, *feature.shape[1:])
+    return {**prompts, "feature": jnp.broadcast_to(feature, shape)}
 
   def _common(self, batch_size: int, train: bool) -> Float[Array, "l b p d"]:
-    """Common prompts; their batch axis is 1 unless dropout differs by sample."""
+    """Returns p^c; the batch axis is 1 unless dropout differs by sample."""
     common = jnp.expand_dims(self.common_prompt, 1)
     if not train or is_off(self.common_dropout.rate):
       return common

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.ops.conv import AUTO, Conv
-from insvp_jax.methods.ops.dropout import Dropout, Number
+from insvp_jax.methods.ops.dropout import Dropout, Rate
 from insvp_jax.methods.ops.initializers import torch_uniform
 
 SIMAM_LAMBDA = 1e-3
@@ -37,6 +37,7 @@ def simam(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _dense(features: int, fan_in: int) -> nn.Dense:
+  """Returns a dense layer that starts as PyTorch's does."""
   init = torch_uniform(fan_in)
   return nn.Dense(features, kernel_init=init, bias_init=init)
 
@@ -56,7 +57,7 @@ class PatchPrompter(nn.Module):
 
   patch_size: int
   hidden: int
-  dropout: Number
+  dropout: Rate
 
   @nn.compact
   def __call__(
@@ -64,13 +65,11 @@ class PatchPrompter(nn.Module):
   ) -> Float[Array, "b h w c"]:
     """Returns the patch prompt, in pixels."""
     size = {"p": self.patch_size, "q": self.patch_size}
-    pattern = "b (h p) (w q) c -> b h w (p q c)"
-    patches = einops.rearrange(images, pattern, **size)
-    length = patches.shape[-1]
-    hidden = nn.relu(_dense(self.hidden, length)(patches))
-    patches = _dense(length, self.hidden)(hidden)
-    reverse = "b h w (p q c) -> b (h p) (w q) c"
-    prompt = einops.rearrange(patches, reverse, **size)
+    patches = einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", **size)
+    num_values = patches.shape[-1]
+    hidden = nn.relu(_dense(self.hidden, num_values)(patches))
+    patches = _dense(num_values, self.hidden)(hidden)
+    prompt = einops.rearrange(patches, "b h w (p q c) -> b (h p) (w q) c", **size)
     return Dropout(self.dropout)(prompt, train=train)
 
 
@@ -90,7 +89,7 @@ class GlobalPrompter(nn.Module):
   hidden: int
   kernels: Sequence[int]
   dilations: Sequence[int]
-  dropout: Number
+  dropout: Rate
   conv: str = AUTO
 
   @nn.compact
@@ -143,22 +142,23 @@ def specific_grid(width: int, image_size: int) -> SpecificGrid:
     if width % size**2 == 0 and size <= side:
       return SpecificGrid(crop, size, width // size**2, side // size)
   if width % 16:
-    mend = "the width must be divisible by 16 (4 x 4 pixels per channel)"
+    need = "the width must be divisible by 16 (4 x 4 pixels per channel)"
   else:
-    mend = "the image must have at least 16 pixels per side"
+    need = "the image must have at least 16 pixels per side"
   raise ValueError(
     f"InsVP's specific prompt cannot be made for width {width} and image_size "
-    f"{image_size}: {mend}; or set use_specific=False."
+    f"{image_size}: {need}; or set use_specific=False."
   )
 
 
 def _center(x: Array, side: int) -> Array:
-  """Cuts the middle `side` rows and columns out of [b, h, w, c]."""
+  """Returns the middle `side` rows and columns of [b, h, w, c]."""
   top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
   return x[:, top : top + side, left : left + side]
 
 
 def _max_pool(x: Array, size: int) -> Array:
+  """Returns the maxima of windows that do not overlap; drops what is left over."""
   # As reductions, one axis after the other: their gradient takes a fraction of the
   # time of a window's on CPUs.
   x = x[:, : x.shape[1] // size * size, : x.shape[2] // size * size]
@@ -187,7 +187,7 @@ class SpecificPrompter(nn.Module):
   prompt_length: int
   kernels: Sequence[int]
   activation: str
-  dropout: Number
+  dropout: Rate
   conv: str = AUTO
 
   @nn.compact
@@ -199,15 +199,16 @@ class SpecificPrompter(nn.Module):
     activation = ACTIVATIONS[self.activation]
     p = self.prompt_length
     # Of what the crop cuts off, the convolution needs only what its kernel reaches.
-    spare = max(grid.crop - self.kernels[0] // 2, 0)
-    x = _center(images, images.shape[1] - 2 * spare)
-    x = Conv(p, self.kernels[0], form=self.conv)(x)
+    unreached = max(grid.crop - self.kernels[0] // 2, 0)
+    x = _center(images, images.shape[1] - 2 * unreached)
+    x = Conv(p, self.kernels[0], form=self.conv)(x)  # [b, h, w, p]
     # Pooling first equals the paper's order, since activations are monotone, and
     # leaves the activation a fraction of the pixels.
     x = _max_pool(_center(x, images.shape[1] - 2 * grid.crop), 4)
     x = Dropout(self.dropout)(activation(x), train=train)
     x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
-    x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)
+    x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)  # [b, s, s, 3p]
     x = Dropout(self.dropout)(activation(x), train=train)
     x = Conv(grid.channels * p, self.kernels[2], form=self.conv)(x)
+    # As PyTorch flattens: a token is its channels' grids, one after the other.
     return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)

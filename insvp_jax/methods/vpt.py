@@ -4,7 +4,7 @@ Source: Jia et al. 2022, "Visual Prompt Tuning", eq. 4 to 8.
 """
 
 import math
-from typing import ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BlockPrompts, Method
+from insvp_jax.methods.fields import field
 from insvp_jax.methods.ops.dropout import Dropout, is_off
 from insvp_jax.methods.ops.initializers import (
   symmetric_uniform,
@@ -20,22 +21,25 @@ from insvp_jax.methods.ops.initializers import (
 )
 
 
+def _dropout_field(default: float) -> Any:
+  """Declares what the variants share but for the published default."""
+  doc = "rate on the prompts, drawn for each sample"
+  return field(default, doc, check=checks.rate, hparam=True)
+
+
 class _VPT(Method):
-  """What the shallow and the deep variant share."""
+  """What the shallow and the deep variant share.
 
-  NUMBERS: ClassVar[tuple[str, ...]] = ("dropout",)
-  prompt_length: int = 50
-  project: int | None = None
-  dropout: float | int = 0.0
+  VPT searches a prompt length of 1, 5, 10, 50, 100 or 200 for each task; the default is
+  the middle of it and the paper's example.
+  """
 
-  def __post_init__(self) -> None:
-    """Checks the fields at construction, before any device work."""
-    checks.positive_int("prompt_length", self.prompt_length)
-    checks.rate("dropout", self.dropout)
-    if self.project is not None:
-      checks.positive_int("project", self.project)
-    checks.block_count("prompted_blocks", self._num_blocks(), self.spec.depth)
-    super().__post_init__()
+  prompt_length: int = field(50, "prompt tokens p per block", check=checks.positive_int)
+  project: int | None = field(
+    None,
+    "width of the prompts before a dense layer that all blocks share; None: no layer",
+    check=checks.positive_int,
+  )
 
   @nn.nowrap
   def _num_blocks(self) -> int:
@@ -54,7 +58,7 @@ class _VPT(Method):
         kernel_init=nn.initializers.normal(math.sqrt(2 / self.spec.width)),
         bias_init=torch_uniform(width),
       )
-    self.prompt_dropout = Dropout(self.number("dropout", self.dropout))
+    self.prompt_dropout = Dropout(self.hparam("dropout"))
 
   def prompt_tokens(
     self,
@@ -68,7 +72,7 @@ class _VPT(Method):
     tokens = self.common_prompt
     if self.project is not None:
       tokens = self.projection(tokens)
-    tokens = jnp.expand_dims(tokens, 1)
+    tokens = jnp.expand_dims(tokens, 1)  # [l, 1, p, d]
     if train and not is_off(self.prompt_dropout.rate):
       tokens = jnp.repeat(tokens, len(images), axis=1)
       tokens = self.prompt_dropout(tokens, train=True)
@@ -81,31 +85,21 @@ class _VPT(Method):
 
 
 class VPTShallow(_VPT):
-  """Prompts that join the sequence at the first block and are carried along.
+  """Prompts that join the sequence at the first block and are carried along."""
 
-  Attributes:
-    prompt_length: prompt tokens p. VPT searches {1, 5, 10, 50, 100, 200} for each
-      task; 50 is the middle of it and the paper's example.
-    project: width of the prompts before one dense layer to d, or None for none.
-    dropout: rate on the prompts, drawn for each sample.
-  """
+  dropout: float | int = _dropout_field(0.0)
 
 
 class VPTDeep(_VPT):
-  """Fresh prompts for each block in place of the previous block's outputs.
+  """Fresh prompts for each block in place of the previous block's outputs."""
 
-  Attributes:
-    prompt_length: prompt tokens p per block; see `VPTShallow`.
-    project: width of the prompts before one dense layer to d, which all blocks
-      share, or None for none.
-    dropout: rate on the prompts, drawn for each sample.
-    prompted_blocks: the first l blocks get fresh prompts, the others carry the
-      prompts' outputs on; None is all blocks.
-  """
-
-  dropout: float | int = 0.1
-  prompted_blocks: int | None = None
+  dropout: float | int = _dropout_field(0.1)
+  prompted_blocks: int | None = field(
+    lambda spec: spec.depth,
+    "the first l blocks get fresh prompts, later ones carry them on; None: all blocks",
+    check=checks.block_count,
+  )
 
   @nn.nowrap
   def _num_blocks(self) -> int:
-    return self.spec.depth if self.prompted_blocks is None else self.prompted_blocks
+    return self.prompted_blocks

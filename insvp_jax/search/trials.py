@@ -34,7 +34,7 @@ def check_keys(config: ConfigDict) -> None:
   """
   methods = config.tune.methods or (config.method,)
   # A dict keeps the order, and each name once.
-  known = {name: None for method in methods for name in METHODS[method].NUMBERS}
+  known = {name: None for method in methods for name in METHODS[method].HPARAMS}
   for key, values in config.tune.grid.items():
     if values and key not in known:
       names = f"Known: {', '.join(known)}." if known else "There are none."
@@ -55,7 +55,7 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
     ValueError: `default`, but the grid is empty and the method has none.
   """
   tune, method = config.tune, config.method
-  names = METHODS[method].NUMBERS
+  names = METHODS[method].HPARAMS
   hparams = {k: v for k, v in tune.grid.items() if v and k in names}
   grid = GRIDS.get((method, config.optim.name)) if default and not tune.lr else None
   if default and not (tune.lr or tune.wd or hparams or grid):

@@ -99,7 +99,9 @@ class Program:
     replicated, sharded = self._shardings
     backbone = {"backbone": self.state_sharding.params["backbone"]}
     return jax.jit(
-      self.functions.features, in_shardings=(backbone, sharded), out_shardings=replicated
+      self.functions.features,
+      in_shardings=(backbone, sharded),
+      out_shardings=replicated,
     )
 
   @property

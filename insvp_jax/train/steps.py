@@ -305,4 +305,4 @@ def _variables(
   """Returns the Flax variables that the model is applied to."""
   if not hparams:
     return {"params": params}
-  return {"params": params, "numbers": {"prompter": dict(hparams)}}
+  return {"params": params, "hparams": {"prompter": dict(hparams)}}

@@ -143,8 +143,7 @@ def base(root, tmp_path_factory):
   return [
     *base_flags(root, make_place(tmp_path_factory.mktemp("place"))),
     *flags_of(
-      # And columns to spare, which checkpoints do not have.
-      **{"batch_size": 8, "total_steps": 72, "head_width": 5},
+      **{"batch_size": 8, "total_steps": 72},
       **{"checkpoint_every_epochs": 2, "log_every_steps": 2},
     ),
     "--lost_timeout=5",

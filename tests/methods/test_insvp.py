@@ -1,5 +1,6 @@
 """InsVP: the paper's equations, the presets, every ablation, bad input."""
 
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from insvp_jax import trees
-from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods import BackboneSpec, create_method, method_fields
+from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.insvp_prompters import (
   GlobalPrompter,
   PatchPrompter,
@@ -19,7 +21,6 @@ from insvp_jax.methods.insvp_prompters import (
   simam,
   specific_grid,
 )
-from insvp_jax.methods.insvp_settings import resolve
 from insvp_jax.models.classifier import create_model
 
 SPEC = BackboneSpec(
@@ -123,10 +124,11 @@ def test_specific_prompt_sees_the_original_or_the_prompted_image(preset, depends
 
 
 def test_presets_differ_where_paper_and_release_do():
-  paper, release = (insvp(preset=p).settings for p in ("paper", "release"))
-  names = paper.__dataclass_fields__
+  paper, release = (insvp(preset=p) for p in ("paper", "release"))
+  names = method_fields("insvp")
   different = {n for n in names if getattr(paper, n) != getattr(release, n)}
   assert different == {
+    "preset",
     "global_kernels",
     "global_dilations",
     "specific_activation",
@@ -137,14 +139,14 @@ def test_presets_differ_where_paper_and_release_do():
     "prompt_init",
     "prompt_dropout",
   }
-  assert create_method("insvp", SPEC).settings.prompt_length == 9
+  assert create_method("insvp", SPEC).prompt_length == 9
   assert create_method("insvp", SPEC) == create_method("insvp", SPEC, preset="paper")
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_a_field_overrides_either_preset_and_none_does_not(preset):
-  default = insvp(preset=preset).settings
-  given = {
+  default = insvp(preset=preset)
+  changes = {
     "prompt_length": 3,
     "prompted_blocks": 2,
     "patch_hidden": 5,
@@ -158,13 +160,13 @@ def test_a_field_overrides_either_preset_and_none_does_not(preset):
     "dropout": 0.25,
     "prompt_dropout": 0.3,
   }
-  settings = insvp(preset=preset, **given).settings
-  for name in default.__dataclass_fields__:
-    assert getattr(settings, name) == given.get(name, getattr(default, name)), name
-  nothing = dict.fromkeys(given) | {"prompt_length": 4}
-  assert insvp(preset=preset, **nothing).settings == default
+  method = insvp(preset=preset, **changes)
+  for name in method_fields("insvp"):
+    assert getattr(method, name) == changes.get(name, getattr(default, name)), name
+  nothing = dict.fromkeys(changes) | {"prompt_length": 4}
+  assert insvp(preset=preset, **nothing) == default
   # Lists, as a config file may hold them, are as good as tuples.
-  assert insvp(image_fusion=[1, 2]).settings.image_fusion == (1.0, 2.0)
+  assert insvp(image_fusion=[1, 2]).image_fusion == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
@@ -244,8 +246,18 @@ def test_common_prompts_alone_are_vpt_deep():
   ],
 )
 def test_fusion_weights_of_ablations(kwargs, image, feature):
-  settings = insvp(**kwargs).settings
-  assert (settings.image_fusion, settings.feature_fusion) == (image, feature)
+  method = insvp(**kwargs)
+  assert (method.image_fusion, method.feature_fusion) == (image, feature)
+
+
+def test_a_clone_has_the_defaults_of_what_it_changes():
+  method = insvp(image_fusion=(0.1, 0.2))
+  assert method.clone() == method and hash(method.clone()) == hash(method)
+  assert method.clone(preset="release") == insvp(
+    preset="release", image_fusion=(0.1, 0.2)
+  )
+  assert method.clone(use_common=False).feature_fusion == (1.0, 1.0)
+  assert method.clone(spec=dataclasses.replace(SPEC, depth=7)).prompted_blocks == 7
 
 
 def test_given_fusion_weights_are_applied_to_a_lone_component():
@@ -506,7 +518,7 @@ def test_pixels_beyond_the_crop_are_left_out_without_a_trace(kernel):
 
 
 @pytest.mark.parametrize(
-  ("width", "image_size", "mend"),
+  ("width", "image_size", "need"),
   [
     (100, 224, "width must be divisible by 16"),
     (768, 12, "at least 16 pixels"),
@@ -514,11 +526,11 @@ def test_pixels_beyond_the_crop_are_left_out_without_a_trace(kernel):
     (24, 40, "width must be divisible by 16"),
   ],
 )
-def test_specific_grid_says_what_would_do(width, image_size, mend):
-  with pytest.raises(ValueError, match=mend):
+def test_specific_grid_says_what_would_do(width, image_size, need):
+  with pytest.raises(ValueError, match=need):
     specific_grid(width, image_size)
   spec = BackboneSpec(width, 2, 64, 2, patch_size=4, image_size=image_size)
-  with pytest.raises(ValueError, match=mend):
+  with pytest.raises(ValueError, match=need):
     create_method("insvp", spec)
   create_method("insvp", spec, use_specific=False)
 
@@ -553,7 +565,7 @@ def test_specific_grid_says_what_would_do(width, image_size, mend):
 def test_bad_input_is_one_clear_line(kwargs, message):
   # Below the constructor, whose annotations would refuse a wrong type in tests only.
   with pytest.raises(ValueError, match=message) as error:
-    resolve("paper", kwargs, SPEC)
+    InsVP.resolve(SPEC, kwargs)
   assert "\n" not in str(error.value)
 
 

@@ -77,11 +77,11 @@ def test_no_grid_at_all_is_one_line():
 
 
 def test_every_number_of_a_method_can_be_searched_for():
-  numbers = {name for method in METHODS.values() for name in method.NUMBERS}
+  numbers = {name for method in METHODS.values() for name in method.HPARAMS}
   assert numbers == set(config_lib.defaults().tune.grid)
   for name, method in METHODS.items():
     fields = config_lib.defaults().get(name, {})
-    assert set(method.NUMBERS) <= set(fields)
+    assert set(method.HPARAMS) <= set(fields)
 
 
 def test_a_number_that_no_method_has_is_named_with_the_nearest():

@@ -4,6 +4,12 @@ Compilers are at their worst at what InsVP's prompters do: wide kernels between 
 few channels, where a convolution feeds neither vector units nor matrix units. All
 forms take images [b, h, w, c] and a kernel [k, k, c, o], stride 1, zero padding "SAME",
 and return [b, h, w, o]; they differ by rounding.
+
+As everywhere in deep learning a convolution is a cross-correlation: along one axis
+
+  y[i] = sum over taps j of x[i + j * dilation - extent // 2] * k[j],
+
+where extent = (k - 1) * dilation and x is zero outside of the image.
 """
 
 from collections.abc import Callable
@@ -41,6 +47,8 @@ def fft_length(size: int, extent: int) -> int:
     size: pixels of the image along the axis.
     extent: pixels that the dilated kernel spans, less one.
   """
+  # With the image from index extent // 2 on, the last output reads up to the index
+  # size - 1 + extent; modulo the length that has to fall on the zeros before the image.
   length = max(size + extent - extent // 2, extent + 1)
   while not _is_smooth(length):
     length += 1
@@ -48,6 +56,7 @@ def fft_length(size: int, extent: int) -> int:
 
 
 def _is_smooth(length: int) -> bool:
+  """Returns whether a length has small prime factors only, as fast transforms want."""
   for prime in (2, 3, 5, 7):
     while length % prime == 0:
       length //= prime
@@ -67,46 +76,74 @@ def fft(
 
 
 def _spectrum(x: Array, lengths: tuple[int, int], start: int, step: int) -> Array:
-  """Returns the spectrum of planes [a, b, h, w], spread out from index `start` on."""
-  config = [(0, 0, 0), (0, 0, 0)]
+  """Returns the spectrum of the last two axes of an array [., ., h, w].
+
+  Args:
+    x: the array.
+    lengths: of the transform, along height and width; zeros fill them up.
+    start: index at which the first value is put.
+    step: from one value to the next: zeros between them dilate a kernel.
+  """
+  # (before, after, between) for each axis.
+  padding = [(0, 0, 0), (0, 0, 0)]
   for size, length in zip(x.shape[2:], lengths, strict=True):
-    config.append((start, length - start - (size - 1) * step - 1, step - 1))
-  return jnp.fft.rfft2(lax.pad(x, jnp.zeros((), x.dtype), config))
+    padding.append((start, length - start - (size - 1) * step - 1, step - 1))
+  return jnp.fft.rfft2(lax.pad(x, jnp.zeros((), x.dtype), padding))
 
 
-def _planes(spectrum: Array, lengths: tuple[int, int]) -> Array:
+def _inverse(spectrum: Array, lengths: tuple[int, int]) -> Array:
+  """Returns the real values [., ., h, w] of a spectrum."""
   return jnp.fft.irfft2(spectrum, lengths)
 
 
 def _lengths(images: Array, extent: int) -> tuple[int, int]:
+  """Returns the lengths of the transform of [b, h, w, c] along height and width."""
   return fft_length(images.shape[1], extent), fft_length(images.shape[2], extent)
 
 
 def _fft_forward(images: Array, kernel: Array, dilation: int) -> tuple[Array, tuple]:
+  """Returns the result, and the spectra that the gradient needs again."""
   _, height, width, _ = images.shape
   extent = (len(kernel) - 1) * dilation
   lengths = _lengths(images, extent)
-  x = _spectrum(images.transpose(0, 3, 1, 2), lengths, extent // 2, 1)  # [b, c, ...]
-  k = _spectrum(kernel.transpose(2, 3, 0, 1), lengths, 0, dilation)  # [c, o, ...]
+  x = _spectrum(images.transpose(0, 3, 1, 2), lengths, extent // 2, 1)  # [b, c, ., .]
+  k = _spectrum(kernel.transpose(2, 3, 0, 1), lengths, 0, dilation)  # [c, o, ., .]
+  # A cross-correlation is a product with the conjugate: [b, c, 1] * [c, o], over c.
   # Written out rather than as an einsum, which would become many tiny products.
-  y = _planes(jnp.sum(x[:, :, None] * jnp.conj(k), axis=1), lengths)
+  y = _inverse(jnp.sum(x[:, :, None] * jnp.conj(k), axis=1), lengths)  # [b, o, ., .]
   return y[:, :, :height, :width].transpose(0, 2, 3, 1), (x, k)
 
 
-def _fft_backward(dilation: int, size: int, saved: tuple, gradient: Array):
+def _fft_backward(
+  dilation: int, size: int, saved: tuple, gradient: Array
+) -> tuple[Array, Array]:
+  """Returns the gradients of images and kernel.
+
+  Args:
+    dilation: of the kernel.
+    size: of the kernel, before dilation.
+    saved: spectra of images and kernel, from `_fft_forward`.
+    gradient: of the result, [b, h, w, o].
+  """
   x, k = saved
   _, height, width, _ = gradient.shape
   extent = (size - 1) * dilation
   lengths, start = _lengths(gradient, extent), extent // 2
-  d = _spectrum(gradient.transpose(0, 3, 1, 2), lengths, 0, 1)[:, None]  # [b, 1, o, .]
-  dx = _planes(jnp.sum(d * k, axis=2), lengths)
+  d = _spectrum(gradient.transpose(0, 3, 1, 2), lengths, 0, 1)
+  d = d[:, None]  # [b, 1, o, ., .]
+  # y[i] = sum_j x[i + j] k[j] makes dx[m] = sum_j d[m - j] k[j], a convolution: no
+  # conjugate. The image lies where `_fft_forward` has put it.
+  dx = _inverse(jnp.sum(d * k, axis=2), lengths)  # [b, c, ., .]
   dx = dx[:, :, start : start + height, start : start + width]
-  dk = _planes(jnp.sum(x[:, :, None] * jnp.conj(d), axis=0), lengths)
+  # dk[j] = sum_i x[i + j] d[i], a cross-correlation again, over b; every dilation-th
+  # value of it belongs to a tap.
+  dk = _inverse(jnp.sum(x[:, :, None] * jnp.conj(d), axis=0), lengths)  # [c, o, ., .]
   dk = dk[:, :, : extent + 1 : dilation, : extent + 1 : dilation]
   return dx.transpose(0, 2, 3, 1), dk.transpose(2, 3, 0, 1)
 
 
 def _fft(images: Array, kernel: Array, dilation: int) -> Array:
+  """Returns the result of `fft`, with a gradient of its own."""
   # JAX would transform the gradient as complex numbers, twice the work.
   size = len(kernel)
 
@@ -142,11 +179,12 @@ def blocks(
   extent = (len(kernel) - 1) * dilation
   # Pixels with the same remainder by the dilation form an image of their own, on
   # which the kernel is dense.
-  pads = [(0, 0)]
+  padding = [(0, 0)]
   for size in (height, width):
-    high = extent - extent // 2 + -(size + extent) % dilation
-    pads.append((extent // 2, high))
-  images = jnp.pad(images, [*pads, (0, 0)])
+    # Besides "SAME"'s zeros, those up to a multiple of the dilation.
+    after = extent - extent // 2 + -(size + extent) % dilation
+    padding.append((extent // 2, after))
+  images = jnp.pad(images, [*padding, (0, 0)])
   remainders = {"p": dilation, "q": dilation}
   images = einops.rearrange(images, "b (h p) (w q) c -> (b p q) h w c", **remainders)
   result = _blocks_valid(images, kernel)
@@ -155,17 +193,19 @@ def blocks(
 
 
 def _blocks_valid(images: Array, kernel: Array) -> Array:
-  """`blocks` of a dense kernel, without padding: [b, h - k + 1, w - k + 1, o]."""
+  """Returns `blocks` of a dense kernel, unpadded: [b, h - k + 1, w - k + 1, o]."""
   size, _, _, features = kernel.shape
   height, width = (n - size + 1 for n in images.shape[1:3])
   side = block_size(size)
+  # The results of one block reach over side + size - 1 pixels: so many blocks.
   taps = -(-(side + size - 1) // side)
+  # Blocks of results, the last ones filled up with what is cut off in the end.
   rows, columns = -(-height // side), -(-width // side)
-  pads = [
+  padding = [
     (0, (count + taps - 1) * side - n)
     for count, n in zip((rows, columns), images.shape[1:3], strict=True)
   ]
-  images = jnp.pad(images, [(0, 0), *pads, (0, 0)])
+  images = jnp.pad(images, [(0, 0), *padding, (0, 0)])
   sides = {"p": side, "q": side}
   images = einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", **sides)
   weights = _enlarge(kernel, side, taps).astype(images.dtype)
@@ -182,11 +222,24 @@ def _blocks_valid(images: Array, kernel: Array) -> Array:
 
 
 def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "t t i o"]:
-  """Returns the kernel between blocks, i = s s c, o = s s o."""
+  """Returns the kernel between blocks, with a block's pixels among its channels.
+
+  Args:
+    kernel: the dense kernel between pixels, [k, k, c, o].
+    side: s, pixels per side of a block.
+    taps: t, blocks per side of the new kernel.
+
+  Returns:
+    [t, t, s * s * c, s * s * o].
+  """
+  # Along one axis: 1 where the result at pixel `shift` of a block has its tap `tap`, as
+  # [pixel of the result, pixel that is read, tap].
   shifted = np.zeros((side, taps * side, len(kernel)), kernel.dtype)
   for shift, tap in itertools.product(range(side), range(len(kernel))):
     shifted[shift, shift + tap, tap] = 1
+  # [pixel of the result, block that is read, pixel in it, tap].
   shifted = shifted.reshape(side, taps, side, len(kernel))
+  # Rows: i result, x block, a pixel, j tap; columns: l, y, b, m; channels: c to o.
   # A product with zeros and ones only moves values, at full precision.
   weights = jnp.einsum(
     "ixaj,lybm,jmco->xyabcilo", shifted, shifted, kernel, precision="highest"

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# A number of a method: a constant of the compiled step, or data of it.
-Number = float | int | Float[Array, ""]
+# A constant of the compiled step, or data of it.
+Rate = float | int | Float[Array, ""]
 
 
-def is_off(rate: Number) -> bool:
+def is_off(rate: Rate) -> bool:
   """Returns whether no dropout is compiled at all; never for a rate that is data."""
   return isinstance(rate, float | int) and rate == 0
 
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
     rate: the probability, in [0, 1).
   """
 
-  rate: Number
+  rate: Rate
 
   @nn.compact
   def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
@@ -32,7 +32,7 @@ class Dropout(nn.Module):
     if not train or is_off(self.rate):
       return x
     keep = 1.0 - self.rate
-    drawn = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.size,))
+    is_kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.size,))
     # Drawn once: the compiler would rather draw again in the backward pass.
-    kept = jax.lax.optimization_barrier(drawn).reshape(x.shape)
-    return jnp.where(kept, x / keep, jnp.zeros_like(x))
+    is_kept = jax.lax.optimization_barrier(is_kept).reshape(x.shape)
+    return jnp.where(is_kept, x / keep, jnp.zeros_like(x))

@@ -9,7 +9,7 @@ Initializer = jax.nn.initializers.Initializer
 
 
 def symmetric_uniform(bound: float) -> Initializer:
-  """U(-bound, bound)."""
+  """Returns U(-bound, bound)."""
 
   def init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -18,12 +18,12 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-  """PyTorch's default for kernels and biases alike: U(+-1/sqrt(fan_in))."""
+  """Returns PyTorch's default for kernels and biases: U(+-1 / sqrt(fan_in))."""
   return symmetric_uniform(1 / math.sqrt(fan_in))
 
 
 def vpt_bound(patch_size: int, prompt_width: int) -> float:
-  """Half the width of VPT's uniform distribution: Xavier over patch and prompt.
+  """Returns the bound of VPT's uniform distribution: Xavier over patch and prompt.
 
   Source: Jia et al. 2022, "Visual Prompt Tuning", published code:
   sqrt(6 / (3 * patch_size^2 + prompt_width)); 0.0625 for ViT-B/16.
