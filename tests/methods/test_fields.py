@@ -115,7 +115,7 @@ def test_the_config_follows_from_the_declarations(monkeypatch):
   config.example.pair = (1.0, 2.0)
   config.method = "example"
   assert config_lib.method_kwargs(config) == {"preset": "a", "pair": (1.0, 2.0)}
-  assert "# two weights; None: (1.0, 2.0) (a)" in config_lib.describe(config)
+  assert "# two weights; None: (1.0, 2.0) (a)" in config_lib.format_keys(config)
 
 
 def test_overridden_hooks_are_those_that_change_the_feature():

@@ -92,7 +92,7 @@ def test_a_number_that_no_method_has_is_named_with_the_nearest():
   assert "dropout" not in trials.grid_of(trials.at(several, method="linear"), False)
   with pytest.raises(ValueError, match="grid.prompt_dropout .*Did you mean 'dropout'"):
     trials.check_keys(grid_config("vpt_deep", prompt_dropout=(0.1,)))
-  with pytest.raises(ValueError, match="no number of linear. There are none."):
+  with pytest.raises(ValueError, match="no hparam of linear. There are none."):
     trials.check_keys(grid_config("linear", dropout=(0.1,)))
 
 
