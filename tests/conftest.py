@@ -30,7 +30,7 @@ SHARED = ROOT.parent / "shared"
 # These compile many programs and run each for a moment: quick to compile is better than
 # quick to run. What they compare is compiled alike.
 QUICKLY_COMPILED = (
-  *("test_batches", "test_features", "test_population"),
+  *("test_batches", "test_features", "test_population", "test_stored_runs"),
   *("test_suite", "test_trainer", "test_tune"),
 )
 

@@ -57,10 +57,12 @@ def test_a_run_of_version_0_1_goes_on_to_the_end_that_it_had(folder, name):
     moved = 0.0
     for leaf_name in expected.files:
       leaf = np.asarray(arrays["adapter"][leaf_name], np.float32)
+      # AdamW makes steps of the size of lr = 0.01 out of gradients that are nearly 0:
+      # another processor or compiler moves some leaves by 4e-4.
       np.testing.assert_allclose(
-        leaf, expected[leaf_name], rtol=1e-4, atol=1e-5, err_msg=leaf_name
+        leaf, expected[leaf_name], rtol=1e-2, atol=1e-3, err_msg=leaf_name
       )
       first = np.asarray(start[leaf_name], np.float32)
       moved = max(moved, float(np.abs(leaf - first).max()))
   # What is compared is more than where the run stood.
-  assert moved > 1e-3
+  assert moved > 5e-3
