@@ -12,7 +12,7 @@ from insvp_jax.data.preprocess import Preset
 
 
 def member_batches(
-  arrays: resident.Arrays,
+  arrays: resident.Examples,
   *,
   seeds: Sequence[int],
   batch_size: int,
@@ -24,7 +24,7 @@ def member_batches(
   """Yields the batches of several runs at once, put together on the devices.
 
   Args:
-    arrays: of the training examples, on the devices, as for `resident.gather`.
+    arrays: of the training examples, on the devices, as for `resident.take_batch`.
     seeds: of each run; its part is what `train_batches` yields for its seed.
     batch_size: b, of each run, over all devices and processes.
     preset: as for `train_batches`.
@@ -47,7 +47,7 @@ def member_batches(
     out_shardings=resident.replicated(sharding),
   )
   one = functools.partial(
-    resident.gather, batch_size=batch_size, preset=preset, image_size=image_size
+    resident.take_batch, batch_size=batch_size, preset=preset, image_size=image_size
   )
   gather = jax.jit(jax.vmap(one, (None, 0, 0, None)), out_shardings=sharding)
 

@@ -25,14 +25,14 @@ def create_train_call(
 ) -> Callable[..., tuple[TrainState, Metrics, Any]]:
   """Returns `train_call(state, arrays, seed, count) -> (state, metrics, at)`.
 
-  `arrays` are of all examples (see `resident.gather`), `seed` is of their order, and
-  `count`, int32 [] and at least 1, says how many steps are taken.
+  `arrays` are of all examples (see `resident.take_batch`), `seed` is of their order,
+  and `count`, int32 [] and at least 1, says how many steps are taken.
 
   Args:
     train_step: takes one step.
     mask: bool tree, True where trainable.
     order: `(seed, epoch, number of examples) -> order`; see `resident.epoch_order`.
-    gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
+    gather: `(arrays, order, seed, step) -> batch`; see `resident.take_batch`.
     batch_size: b.
     sharding: of a batch.
 

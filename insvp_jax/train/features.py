@@ -138,7 +138,7 @@ def _compute(
     features = write(features, found, np.int32(i * size))
     # Batches that wait for the device hold their images.
     jax.block_until_ready(features)
-  return {"features": features, "labels": resident.put(split.labels, whole)}
+  return {"features": features, "labels": resident.put_array(split.labels, whole)}
 
 
 def _write(features, found, start):

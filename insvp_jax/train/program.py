@@ -47,7 +47,7 @@ class Program:
       see `steps.create_feature_step`.
     train_call: jitted `(state, arrays, seed, count) -> (state, metrics, at)`; donates
       the state. See `calls.create_train_call`.
-    gather: `(arrays, order, seed, step) -> batch`; see `resident.gather`.
+    gather: `(arrays, order, seed, step) -> batch`; see `resident.take_batch`.
     batch_size: of training.
   """
 
@@ -209,7 +209,7 @@ def _trained(config: ConfigDict, model: PromptedClassifier) -> PromptedClassifie
 
 def _create_gather(config: ConfigDict, model: PromptedClassifier) -> Callable:
   return functools.partial(
-    resident.gather,
+    resident.take_batch,
     batch_size=config.batch_size,
     preset=preprocess.get_preset(config.data.preset),
     image_size=model.backbone.image_size,

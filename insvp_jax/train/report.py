@@ -33,8 +33,8 @@ def announce(config: ConfigDict, prepared: Prepared, step: int) -> str:
   split = prepared.data.splits[config.data.train_split]
   lines = [
     param_overview(program.shapes, program.mask),
-    prepared.data.describe(),
-    get_preset(config.data.preset).describe(),
+    prepared.data.summary(),
+    get_preset(config.data.preset).summary(),
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
     f"{config.batch_size} images, lr {program_lib.peak_lr(config):g}, "
     f"wd {config.optim.wd:g}, seed {config.seed}; {mesh.size} x "
