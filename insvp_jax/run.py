@@ -304,7 +304,7 @@ def _read(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
 
 def _read_one(image: Any) -> UInt8[np.ndarray, "h w 3"]:
   if isinstance(image, str | os.PathLike):
-    return decode.read(image)
+    return decode.read_image(image)
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(

@@ -1,7 +1,8 @@
-"""Parameters as one tree with '/'-joined names: masks, splits, comparisons.
+"""Parameters as one tree with '/'-joined names: masks, splits, counts, digests.
 
-A name is the path of a leaf, e.g. `backbone/Transformer/encoder_norm/scale`.
-Names are what patterns, checkpoints and error messages speak of.
+A tree is a nested dict whose leaves are arrays or shape structs. A leaf's name is its
+path, e.g. `backbone/Transformer/encoder_norm/scale`: patterns, checkpoints and error
+messages speak of names. A flat dict maps names to leaves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,17 +16,25 @@ import numpy as np
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns {'/'-joined name: leaf} of a nested dict; empty dicts vanish."""
+  """Returns the flat dict {name: leaf} of a nested dict; empty dicts vanish."""
   return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the nested dict of a flat one; the inverse of `flatten`."""
+  """Returns the nested dict of a flat dict; the inverse of `flatten`."""
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns ' Did you mean 'x'?' for the nearest known name, or ''."""
+  """Returns an addition to a message about an unknown name.
+
+  Args:
+    name: the unknown name.
+    known: the names that are known.
+
+  Returns:
+    " Did you mean 'x'?" for the nearest known name; "" if none is near.
+  """
   close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
   return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -33,8 +42,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
   """Returns `table[name]`.
 
+  Args:
+    table: the known names and what they stand for.
+    name: a name that a user gave.
+    what: what the name is of, for the message, e.g. "preset".
+
   Raises:
-    ValueError: the name is unknown; the message lists the known ones.
+    ValueError: if the name is unknown; the message lists the known ones.
   """
   if name not in table:
     raise ValueError(
@@ -45,18 +59,22 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def mask(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-  """Returns a tree of bools: True where a pattern matches the leaf's full name.
+  """Returns a tree of bools: True where a pattern matches a leaf's whole name.
 
   Args:
     params: nested dict of parameters.
-    patterns: regular expressions, matched against the whole '/'-joined name.
+    patterns: regular expressions, each matched against the whole name.
+
+  Returns:
+    A nested dict like `params`; True where a parameter is trainable.
 
   Raises:
-    ValueError: a pattern matches no parameter. A typo would otherwise leave a
-      part of the model untrained without a word.
+    ValueError: if a pattern matches no parameter.
   """
   names = list(flatten(params))
   selected = set()
+  # Pattern by pattern, so that each has to match: a typo would otherwise leave a part
+  # of the model untrained without a word.
   for pattern in patterns:
     hits = [name for name in names if re.fullmatch(pattern, name)]
     if not hits:
@@ -71,26 +89,37 @@ def mask(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
 def split(
   params: Mapping[str, Any], mask: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Splits parameters into (trainable, frozen) flat dicts; see `merge`."""
-  chosen = flatten(mask)
+  """Splits parameters by a mask; the inverse is `merge`.
+
+  Args:
+    params: nested dict of parameters.
+    mask: nested dict of bools, True where trainable, from `mask`.
+
+  Returns:
+    (trainable, frozen), both flat dicts.
+  """
+  # Flat, so that gradients and optimizer states are dicts of just the trainable leaves.
+  is_trainable = flatten(mask)
   flat = flatten(params)
-  trainable = {name: leaf for name, leaf in flat.items() if chosen[name]}
-  frozen = {name: leaf for name, leaf in flat.items() if not chosen[name]}
+  trainable = {name: leaf for name, leaf in flat.items() if is_trainable[name]}
+  frozen = {name: leaf for name, leaf in flat.items() if not is_trainable[name]}
   return trainable, frozen
 
 
 def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the nested tree of two flat dicts; the inverse of `split`."""
+  """Returns the nested dict of two flat dicts; the inverse of `split`."""
   return unflatten({**frozen, **trainable})
 
 
 def count(tree: Mapping[str, Any]) -> int:
-  """Returns the number of scalars in a tree of arrays or shape structs."""
+  """Returns the number of scalars in all leaves of a tree."""
   return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
 
 
 def digest(tree: Mapping[str, Any]) -> str:
   """Returns the sha256 (hex) of a tree's names, shapes and float32 values."""
+  # Sorted by name, so that the order of the dicts does not matter; as float32, so that
+  # the digest does not depend on the precision that equal values are stored in.
   sha = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
     array = np.ascontiguousarray(np.asarray(leaf, np.float32))

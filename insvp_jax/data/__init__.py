@@ -1,16 +1,43 @@
-"""Data: from a task's name to splits that can be trained and evaluated on."""
+"""Data: from a task's name to batches on the devices.
+
+The way of one image of a `.zip`, from `load_data` to the batch on the device:
+
+1. `load_data` (here) calls `load` of a module in `sources`: for one's own images
+   `image_folder`, which finds splits and classes in the names of the archive's files.
+2. `image_files.ImageFiles`, names and labels of a split's files, gives a
+   `splits.StreamSplit`, which decodes images in any order while it is read: in threads
+   (`prefetch`), `folder_or_zip` reads the bytes in place, `decode` makes RGB pixels of
+   them, and `preprocess.resize` makes the stored square, uint8.
+3. `load_or_stream` decides by `data.resident_mb`: a small split is decoded whole into a
+   `splits.ArraySplit` and kept on disk by `cache` (by `image_folder` itself, which then
+   draws the splits that are missing); a large one stays a stream.
+4. `pipeline.train_batches` puts an `ArraySplit` on the devices once (`resident`), where
+   each step selects, crops and flips its rows. Of a stream the host reads each batch's
+   rows ahead, crops and flips them and puts them on the devices.
+5. The train step normalises pixels on the device (`preprocess.normalise`).
+
+A task of TFDS differs in 1 and 2: `sources.tfds` finds records and labels
+(`tfrecords`), divides them (`subsets`, `vpt_lists`) and decodes them (`tfds_stream`).
+`downloads`, `availability` and `original_rows` serve the tool `prepare_data`.
+"""
 
 from collections.abc import Callable
-from typing import Any
 
 import ml_collections
 
 from insvp_jax import trees
-from insvp_jax.data.arrays import ArraySplit, TaskData
 from insvp_jax.data.preprocess import get_preset
-from insvp_jax.data.sources import cifar_npz, digits, folder, gtsrb, listed, noah, tfds
-from insvp_jax.data.splits import Split, StreamSplit
-from insvp_jax.data.tasks import GROUPS, TASKS
+from insvp_jax.data.sources import (
+  cifar_npz,
+  digits,
+  fgvc_folder,
+  gtsrb,
+  image_folder,
+  tfds,
+  vtab_folder,
+)
+from insvp_jax.data.splits import ArraySplit, Split, StreamSplit, TaskData
+from insvp_jax.data.tasks import GROUPS, TASKS, Task
 
 __all__ = [
   "GROUPS",
@@ -23,16 +50,19 @@ __all__ = [
   "load_data",
 ]
 
-# Tasks that are no row of `TASKS`.
-_SOURCES: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
-  "folder": folder.load,
+# Tasks that are no rows of `TASKS`, and how they are loaded.
+_OTHER_TASKS: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
+  "folder": image_folder.load,
   "digits": digits.load,
   "cifar10_npz": cifar_npz.load,
 }
-# How a row of `TASKS` is read where config.data.root names its files.
-_FOLDERS: dict[str, Callable[[Any, ml_collections.ConfigDict, int], TaskData]] = {
-  "noah": noah.load,
-  "lists": listed.load,
+# How a row of `TASKS` is loaded where config.data.root names its image files, by
+# `Task.folder_format`.
+_FOLDER_FORMATS: dict[
+  str, Callable[[Task, ml_collections.ConfigDict, int], TaskData]
+] = {
+  "noah": vtab_folder.load,
+  "lists": fgvc_folder.load,
   "gtsrb": gtsrb.load,
 }
 
@@ -40,50 +70,60 @@ _FOLDERS: dict[str, Callable[[Any, ml_collections.ConfigDict, int], TaskData]] =
 def load_data(
   task: str, data_config: ml_collections.ConfigDict, image_size: int
 ) -> TaskData:
-  """Opens a task: split, resized to the preset's stored size.
+  """Opens the splits of a task, with images resized to the preset's stored size.
 
-  Small splits are decoded into memory, large ones are decoded as they are read.
+  Small splits are decoded into memory; large ones are decoded as they are read.
 
   Args:
-    task: "folder" (one's own images), "digits" (scikit-learn's), "cifar10_npz"
-      or a name in `tasks.TASKS`, which is read from TFDS, or from image files where
+    task: "folder" (one's own images), "digits" (scikit-learn's), "cifar10_npz", or a
+      name in `tasks.TASKS`, which is read from TFDS, or from image files where
       `data_config.root` names them.
     data_config: the section config.data.
     image_size: side of the model's input in pixels.
 
   Raises:
-    ValueError: unknown task or preset, or data that contradict themselves.
-    FileNotFoundError: the data are not there; the message says what to do.
+    ValueError: if the task or the preset is unknown, or the data contradict themselves.
+    FileNotFoundError: if the data are not there; the message says what to do.
   """
   if task in GROUPS:
     raise ValueError(
       f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them: "
       f"{', '.join(GROUPS[task])}."
     )
-  source = trees.lookup({**TASKS, **_SOURCES}, task, "task")
+  # Lists all known names where the task is none of them.
+  trees.lookup({**TASKS, **_OTHER_TASKS}, task, "task")
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
-  if task not in TASKS:
-    return source(data_config, image_size)
+  if task in _OTHER_TASKS:
+    return _OTHER_TASKS[task](data_config, image_size)
+  row = TASKS[task]
   if not data_config.root:
-    return tfds.load(source, data_config, image_size)
-  if not source.folder:
+    return tfds.load(row, data_config, image_size)
+  if not row.folder_format:
     raise ValueError(
       f"config.data.root is {data_config.root!r}, but {task} is read from TFDS only; "
       f"leave data.root empty and point data.data_dir to TFDS's folder."
     )
-  return _FOLDERS[source.folder](source, data_config, image_size)
+  return _FOLDER_FORMATS[row.folder_format](row, data_config, image_size)
 
 
 def check_data(
   task: str, data_config: ml_collections.ConfigDict, image_size: int
 ) -> None:
-  """Does all of `load_data` but decoding images: for many tasks before the first.
+  """Does all of `load_data` except decoding images.
+
+  A suite checks all of its tasks so, before it trains the first.
+
+  Args:
+    task: as for `load_data`.
+    data_config: as for `load_data`.
+    image_size: as for `load_data`.
 
   Raises:
-    ValueError, FileNotFoundError: as `load_data`.
+    ValueError: as `load_data`.
+    FileNotFoundError: as `load_data`.
   """
-  unread = data_config.copy_and_resolve_references()
-  unread.resident_mb = 0
-  load_data(task, unread, image_size)
+  streamed = data_config.copy_and_resolve_references()
+  streamed.resident_mb = 0
+  load_data(task, streamed, image_size)

@@ -1,9 +1,9 @@
 """Decoded image sets on disk, so that the second run starts at once.
 
-A file is named by a digest of everything that shaped its content: the source
-files, the preset, the sizes, the split rule and the decoder's version. It is
-written beside its final name and renamed when complete, so a reader sees all of
-it or nothing, whoever else writes and whoever is killed.
+A cache file is named by a digest of its key, which holds everything that shaped its
+content: the source files, the preset, the sizes, the split rule and the decoder's
+version. It is written beside its final name and renamed when it is complete, so a
+reader sees all of it or nothing, whoever else writes and whoever is killed.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,43 +19,46 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from insvp_jax.data.arrays import ArraySplit, TaskData
+from insvp_jax.data.splits import ArraySplit, TaskData
 
 # Raise it when decoding or splitting changes: old files are then ignored.
 _FORMAT = 1
+# Larger sets are not cached.
 _MAX_BYTES = 2**30
+# Sets that are read faster are not cached, unless the user names a folder.
 _MIN_SECONDS = 2.0
+# No writer takes that long: an older unfinished file is a killed writer's.
 _STALE_SECONDS = 24 * 3600
 
 
 def default_dir() -> Path:
-  """Returns where decoded sets are kept unless config.data.cache_dir says else."""
+  """Returns the folder of the cache where config.data.cache_dir is empty."""
   base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   return Path(base) / "insvp_jax" / "data"
 
 
-def cached(
+def cached_task(
   key: Mapping[str, Any], read: Callable[[], TaskData], cache_dir: str = ""
 ) -> TaskData:
   """Returns `read()`, from the cache where an equal key was read before.
 
-  A cache that cannot be read or written costs time, never the run: it is logged
-  and the data are read from their source. Nothing is kept of a `read` that
-  raises, nor of sets above 1 GiB, nor, unless a folder is named, of sets that are
-  read within two seconds.
+  A cache that cannot be read or written costs time, never the run: the error is logged
+  and the data are read from their source. Nothing is cached when `read` raises, nor for
+  sets above 1 GiB, nor, unless a folder is named, for sets that are read within two
+  seconds.
 
   Args:
     key: everything that shapes the result; JSON-serialisable.
-    read: reads and decodes the source.
-    cache_dir: folder; "" for `default_dir()`, "off" for no cache.
+    read: reads and decodes the source; all splits are in memory.
+    cache_dir: folder of the cache; "" for `default_dir()`, "off" for no cache.
   """
-  return _through(key, read, _pack, _unpack, cache_dir)
+  return _load_or_make(key, read, _pack_task, _unpack_task, cache_dir)
 
 
 def cached_split(
   key: Mapping[str, Any], read: Callable[[], ArraySplit], cache_dir: str = ""
 ) -> ArraySplit:
-  """As `cached`, for one split."""
+  """Returns `read()` for one split; otherwise as `cached_task`."""
 
   def pack(split: ArraySplit) -> dict[str, np.ndarray]:
     return {"images": split.images, "labels": split.labels}
@@ -63,7 +66,7 @@ def cached_split(
   def unpack(stored: Mapping[str, np.ndarray]) -> ArraySplit:
     return ArraySplit(stored["images"], stored["labels"])
 
-  return _through(key, read, pack, unpack, cache_dir)
+  return _load_or_make(key, read, pack, unpack, cache_dir)
 
 
 def cached_arrays(
@@ -71,16 +74,25 @@ def cached_arrays(
   make: Callable[[], dict[str, np.ndarray]],
   cache_dir: str = "",
 ) -> dict[str, np.ndarray]:
-  """As `cached`, for arrays by name."""
-  return _through(key, make, lambda arrays: arrays, dict, cache_dir)
+  """Returns `make()` for a dict of arrays by name; otherwise as `cached_task`."""
+  return _load_or_make(key, make, lambda arrays: arrays, dict, cache_dir)
 
 
-def _through(key, make, pack, unpack, cache_dir: str):
-  """Returns `make()`; its packed arrays go through the cache."""
+def _load_or_make(key, make, pack, unpack, cache_dir: str):
+  """Returns what the cache has for a key, or else `make()`, which is then cached.
+
+  Args:
+    key: everything that shapes the result; JSON-serialisable.
+    make: makes the result.
+    pack: maps the result to the dict of arrays that is stored.
+    unpack: the inverse of `pack`.
+    cache_dir: as for `cached_task`.
+  """
   if cache_dir == "off":
     return make()
   import PIL
 
+  # Another version of Pillow may decode or resize to other pixels.
   text = json.dumps({**key, "format": _FORMAT, "pillow": PIL.__version__})
   digest = hashlib.sha256(text.encode()).hexdigest()[:24]
   folder = Path(cache_dir).expanduser() if cache_dir else default_dir()
@@ -104,11 +116,11 @@ def _through(key, make, pack, unpack, cache_dir: str):
   return made
 
 
-def fingerprint(path: Path) -> list[Any]:
-  """Returns what tells whether a file has changed.
+def file_fingerprint(path: Path) -> list[Any]:
+  """Returns a JSON-serialisable value that changes when a file's content does.
 
-  For zip archives (`.zip`, `.npz`) the checksums of the members, so a copy or a
-  touch changes nothing; for other files size and time of change.
+  For zip archives (`.zip`, `.npz`) it holds the checksums of the members, so that a
+  copy or a touch changes nothing; for other files the size and the time of change.
   """
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
@@ -117,7 +129,8 @@ def fingerprint(path: Path) -> list[Any]:
   return [path.name, status.st_size, status.st_mtime_ns]
 
 
-def _pack(data: TaskData) -> dict[str, np.ndarray]:
+def _pack_task(data: TaskData) -> dict[str, np.ndarray]:
+  """Returns the arrays that a task is stored as; text is one JSON string, "meta"."""
   meta = {
     "name": data.name,
     "class_names": data.class_names,
@@ -132,7 +145,8 @@ def _pack(data: TaskData) -> dict[str, np.ndarray]:
   return arrays
 
 
-def _unpack(stored: Mapping[str, np.ndarray]) -> TaskData:
+def _unpack_task(stored: Mapping[str, np.ndarray]) -> TaskData:
+  """Returns the task that `_pack_task` stored."""
   meta = json.loads(str(stored["meta"]))
   splits = {
     name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])
@@ -143,12 +157,14 @@ def _unpack(stored: Mapping[str, np.ndarray]) -> TaskData:
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]):
+  """Writes a cache file, complete or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   _remove_stale(path.parent)
   handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
   try:
     with os.fdopen(handle, "wb") as file:
       np.savez(file, **arrays)
+      # On disk before the rename: a power cut must not leave a good name on no data.
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
@@ -158,7 +174,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]):
 
 
 def _remove_stale(folder: Path):
-  """Deletes what killed writers left behind."""
+  """Deletes the unfinished files that killed writers left behind."""
   for partial in folder.glob("*.tmp"):
     try:
       if time.time() - partial.stat().st_mtime > _STALE_SECONDS:

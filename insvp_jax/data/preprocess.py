@@ -1,11 +1,18 @@
 """Named presets: how pixels are resized, augmented and normalised.
 
-A preset belongs to the backbone and the protocol, never to the method. Work is
-divided so that nothing is done twice: the host decodes and resizes every image
-once to `Preset.stored_size` and keeps it as uint8 (rounded, so at most half a
-grey level away from the float result of the published code). What training draws
-anew each time, crops and flips, is applied to the stored pixels where they are: on
-the device for sets that live there, by the host for streams, with equal results.
+A preset belongs to the backbone and to the protocol, never to the method. An image
+passes through three stages:
+
+1. The host resizes it to a square of side `Preset.stored_size(image_size)`, kept as
+   uint8 (`resize`): once, for a split in memory. Rounding to whole grey levels moves a
+   pixel by at most half a level from the float result of the published code.
+2. Training draws a crop and a flip anew each time (`draw_windows`). They are applied to
+   the stored pixels where these are: on the device for splits in memory (`augment`), on
+   the host for streams (`cut_window`), with equal results.
+3. The device normalises what the backbone sees (`normalise`); evaluation crops the
+   centre first (`eval_preprocess`).
+
+Letters in shapes: b batch, h and w height and width in pixels, s = `stored_size`.
 """
 
 import dataclasses
@@ -21,6 +28,7 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# `Preset.resize` in words.
 _RESIZES = {
   "tf1": "stretched bilinearly as TF1 does (no half-pixel centres, no antialias)",
   "antialias": "stretched bilinearly with antialias",
@@ -33,17 +41,17 @@ class Preset:
   """How images become inputs of the backbone.
 
   Attributes:
-    name: the key in `PRESETS`.
-    mean: subtracted from pixels in [0, 1], per channel.
-    std: the centred pixels are divided by it, per channel.
-    resize: "tf1" and "antialias" stretch the image to the square, ignoring its
-      aspect ratio; "shorter_side" keeps it: training crops from the whole image,
-      evaluation sees the centre.
-    margin: the stored image is this many times larger than the model's input;
-      training crops at random from it, evaluation at its centre.
-    pad: while training, this share of the side is added all around by reflection
-      before the random crop.
-    flip: while training, every other image is mirrored at random.
+    name: the preset's key in `PRESETS`.
+    mean: what is subtracted from pixels in [0, 1], per channel.
+    std: what the difference is divided by, per channel.
+    resize: "tf1" and "antialias" stretch the image to the stored square and ignore its
+      aspect ratio. "shorter_side" keeps the aspect ratio: training crops from the whole
+      image, evaluation sees the centre.
+    margin: side of the stored square as a multiple of the model's input. Training crops
+      at random from the square, evaluation at its centre.
+    pad: border that training adds on each side by reflection before the random crop, as
+      a share of the model's input size.
+    flip: whether training mirrors an image with probability 1/2.
   """
 
   name: str
@@ -61,15 +69,36 @@ class Preset:
 
   @property
   def keeps_aspect(self) -> bool:
-    """Returns whether training crops from the whole of an elongated image."""
+    """Returns whether the resize keeps an image's aspect ratio."""
     return self.resize == "shorter_side"
 
+  @property
+  def crops_whole_images(self) -> bool:
+    """Returns whether training crops from whole images instead of stored squares.
+
+    This makes a difference for elongated images only: a square image and its stored
+    square are the same.
+    """
+    return self.augments and self.keeps_aspect
+
+  @property
+  def value_range(self) -> tuple[float, float]:
+    """Returns the least and the greatest value of a normalised pixel, e.g. (-1, 1)."""
+    low = min((0 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+    high = max((1 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+    return low, high
+
   def stored_size(self, image_size: int) -> int:
-    """Returns the side in pixels of the images that the host keeps."""
-    # Rounded down, as VPT does: 224 -> 256, 384 -> 438, 448 -> 512.
+    """Returns the side in pixels of the squares that the host keeps.
+
+    Args:
+      image_size: side of the model's input in pixels.
+    """
+    # Rounded down, as VPT does: 224 -> 256, 384 -> 438, 448 -> 512. The small term
+    # keeps a product such as 255.99999 from becoming 255.
     return int(image_size * self.margin + 1e-6)
 
-  def describe(self) -> str:
+  def summary(self) -> str:
     """Returns one line that says all that the preset does."""
     steps = [_RESIZES[self.resize]]
     if self.margin > 1:
@@ -77,23 +106,22 @@ class Preset:
     if self.pad:
       steps.append(f"reflected border of {self.pad:.4g} x side, random crop")
     steps.append("random flip" if self.flip else "no flip")
-    low = [(0 - m) / s for m, s in zip(self.mean, self.std, strict=True)]
-    high = [(1 - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+    low, high = self.value_range
     steps.append(f"mean {list(self.mean)}, std {list(self.std)}")
-    steps.append(f"values in [{min(low):.4g}, {max(high):.4g}]")
+    steps.append(f"values in [{low:.4g}, {high:.4g}]")
     return f"preset {self.name}: " + "; ".join(steps)
 
 
 PRESETS = {
-  # google-research/task_adaptation, with the input range of its ViTs.
+  # google-research/task_adaptation, with the input range of its ViTs, [-1, 1].
   "vtab": Preset("vtab", HALF, HALF, "tf1"),
-  # VPT on VTAB-1k: the same resize, but ImageNet's mean and deviation.
+  # VPT on VTAB-1k: the same resize, but ImageNet's mean and standard deviation.
   "vpt": Preset("vpt", IMAGENET_MEAN, IMAGENET_STD, "tf1"),
   # Resize(256), RandomCrop(224), flip. Also for digits and signs, as published.
   "insvp_release": Preset(
     "insvp_release", IMAGENET_MEAN, IMAGENET_STD, "shorter_side", 256 / 224, flip=True
   ),
-  # The usual training of small images from random initialisation.
+  # The usual training of small images from random initialisation: 4 pixels around 32.
   "cifar": Preset("cifar", HALF, HALF, "antialias", pad=4 / 32, flip=True),
   # For one's own work: `vtab` without the aliasing of TF1's resize.
   "modern": Preset("modern", HALF, HALF, "antialias"),
@@ -104,9 +132,12 @@ def get_preset(name: str) -> Preset:
   """Returns the preset of that name.
 
   Raises:
-    ValueError: the name is unknown; the message lists the known ones.
+    ValueError: if the name is unknown; the message lists the known ones.
   """
   return trees.lookup(PRESETS, name, "preset")
+
+
+# --- On the host: from decoded pixels to the stored square.
 
 
 def resize_tf1(
@@ -115,39 +146,42 @@ def resize_tf1(
   """Resizes as `tf.compat.v1.image.resize_bilinear` does, bit for bit.
 
   Args:
-    images: pixels in [0, 255], any leading axes.
-    height: output height in pixels.
-    width: output width in pixels.
+    images: pixels in [0, 255], with any leading axes.
+    height: height of the output in pixels.
+    width: width of the output in pixels.
 
   Returns:
-    Pixels in [0, 255].
+    Pixels in [0, 255], not rounded.
 
   Source: TensorFlow's ResizeBilinear with align_corners=False and
     half_pixel_centers=False, which VTAB's and VPT's published code call.
   """
 
-  def taps(size: int, out: int):
-    scale = np.float32(size) / np.float32(out)
-    position = np.arange(out, dtype=np.float32) * scale
+  def taps(size: int, out_size: int):
+    """Returns for each output pixel its two input pixels and the second's weight."""
+    # float32 throughout, because TensorFlow's kernel computes positions in it.
+    scale = np.float32(size) / np.float32(out_size)
+    position = np.arange(out_size, dtype=np.float32) * scale
     low = np.floor(position).astype(np.int64)
     return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
 
-  top, bottom, y = taps(images.shape[-3], height)
-  left, right, x = taps(images.shape[-2], width)
-  # TF interpolates along x in both rows, then along y. Converting after the
-  # selection spares the pixels that a strong reduction never looks at.
+  top, bottom, y_weight = taps(images.shape[-3], height)
+  left, right, x_weight = taps(images.shape[-2], width)
+  # TF interpolates along x in both rows, then along y; the order decides the last bit.
+  # Converting to float after the selection spares the pixels that a strong reduction
+  # never looks at.
   columns = _lerp(
     np.take(images, left, -2).astype(np.float32),
     np.take(images, right, -2).astype(np.float32),
-    x[:, None],
+    x_weight[:, None],
   )
   return _lerp(
-    np.take(columns, top, -3), np.take(columns, bottom, -3), y[:, None, None]
+    np.take(columns, top, -3), np.take(columns, bottom, -3), y_weight[:, None, None]
   )
 
 
 def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-  """Returns low + (high - low) * weight; overwrites both arguments."""
+  """Returns low + (high - low) * weight, in place: both arguments are overwritten."""
   high -= low
   high *= weight
   low += high
@@ -167,12 +201,16 @@ def resize_antialias(
 def resize_whole(
   preset: Preset, image: UInt8[np.ndarray, "h w 3"], image_size: int
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-  """Returns the resized image: the stored square, or more where the aspect is kept.
+  """Resizes an image without cutting the stored square out of it.
 
   Args:
-    preset: says how; its `stored_size(image_size)` is the shorter side.
+    preset: how to resize; `preset.stored_size(image_size)` is the shorter side of the
+      result.
     image: pixels in [0, 255].
     image_size: side of the model's input in pixels.
+
+  Returns:
+    Pixels in [0, 255]; of the aspect ratio of `image` where the preset keeps it.
   """
   size = preset.stored_size(image_size)
   height, width = image.shape[:2]
@@ -193,11 +231,14 @@ def central_square(
   """Returns the middle of an image.
 
   Args:
-    image: the pixels.
+    image: pixels in [0, 255], at least `size` on either side.
     size: side of the result in pixels.
-    crop: side of the part that evaluation cuts out of it; that part is exactly where
-      torchvision's CenterCrop finds it in the image.
+    crop: side in pixels of the centre crop that evaluation takes of the result. The
+      square is placed so that this crop is exactly where torchvision's CenterCrop finds
+      it in the image.
   """
+  # Two roundings, as two centre crops one in the other have: a single one would be off
+  # by a pixel for some sizes.
   margin = round((size - crop) / 2)
   top, left = (round((side - crop) / 2) - margin for side in image.shape[:2])
   return image[top : top + size, left : left + size]
@@ -206,10 +247,10 @@ def central_square(
 def resize(
   preset: Preset, image: UInt8[np.ndarray, "h w 3"], image_size: int
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """Returns the square that the host keeps, of side `stored_size(image_size)`.
+  """Returns the square that the host keeps, of side `preset.stored_size(image_size)`.
 
   Args:
-    preset: says how.
+    preset: how to resize.
     image: pixels in [0, 255].
     image_size: side of the model's input in pixels.
   """
@@ -220,7 +261,7 @@ def resize(
 def resize_all(
   preset: Preset, images: UInt8[np.ndarray, "n h w 3"], image_size: int
 ) -> UInt8[np.ndarray, "n s s 3"]:
-  """Returns `resize` of each image."""
+  """Returns `resize` of each of n images of one size."""
   size = preset.stored_size(image_size)
   if images.shape[1:3] == (size, size):
     return images
@@ -228,6 +269,9 @@ def resize_all(
   for i, image in enumerate(images):
     out[i] = resize(preset, image, image_size)
   return out
+
+
+# --- Random crops and flips: drawn once, applied on the device or on the host.
 
 
 def draw_windows(
@@ -239,22 +283,24 @@ def draw_windows(
 ) -> tuple[Int[Array, "b 2"], Bool[Array, "b"]]:
   """Draws which part of each stored image training sees; pure and jit-able.
 
-  Whole numbers only, so the host and any device draw the same.
+  The arithmetic is in whole numbers only, so that the host and any device draw the
+  same.
 
   Args:
-    preset: static under jit, as is `image_size`.
-    key: each image draws its own crop and flip from it.
-    heights: of the stored images in pixels.
-    widths: of the stored images in pixels.
-    image_size: side of the result in pixels.
+    preset: how far to pad and whether to flip; static under jit, as is `image_size`.
+    key: the key of the whole batch; each image draws its own crop and flip from it.
+    heights: heights of the stored images in pixels.
+    widths: their widths in pixels.
+    image_size: side of the crops in pixels.
 
   Returns:
-    (top and left of the crop, negative inside of a reflected border; whether it is
-    mirrored).
+    (offsets, flips): top and left of each crop in pixels, negative where it begins in
+    the reflected border; and whether the crop is mirrored.
   """
   pad = round(image_size * preset.pad)
   slack = jnp.stack([heights, widths], axis=-1) + (2 * pad - image_size)
   crop_key, flip_key = jax.random.split(key)
+  # The upper bound of randint is exclusive, and both ends are valid offsets.
   offsets = jax.random.randint(crop_key, slack.shape, 0, slack + 1) - pad
   flips = jax.random.bernoulli(flip_key, 0.5, (len(heights), 1)) & preset.flip
   return offsets, flips[:, 0]
@@ -269,9 +315,9 @@ def augment(
   """Crops and flips a batch of stored squares on the device; pure and jit-able.
 
   Args:
-    preset: static under jit, as is `image_size`.
+    preset: how to crop and flip; static under jit, as is `image_size`.
     images: stored pixels in [0, 255], of side `preset.stored_size(image_size)`.
-    key: each image draws its own crop and flip from it.
+    key: the key of the whole batch; each image draws its own crop and flip from it.
     image_size: side h = w of the result in pixels.
   """
   b, stored = images.shape[:2]
@@ -280,6 +326,8 @@ def augment(
     return images
   sides = jnp.full((b,), stored, jnp.int32)
   offsets, flips = draw_windows(preset, key, sides, sides, image_size)
+  # Crop, border and flip are one selection of rows and columns: nothing is padded, and
+  # each pixel is moved once.
   i = jnp.arange(image_size)[None]
   rows = _reflect(offsets[:, :1] + i, stored)
   columns = jnp.where(flips[:, None], i[:, ::-1], i)
@@ -293,11 +341,21 @@ def cut_window(
   flip: bool | np.bool_,
   image_size: int,
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Returns on the host what `augment` makes of one image for the same draw."""
+  """Crops and flips one image on the host, as `augment` does for the same draw.
+
+  Args:
+    image: stored pixels in [0, 255].
+    offset: top and left of the crop in pixels, from `draw_windows`.
+    flip: whether the crop is mirrored, from `draw_windows`.
+    image_size: side of the crop in pixels.
+  """
   i = np.arange(image_size)
   rows = _reflect(int(offset[0]) + i, image.shape[0])
   columns = _reflect(int(offset[1]) + (i[::-1] if flip else i), image.shape[1])
   return image[rows].take(columns, axis=1)
+
+
+# --- On the device: what the backbone sees.
 
 
 def eval_preprocess(
@@ -306,12 +364,12 @@ def eval_preprocess(
   """Crops the centre and normalises one batch on the device; pure and jit-able.
 
   Args:
-    preset: static under jit, as is `image_size`.
+    preset: how to normalise; static under jit, as is `image_size`.
     images: stored pixels in [0, 255], of side `preset.stored_size(image_size)`.
     image_size: side h = w of the result in pixels.
 
   Returns:
-    Images as the backbone expects them.
+    Images as the backbone expects them, with values in `preset.value_range`.
   """
   stored = images.shape[1]
   _check_stored(preset, stored, image_size)
@@ -323,22 +381,25 @@ def eval_preprocess(
 def normalise(
   preset: Preset, images: UInt8[Array, "b h w 3"]
 ) -> Float32[Array, "b h w 3"]:
-  """Returns pixels in [0, 255] as the backbone expects them; pure and jit-able."""
+  """Maps pixels in [0, 255] to `preset.value_range`; pure and jit-able."""
   mean = jnp.array(preset.mean).reshape(1, 1, 1, 3)
   std = jnp.array(preset.std).reshape(1, 1, 1, 3)
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def _reflect(index, size: int):
-  """Maps indices in (-size, 2 size - 1) into [0, size) by reflection."""
+  """Maps indices in (-size, 2 size - 1) into [0, size), mirrored at the edge pixels."""
   return size - 1 - abs(size - 1 - abs(index))
 
 
 def _take(image, rows, columns):
+  """Returns the given rows and columns of an image [h, w, c]."""
+  # All indices are in range; "clip" spares the mask that the default mode computes.
   return jnp.take(jnp.take(image, rows, 0, mode="clip"), columns, 1, mode="clip")
 
 
 def _check_stored(preset: Preset, stored: int, image_size: int):
+  """Checks that images are as large as the preset stores them."""
   if stored != preset.stored_size(image_size):
     raise ValueError(
       f"images of {stored} pixels came, but the preset {preset.name!r} keeps "

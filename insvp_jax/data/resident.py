@@ -1,6 +1,8 @@
-"""Training examples that live on the devices, and the batch of a step.
+"""Training examples that live on the devices, and the batch of a step made of them.
 
-Stored are images, as uint8, or their features; the host only names a step.
+The devices hold all images as uint8, or all features. The host names a step; order,
+crops and flips follow from the run's seed and that step, in pure functions that are
+compiled into the training program (`train.calls`) or on their own (`pipeline`).
 """
 
 from collections.abc import Mapping
@@ -12,48 +14,77 @@ from jaxtyping import Array, Key
 import numpy as np
 
 from insvp_jax.data import preprocess
+from insvp_jax.data.splits import ArraySplit
 
-Arrays = Mapping[str, Any]
+# All examples of a split: "labels" int32 [n] and either "images" uint8 [n, h, w, 3] or
+# "features" float [n or more, d].
+Examples = Mapping[str, Any]
 
 
 def augment_key(seed: Any, step: Any) -> Key[Array, ""]:
-  """Returns the key of a step's crops and flips: the first of the step's three.
-
-  The arguments are whole numbers, traced ones too.
+  """Returns the key of a step's crops and flips, the first of the step's three keys.
 
   Args:
-    seed: the run's.
-    step: number of batches before this one.
+    seed: the run's seed; a whole number, which may be traced.
+    step: number of batches before this one; a whole number, which may be traced.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.random.split(key, 3)[0]
 
 
 def epoch_order(seed, epoch, size: int):
-  """Returns the order of an epoch's examples; pure and jit-able."""
+  """Returns the order of an epoch's examples; pure and jit-able.
+
+  Args:
+    seed: the run's seed, uint32 [].
+    epoch: number of epochs before this one, uint32 [].
+    size: number of examples, n; static.
+
+  Returns:
+    A permutation of the positions 0 to n - 1, int32 [n].
+  """
   key = jax.random.fold_in(jax.random.key(seed), epoch)
   return jax.random.permutation(key, size)
 
 
-def gather(arrays: Arrays, order, seed, step, *, batch_size, preset, image_size):
+def batch_start(step, num_examples: int, batch_size: int):
+  """Returns where in its epoch's order the batch of a step begins.
+
+  This and the epoch, `step // (num_examples // batch_size)`, are the position in the
+  data. It is a function of the step, so nothing else is stored to resume a run. The
+  examples that fill no last batch are left out of the epoch.
+
+  Args:
+    step: number of batches before this one; may be traced.
+    num_examples: number of examples, n.
+    batch_size: number of examples in a batch, b.
+  """
+  return step % (num_examples // batch_size) * batch_size
+
+
+def take_batch(
+  examples: Examples, order, seed, step, *, batch_size, preset, image_size
+):
   """Returns the batch of a step; pure and jit-able.
 
   Args:
-    arrays: of all examples: "labels" [n] and either "images" [n, h, w, 3] or
-      "features" [n or more, d].
-    order: of the step's epoch, from `epoch_order`.
-    seed: of crops and flips, as is `step`.
-    step: number of batches of the run before this one.
-    batch_size: b; static, as are the rest.
-    preset: says how images are cropped and flipped, if at all; None leaves them.
+    examples: all examples of the split.
+    order: the order of the step's epoch, from `epoch_order`.
+    seed: the run's seed, uint32 []; crops and flips are drawn from it and `step`.
+    step: number of batches of the run before this one, int32 [].
+    batch_size: number of examples in a batch, b; static, as are the rest.
+    preset: the `preprocess.Preset` that says how images are cropped and flipped; None
+      leaves them as they are stored.
     image_size: side of the crops in pixels.
 
   Returns:
-    The arrays' rows [b, ...] by the same names.
+    The batch's rows [b, ...] of each array of `examples`, by the same names.
   """
-  start = step % (arrays["labels"].shape[0] // batch_size) * batch_size
+  start = batch_start(step, examples["labels"].shape[0], batch_size)
   indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-  batch = {n: jnp.take(a, indices, 0, mode="clip") for n, a in arrays.items()}
+  # All indices are in range; "clip" spares the mask that the default mode computes.
+  batch = {n: jnp.take(a, indices, 0, mode="clip") for n, a in examples.items()}
+  # Features are of images that were not augmented.
   if preset is not None and preset.augments and "images" in batch:
     key = augment_key(seed, step)
     batch["images"] = preprocess.augment(preset, batch["images"], key, image_size)
@@ -63,31 +94,41 @@ def gather(arrays: Arrays, order, seed, step, *, batch_size, preset, image_size)
 def replicated(
   sharding: jax.sharding.Sharding | None,
 ) -> jax.sharding.Sharding | None:
-  """Returns the sharding that keeps whole arrays on all the same devices."""
+  """Returns the sharding that keeps whole arrays on each device of another sharding."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
   return sharding
 
 
-def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
-  """Returns the array on the devices; every process has all of it."""
+def put_array(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> Array:
+  """Puts an array on the devices.
+
+  Args:
+    array: the whole array, which every process has.
+    sharding: how it lies on the devices; None for the default device.
+  """
   if sharding is None:
     return jnp.asarray(array)
-  # Unlike device_put, this also serves devices of which this process owns a part.
+  # Unlike device_put, this also serves meshes of which this process owns a part.
   return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
-def put_split(split: Any, sharding: jax.sharding.Sharding | None) -> dict[str, Array]:
-  """Returns the images and labels of an `ArraySplit` on the devices of a batch.
+def put_split(
+  split: ArraySplit, sharding: jax.sharding.Sharding | None
+) -> dict[str, Array]:
+  """Puts the images and labels of a split on the devices, a copy on each.
 
-  One copy per device: a gather then needs no communication.
+  With a copy on each device no batch needs communication.
 
   Args:
     split: the examples, in memory.
-    sharding: of a batch.
+    sharding: the sharding of a batch; None for the default device.
+
+  Returns:
+    {"images": uint8 [n, h, w, 3], "labels": int32 [n]}.
   """
   everywhere = replicated(sharding)
   return {
-    "images": put(split.images, everywhere),
-    "labels": put(split.labels, everywhere),
+    "images": put_array(split.images, everywhere),
+    "labels": put_array(split.labels, everywhere),
   }

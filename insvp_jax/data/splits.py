@@ -1,21 +1,26 @@
-"""A split: labelled images that can be read in any order, from memory or from files.
+"""What every data source returns: a task's splits, in memory or streamed.
 
-The two kinds behave alike; only where the pixels are differs. `ArraySplit` (in
-`arrays`) holds them, `StreamSplit` decodes what is asked for when it is asked for and
-keeps nothing.
+A split is labelled images that can be read in any order. The two kinds behave alike
+and differ only in where the pixels are: `ArraySplit` holds them decoded in memory,
+`StreamSplit` decodes what is asked for when it is asked for and keeps nothing. Letters
+in shapes: n examples of a split, m those of one request, h and w height and width in
+pixels, k classes.
 """
 
 import abc
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import itertools
+import functools
+import hashlib
 from typing import Any
 
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
 
+# Images that `to_memory` has decoded at a time.
+_CHUNK = 256
+
+# Positions in a split.
 Indices = Int[np.ndarray, "m"]
 # The images of one request: stacked where they are of one size.
 Pixels = UInt8[np.ndarray, "m h w 3"] | Sequence[UInt8[np.ndarray, "h w 3"]]
@@ -31,7 +36,7 @@ class Split(abc.ABC):
   labels: Int32[np.ndarray, "n"]
 
   def __len__(self) -> int:
-    """Returns the number of examples."""
+    """Returns the number of examples, n."""
     return len(self.labels)
 
   @property
@@ -48,19 +53,71 @@ class Split(abc.ABC):
   def read(
     self, requests: Iterable[Indices], *, whole: bool = False
   ) -> Iterator[Pixels]:
-    """Yields the images of each request, in its order.
+    """Yields the images of each request, in the order of its positions.
 
     Requests are taken a bounded way ahead, so there may be infinitely many. Close the
     iterator to end its threads early.
 
     Args:
       requests: non-empty arrays of positions in the split.
-      whole: yield images before the central square is cut out of them (lists of
-        different sizes), where the preset keeps their aspect ratio.
+      whole: yield resized images before the stored square is cut out of them, as lists
+        of arrays of different sizes. This matters only to streams of elongated images
+        whose preset keeps the aspect ratio.
 
     Raises:
-      ValueError: an image does not decode; the message names it.
+      ValueError: if an image does not decode; the message names it.
     """
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySplit(Split):
+  """A split whose images are decoded, all of one size, in memory.
+
+  Attributes:
+    images: pixels in [0, 255].
+    labels: class indices in [0, k).
+  """
+
+  images: UInt8[np.ndarray, "n h w 3"]
+  labels: Int32[np.ndarray, "n"]
+
+  def __post_init__(self):
+    """Checks shapes and types, also where annotations are not enforced."""
+    images, labels = self.images, self.labels
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+      raise ValueError(
+        f"images have to be uint8 [n, h, w, 3], got {images.dtype} "
+        f"{list(images.shape)}."
+      )
+    if labels.shape != images.shape[:1] or labels.dtype != np.int32:
+      raise ValueError(
+        f"labels have to be int32 [{len(images)}], one per image, got "
+        f"{labels.dtype} {list(labels.shape)}."
+      )
+
+  @property
+  def stored_size(self) -> int:
+    return self.images.shape[1]
+
+  def read(
+    self, requests: Iterable[Indices], *, whole: bool = False
+  ) -> Iterator[Pixels]:
+    # Memory holds stored squares only, so `whole` changes nothing.
+    for request in requests:
+      yield self.images[request]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The sha256 (hex) of images and labels."""
+    # With the shape: equal bytes may be images of other sides.
+    sha = hashlib.sha256(str(self.images.shape).encode())
+    sha.update(np.ascontiguousarray(self.images))
+    sha.update(np.ascontiguousarray(self.labels))
+    return sha.hexdigest()
+
+  def take(self, indices: Indices) -> "ArraySplit":
+    """Returns the examples at `indices`, in that order."""
+    return ArraySplit(self.images[indices], self.labels[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +126,13 @@ class StreamSplit(Split):
 
   Attributes:
     labels: class indices in [0, k).
-    size: side in pixels of the squares.
-    identity: sha256 (hex) of all that says which images these are and how they are
-      resized; the same for a copy elsewhere.
-    open: maps (requests, whole) to the iterator of `read`.
-    square: whether all images are squares, so that whole is no different.
-    stamp: what else may tell of a change (times of files); a part of cache keys.
+    size: side in pixels of the stored squares.
+    identity: sha256 (hex) of everything that decides which images these are and how
+      they are resized. A copy of the files elsewhere has the same.
+    open: maps the arguments (requests, whole) of `read` to its iterator.
+    square: whether all images are known to be squares, so that `whole` changes nothing.
+    stamp: what may tell of a change of files besides their sizes, such as times and
+      checksums; a part of cache keys, but not of the digest.
   """
 
   labels: Int32[np.ndarray, "n"]
@@ -94,7 +152,7 @@ class StreamSplit(Split):
 
   @property
   def nbytes(self) -> int:
-    """Returns the bytes that its squares would take in memory."""
+    """Returns the bytes that the stored squares would take in memory."""
     return len(self) * self.size**2 * 3
 
   def read(
@@ -103,63 +161,91 @@ class StreamSplit(Split):
     return self.open(requests, whole and not self.square)
 
 
-def grouped(
-  requests: Iterable[Indices],
-  read: Callable[[Iterator[int]], Generator[Any, None, None]],
-) -> Iterator[list[Any]]:
-  """Serves requests of many positions from a reader of single ones.
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+  """Everything that training on one task needs.
+
+  Attributes:
+    name: the task, e.g. "cifar100", or the name of the user's folder.
+    class_names: one name per class; their order defines the labels.
+    splits: those of "train", "val", "train_val", "test" that exist.
+    skipped: number of unreadable images that were left out (see `skip_corrupt`).
+    source: what was read, with its version; stored with the result.
+    final_split: the split that the final model of the task's protocol is trained on.
+  """
+
+  name: str
+  class_names: tuple[str, ...]
+  splits: Mapping[str, Split]
+  skipped: int = 0
+  source: str = ""
+  final_split: str = "train_val"
+
+  def __post_init__(self):
+    """Checks that labels are class indices and that no split is empty."""
+    # Checked here, because JAX raises no error for an index out of range.
+    for split_name, split in self.splits.items():
+      if not len(split):
+        raise ValueError(f"the split {split_name!r} of {self.name!r} has no images.")
+      low, high = int(split.labels.min()), int(split.labels.max())
+      if low < 0 or high >= self.num_classes:
+        raise ValueError(
+          f"labels of the split {split_name!r} of {self.name!r} go from {low} to "
+          f"{high}, expected 0 to {self.num_classes - 1}."
+        )
+
+  @property
+  def num_classes(self) -> int:
+    """Returns k. It is never inferred from labels: a split may miss classes."""
+    return len(self.class_names)
+
+  def digest(self, names: Iterable[str]) -> str:
+    """Returns a sha256 (hex) of the class names and of some splits.
+
+    Args:
+      names: names of splits, e.g. those that a run reads; others are left out.
+    """
+    sha = hashlib.sha256("\n".join(self.class_names).encode())
+    for name in sorted(set(names) & set(self.splits)):
+      sha.update(f"{name} {self.splits[name].digest}".encode())
+    return sha.hexdigest()
+
+  def summary(self) -> str:
+    """Returns one line: name, number of classes, sizes of the splits, skipped files."""
+    sizes = ", ".join(
+      f"{name} {len(split)}" + (" (streamed)" if isinstance(split, StreamSplit) else "")
+      for name, split in self.splits.items()
+    )
+    skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
+    return f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+
+
+def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:
+  """Returns the examples of `first`, then those of `second`."""
+  return ArraySplit(
+    np.concatenate([first.images, second.images]),
+    np.concatenate([first.labels, second.labels]),
+  )
+
+
+def to_memory(split: Split, indices: Indices | None = None) -> ArraySplit:
+  """Returns some examples of a split, or all of them, in memory.
 
   Args:
-    requests: non-empty arrays of positions.
-    read: maps positions to their images, in order, some way ahead; closed at the
-      end, whatever ends it.
+    split: a split of either kind.
+    indices: positions of the examples; None takes every one in order.
 
-  Yields:
-    A list of images for each request.
+  Raises:
+    ValueError: if an image does not decode; the message names it.
   """
-  sizes: list[int] = []
-
-  def positions() -> Iterator[int]:
-    for request in requests:
-      sizes.append(len(request))
-      yield from request.tolist()
-
-  with contextlib.closing(read(positions())) as images:
-    for first in images:
-      yield [first, *itertools.islice(images, sizes.pop(0) - 1)]
-
-
-def joined(
-  requests: Iterable[Indices],
-  read: Callable[[Iterator[int], int], Iterator[UInt8[np.ndarray, "c h w 3"]]],
-) -> Iterator[UInt8[np.ndarray, "m h w 3"]]:
-  """Serves requests from a reader of stacked images, without copying as a rule.
-
-  Args:
-    requests: non-empty arrays of positions, most of them of one length.
-    read: maps (positions, length of the first request) to arrays of consecutive
-      images, in order, some way ahead.
-
-  Yields:
-    The images of each request.
-  """
-  requests = iter(requests)
-  first = next(requests, None)
-  if first is None:
-    return
-  sizes: deque[int] = deque()
-
-  def positions() -> Iterator[int]:
-    for request in itertools.chain([first], requests):
-      sizes.append(len(request))
-      yield from request.tolist()
-
-  parts: list[np.ndarray] = []
-  with contextlib.closing(read(positions(), len(first))) as pieces:
-    for piece in pieces:
-      parts.append(piece)
-      while sizes and sum(map(len, parts)) >= sizes[0]:
-        size = sizes.popleft()
-        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        parts = [images[size:]] if len(images) > size else []
-        yield images[:size]
+  if isinstance(split, ArraySplit):
+    return split if indices is None else split.take(indices)
+  indices = np.arange(len(split)) if indices is None else np.asarray(indices)
+  size = split.stored_size
+  # Filled chunk by chunk: a list of all chunks would need the memory twice.
+  images = np.empty((len(indices), size, size, 3), np.uint8)
+  starts = range(0, len(indices), _CHUNK)
+  chunks = split.read(indices[start : start + _CHUNK] for start in starts)
+  for start, chunk in zip(starts, chunks, strict=True):
+    images[start : start + len(chunk)] = chunk
+  return ArraySplit(images, split.labels[indices])

@@ -1,53 +1,141 @@
-"""Which images of a training set train and which choose: the named rules.
+"""Which images of a training set are train and which are val.
 
-A rule is a function of labels and names (in the order of the source) and returns
-positions. TFDS orders examples by a hash, so rules that speak of the order of the
-original files sort by name first.
+`stratified_mask` and `stratified_parts` draw examples so that classes keep their
+shares. `draw_train_val` applies the rules that published tasks are drawn by
+(`tasks.Subset.rule`): a rule is a function of labels and names, in the order of the
+source, and returns positions.
 """
 
-from collections.abc import Sequence
-import hashlib
+from collections.abc import Mapping, Sequence
 import random
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 import numpy as np
 
-from insvp_jax.data.stratify import stratified_choice
 from insvp_jax.data.tasks import Subset, Task
 
-# InsVP's release seeds Python's generator with it.
+# The seed of Python's generator in InsVP's release.
 SHUFFLE_SEED = 3407
-# CIFAR's images per class, of which a long tail keeps a part.
-_LARGEST_CLASS = 500
+# CIFAR-100's images per class, of which a long tail keeps a part.
+_IMAGES_PER_CLASS = 500
 
 
-def draw(
+def stratified_mask(
+  labels: Int[np.ndarray, "n"], number: int, seed: int
+) -> Bool[np.ndarray, "n"]:
+  """Chooses `number` examples so that each class keeps its share.
+
+  Shares are rounded down. What is missing then goes one by one to the classes with the
+  largest remainders (ties: the lower label).
+
+  Args:
+    labels: class of each example.
+    number: how many examples to choose, at most n.
+    seed: the choice is a pure function of the labels, `number` and `seed`.
+
+  Returns:
+    True for the chosen examples.
+
+  Raises:
+    ValueError: if `number` is negative or above n.
+  """
+  if not 0 <= number <= len(labels):
+    raise ValueError(f"cannot choose {number} of {len(labels)} examples.")
+  classes, counts = np.unique(labels, return_counts=True)
+  quota = counts * number / max(len(labels), 1)
+  wanted = np.floor(quota).astype(np.int64)
+  # Ascending in minus the remainder; a stable sort settles ties by the label.
+  largest = np.argsort(wanted - quota, kind="stable")
+  wanted[largest[: number - wanted.sum()]] += 1
+  # The bit generator is named, because numpy may change that of default_rng.
+  rng = np.random.Generator(np.random.PCG64(seed))
+  chosen = np.zeros(len(labels), bool)
+  for label, count in zip(classes, wanted, strict=True):
+    members = rng.permutation(np.flatnonzero(labels == label))
+    chosen[members[:count]] = True
+  return chosen
+
+
+def stratified_parts(
+  labels: Int[np.ndarray, "n"],
+  fractions: Mapping[str, float],
+  seed: int,
+  class_names: Sequence[str],
+) -> Shaped[np.ndarray, "n"]:
+  """Divides examples into train and other parts, class by class.
+
+  Of a class of m examples, a part of fraction f > 0 gets f * m, rounded, but at least
+  one; train keeps at least one.
+
+  Args:
+    labels: class of each example.
+    fractions: the fraction of each part beside train, in [0, 1), together below 1.
+    seed: the result is a pure function of the arguments.
+    class_names: how errors name the classes.
+
+  Returns:
+    For each example "train" or the part's name.
+
+  Raises:
+    ValueError: if fractions are out of range or a class is too small.
+  """
+  total = sum(fractions.values())
+  if any(fraction < 0 for fraction in fractions.values()) or total >= 1:
+    wanted = ", ".join(f"{name}_fraction={f}" for name, f in fractions.items())
+    raise ValueError(f"{wanted}: each has to be at least 0, together below 1.")
+  wanted = {name: fraction for name, fraction in fractions.items() if fraction}
+  parts = np.full(len(labels), "train", dtype="<U16")
+  rng = np.random.Generator(np.random.PCG64(seed))
+  for label in np.unique(labels):
+    members = rng.permutation(np.flatnonzero(labels == label))
+    if len(members) < 1 + len(wanted):
+      raise ValueError(
+        f"the class {class_names[label]!r} has {len(members)} images, but one each "
+        f"is needed for {', '.join(['train', *wanted])}. Add images, or set the "
+        f"fraction of a split to 0 to do without it."
+      )
+    start, left = 0, len(wanted)
+    for name, fraction in wanted.items():
+      left -= 1
+      # One example stays for each later part and for train.
+      room = len(members) - start - left - 1
+      # Not round(): it rounds halves to the even neighbour.
+      number = min(max(1, int(fraction * len(members) + 0.5)), room)
+      parts[members[start : start + number]] = name
+      start += number
+  return parts
+
+
+def draw_train_val(
   task: Task,
   subset: Subset,
   labels: Int[np.ndarray, "n"],
   names: Sequence[str] | None,
   split_seed: int,
 ) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
-  """Returns the positions of (train, val) in a task's training images.
+  """Draws train and val from a published task's training images.
 
   Args:
-    task: named in errors.
-    subset: one of `task.subsets` whose rule draws: "stratified", "first",
-      "shuffled" or "long_tail".
-    labels: of all training images.
-    names: what the original files are ordered by, zero-padded where numbers;
-      needed by all rules but "stratified".
-    split_seed: of what is drawn by us rather than by a paper.
+    task: the task; named in errors.
+    subset: one of `task.subsets` whose rule draws: "stratified", "first", "shuffled" or
+      "long_tail".
+    labels: labels of all training images.
+    names: names whose sorted order is that of the original files, so numbers in them
+      are zero-padded; needed by all rules but "stratified".
+    split_seed: the seed of what is drawn by us rather than by a paper.
+
+  Returns:
+    The positions of train and those of val.
 
   Raises:
-    ValueError: too few images, or no names where the rule needs them.
+    ValueError: if there are too few images, or no names where the rule needs them.
   """
   total = len(labels)
   if subset.rule == "stratified":
-    # Published sizes where the set is the published one, else their share.
+    # The published size of val where the set has its published size, else its share.
     num_val = round(subset.val * total / (subset.train + subset.val))
-    chosen = stratified_choice(labels, num_val, split_seed)
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    is_val = stratified_mask(labels, num_val, split_seed)
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
   if names is None:
     raise ValueError(
       f"the subset of {task.name} is defined by the order of the original files, but "
@@ -58,10 +146,12 @@ def draw(
         else "Give config.data.root."
       )
     )
+  # TFDS stores examples in the order of a hash; names bring back that of the files.
   order = np.array(sorted(range(total), key=lambda i: names[i]), np.int64)
   if subset.rule == "long_tail":
-    return _tail(labels, order, subset, split_seed)
+    return _draw_long_tail(labels, order, subset, split_seed)
   if subset.rule == "shuffled":
+    # On a list, as the release does it: shuffling an array draws in another way.
     shuffled = order.tolist()
     random.Random(SHUFFLE_SEED).shuffle(shuffled)
     order = np.array(shuffled, np.int64)
@@ -69,21 +159,34 @@ def draw(
   return order[:num_train], order[num_train:]
 
 
-def _tail(labels, order, subset: Subset, split_seed: int):
+def _draw_long_tail(labels, order, subset: Subset, split_seed: int):
+  """Returns the positions of train and val of a long tail; val has each class's share.
+
+  Args:
+    labels: labels of all training images, in the order of the source.
+    order: positions of the training images, in the order of the original files.
+    subset: the subset, with its imbalance.
+    split_seed: the seed of val.
+  """
   kept = order[long_tail(labels[order], subset.imbalance)]
   num_val = len(kept) * subset.val // (subset.train + subset.val)
-  val = stratified_choice(labels[kept], num_val, split_seed)
-  return kept[~val], kept[val]
+  is_val = stratified_mask(labels[kept], num_val, split_seed)
+  return kept[~is_val], kept[is_val]
 
 
-def tail_sizes(num_classes: int, imbalance: int) -> list[int]:
+def long_tail_sizes(num_classes: int, imbalance: int) -> list[int]:
   """Returns how many images of each class an exponential long tail keeps.
+
+  Args:
+    num_classes: k.
+    imbalance: size of the largest class divided by that of the smallest.
 
   Source: LDAM-DRW (Cao et al. 2019), `imbalance_cifar.py`: rounded down.
   """
   last = max(num_classes - 1, 1)
   return [
-    int(_LARGEST_CLASS * (1 / imbalance) ** (c / last)) for c in range(num_classes)
+    int(_IMAGES_PER_CLASS * (1 / imbalance) ** (label / last))
+    for label in range(num_classes)
   ]
 
 
@@ -91,19 +194,19 @@ def long_tail(labels: Int[np.ndarray, "n"], imbalance: int) -> Int[np.ndarray, "
   """Returns the positions that the standard long tail keeps, class by class.
 
   Args:
-    labels: in the order of the original files, 500 of each class.
-    imbalance: largest over smallest class.
+    labels: labels in the order of the original files, 500 of each class.
+    imbalance: size of the largest class divided by that of the smallest.
 
   Raises:
-    ValueError: a class has too few images.
+    ValueError: if a class has too few images.
 
   Source: LDAM-DRW (Cao et al. 2019), `imbalance_cifar.py`.
   """
   num_classes = int(labels.max()) + 1
-  # The published selection is drawn by the legacy generator.
+  # The published selection is drawn by numpy's legacy generator with this seed.
   rng = np.random.RandomState(0)
   kept = []
-  for label, size in enumerate(tail_sizes(num_classes, imbalance)):
+  for label, size in enumerate(long_tail_sizes(num_classes, imbalance)):
     members = np.flatnonzero(labels == label)
     if len(members) < size:
       raise ValueError(
@@ -113,18 +216,3 @@ def long_tail(labels: Int[np.ndarray, "n"], imbalance: int) -> Int[np.ndarray, "
     rng.shuffle(members)
     kept.append(members[:size])
   return np.concatenate(kept)
-
-
-def tfds_order(split: str, keys: Sequence[int | str]) -> list[int]:
-  """Returns the positions of keys in the order in which TFDS stores a split.
-
-  TFDS sorts the examples of a split by the md5 of its name and each example's key,
-  whatever the number of shards. For sets whose keys are the row numbers of the
-  original files this tells which rows a slice holds, without any data.
-
-  Args:
-    split: name of the split, "train".
-    keys: of its examples, in the order of the original files.
-  """
-  digests = [hashlib.md5(f"{split}{key}".encode()).digest() for key in keys]
-  return sorted(range(len(keys)), key=lambda i: digests[i])

@@ -1,7 +1,8 @@
-"""The table of published tasks: where the data are, how they are split, labels.
+"""The table of published tasks: data sets, splits, label rules, numbers of classes.
 
-Every row is plain data, readable without TensorFlow. Sizes and classes are constants:
-a training set may lack classes, and TFDS knows no sizes before it has prepared a set.
+`TASKS["svhn"]` and so on; `GROUPS` names several tasks together. Every row is plain
+data, readable without TensorFlow. Sizes and numbers of classes are constants, because a
+training set may lack classes and TFDS knows no sizes before it has prepared a set.
 
 Sources: google-research/task_adaptation (VTAB-1k), KMnP/vpt (FGVC), the tables of
 InsVP and DAM-VP (HTA), kaidic/LDAM-DRW (CIFAR-100-LT).
@@ -10,6 +11,7 @@ InsVP and DAM-VP (HTA), kaidic/LDAM-DRW (CIFAR-100-LT).
 from collections.abc import Mapping
 import dataclasses
 import types
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,21 +19,22 @@ class Subset:
   """Which of a task's training images are used, and how.
 
   Attributes:
-    rule: how train and val are drawn.
-      "slices": both are expressions over the official splits, as they stand.
-      "lists": listed by name, in VPT-style train.json and val.json.
-      "stratified": val is drawn from the official train split, each class its
-        share, seeded by `data.split_seed`.
-      "first": the first `train` images in the order of the original files; val is
-        the rest.
+    rule: how train and val are drawn; see `subsets.draw_train_val`.
+      "slices": train and val are TFDS expressions, `Task.train` and `Task.val`.
+      "lists": train and val are listed by name in VPT-style train.json and val.json.
+      "stratified": val is drawn from the official train split, its share of each
+        class, seeded by `data.split_seed`.
+      "first": train is the first `train` images in the order of the original files, val
+        is the rest.
       "shuffled": as "first", after `random.Random(3407).shuffle`.
-      "long_tail": from class c the first int(500 * imbalance ** (-c / 99)) of its
-        images, shuffled by numpy's legacy generator with seed 0; val is drawn from
-        them as in "stratified".
+      "long_tail": of class c the first int(500 * imbalance ** (-c / 99)) images are
+        kept, shuffled by numpy's legacy generator with seed 0; val is drawn from them
+        as in "stratified".
     train: number of training images.
-    val: number of images that choose hyper-parameters.
+    val: number of images that hyper-parameters are chosen on.
     retrain: whether the final model is trained on train + val, or on train alone.
-    imbalance: largest over smallest class of a long tail.
+    imbalance: size of the largest class divided by that of the smallest, for a long
+      tail.
   """
 
   rule: str
@@ -46,24 +49,25 @@ class Task:
   """One task of a benchmark.
 
   Attributes:
-    name: what a user types.
+    name: the task's name, as a user types it.
     benchmark: "vtab", "fgvc", "hta" or "cifar100_lt".
-    group: VTAB's "natural", "specialized", "structured"; else the benchmark.
+    group: "natural", "specialized" or "structured" for VTAB; else the benchmark.
     spec: the TFDS builder, with the versions that hold the published data; "" where
       TFDS has none.
     num_classes: k.
-    train: TFDS expression of the training images, or of those that train and val
-      are drawn from.
-    val: TFDS expression of the 200 (VTAB) or official validation images; "" where
-      val is drawn.
+    train: TFDS expression of the training images, or of those that train and val are
+      drawn from.
+    val: TFDS expression of the 200 (VTAB) or official validation images; "" where val
+      is drawn.
     test: TFDS expression of the test split.
-    num_test: its size.
+    num_test: number of test images.
     subsets: the named choices of training images; the first one is the default.
-    label_rule: a key of `labels.LABEL_RULES`.
+    label_rule: how labels are computed, a key of `labels.LABEL_RULES`.
     id_feature: the TFDS feature that names an example, for rules that need names.
-    folder: how the task is read from files (`data.root`): "noah", "lists", "gtsrb",
-      or "" for not at all.
-    folder_name: name of the task's folder in such a collection.
+    folder_format: how the task can be read from image files below `data.root`: "noah"
+      (`sources.vtab_folder`), "lists" (`sources.fgvc_folder`), "gtsrb"
+      (`sources.gtsrb`), or "" for not at all.
+    folder_name: name of the task's folder where several tasks' folders lie together.
   """
 
   name: str
@@ -78,14 +82,17 @@ class Task:
   subsets: Mapping[str, Subset]
   label_rule: str = "label"
   id_feature: str = ""
-  folder: str = ""
+  folder_format: str = ""
   folder_name: str = ""
 
   def subset(self, name: str = "") -> Subset:
-    """Returns a named choice of training images; "" is the default.
+    """Returns a named choice of training images.
+
+    Args:
+      name: a key of `subsets`, as config.data.subset; "" takes the default.
 
     Raises:
-      ValueError: the task has no such choice.
+      ValueError: if the task has no such choice.
     """
     if name and name not in self.subsets:
       raise ValueError(
@@ -95,11 +102,20 @@ class Task:
     return self.subsets[name or next(iter(self.subsets))]
 
   def final_split(self, subset: str = "") -> str:
-    """Returns what the final model of the protocol is trained on."""
+    """Returns the split that the protocol's final model is trained on.
+
+    Args:
+      subset: the choice of training images; "" takes the default.
+    """
     return "train_val" if self.subset(subset).retrain else "train"
 
   def unpublished_sizes(self, sizes: Mapping[str, int], subset: str = "") -> list[str]:
-    """Returns a line for each split that has not its published size."""
+    """Returns a line of warning for each split that has not its published size.
+
+    Args:
+      sizes: number of images of each split; only train, val and test are looked at.
+      subset: the choice of training images; "" takes the default.
+    """
     chosen = self.subset(subset)
     published = {"train": chosen.train, "val": chosen.val, "test": self.num_test}
     return [
@@ -110,15 +126,20 @@ class Task:
 
 
 def _subsets(**subsets: Subset) -> Mapping[str, Subset]:
+  """Returns the subsets by name, read-only: rows of the table are shared."""
   return types.MappingProxyType(subsets)
 
+
+# --- VTAB-1k. Every task trains on the first 800 images of TFDS's train split and
+# chooses on 200 others; every split is a plain slice of TFDS's order. A row is (name,
+# TFDS builder, number of classes, val, test, number of test images).
 
 _VAL, _TEST = "validation[:200]", "test"
 _DIABETIC = "diabetic_retinopathy_detection/btgraham-300:3.*.*"
 
-# (name, TFDS builder, classes, val, test, size of test, label rule, folder in the
-# collections that others distribute). Every split is a plain slice of TFDS's order.
-# oxford_iiit_pet's 3.* is gone from TFDS; 4.0.0 holds the same images in that order.
+# Where TFDS has no validation split, val is the first 200 images after those that
+# task_adaptation trains on. oxford_iiit_pet's 3.* is gone from TFDS; 4.0.0 holds the
+# same images in that order.
 _NATURAL = (
   ("caltech101", "caltech101:3.*.*", 102, "train[2754:2954]", _TEST, 6084),
   ("cifar100", "cifar100:3.*.*", 100, "train[45000:45200]", _TEST, 10000),
@@ -161,9 +182,11 @@ _NOAH_NAMES = {
 _THOUSAND = _subsets(official=Subset("slices", 800, 200))
 
 
-def _vtab(group: str, row: tuple) -> Task:
+def _vtab_task(group: str, row: tuple) -> Task:
+  """Returns the task of a row of `_NATURAL`, `_SPECIALIZED` or `_STRUCTURED`."""
   name, spec, num_classes, val, test, num_test = row
-  own_rule = group == "structured" and name != "dmlab"
+  # The structured tasks compute their labels, except dmlab, which has them in TFDS.
+  has_rule = group == "structured" and name != "dmlab"
   return Task(
     name=name,
     benchmark="vtab",
@@ -175,81 +198,77 @@ def _vtab(group: str, row: tuple) -> Task:
     test=test,
     num_test=num_test,
     subsets=_THOUSAND,
-    label_rule=name if own_rule else "label",
-    folder="noah",
+    label_rule=name if has_rule else "label",
+    folder_format="noah",
     folder_name=_NOAH_NAMES.get(name, name),
   )
 
 
-# Data sets of FGVC and HTA: (TFDS builder, classes, train, val, test, size of test,
-# feature that names an example, kind of folder, name of the folder).
-_SETS = {
-  "dtd": ("dtd:3.*.*", 47, "train", "validation", "test", 1880, "file_name", "", ""),
-  "cub": (
+# --- FGVC and HTA: the data sets, and for each benchmark the subsets of them.
+
+
+class _DataSet(NamedTuple):
+  """What the tasks of one data set share; the fields are those of `Task`."""
+
+  spec: str
+  num_classes: int
+  num_test: int
+  train: str = "train"
+  val: str = ""
+  test: str = "test"
+  id_feature: str = ""
+  folder_format: str = ""
+  folder_name: str = ""
+
+
+_DATA_SETS = {
+  "dtd": _DataSet("dtd:3.*.*", 47, 1880, val="validation", id_feature="file_name"),
+  "cub": _DataSet(
     "caltech_birds2011:0.*.*",
     200,
-    "train",
-    "",
-    "test",
     5794,
-    "image/filename",
-    "lists",
-    "CUB_200_2011",
+    id_feature="image/filename",
+    folder_format="lists",
+    folder_name="CUB_200_2011",
   ),
-  # TFDS has no NABirds, and of GTSRB only a copy without test labels.
-  "nabirds": ("", 555, "", "", "", 24633, "", "lists", "nabirds"),
-  "stanford_dogs": (
+  # TFDS has no NABirds.
+  "nabirds": _DataSet(
+    "", 555, 24633, train="", test="", folder_format="lists", folder_name="nabirds"
+  ),
+  "stanford_dogs": _DataSet(
     "stanford_dogs:0.*.*",
     120,
-    "train",
-    "",
-    "test",
     8580,
-    "image/filename",
-    "lists",
-    "stanford-dogs",
+    id_feature="image/filename",
+    folder_format="lists",
+    folder_name="stanford-dogs",
   ),
-  "oxford_flowers": (
+  "oxford_flowers": _DataSet(
     "oxford_flowers102:2.*.*",
     102,
-    "train",
-    "validation",
-    "test",
     6149,
-    "file_name",
-    "lists",
-    "OxfordFlower",
+    val="validation",
+    id_feature="file_name",
+    folder_format="lists",
+    folder_name="OxfordFlower",
   ),
-  "stanford_cars": (
-    "cars196:2.*.*",
-    196,
-    "train",
-    "",
-    "test",
-    8041,
-    "",
-    "lists",
-    "stanford-cars",
+  "stanford_cars": _DataSet(
+    "cars196:2.*.*", 196, 8041, folder_format="lists", folder_name="stanford-cars"
   ),
-  "food101": (
-    "food101:2.*.*",
-    101,
-    "train",
-    "",
-    "validation",  # what TFDS calls Food-101's test split
-    25250,
-    "id",
-    "",
-    "",
+  # TFDS calls Food-101's test split "validation".
+  "food101": _DataSet("food101:2.*.*", 101, 25250, test="validation", id_feature="id"),
+  "cifar100": _DataSet("cifar100:3.*.*", 100, 10000, id_feature="id"),
+  "cifar10": _DataSet("cifar10:3.*.*", 10, 10000, id_feature="id"),
+  # TFDS has only a copy of GTSRB without test labels.
+  "gtsrb": _DataSet(
+    "", 43, 12630, train="", test="", folder_format="gtsrb", folder_name="gtsrb"
   ),
-  "cifar100": ("cifar100:3.*.*", 100, "train", "", "test", 10000, "id", "", ""),
-  "cifar10": ("cifar10:3.*.*", 10, "train", "", "test", 10000, "id", "", ""),
-  "gtsrb": ("", 43, "", "", "", 12630, "", "gtsrb", "gtsrb"),
-  "svhn": ("svhn_cropped:3.*.*", 10, "train", "", "test", 26032, "id", "", ""),
+  "svhn": _DataSet("svhn_cropped:3.*.*", 10, 26032, id_feature="id"),
 }
 
-# VPT trains FGVC on its 90% alone, never again on all. Its lists are not ours to
-# distribute: "vpt" reads them, "drawn" draws as many of each class without them.
+# VPT trains FGVC on 90% of the official train split and never again on all of it. Its
+# lists are not ours to distribute: "vpt" reads them, "drawn" draws as many images of
+# each class without them.
 _FGVC = {
   "cub": _subsets(
     vpt=Subset("lists", 5394, 600, retrain=False),
@@ -267,6 +286,8 @@ _FGVC = {
     drawn=Subset("stratified", 7329, 815, retrain=False),
   ),
 }
+# "official" retrains on every official training image; "insvp_release" is what the
+# code of InsVP trains on.
 _HTA = {
   "dtd": _subsets(
     official=Subset("slices", 1880, 1880),
@@ -309,55 +330,60 @@ _HTA = {
     insvp_release=Subset("first", 58605, 14652, retrain=False),
   ),
 }
-# The standard sizes of the tail, floor(500 * imbalance ** (-c / 99)) summed over c;
-# a tenth of them is val while choosing, and all of them train the final model.
-_TAILS = {10: 19573, 50: 12608, 100: 10847}
 
 
-def _of_set(
+def _task_of_data_set(
   benchmark: str, name: str, data_set: str, subsets: Mapping[str, Subset]
 ) -> Task:
-  spec, num_classes, train, val, test, num_test, id_feature, folder, folder_name = (
-    _SETS[data_set]
-  )
+  """Returns a task on one of `_DATA_SETS`."""
   return Task(
     name=name,
     benchmark=benchmark,
     group=benchmark,
-    spec=spec,
-    num_classes=num_classes,
-    train=train,
-    val=val,
-    test=test,
-    num_test=num_test,
     subsets=subsets,
-    id_feature=id_feature,
-    folder=folder,
-    folder_name=folder_name,
+    **_DATA_SETS[data_set]._asdict(),
   )
 
 
-def _tail(imbalance: int, total: int) -> Task:
+# --- CIFAR-100-LT. The standard number of images by imbalance: floor(500 * imbalance
+# ** (-c / 99)) summed over the classes c. A tenth of them is val while
+# hyper-parameters are chosen, and all of them train the final model.
+
+_LONG_TAILS = {10: 19573, 50: 12608, 100: 10847}
+
+
+def _long_tail_task(imbalance: int, total: int) -> Task:
+  """Returns the task CIFAR-100-LT of one imbalance."""
   val = total // 10
   subset = Subset("long_tail", total - val, val, imbalance=imbalance)
   name = f"cifar100_lt{imbalance}"
-  return _of_set("cifar100_lt", name, "cifar100", _subsets(official=subset))
+  return _task_of_data_set("cifar100_lt", name, "cifar100", _subsets(official=subset))
+
+
+# --- The table.
 
 
 def _table() -> dict[str, Task]:
-  rows = [_vtab("natural", row) for row in _NATURAL]
-  rows += [_vtab("specialized", row) for row in _SPECIALIZED]
-  rows += [_vtab("structured", row) for row in _STRUCTURED]
-  for benchmark, sets in (("fgvc", _FGVC), ("hta", _HTA)):
-    rows += [_of_set(benchmark, f"{benchmark}_{s}", s, sub) for s, sub in sets.items()]
-  rows += [_tail(imbalance, total) for imbalance, total in _TAILS.items()]
-  return {task.name: task for task in rows}
+  """Returns all tasks by name, benchmark after benchmark."""
+  tasks = [_vtab_task("natural", row) for row in _NATURAL]
+  tasks += [_vtab_task("specialized", row) for row in _SPECIALIZED]
+  tasks += [_vtab_task("structured", row) for row in _STRUCTURED]
+  for benchmark, data_sets in (("fgvc", _FGVC), ("hta", _HTA)):
+    tasks += [
+      _task_of_data_set(benchmark, f"{benchmark}_{data_set}", data_set, subsets)
+      for data_set, subsets in data_sets.items()
+    ]
+  tasks += [
+    _long_tail_task(imbalance, total) for imbalance, total in _LONG_TAILS.items()
+  ]
+  return {task.name: task for task in tasks}
 
 
 TASKS: dict[str, Task] = _table()
 
 
 def _groups() -> dict[str, tuple[str, ...]]:
+  """Returns the names of each group's tasks, in the table's order."""
   groups: dict[str, list[str]] = {}
   for task in TASKS.values():
     groups.setdefault(task.group, []).append(task.name)
@@ -365,5 +391,5 @@ def _groups() -> dict[str, tuple[str, ...]]:
   return {name: tuple(names) for name, names in {**groups, "vtab": vtab}.items()}
 
 
-# What stands for several tasks: VTAB's three groups and each benchmark.
+# Names that stand for several tasks: VTAB's three groups and each benchmark.
 GROUPS: dict[str, tuple[str, ...]] = _groups()

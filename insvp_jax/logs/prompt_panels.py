@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from insvp_jax.data import arrays, preprocess
+from insvp_jax.data import preprocess, splits
 from insvp_jax.data.splits import Split
 from insvp_jax.models.classifier import PromptedClassifier
 
@@ -54,7 +54,7 @@ def prompt_panels(
   one = np.zeros((1, split.stored_size, split.stored_size, 3), np.uint8)
   if local is None or not jax.eval_shape(draw, local, one)[1]:
     return {}
-  stored = arrays.take(split, indices).images
+  stored = splits.to_memory(split, indices).images
   inputs, prompts, prompted = jax.device_get(jax.jit(draw)(local, stored))
   std, mean = np.asarray(preset.std), np.asarray(preset.mean)
   panels = {}

@@ -31,7 +31,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     FileNotFoundError: a path does not exist.
     ValueError: a folder holds no image file.
   """
-  from insvp_jax.data.decode import SUFFIXES
+  from insvp_jax.data.decode import IMAGE_SUFFIXES
 
   found = []
   for path in map(Path, paths):
@@ -40,9 +40,11 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     if not path.is_dir():
       found.append(path)
       continue
-    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not inside:
-      raise ValueError(f"the folder {path} holds no image ({', '.join(SUFFIXES)}).")
+      raise ValueError(
+        f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})."
+      )
     found.extend(inside)
   return found
 
@@ -79,11 +81,11 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   """
   import numpy as np
 
-  from insvp_jax.data import arrays
+  from insvp_jax.data import splits
 
   data = task_data(run)
   name = next(name for name in ("test", "val", "train") if name in data.splits)
   split = data.splits[name]
   rng = np.random.default_rng(seed)
-  chosen = arrays.take(split, rng.permutation(len(split))[:count])
+  chosen = splits.to_memory(split, rng.permutation(len(split))[:count])
   return chosen.images, [data.class_names[label] for label in chosen.labels]

@@ -47,25 +47,25 @@ def make_ready(task: Any, places: Any, tried: dict[str, str]) -> Any:
     places: where data lie and go.
     tried: {TFDS builder: what went wrong}, filled here: tasks share data sets.
   """
-  from insvp_jax.data import downloads, readiness
+  from insvp_jax.data import availability, downloads
 
-  state = readiness.check(task, places)
+  state = availability.check_task(task, places)
   if state.status != "downloadable":
     return state
   spec = downloads.prepared_spec(task)
   if spec not in tried:
     print(f"{task.name}: preparing: {state.text}", flush=True)
-    tried[spec] = readiness.prepare(state, places)
+    tried[spec] = availability.prepare_task(state, places)
   if tried[spec]:
     return dataclasses.replace(state, status="failed", text=tried[spec])
-  return readiness.check(task, places)
+  return availability.check_task(task, places)
 
 
 def describe_splits(data: Any) -> Iterator[str]:
   """Yields a line for each split: its images, and how they spread over classes."""
   import numpy as np
 
-  from insvp_jax.data.readiness import class_counts
+  from insvp_jax.data.availability import class_counts
 
   for name, split in data.splits.items():
     counts = class_counts(data, name)
@@ -86,11 +86,11 @@ def table(tasks: Sequence[Any]) -> Iterator[str]:
     subset = task.subset()
     group = task.group if task.group == task.benchmark else f"vtab {task.group}"
     places = [task.spec] if task.spec else []
-    places += [f"{task.folder} folder"] if task.folder else []
+    places += [f"{task.folder_format} folder"] if task.folder_format else []
     numbers = [task.num_classes, subset.train, subset.val, task.num_test]
     rows.append(
       [task.name, group, *map(str, numbers), ", ".join(task.subsets)]
-      + [" or ".join(places), downloads.by_hand(task)]
+      + [" or ".join(places), downloads.fetched_by_hand(task)]
     )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for row in rows:
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
   """Prepares and reports all tasks; returns whether they are ready."""
   from insvp_jax import config_checks
-  from insvp_jax.data import readiness
+  from insvp_jax.data import availability
 
   config_checks.check_folder("--data_dir", args.data_dir)
   for flag in ("root", "lists", "manual_dir"):
@@ -140,16 +140,16 @@ def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
       raise FileNotFoundError(f"--{flag} is {path!r}, but there is nothing.")
   for task in tasks:
     task.subset(args.subset)
-  places = readiness.Places(
+  places = availability.Locations(
     args.data_dir, args.root, args.lists, args.subset, args.manual_dir
   )
   statuses, tried = [], {}
   for task in tasks:
     if args.check:
-      state = readiness.check(task, places)
+      state = availability.check_task(task, places)
     else:
       state = make_ready(task, places, tried)
-    print(state.describe(), flush=True)
+    print(state.summary(), flush=True)
     for line in describe_splits(state.data) if state.ready else ():
       print(f"  {line}")
     for note in state.notes:
@@ -169,7 +169,7 @@ def _print_rows(args: argparse.Namespace, tasks: Sequence[Any]) -> None:
     raise ValueError(f"--split has {wrong[0]!r}, expected some of {known}.")
   for task in tasks:
     for split in splits:
-      source, rows = original_rows.rows(task, split, args.subset)
+      source, rows = original_rows.rows_of_split(task, split, args.subset)
       print(f"{task.name} {split}, {len(rows)} rows of {source}:", *rows, flush=True)
 
 

@@ -144,4 +144,4 @@ def _compute(
     features = write(features, rows, (np.int32(i * size), np.int32(0)))
     # Batches that wait for the device hold their images: one at a time.
     jax.block_until_ready(features)
-  return {"features": features, "labels": resident.put(split.labels, replicated)}
+  return {"features": features, "labels": resident.put_array(split.labels, replicated)}

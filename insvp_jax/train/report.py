@@ -29,8 +29,8 @@ def start_text(config: ConfigDict, program: Program, data: TaskData) -> str:
   peak_lr = optim.peak_lr(config.optim, config.batch_size)
   lines = [
     param_overview(program.shapes, program.mask),
-    data.describe(),
-    get_preset(config.data.preset).describe(),
+    data.summary(),
+    get_preset(config.data.preset).summary(),
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
     f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
     f"seed {config.seed}; {mesh.size} x {mesh.devices.flat[0].device_kind}, "

@@ -37,7 +37,7 @@ class StepFunctions:
     evaluate: `(params, batch, hparams) -> sums`; see `create_eval_step`.
     features: `(params, batch) -> features`; see `create_feature_step`.
     make_batch: `(arrays, order, seed, step) -> batch` of examples that live on the
-      devices; see `resident.gather`.
+      devices; see `resident.take_batch`.
   """
 
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -70,7 +70,7 @@ def create_step_functions(
     evaluate=create_eval_step(model, preset=preset),
     features=create_feature_step(model, preset=preset),
     make_batch=functools.partial(
-      resident.gather,
+      resident.take_batch,
       batch_size=config.batch_size,
       preset=preset,
       image_size=model.backbone.image_size,
@@ -237,7 +237,7 @@ def create_multi_step(
   """Returns `multi_step(state, arrays, seed, count) -> (state, metrics)`.
 
   It takes `count` steps (int32 [], at least 1) on examples that live on the devices:
-  `arrays` holds all of them (see `resident.gather`) and `seed` (uint32 []) decides
+  `arrays` holds all of them (see `resident.take_batch`) and `seed` (uint32 []) decides
   their order. One compiled program serves any count, which is data, so how a run is
   divided into calls changes no bit of its result.
 

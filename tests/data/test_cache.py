@@ -38,46 +38,46 @@ def _check(data):
 
 def test_equal_keys_are_read_once(tmp_path):
   folder = str(tmp_path / "deep" / "cache")
-  _check(cache.cached({"a": 1}, _data, folder))
-  _check(cache.cached({"a": 1}, _forbidden, folder))
+  _check(cache.cached_task({"a": 1}, _data, folder))
+  _check(cache.cached_task({"a": 1}, _forbidden, folder))
   with pytest.raises(AssertionError, match="should have been used"):
-    cache.cached({"a": 2}, _forbidden, folder)
+    cache.cached_task({"a": 2}, _forbidden, folder)
 
 
 def test_nothing_is_kept_of_a_failed_read(tmp_path):
   with pytest.raises(ValueError, match="a broken image"):
-    cache.cached({}, _fail, str(tmp_path))
+    cache.cached_task({}, _fail, str(tmp_path))
   assert not list(tmp_path.iterdir())
-  _check(cache.cached({}, _data, str(tmp_path)))
+  _check(cache.cached_task({}, _data, str(tmp_path)))
 
 
 def test_off_writes_nothing(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  _check(cache.cached({}, _data, "off"))
+  _check(cache.cached_task({}, _data, "off"))
   assert not list(tmp_path.iterdir())
 
 
 def test_the_default_folder_keeps_only_what_takes_time(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert cache.default_dir() == tmp_path / "insvp_jax" / "data"
-  cache.cached({}, _data)
+  cache.cached_task({}, _data)
   assert not list(tmp_path.iterdir())
   monkeypatch.setattr(cache, "_MIN_SECONDS", 0.0)
-  cache.cached({}, _data)
-  _check(cache.cached({}, _forbidden))
+  cache.cached_task({}, _data)
+  _check(cache.cached_task({}, _forbidden))
   monkeypatch.delenv("XDG_CACHE_HOME")
   assert cache.default_dir() == Path.home() / ".cache" / "insvp_jax" / "data"
 
 
 def test_large_sets_are_not_kept(tmp_path, monkeypatch):
   monkeypatch.setattr(cache, "_MAX_BYTES", 100)
-  cache.cached({}, _data, str(tmp_path))
+  cache.cached_task({}, _data, str(tmp_path))
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other", "empty", "pickle"])
 def test_a_damaged_file_is_read_anew_and_mended(tmp_path, damage):
-  cache.cached({}, _data, str(tmp_path))
+  cache.cached_task({}, _data, str(tmp_path))
   (path,) = tmp_path.iterdir()
   raw = path.read_bytes()
   if damage == "cut":
@@ -91,16 +91,16 @@ def test_a_damaged_file_is_read_anew_and_mended(tmp_path, damage):
     path.write_bytes(b"")
   else:
     np.savez(path, meta=np.array({"x": _fail}, object))
-  _check(cache.cached({}, _data, str(tmp_path)))
-  _check(cache.cached({}, _forbidden, str(tmp_path)))
+  _check(cache.cached_task({}, _data, str(tmp_path)))
+  _check(cache.cached_task({}, _forbidden, str(tmp_path)))
   assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path):
   blocked = tmp_path / "file"
   blocked.write_text("in the way")
-  _check(cache.cached({}, _data, str(blocked)))
-  _check(cache.cached({}, _data, str(blocked / "below")))
+  _check(cache.cached_task({}, _data, str(blocked)))
+  _check(cache.cached_task({}, _data, str(blocked / "below")))
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(np, "savez", full)
-  _check(cache.cached({}, _data, str(tmp_path)))
+  _check(cache.cached_task({}, _data, str(tmp_path)))
   assert not list(tmp_path.iterdir())
 
 
@@ -118,7 +118,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
   for path in (old, new):
     path.write_bytes(b"half")
   os.utime(old, (0, time.time() - 2 * 24 * 3600))
-  _check(cache.cached({}, _data, str(tmp_path)))
+  _check(cache.cached_task({}, _data, str(tmp_path)))
   assert not old.exists() and new.exists()  # the new one may still be written
 
 
@@ -131,7 +131,7 @@ data = TaskData("t", ("a",), {"train": split})
 print("ready", flush=True)
 sys.stdin.readline()
 for key in range(int(sys.argv[2])):
-  got = cache.cached({"key": key}, lambda: data, sys.argv[1])
+  got = cache.cached_task({"key": key}, lambda: data, sys.argv[1])
   assert (got.splits["train"].images == 7).all()
 """
 
@@ -169,13 +169,13 @@ def test_two_processes_and_a_killed_writer(tmp_path):
 def test_fingerprints(tmp_path):
   path = tmp_path / "x.npz"
   np.savez(path, a=np.arange(3))
-  first = cache.fingerprint(path)
+  first = cache.file_fingerprint(path)
   os.utime(path, (1, 1))
-  assert cache.fingerprint(path) == first
+  assert cache.file_fingerprint(path) == first
   np.savez(path, a=np.arange(1, 4))
-  assert cache.fingerprint(path) != first
+  assert cache.file_fingerprint(path) != first
   plain = tmp_path / "x.bin"
   plain.write_bytes(b"1")
-  first = cache.fingerprint(plain)
+  first = cache.file_fingerprint(plain)
   plain.write_bytes(b"12")
-  assert cache.fingerprint(plain) != first
+  assert cache.file_fingerprint(plain) != first

@@ -19,7 +19,7 @@ _RED, _BLUE, _WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def _decode(data):
-  return decode.decode(data, "x")
+  return decode.decode_image(data, "x")
 
 
 def _near(pixel, colour, tolerance=3):
@@ -137,21 +137,21 @@ def test_truncated_files_are_named(file_format):
   data = _noise_bytes(file_format)
   for length in (len(data) // 2, len(data) - len(data) // 10):
     with pytest.raises(ValueError, match="cut.jpg (does not decode|is not an image)"):
-      decode.decode(data[:length], "cut.jpg")
+      decode.decode_image(data[:length], "cut.jpg")
 
 
 def test_files_that_are_no_images_are_named():
   with pytest.raises(ValueError, match=r"none.jpg is empty \(0 bytes\)"):
-    decode.decode(b"", "none.jpg")
+    decode.decode_image(b"", "none.jpg")
   with pytest.raises(ValueError, match="text.png is not an image of a known format"):
-    decode.decode(b"<html>404</html>" * 9, "text.png")
+    decode.decode_image(b"<html>404</html>" * 9, "text.png")
   with pytest.raises(ValueError, match="bad.png"):
     data = bytearray(_noise_bytes("PNG"))
     data[200:260] = bytes(60)
-    decode.decode(bytes(data), "bad.png")
+    decode.decode_image(bytes(data), "bad.png")
   with pytest.raises(ValueError, match="depth.tif.*no known range"):
     floats = Image.fromarray(np.zeros((2, 2), np.float32))
-    decode.decode(encode(floats, "TIFF"), "depth.tif")
+    decode.decode_image(encode(floats, "TIFF"), "depth.tif")
 
 
 def test_a_decompression_bomb_is_named():
@@ -162,17 +162,17 @@ def test_a_decompression_bomb_is_named():
   header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
   data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
   with pytest.raises(ValueError, match="bomb.png has suspiciously many pixels"):
-    decode.decode(data, "bomb.png")
+    decode.decode_image(data, "bomb.png")
 
 
 def test_read_names_a_missing_file(tmp_path):
   (tmp_path / "a.png").write_bytes(encode(Image.fromarray(_TWO), "PNG"))
-  np.testing.assert_array_equal(decode.read(tmp_path / "a.png"), _TWO)
+  np.testing.assert_array_equal(decode.read_image(tmp_path / "a.png"), _TWO)
   with pytest.raises(FileNotFoundError, match="no image file .*b.png"):
-    decode.read(tmp_path / "b.png")
+    decode.read_image(tmp_path / "b.png")
 
 
 def test_the_content_counts_not_the_name():
   stream = io.BytesIO()
   Image.fromarray(_TWO).save(stream, "PNG")
-  np.testing.assert_array_equal(decode.decode(stream.getvalue(), "x.jpg"), _TWO)
+  np.testing.assert_array_equal(decode.decode_image(stream.getvalue(), "x.jpg"), _TWO)

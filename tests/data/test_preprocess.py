@@ -24,13 +24,13 @@ def _noise(*shape, seed=0):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_describe_is_one_line_with_the_name(name):
-  line = PRESETS[name].describe()
+def test_the_summary_is_one_line_with_the_name(name):
+  line = PRESETS[name].summary()
   assert f"preset {name}: " in line and "\n" not in line
 
 
 def test_published_values():
-  assert "values in [-1, 1]" in PRESETS["vtab"].describe()
+  assert "values in [-1, 1]" in PRESETS["vtab"].summary()
   assert PRESETS["vpt"].mean == (0.485, 0.456, 0.406)
   assert PRESETS["vpt"].std == (0.229, 0.224, 0.225)
   for name in ("vtab", "vpt"):

@@ -20,14 +20,14 @@ import pytest
 from insvp_jax.data import (
   ArraySplit,
   StreamSplit,
-  arrays,
-  image_lists,
+  image_files,
   pipeline,
+  prefetch,
   preprocess,
+  resident,
   splits,
-  threads,
 )
-from insvp_jax.data.image_lists import ImageList
+from insvp_jax.data.image_files import ImageFiles
 from insvp_jax.data.preprocess import PRESETS
 
 _RELEASE = PRESETS["insvp_release"]
@@ -48,7 +48,7 @@ def _write(root, images):
   names = [f"{i:03d}.png" for i in range(len(images))]
   content = dict(zip(names, map(png, images), strict=True))
   write = fixtures.write_zip if root.suffix == ".zip" else fixtures.write_folder
-  return ImageList(
+  return ImageFiles(
     str(write(root, content)), names, np.arange(len(images)).astype("i4")
   )
 
@@ -97,11 +97,13 @@ def test_square_images_are_the_same_streamed_and_in_memory(squares, name):
   stream = files.stream(PRESETS[name], 14)
   stored = [preprocess.resize(PRESETS[name], image, 14) for image in images]
   memory = ArraySplit(np.stack(stored), np.arange(11, dtype=np.int32))
-  taken = arrays.take(stream)
+  taken = splits.to_memory(stream)
   np.testing.assert_array_equal(taken.images, memory.images)
   np.testing.assert_array_equal(taken.labels, memory.labels)
   some = np.array([7, 0, 7])
-  np.testing.assert_array_equal(arrays.take(stream, some).images, memory.images[some])
+  np.testing.assert_array_equal(
+    splits.to_memory(stream, some).images, memory.images[some]
+  )
   assert stream.stored_size == memory.stored_size
   assert stream.nbytes == memory.images.nbytes
   options = {"batch_size": 4, "seed": 3, "preset": PRESETS[name], "image_size": 14}
@@ -133,7 +135,7 @@ def test_elongated_images_are_cropped_as_torchvision_does_it(elongated):
   for step, batch in enumerate(batches):
     chosen = [whole[label] for label in batch["labels"].tolist()]
     widths, heights = np.array([image.size for image in chosen]).T
-    key = pipeline.augment_key(seed, step)
+    key = resident.augment_key(seed, step)
     windows, flips = _draw(_RELEASE, key, heights, widths, 28)
     for image, (top, left), flip, got in zip(
       chosen, windows.tolist(), flips.tolist(), batch["images"], strict=True
@@ -209,7 +211,9 @@ def test_an_archive_and_a_folder_give_the_same(squares, tmp_path):
   archive = _write(tmp_path / "squares.zip", images)
   left, right = (f.stream(_RELEASE, 14) for f in (files, archive))
   assert left.digest == right.digest and left.stamp != right.stamp
-  np.testing.assert_array_equal(arrays.take(left).images, arrays.take(right).images)
+  np.testing.assert_array_equal(
+    splits.to_memory(left).images, splits.to_memory(right).images
+  )
 
 
 def test_what_shapes_a_stream_shapes_its_digest(squares, tmp_path):
@@ -233,7 +237,7 @@ def test_a_bad_image_is_named_in_its_turn_and_the_threads_end(tmp_path, archive)
   bad = {"025.png": b"", "021.png": png(_noise(8, 8))[:120]}
   write = fixtures.write_zip if archive else fixtures.write_folder
   write(root, {**content, **bad})
-  files = ImageList(str(root), list(content), np.zeros(40, np.int32), "Mend it.")
+  files = ImageFiles(str(root), list(content), np.zeros(40, np.int32), "Mend it.")
   read = files.stream(PRESETS["vtab"], 8).read(
     np.array([2 * i, 2 * i + 1]) for i in (range(20))
   )
@@ -304,7 +308,7 @@ def _lists(root, train, val):
 
 def _place(lists, preset="insvp_release", **changes):
   config = data_config(preset=preset, **changes)
-  return image_lists.place(lists, config, PRESETS[preset], 28, {})
+  return image_files.load_or_stream_lists(lists, config, PRESETS[preset], 28, {})
 
 
 def _streamed(placed):
@@ -363,7 +367,7 @@ def test_splits_above_the_limit_stay_in_their_files(tmp_path, train, val, stream
 def test_train_val_is_train_then_val_wherever_they_are(tmp_path):
   lists = _lists(tmp_path, [(9, 9), (8, 8)], [(7, 7), (6, 6), (5, 5)])
   both = [
-    arrays.take(_place(lists, resident_mb=limit)["train_val"]) for limit in (0, 9)
+    splits.to_memory(_place(lists, resident_mb=limit)["train_val"]) for limit in (0, 9)
   ]
   assert both[0].labels.tolist() == both[1].labels.tolist() == [0, 1, 0, 1, 2]
   np.testing.assert_array_equal(both[0].images, both[1].images)
@@ -376,8 +380,8 @@ def test_squares_are_told_by_headers_alone(tmp_path):
   for last, square in ((whole, True), (png(_noise(40, 60))[:120], False)):
     content = dict(zip(names, [*broken, last], strict=True))
     root = fixtures.write_folder(tmp_path, content)
-    files = ImageList(str(root), names, np.zeros(3, np.int32))
-    found = image_lists.find_squares(files, data_config(), _RELEASE, 28)
+    files = ImageFiles(str(root), names, np.zeros(3, np.int32))
+    found = image_files.find_squares(files, data_config(), _RELEASE, 28)
     assert found.square is square
 
 
@@ -395,7 +399,7 @@ def test_the_second_run_opens_no_image(tmp_path, monkeypatch):
 
 
 @given(st.data())
-def test_grouped_serves_any_requests_from_a_reader_that_runs_ahead(data):
+def test_by_request_serves_any_requests_from_a_reader_that_runs_ahead(data):
   sizes = data.draw(st.lists(st.integers(1, 5), max_size=12))
   ahead = data.draw(st.integers(1, 20))
   stop = data.draw(st.integers(0, len(sizes)))
@@ -419,7 +423,7 @@ def test_grouped_serves_any_requests_from_a_reader_that_runs_ahead(data):
     readers.append(read(positions))
     return readers[-1]
 
-  groups = splits.grouped(iter(requests), remember)
+  groups = prefetch.by_request(iter(requests), remember)
   got = list(itertools.islice(groups, stop))
   assert got == [(10 * request).tolist() for request in requests[:stop]]
   groups.close()
@@ -432,7 +436,7 @@ def test_ordered_map_keeps_the_order(number, ahead):
     time.sleep(0.0005 * (i % 3))
     return i * i
 
-  got = list(threads.ordered_map(work, range(number), ahead=ahead))
+  got = list(prefetch.ordered_map(work, range(number), ahead=ahead))
   assert got == [i * i for i in range(number)]
   assert not _decoders()
 
@@ -441,7 +445,7 @@ def test_ordered_map_keeps_the_order(number, ahead):
 def test_ordered_map_takes_a_bounded_part_of_infinite_items(ahead, used):
   taken = itertools.count()
   items = (next(taken) for _ in itertools.repeat(0))
-  results = threads.ordered_map(lambda i: -i, items, ahead=ahead)
+  results = prefetch.ordered_map(lambda i: -i, items, ahead=ahead)
   assert list(itertools.islice(results, used)) == [-i for i in range(used)]
   results.close()
   assert next(taken) <= (used + ahead if used else 0)
@@ -456,7 +460,7 @@ def test_ordered_map_raises_the_first_error_in_its_turn(bad, ahead):
     time.sleep(0.0003 * (i % 2))  # later items are done first
     return i
 
-  results = threads.ordered_map(work, range(31), ahead=ahead)
+  results = prefetch.ordered_map(work, range(31), ahead=ahead)
   first = min(bad)
   assert list(itertools.islice(results, first)) == list(range(first))
   with pytest.raises(ValueError, match=f"item {first}$"):
@@ -471,7 +475,7 @@ def test_closing_ordered_map_cancels_what_has_not_begun():
     begun.append(i)
     time.sleep(0.002)
 
-  results = threads.ordered_map(work, range(300), ahead=300)
+  results = prefetch.ordered_map(work, range(300), ahead=300)
   next(results)
   results.close()
   assert len(begun) < 200 and not _decoders()
@@ -479,7 +483,7 @@ def test_closing_ordered_map_cancels_what_has_not_begun():
 
 def test_ordered_map_works_in_parallel():
   together = threading.Barrier(2)  # one thread alone would wait for ever
-  results = threads.ordered_map(lambda i: together.wait(20) + i * 0, range(8), ahead=4)
+  results = prefetch.ordered_map(lambda i: together.wait(20) + i * 0, range(8), ahead=4)
   assert sorted(results) == 4 * [0] + 4 * [1]
 
 
@@ -508,6 +512,6 @@ def test_jpegs_of_a_camera_are_streamed_upright(tmp_path):
   exif[0x0112] = 6  # turned by 90 degrees
   data = encode(image, "JPEG", quality=95, exif=exif)
   fixtures.write_folder(tmp_path, {"a.jpg": data})
-  files = ImageList(str(tmp_path), ["a.jpg"], np.zeros(1, np.int32))
+  files = ImageFiles(str(tmp_path), ["a.jpg"], np.zeros(1, np.int32))
   ((whole,),) = files.stream(_RELEASE, 28).read([np.array([0])], whole=True)
   assert whole.shape == (32, 64, 3) and whole[0, 0, 0] > whole[0, -1, 0] + 50

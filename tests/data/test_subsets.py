@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from insvp_jax.data import subsets
-from insvp_jax.data.stratify import stratified_choice
-from insvp_jax.data.subsets import draw, long_tail, tail_sizes, tfds_order
+from insvp_jax.data.original_rows import tfds_order
+from insvp_jax.data.subsets import (
+  draw_train_val,
+  long_tail,
+  long_tail_sizes,
+  stratified_mask,
+  stratified_parts,
+)
 from insvp_jax.data.tasks import TASKS, Subset
 
 
@@ -103,7 +109,7 @@ _TAILS = {
 @pytest.mark.parametrize("imbalance", _TAILS)
 def test_the_tail_has_the_standard_sizes(imbalance):
   total, first, last, shots = _TAILS[imbalance]
-  sizes = tail_sizes(100, imbalance)
+  sizes = long_tail_sizes(100, imbalance)
   assert (sum(sizes), sizes[:2], sizes[-2:]) == (total, first, last)
   assert sizes == sorted(sizes, reverse=True)
   many, few = sum(n > 100 for n in sizes), sum(n < 20 for n in sizes)
@@ -121,7 +127,7 @@ def test_the_tail_keeps_what_ldam_keeps(imbalance):
   state = np.random.get_state()
   np.random.seed(0)
   expected = []
-  for label, size in enumerate(tail_sizes(100, imbalance)):
+  for label, size in enumerate(long_tail_sizes(100, imbalance)):
     members = np.where(labels == label)[0]
     np.random.shuffle(members)
     expected.extend(members[:size].tolist())
@@ -135,11 +141,13 @@ def test_the_tail_is_drawn_from_the_order_of_the_files():
   expected = set(long_tail(labels, 100).tolist())
   names = np.array([f"train_{i:05d}" for i in range(50_000)])
   order = np.random.default_rng(1).permutation(50_000)
-  train, val = draw(task, task.subset(), labels[order], names[order].tolist(), seed)
+  train, val = draw_train_val(
+    task, task.subset(), labels[order], names[order].tolist(), seed
+  )
   assert (len(train), len(val)) == (9763, 1084)
   assert {*order[train].tolist(), *order[val].tolist()} == expected
   whole = np.bincount(labels[order[np.concatenate([train, val])]], minlength=100)
-  assert whole.tolist() == tail_sizes(100, 100)
+  assert whole.tolist() == long_tail_sizes(100, 100)
   # Val holds a tenth of each class, to within one image.
   share = np.bincount(labels[order[val]], minlength=100)
   assert np.all(abs(share - whole * 1084 / 10847) <= 1)
@@ -166,7 +174,7 @@ def test_first_takes_the_first_of_the_original_files(name, number):
   names = [f"train_{i:06d}" for i in range(total)]
   order = np.random.default_rng(0).permutation(total)
   labels = np.zeros(total, np.int64)
-  train, val = draw(task, subset, labels, [names[i] for i in order], 0)
+  train, val = draw_train_val(task, subset, labels, [names[i] for i in order], 0)
   assert order[train].tolist() == list(range(number))
   assert order[val].tolist() == list(range(number, total))
 
@@ -181,7 +189,7 @@ def test_shuffled_takes_the_first_after_pythons_shuffle(name, number):
   names = [f"{i:06d}" for i in range(total)]
   order = np.random.default_rng(0).permutation(total)
   labels = np.zeros(total, np.int64)
-  train, val = draw(task, subset, labels, [names[i] for i in order], 5)
+  train, val = draw_train_val(task, subset, labels, [names[i] for i in order], 5)
   expected = list(range(total))
   random.seed(3407)
   random.shuffle(expected)
@@ -199,7 +207,7 @@ def test_drawn_val_has_as_many_of_each_class_as_vpt(task):
     counts, expected = [100] * 120, {10}
   labels = np.repeat(np.arange(task.num_classes), counts)
   labels = np.random.default_rng(0).permutation(labels)
-  train, val = draw(task, subset, labels, None, 0)
+  train, val = draw_train_val(task, subset, labels, None, 0)
   assert (len(train), len(val)) == (subset.train, subset.val)
   assert set(np.bincount(labels[val]).tolist()) == expected
 
@@ -213,33 +221,78 @@ def test_each_image_trains_or_chooses_whatever_the_sizes(labels, rule, share, se
   subset = Subset(rule, 10 * share, 10 * (10 - share))
   names = [f"{(i * 37) % 101:03d}" for i in range(len(labels))]
   task = TASKS["hta_cifar10"]
-  train, val = draw(task, subset, labels, names, seed)
+  train, val = draw_train_val(task, subset, labels, names, seed)
   assert sorted([*train, *val]) == list(range(len(labels)))
   assert abs(len(train) - len(labels) * share / 10) < 1
-  again = draw(task, subset, labels, names, seed)
+  again = draw_train_val(task, subset, labels, names, seed)
   assert again[0].tolist() == train.tolist()
   if rule != "stratified":
     # The order of the source does not matter, only names do.
     order = np.random.default_rng(seed).permutation(len(labels))
-    moved, _ = draw(task, subset, labels[order], [names[i] for i in order], seed)
+    moved, _ = draw_train_val(
+      task, subset, labels[order], [names[i] for i in order], seed
+    )
     assert order[moved].tolist() == train.tolist()
 
 
-@given(labels=_LABELS, part=st.floats(0, 1), seed=st.integers(0, 3))
-def test_each_class_keeps_its_share(labels, part, seed):
-  number = round(part * len(labels))
-  chosen = stratified_choice(labels, number, seed)
+@given(st.data())
+def test_stratified_mask_keeps_shares(data):
+  labels = np.array(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=60)))
+  number = data.draw(st.integers(0, len(labels)))
+  seed = data.draw(st.integers(0, 3))
+  chosen = stratified_mask(labels, number, seed)
   assert chosen.sum() == number
   for label in np.unique(labels):
-    members = labels == label
-    assert abs(chosen[members].sum() - members.sum() * number / len(labels)) < 1
+    share = (labels == label).mean() * number
+    assert abs(chosen[labels == label].sum() - share) < 1 + 1e-9
+  np.testing.assert_array_equal(chosen, stratified_mask(labels, number, seed))
+
+
+def test_stratified_mask_depends_on_the_seed_and_refuses_too_many():
+  labels = np.zeros(30, np.int64)
+  assert any(
+    (stratified_mask(labels, 10, 0) != stratified_mask(labels, 10, seed)).any()
+    for seed in (1, 2)
+  )
+  with pytest.raises(ValueError, match="cannot choose 31 of 30"):
+    stratified_mask(labels, 31, 0)
+
+
+@given(
+  st.lists(st.integers(3, 30), min_size=1, max_size=4),
+  st.sampled_from([(0.1, 0.2), (0.4, 0.5), (0.01, 0.9), (0.3, 0.3)]),
+)
+def test_stratified_parts_serve_every_class(counts, shares):
+  labels = np.repeat(np.arange(len(counts)), counts)
+  names = [f"c{i}" for i in range(len(counts))]
+  fractions = dict(zip(("val", "test"), shares, strict=True))
+  parts = stratified_parts(labels, fractions, 0, names)
+  for label, count in enumerate(counts):
+    own = parts[labels == label]
+    for name, fraction in fractions.items():
+      number = (own == name).sum()
+      assert 1 <= number <= max(1, fraction * count + 0.5)
+    assert (own == "train").sum() >= 1
+
+
+def test_stratified_parts_refuse_what_cannot_be_split():
+  labels = np.array([0, 0, 0, 1, 1])
+  names = ["cat", "dog"]
+  with pytest.raises(ValueError, match="'dog' has 2 images.*train, val, test"):
+    stratified_parts(labels, {"val": 0.1, "test": 0.1}, 0, names)
+  parts = stratified_parts(labels, {"val": 0.1, "test": 0.0}, 0, names)
+  assert sorted(parts) == ["train"] * 3 + ["val"] * 2
+  for bad in ({"val": 0.5, "test": 0.5}, {"val": -0.1, "test": 0.2}):
+    with pytest.raises(ValueError, match="val_fraction=.*together below 1"):
+      stratified_parts(labels, bad, 0, names)
 
 
 def test_the_split_seed_changes_what_is_drawn():
   task = TASKS["hta_cifar100"]
   labels = _cifar_labels()
   first, second = (
-    set(draw(task, task.subset(), labels, None, seed)[1].tolist()) for seed in (0, 1)
+    set(draw_train_val(task, task.subset(), labels, None, seed)[1].tolist())
+    for seed in (0, 1)
   )
   assert len(first) == len(second) == 5000 and first != second
 
@@ -248,7 +301,7 @@ def test_the_split_seed_changes_what_is_drawn():
 def test_rules_that_need_names_say_which_feature_has_them(rule):
   task = TASKS["hta_cifar100"]
   with pytest.raises(ValueError, match="hta_cifar100 .*have no names.*feature 'id'"):
-    draw(task, Subset(rule, 8, 2), np.zeros(10, np.int64), None, 0)
+    draw_train_val(task, Subset(rule, 8, 2), np.zeros(10, np.int64), None, 0)
 
 
 def test_an_unknown_subset_is_named():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tfds_fixtures import Copies, import_tfds, prepare, prepare_cifar
 
-from insvp_jax.data import arrays, load_data
+from insvp_jax.data import load_data, splits
 from insvp_jax.data.tasks import TASKS
 
 _TEST = 12
@@ -214,9 +214,9 @@ def test_an_image_that_does_not_decode_is_named(small, tmp_path, resident_mb):
     assert _decoded(config) == [8]  # train alone, which is whole
   else:
     data = load_data("cifar100", config, 32)
-    assert _numbers(arrays.take(data.splits["train"])) == list(range(8))
+    assert _numbers(splits.to_memory(data.splits["train"])) == list(range(8))
     with pytest.raises(ValueError, match=expected) as caught:
-      arrays.take(data.splits["val"])
+      splits.to_memory(data.splits["val"])
     assert "\n" not in str(caught.value) and "{{" not in str(caught.value)
 
 
@@ -252,10 +252,10 @@ def test_a_file_that_changes_while_it_is_streamed_is_named(small, tmp_path):
   content = path.read_bytes()
   path.write_bytes(content[:300])
   with pytest.raises(ValueError, match=rf"record 1 of {path} is cut off"):
-    arrays.take(split)
+    splits.to_memory(split)
   path.unlink()
   with pytest.raises(ValueError, match=rf"cannot read record 0 of {path} \(No such"):
-    arrays.take(split)
+    splits.to_memory(split)
 
 
 def test_another_format_of_files_is_named(tmp_path):
@@ -391,7 +391,8 @@ def test_the_splits_give_the_published_indices():
 def test_tensorflow_is_imported_only_to_read_tfds():
   code = """
 import sys
-from insvp_jax.data import load_data, pipeline, preprocess, tasks, tfds_source
+from insvp_jax.data import load_data, pipeline, preprocess, tasks
+from insvp_jax.data.sources import tfds
 import ml_collections
 config = ml_collections.ConfigDict(dict(preset="vtab", split_seed=0))
 load_data("digits", config, 8)

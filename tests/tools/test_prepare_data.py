@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import requests
 
-from insvp_jax.data import downloads, original_rows, readiness, subsets
+from insvp_jax.data import availability, downloads, original_rows
 from insvp_jax.data.sources import tfds_builder
 from insvp_jax.data.tasks import TASKS, Subset
 from insvp_jax.tools import prepare_data
@@ -102,7 +102,7 @@ def run(capsys, *arguments):
 
 
 def state_of(name, **places):
-  return readiness.check(TASKS[name], readiness.Places(**places))
+  return availability.check_task(TASKS[name], availability.Locations(**places))
 
 
 # --list
@@ -204,9 +204,9 @@ def test_the_rows_of_vtab_are_the_published_ones(tasks, capsys):
 
 def test_test_rows_are_apart_from_val_and_as_many_as_published():
   for name, known in {"smallnorb_azimuth": 12150, "clevr_count": 15000}.items():
-    source, rows = original_rows.rows(TASKS[name], "test")
+    source, rows = original_rows.rows_of_split(TASKS[name], "test")
     assert len(set(rows)) == len(rows) == known == TASKS[name].num_test
-    val_source, val = original_rows.rows(TASKS[name], "val")
+    val_source, val = original_rows.rows_of_split(TASKS[name], "val")
     assert val_source != source or not set(rows) & set(val)
 
 
@@ -221,11 +221,11 @@ def test_rows_in_the_order_of_the_files(capsys):
 
 def test_rows_that_no_rule_tells_are_an_error():
   with pytest.raises(ValueError, match="dtd by names of files.*known for cifar100, "):
-    original_rows.rows(TASKS["dtd"], "train")
+    original_rows.rows_of_split(TASKS["dtd"], "train")
   with pytest.raises(ValueError, match="by the images' labels.*--subset=insvp_release"):
-    original_rows.rows(TASKS["hta_svhn"], "val")
+    original_rows.rows_of_split(TASKS["hta_svhn"], "val")
   with pytest.raises(ValueError, match="--split test.$"):
-    original_rows.rows(TASKS["cifar100_lt10"], "train")
+    original_rows.rows_of_split(TASKS["cifar100_lt10"], "train")
 
 
 # Ready
@@ -263,7 +263,7 @@ def test_classes_are_counted_each(small, monkeypatch, tmp_path):
   task = dataclasses.replace(TASKS["cifar100"], train="train[:110]", val="train[:3]")
   monkeypatch.setitem(TASKS, "cifar100", task)
   data = state_of("cifar100", data_dir=str(prepare_cifar100(tmp_path, 120))).data
-  counts = readiness.class_counts(data, "train")
+  counts = availability.class_counts(data, "train")
   assert counts.tolist() == [2] * 10 + [1] * 90
   assert list(prepare_data.describe_splits(data))[0] == (
     "train: 110 images of 100 of 100 classes, smallest 1, median 1, largest 2"
@@ -285,7 +285,7 @@ def test_check_downloads_nothing_and_says_what_it_would_take(
     f"{folder}",
     "caltech101: downloadable: TFDS downloads up to 0.27 GB and makes "
     f"caltech101/3.0.2 in {folder}",
-    f"  note: {downloads.BUILDERS['caltech101'].note}",
+    f"  note: {downloads.REQUIREMENTS['caltech101'].note}",
     "tasks: 2 downloadable",
   ]
 
@@ -339,7 +339,7 @@ def test_what_is_downloadable_is_prepared_once_for_all_its_tasks(
   ]
   assert lines[-1] == "tasks: 2 ready"
   # TFDS itself orders rows by the rule that --list-indices goes by.
-  rows = np.array(subsets.tfds_order("train", range(300)))
+  rows = np.array(original_rows.tfds_order("train", range(300)))
   counts = np.bincount(rows[80:] % 100)
   assert (
     f"  train: 220 images of {(counts > 0).sum()} of 100 classes, smallest 1, median "
@@ -389,7 +389,9 @@ def test_a_missing_package_is_named_before_anything_is_downloaded(
     "opencv-python-headless"
   )
   absent.clear()
-  monkeypatch.setitem(downloads.BUILDERS, "sun397", downloads.Builder(("scipy",)))
+  monkeypatch.setitem(
+    downloads.REQUIREMENTS, "sun397", downloads.Requirements(("scipy",))
+  )
   text = state_of("sun397", data_dir=str(tmp_path)).text
   assert text.endswith("it needs scipy, installed here")
   absent.add("tensorflow_datasets")
@@ -449,7 +451,7 @@ def test_a_set_whose_hosts_are_gone_is_made_of_files_from_elsewhere(tmp_path):
   assert state.status == "unavailable"
   assert "hosts" in state.text and "cars_train.tgz" in state.text
   assert "give --root with stanford-cars/" in state.text
-  files = downloads.BUILDERS["cars196"].manual.needs
+  files = downloads.REQUIREMENTS["cars196"].manual.needs
   write_folder(tmp_path / "downloads" / "manual", dict.fromkeys(files, b""))
   assert state_of("fgvc_stanford_cars", **places).status == "downloadable"
 
@@ -483,7 +485,7 @@ def test_lists_of_tfds_images_are_asked_for_before_and_after(
   for path in (lists, lists.parent):
     state = state_of("fgvc_cub", data_dir=folder, lists=str(path))
     assert state.ready, state.text
-    assert readiness.class_counts(state.data, "train").sum() == 100
+    assert availability.class_counts(state.data, "train").sum() == 100
     assert len(state.data.splits["val"]) == 10
 
 
@@ -570,10 +572,10 @@ def test_gtsrb_and_noah_folders_are_counted_without_decoding(monkeypatch, tmp_pa
   root = str(write_folder(tmp_path, content))
   state = state_of("hta_gtsrb", root=root)
   assert state.ready, state.text
-  assert (readiness.class_counts(state.data, "train") == 5).all()
+  assert (availability.class_counts(state.data, "train") == 5).all()
   state = state_of("dtd", root=root)
   assert state.ready, state.text
-  counts = readiness.class_counts(state.data, "train_val")
+  counts = availability.class_counts(state.data, "train_val")
   assert counts.tolist() == [3] * 5 + [0] * 42
   assert any("no image of 42 of 47 classes: class 5, " in n for n in state.notes)
   # A folder that contradicts itself is no reason to look elsewhere.
@@ -690,19 +692,21 @@ def builders():
 
 
 def test_packages_are_those_that_tfds_imports(builders):
-  assert set(downloads.BUILDERS) <= set(builders)
+  assert set(downloads.REQUIREMENTS) <= set(builders)
   for name, builder in builders.items():
     source = inspect.getsource(sys.modules[type(builder).__module__])
     found = set(re.findall(r"lazy_imports\.([A-Za-z0-9]+)", source))
     found -= _FOR_OTHERS.get(name, set())
-    assert set(downloads.BUILDERS.get(name, downloads.Builder()).packages) == found
+    assert (
+      set(downloads.REQUIREMENTS.get(name, downloads.Requirements()).packages) == found
+    )
 
 
 def test_versions_can_be_prepared_and_what_is_manual_is_so_in_tfds(builders):
   for name, builder in builders.items():
     # TFDS prepares only its default version and its newest.
     assert builder.version in (builder.canonical_version, max(builder.versions)), name
-    needs = downloads.BUILDERS.get(name, downloads.Builder())
+    needs = downloads.REQUIREMENTS.get(name, downloads.Requirements())
     manual = needs.manual is not None and not needs.gone
     assert manual == (builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None), name
     if needs.gone:
@@ -711,9 +715,12 @@ def test_versions_can_be_prepared_and_what_is_manual_is_so_in_tfds(builders):
 
 
 def test_sizes_of_keys_hold_the_published_splits():
-  for name in original_rows.known():
+  for name in original_rows.tasks_with_rows():
     task = TASKS[name]
     splits = ("train", "val", "test") if task.benchmark == "vtab" else ("test",)
     for split in splits:
       published = {"train": 800, "val": 200, "test": task.num_test}[split]
-      assert len(original_rows.rows(task, split)[1]) == published, (name, split)
+      assert len(original_rows.rows_of_split(task, split)[1]) == published, (
+        name,
+        split,
+      )

@@ -1,6 +1,6 @@
-"""CIFAR-10 from two `.npz` files of JPEG bytes, to train a backbone with.
+"""CIFAR-10 from two `.npz` files of JPEG bytes, for training the backbone in the box.
 
-Each file holds `jpeg` (uint8, the files' bytes end to end), `offsets` (int64
+Each file holds `jpeg` (uint8, the bytes of all JPEG files end to end), `offsets` (int64
 [n + 1], where each begins), `labels` (int32 [n]) and `class_names`.
 """
 
@@ -12,25 +12,26 @@ import ml_collections
 import numpy as np
 
 from insvp_jax.data import cache, decode, preprocess
-from insvp_jax.data.arrays import ArraySplit, TaskData
-from insvp_jax.data.stratify import stratified_choice
+from insvp_jax.data.splits import ArraySplit, TaskData
+from insvp_jax.data.subsets import stratified_mask
 
 _NUM_VAL = 5000
+# Images that a thread decodes at a time.
 _CHUNK = 500
 
 
 def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
-  """Returns CIFAR-10: train (45,000), val (5,000), train_val (50,000), test.
+  """Reads CIFAR-10: train (45,000), val (5,000), train_val (50,000) and test.
 
   Args:
-    data_config: `root` is the folder of `cifar10_train.npz` and
-      `cifar10_test.npz`; `split_seed` chooses the same number of val images from
-      each class; `preset` and `cache_dir` as everywhere.
+    data_config: the section config.data; `root` is the folder of `cifar10_train.npz`
+      and `cifar10_test.npz`; `split_seed` draws as many val images of each class;
+      `preset` and `cache_dir` are read, too.
     image_size: side of the model's input in pixels.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a file is not of this format.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is not of this format.
   """
   preset = preprocess.get_preset(data_config.preset)
   paths = {
@@ -45,7 +46,7 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
       )
   key = {
     "task": "cifar10_npz",
-    "files": [cache.fingerprint(path) for path in paths.values()],
+    "files": [cache.file_fingerprint(path) for path in paths.values()],
     "resize": preset.resize,
     "size": preset.stored_size(image_size),
   }
@@ -56,14 +57,14 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     splits = {"train_val": train, "test": test}
     return TaskData("cifar10_npz", class_names, splits, source="cifar10 as JPEG")
 
-  # The split is cheap, so the cache holds each image only once.
-  data = cache.cached(key, read, data_config.cache_dir)
+  # train and val are cheap to draw, so the cache holds each image only once.
+  data = cache.cached_task(key, read, data_config.cache_dir)
   everything = data.splits["train_val"]
   num_val = min(_NUM_VAL, len(everything) // 10)
-  val = stratified_choice(everything.labels, num_val, data_config.split_seed)
+  is_val = stratified_mask(everything.labels, num_val, data_config.split_seed)
   splits = {
-    "train": everything.take(np.flatnonzero(~val)),
-    "val": everything.take(np.flatnonzero(val)),
+    "train": everything.take(np.flatnonzero(~is_val)),
+    "val": everything.take(np.flatnonzero(is_val)),
     "train_val": everything,
     "test": data.splits["test"],
   }
@@ -71,7 +72,7 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
 
 
 def _read(path: Path, preset: preprocess.Preset, image_size: int):
-  """Returns the (ArraySplit, class names) of one file."""
+  """Returns (ArraySplit, class names) of one file."""
   try:
     # Opened here, because np.load leaves a damaged file open.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -85,12 +86,13 @@ def _read(path: Path, preset: preprocess.Preset, image_size: int):
   size = preset.stored_size(image_size)
   images = np.empty((len(labels), size, size, 3), np.uint8)
 
-  def work(start: int):
+  def decode_chunk(start: int):
     for i in range(start, min(start + _CHUNK, len(labels))):
       data = jpeg[offsets[i] : offsets[i + 1]].tobytes()
-      pixels = decode.decode(data, f"image {i} of {path}")
+      pixels = decode.decode_image(data, f"image {i} of {path}")
       images[i] = preprocess.resize(preset, pixels, image_size)
 
   with ThreadPoolExecutor(4) as pool:
-    list(pool.map(work, range(0, len(labels), _CHUNK)))
+    # A list, so that an error of a thread is raised here.
+    list(pool.map(decode_chunk, range(0, len(labels), _CHUNK)))
   return ArraySplit(images, labels), tuple(str(name) for name in names)

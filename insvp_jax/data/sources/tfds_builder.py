@@ -1,4 +1,4 @@
-"""Prepared TensorFlow Datasets, found on disk; where TensorFlow is first imported."""
+"""Finds a prepared data set on disk; TensorFlow is imported here and nowhere before."""
 
 import json
 import os
@@ -12,11 +12,15 @@ from insvp_jax.data.tasks import Task
 
 
 def import_tfds() -> Any:
-  """Imports TFDS; TensorFlow must not take the accelerator's memory from JAX."""
-  # Not its own lines on standard error: what they say of errors is in ours. "1" is
-  # what JAX sets; whoever wants to see all of them sets "0".
+  """Imports and returns TFDS, with the accelerators hidden from TensorFlow.
+
+  TensorFlow would otherwise take the accelerators' memory from JAX.
+  """
+  # TensorFlow's own lines on standard error are silenced: what they say of errors is in
+  # our messages. "1" is what JAX sets; whoever wants to see all of them sets "0".
   if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+  # oneDNN announces itself and rounds differently from machine to machine.
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   import tensorflow as tf
 
@@ -33,10 +37,15 @@ def import_tfds() -> Any:
 def find_builder(task: Task, data_dir: str) -> Any:
   """Returns the builder of a prepared data set.
 
+  Args:
+    task: a row of `tasks.TASKS`; its `spec` names the data set and its versions.
+    data_dir: TFDS's folder, as config.data.data_dir; "" for its default.
+
   Raises:
-    FileNotFoundError: not prepared; the message holds the command that does it.
-    ValueError: this TFDS does not know such a version, or it was prepared in another
-      format of files.
+    FileNotFoundError: if the data set is not prepared; the message holds the command
+      that does it.
+    ValueError: if this TFDS does not know such a version, or the data set is damaged or
+      was prepared in another format of files.
   """
   tfds = import_tfds()
   from google.protobuf import json_format
@@ -45,7 +54,7 @@ def find_builder(task: Task, data_dir: str) -> Any:
   name = task.spec.split(":")[0]
   where = folder or "TFDS's default folder"
   argument = f" --data_dir={folder}" if folder else ""
-  mend = (
+  advice = (
     f"Prepare it once, on a machine with internet: python -m "
     f"insvp_jax.tools.prepare_data --task={task.name}{argument}, then point "
     f"config.data.data_dir to the folder."
@@ -54,28 +63,30 @@ def find_builder(task: Task, data_dir: str) -> Any:
     builder = tfds.builder(task.spec, data_dir=folder)
   except (json.JSONDecodeError, json_format.Error) as error:
     raise ValueError(
-      f"what describes {name} in {where} is damaged: {tfrecords.first_line(error)}. "
-      f"Delete its folder. {mend}"
+      f"what describes {name} in {where} is damaged: {tfrecords.short_message(error)}. "
+      f"Delete its folder. {advice}"
     ) from error
   except (AssertionError, ValueError, OSError) as error:
     raise ValueError(
       f"TFDS has no {task.spec} (for {task.name}), neither in its code nor in "
-      f"{where}: {tfrecords.first_line(error)}"
+      f"{where}: {tfrecords.short_message(error)}"
     ) from error
+  # A builder of what is not prepared comes from TFDS's code and has no splits.
   if not builder.info.splits:
     versions = _versions_on_disk(Path(builder.data_dir).parent)
     found = f" Found only: {', '.join(versions)}." if versions else ""
     raise FileNotFoundError(
       f"{task.name}: {name} {task.spec.split(':')[1]} is not prepared in {where}."
-      f"{found} {mend}"
+      f"{found} {advice}"
     )
   file_format = builder.info.file_format.value
   if file_format != "tfrecord":
     raise ValueError(
-      f"{builder.data_dir} holds {file_format} files, expected tfrecord. {mend}"
+      f"{builder.data_dir} holds {file_format} files, expected tfrecord. {advice}"
     )
   return builder
 
 
 def _versions_on_disk(folder: Path) -> list[str]:
+  """Returns the prepared versions in a data set's folder."""
   return sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))

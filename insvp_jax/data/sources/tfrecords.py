@@ -1,9 +1,9 @@
-"""Random access to the examples of prepared TFDS data sets.
+"""Random access to the examples of data sets that TFDS prepared.
 
 TFRecord files can only be read from their start. One pass over the files that a split
-touches notes where each record lies, checks its checksums, and takes its label and
-name; after that any record is one read away, so that an epoch can be shuffled as a
-whole and go on in its middle. The notes are kept in the cache.
+touches checks all checksums and makes an index: where each record lies, its label and
+its name. After that any record is one read away, so that an epoch can be shuffled as a
+whole and resumed in its middle. The index of each file is kept in the cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,28 +22,29 @@ import numpy as np
 from insvp_jax.data import cache
 from insvp_jax.data.labels import LabelRule
 
-# Raise it when what is noted changes.
+# Raise it when the content of an index changes: old ones are then ignored.
 _FORMAT = 2
-# Records that are looked at together.
+# Records that are parsed together.
 _BATCH = 64
-# Around a record's data: its length (8 bytes) and two checksums (4 bytes each).
+# Bytes around a record's data: before it its length (8) and the length's checksum (4),
+# after it its own checksum (4).
 _HEADER, _FOOTER = 12, 4
 _LENGTH = struct.Struct("<Q")
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """Where the examples of a split lie.
+  """Where the examples of a split lie, and their labels.
 
   Attributes:
-    files: the TFRecord files.
-    file: of each example, the index of its file.
-    row: its number in the file.
-    offset: of its data in the file, in bytes.
-    length: of its data in bytes.
-    fingerprint: of its data.
-    labels: its class index.
-    names: its name, where the task's rule needs one.
+    files: paths of the TFRecord files.
+    file: index in `files` of each example's file.
+    row: number of each example's record in its file, from 0.
+    offset: where each record's data begin in the file, in bytes.
+    length: length of each record's data in bytes.
+    fingerprint: 64-bit hash of each record's data.
+    labels: class index of each example; not yet checked to be in [0, k).
+    names: name of each example; None where the task's rule needs none.
   """
 
   files: tuple[str, ...]
@@ -61,106 +62,126 @@ class Records:
 
   def take(self, positions: Int[np.ndarray, "m"]) -> "Records":
     """Returns the examples at some positions, in that order."""
-    arrays = {name: getattr(self, name)[positions] for name in _ARRAYS}
+    arrays = {name: getattr(self, name)[positions] for name in _ARRAY_FIELDS}
     names = self.names
     if names is not None:
       names = tuple(names[i] for i in positions)
     return Records(self.files, names=names, **arrays)
 
-  def describe(self, position: int) -> str:
-    """Returns how messages name an example."""
+  def location(self, position: int) -> str:
+    """Returns how messages name an example: "record 3 of <path>"."""
     return f"record {self.row[position]} of {self.files[self.file[position]]}"
 
-  def identity(self) -> str:
+  def digest(self) -> str:
     """Returns a sha256 (hex) of the examples' contents and labels."""
     sha = hashlib.sha256(np.ascontiguousarray(self.fingerprint))
     sha.update(np.ascontiguousarray(self.labels))
     return sha.hexdigest()
 
 
-_ARRAYS = ("file", "row", "offset", "length", "fingerprint", "labels")
+# The fields of `Records` that are arrays [n].
+_ARRAY_FIELDS = ("file", "row", "offset", "length", "fingerprint", "labels")
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
   """Returns the examples of all parts, one part after the other."""
   files = tuple(dict.fromkeys(name for part in parts for name in part.files))
-  place = {name: i for i, name in enumerate(files)}
+  index_of = {name: i for i, name in enumerate(files)}
   arrays: dict[str, Any] = {
-    name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
+    name: np.concatenate([getattr(part, name) for part in parts])
+    for name in _ARRAY_FIELDS
   }
+  # A part's index of a file becomes the index among all files.
   arrays["file"] = np.concatenate(
-    [np.array([place[f] for f in part.files], np.int32)[part.file] for part in parts]
+    [np.array([index_of[f] for f in part.files], np.int32)[part.file] for part in parts]
   )
   named = [part.names for part in parts if part.names is not None]
   names = tuple(n for part in named for n in part) if len(named) == len(parts) else None
   return Records(files, names=names, **arrays)
 
 
-def find(
+def find_records(
   builder: Any,
   expression: str,
   rule: LabelRule,
   id_feature: str,
   cache_dir: str,
 ) -> Records:
-  """Returns the examples of a split expression, in TFDS's order.
+  """Finds the examples of a split expression, in TFDS's order.
 
   Args:
-    builder: of a prepared data set.
-    expression: as TFDS reads it: "train[:800]", "test[50%:]", sums of such.
-    rule: computes the labels.
+    builder: the builder of a prepared data set.
+    expression: what TFDS calls a split, e.g. "train[:800]", "test[50%:]", or a sum of
+      such.
+    rule: how labels are computed.
     id_feature: the feature that names an example; "" for none.
-    cache_dir: as `config.data.cache_dir`.
+    cache_dir: folder of the cache, as config.data.cache_dir.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a file is damaged or ends early, the split is smaller than that, or
-      the data set lacks a feature.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged or ends early, the split has fewer examples than
+      the expression asks for, or the data set lacks a feature.
   """
-  scan = _Scan(builder, rule, id_feature)
+  indexer = _Indexer(builder, rule, id_feature)
   try:
     instructions = builder.info.splits[expression].file_instructions
   except (ValueError, KeyError) as error:
     raise ValueError(
-      f"{expression} of {builder.data_dir}: {first_line(error)}; prepare the data set "
-      f"anew."
+      f"{expression} of {builder.data_dir}: {short_message(error)}; prepare the data "
+      f"set anew."
     ) from error
   if not instructions:
     raise ValueError(
       f"{expression} of {builder.data_dir} has no examples; prepare the data set anew."
     )
-  return concatenate([_part(scan, part, cache_dir) for part in instructions])
+  parts = [_records_of_file(indexer, part, cache_dir) for part in instructions]
+  return concatenate(parts)
 
 
-def _part(scan: "_Scan", part: Any, cache_dir: str) -> Records:
-  """Returns the examples of a split that lie in one file, from the cache if there."""
+def _records_of_file(indexer: "_Indexer", part: Any, cache_dir: str) -> Records:
+  """Returns the examples of a split that lie in one file, from the cache if there.
+
+  Args:
+    indexer: reads what the index holds.
+    part: TFDS's instruction: which rows of which file.
+    cache_dir: folder of the cache, as config.data.cache_dir.
+  """
   path = Path(part.filename)
   if not path.is_file():
     raise FileNotFoundError(
-      f"the file {path} is missing; prepare {scan.set_name} anew."
+      f"the file {path} is missing; prepare {indexer.set_name} anew."
     )
+  # Tasks on one data set compute other labels, and some need no names.
   key = {
     "index": _FORMAT,
-    "file": [str(path.resolve()), cache.fingerprint(path)],
+    "file": [str(path.resolve()), cache.file_fingerprint(path)],
     "rows": [part.skip, part.take],
-    "label": [sorted(scan.rule.features), scan.rule.compute.__name__],
-    "names": scan.id_feature,
+    "label": [sorted(indexer.rule.features), indexer.rule.compute.__name__],
+    "names": indexer.id_feature,
   }
-  notes = cache.cached_arrays(
-    key, lambda: scan(path, part.skip, part.take, part.examples_in_shard), cache_dir
-  )
-  names = notes.get("names")
+
+  def read_index() -> dict[str, np.ndarray]:
+    return indexer.read(path, part.skip, part.take, part.examples_in_shard)
+
+  index = cache.cached_arrays(key, read_index, cache_dir)
+  names = index.get("names")
   return Records(
     files=(str(path),),
     file=np.zeros(part.take, np.int32),
     row=np.arange(part.skip, part.skip + part.take),
     names=None if names is None else tuple(names.tolist()),
-    **{name: notes[name] for name in ("offset", "length", "fingerprint", "labels")},
+    **{name: index[name] for name in ("offset", "length", "fingerprint", "labels")},
   )
 
 
-class _Scan:
-  """Reads what is noted of a data set's records, many at a time."""
+class _Indexer:
+  """Reads what the index holds of a data set's records, many records at a time.
+
+  Attributes:
+    set_name: name and version of the data set; named in errors.
+    rule: how labels are computed.
+    id_feature: the feature that names an example; "" for none.
+  """
 
   def __init__(self, builder: Any, rule: LabelRule, id_feature: str):
     import tensorflow as tf
@@ -169,120 +190,148 @@ class _Scan:
     self.rule = rule
     self.id_feature = id_feature
     names = {id_feature: True} if id_feature else {}
-    specs = pick(builder, {**rule.features, **names}).tf_example_spec
-    # What a record has several of, with the shape of one.
-    self._several = {
+    specs = select_features(builder, {**rule.features, **names}).tf_example_spec
+    # Features of which a record has several values, such as one for each object, with
+    # the shape of one value.
+    self._sequences = {
       name: tuple(spec.shape)
       for name, spec in specs.items()
       if isinstance(spec, tf.io.FixedLenSequenceFeature)
     }
-    ragged = {name: tf.io.RaggedFeature(specs[name].dtype) for name in self._several}
+    # Many records are parsed at once, and they differ in the number of values.
+    ragged = {name: tf.io.RaggedFeature(specs[name].dtype) for name in self._sequences}
     self._specs = {**specs, **ragged}
-    records = tf.TensorSpec([None], tf.string)
     # Traced once, not for each file.
-    self._note = tf.function(self._parse, input_signature=[records])
+    records = tf.TensorSpec([None], tf.string)
+    self._parse_traced = tf.function(self._parse, input_signature=[records])
 
-  def __call__(
-    self, path: Path, skip: int, take: int, total: int
-  ) -> dict[str, np.ndarray]:
-    """Returns the notes on `take` records of a file that should have `total`."""
+  def read(self, path: Path, skip: int, take: int, total: int) -> dict[str, np.ndarray]:
+    """Returns the index of some records of a file.
+
+    Args:
+      path: a TFRecord file.
+      skip: number of records before the first one.
+      take: number of records.
+      total: number of records that the file should have; named in errors.
+
+    Returns:
+      Arrays [take]: "offset", "length", "fingerprint" and "labels" (see `Records`), and
+      "names" where the examples have names.
+
+    Raises:
+      ValueError: if a record is damaged or the file ends early.
+    """
     import tensorflow as tf
 
     data = tf.data.TFRecordDataset(str(path)).skip(skip).take(take).batch(_BATCH)
-    data = data.map(self._note, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = data.map(
+      self._parse_traced, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
     try:
-      pieces = list(data.as_numpy_iterator())
+      batches = list(data.as_numpy_iterator())
     except tf.errors.OpError as error:
-      raise self._explain(path, skip, take, error) from error
-    found = sum(len(piece["length"]) for piece in pieces)
-    start, before = _start(path, skip)
-    if found < take:
+      raise self._damage_error(path, skip, take, error) from error
+    num_read = sum(len(batch["length"]) for batch in batches)
+    start, num_before = _record_start(path, skip)
+    if num_read < take:
       raise ValueError(
-        f"the file {path} has {before + found} records, but dataset_info.json says "
-        f"{total}; prepare {self.set_name} anew."
+        f"the file {path} has {num_before + num_read} records, but dataset_info.json "
+        f"says {total}; prepare {self.set_name} anew."
       )
-    notes = {
-      name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]
+    parsed = {
+      name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
     }
-    return self._finish(notes, start)
+    return self._index(parsed, start)
 
   def _parse(self, data):
-    """Notes what can be without Python; `data` is a batch of records."""
+    """Parses a batch of records in TensorFlow.
+
+    Args:
+      data: the records' data, a string tensor [batch].
+
+    Returns:
+      The features by name, "length" and "print" (fingerprint) of each record. The
+      values of a sequence feature are concatenated over the records, and "number of
+      <name>" counts those of each record.
+    """
     import tensorflow as tf
 
-    found = tf.io.parse_example(data, self._specs)
-    for name in self._several:
-      ragged = found[name]
-      found[name], found[f"number of {name}"] = ragged.values, ragged.row_lengths()
-    return {**found, "length": tf.strings.length(data), "print": tf.fingerprint(data)}
+    parsed = tf.io.parse_example(data, self._specs)
+    for name in self._sequences:
+      ragged = parsed[name]
+      parsed[name], parsed[f"number of {name}"] = ragged.values, ragged.row_lengths()
+    return {**parsed, "length": tf.strings.length(data), "print": tf.fingerprint(data)}
 
-  def _finish(self, notes: dict[str, np.ndarray], start: int) -> dict[str, np.ndarray]:
-    """Returns the notes as they are kept; `start` is where the first record lies."""
-    lengths = notes["length"].astype(np.int64)
+  def _index(self, parsed: dict[str, np.ndarray], start: int) -> dict[str, np.ndarray]:
+    """Returns the index of parsed records, the first of which begins at `start`."""
+    lengths = parsed["length"].astype(np.int64)
     ends = start + np.cumsum(lengths + _HEADER + _FOOTER)
-    found = {
+    index = {
       "offset": ends - lengths - _FOOTER,
       "length": lengths,
-      "fingerprint": notes["print"].view(np.uint64).reshape(-1),
-      "labels": self._labels(notes),
+      # TensorFlow gives 8 bytes for each record.
+      "fingerprint": parsed["print"].view(np.uint64).reshape(-1),
+      "labels": self._labels(parsed),
     }
     if self.id_feature:
-      found["names"] = np.array([name.decode() for name in notes[self.id_feature]])
-    return found
+      index["names"] = np.array([name.decode() for name in parsed[self.id_feature]])
+    return index
 
-  def _labels(self, notes: dict[str, np.ndarray]) -> np.ndarray:
-    wanted = self.rule.features
-    if not self._several:
-      labels = self.rule.compute({name: notes[name] for name in wanted})
+  def _labels(self, parsed: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the labels of parsed records, int32 [number of records]."""
+    if not self._sequences:
+      # The rule takes arrays of many examples.
+      labels = self.rule.compute({name: parsed[name] for name in self.rule.features})
     else:
-      labels = np.array([self.rule.compute(one) for one in self._examples(notes)])
-    # What no label can be stays so.
+      labels = np.array([self.rule.compute(one) for one in self._examples(parsed)])
+    # A label beyond int32 must not wrap around to a valid one.
     limits = np.iinfo(np.int32)
     return labels.clip(limits.min, limits.max).astype(np.int32)
 
-  def _examples(self, notes: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """Yields what the rule reads of each record."""
+  def _examples(self, parsed: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Yields the features that the rule reads, record by record."""
 
-    def column(name: str) -> Sequence[np.ndarray]:
-      # What was counted are numbers, of which each value may have several.
-      shape = self._several[name]
-      ends = np.cumsum(notes[f"number of {name}"]) // math.prod(shape)
-      return np.split(notes[name].reshape(-1, *shape), ends[:-1])
+    def values_by_record(name: str) -> Sequence[np.ndarray]:
+      # Counted were numbers, of which each value may have several: a position has 3.
+      shape = self._sequences[name]
+      ends = np.cumsum(parsed[f"number of {name}"]) // math.prod(shape)
+      return np.split(parsed[name].reshape(-1, *shape), ends[:-1])
 
     columns = {
-      key: {part: column(f"{key}/{part}") for part in inner}
-      for key, inner in self.rule.features.items()
+      feature: {part: values_by_record(f"{feature}/{part}") for part in inner}
+      for feature, inner in self.rule.features.items()
     }
-    for i in range(len(notes["length"])):
+    for i in range(len(parsed["length"])):
       yield {
-        key: {part: column[i] for part, column in parts.items()}
-        for key, parts in columns.items()
+        feature: {part: values[i] for part, values in parts.items()}
+        for feature, parts in columns.items()
       }
 
-  def _explain(self, path: Path, skip: int, take: int, error) -> ValueError:
+  def _damage_error(self, path: Path, skip: int, take: int, error) -> ValueError:
     """Returns an error that names the record at which reading stopped."""
     import tensorflow as tf
 
+    # Read again record by record: the first that fails is the one.
     row = 0
     try:
       for data in tf.data.TFRecordDataset(str(path)).take(skip + take):
         if row >= skip:
           self._parse(data[None])
         row += 1
-    except tf.errors.OpError as found:
-      error = found
+    except tf.errors.OpError as record_error:
+      error = record_error
     return ValueError(
-      f"record {row} of {path} is damaged: {first_line(error)}; prepare "
+      f"record {row} of {path} is damaged: {short_message(error)}; prepare "
       f"{self.set_name} anew."
     )
 
 
-def _start(path: Path, number: int) -> tuple[int, int]:
-  """Returns where in a file a record starts, and how many there are before it.
+def _record_start(path: Path, number: int) -> tuple[int, int]:
+  """Returns where in a file a record begins, and how many records lie before it.
 
   Args:
     path: a TFRecord file.
-    number: of the record; a file may end earlier.
+    number: number of the record, from 0; the file may end earlier.
   """
   size = path.stat().st_size
   position = 0
@@ -292,6 +341,7 @@ def _start(path: Path, number: int) -> tuple[int, int]:
     path.open("rb") as file,
     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
   ):
+    # Only the lengths are read, and so only their pages of the file.
     for i in range(number):
       if position >= size:
         return position, i
@@ -300,24 +350,25 @@ def _start(path: Path, number: int) -> tuple[int, int]:
   return position, number
 
 
-def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
-  """Returns TFDS's description of some of a data set's features.
+def select_features(builder: Any, wanted: Mapping[str, Any]) -> Any:
+  """Returns TFDS's description of some of a data set's features, a FeaturesDict.
 
   Args:
-    builder: of a prepared data set.
-    wanted: {name: True}, or for what has features of its own {name: {name: True}}.
+    builder: the builder of a prepared data set.
+    wanted: {name: True}, or for a feature with features of its own {name: {name:
+      True}}.
 
   Raises:
-    ValueError: the data set has no such feature.
+    ValueError: if the data set has no such feature.
   """
   import tensorflow_datasets as tfds
 
   # Not tfds.decode.PartialDecoding: it logs a warning on each use.
-  def part(feature, inner):
+  def select(feature, inner):
     if inner is True:
       return feature
     if isinstance(feature, tfds.features.Sequence):
-      return tfds.features.Sequence(part(feature.feature, inner))
+      return tfds.features.Sequence(select(feature.feature, inner))
     known = list(feature) if isinstance(feature, tfds.features.FeaturesDict) else []
     if missing := [name for name in inner if name not in known]:
       raise ValueError(
@@ -326,14 +377,14 @@ def pick(builder: Any, wanted: Mapping[str, Any]) -> Any:
         f"version of it with insvp_jax.tools.prepare_data."
       )
     return tfds.features.FeaturesDict(
-      {k: part(feature[k], v) for k, v in inner.items()}
+      {k: select(feature[k], v) for k, v in inner.items()}
     )
 
-  return part(builder.info.features, wanted)
+  return select(builder.info.features, wanted)
 
 
-def first_line(error: BaseException) -> str:
-  """Returns the part of a TensorFlow error that says something."""
+def short_message(error: BaseException) -> str:
+  """Returns the part of a TensorFlow error that tells a user something, in one line."""
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-  # Where in its graph TensorFlow noticed it tells a user nothing.
+  # Without the place in TensorFlow's graph: "{{node ...}}" and "[Op:...]".
   return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:\w+\].*$", "", line).rstrip(".")

@@ -314,7 +314,7 @@ def test_large_splits_are_streamed_with_the_same_order(tmp_path):
   root = _write(tmp_path)
   data = _load(root, subset="drawn", resident_mb=0)
   small = _load(root, subset="drawn")
-  assert "train 45 (streamed)" in data.describe()
+  assert "train 45 (streamed)" in data.summary()
   for name, split in data.splits.items():
     (images,) = split.read([np.arange(len(split))])
     assert [number_of(image) for image in images] == _numbers(small.splits[name])

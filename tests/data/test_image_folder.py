@@ -7,7 +7,7 @@ from data_fixtures import data_config, number_of, pixels, png
 import numpy as np
 import pytest
 
-from insvp_jax.data import StreamSplit, arrays, decode, load_data
+from insvp_jax.data import StreamSplit, decode, load_data, splits
 
 _SPLIT = {
   "train/cat": 4,
@@ -41,7 +41,7 @@ def test_the_splits_on_disk_are_kept(tmp_path):
   root = fixtures.write_folder(tmp_path / "pets", fixtures.numbered_files(_SPLIT))
   data = _load(root)
   assert data.name == "pets" and data.class_names == ("cat", "dog")
-  assert data.describe() == "pets: 2 classes, train 7, val 3, test 4, train_val 10"
+  assert data.summary() == "pets: 2 classes, train 7, val 3, test 4, train_val 10"
   assert _numbers(data.splits["train"]) == [0, 1, 2, 3, 4, 5, 6]
   assert data.splits["train"].labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert _numbers(data.splits["val"]) == [7, 8, 9]
@@ -216,7 +216,7 @@ def test_corrupt_images_are_named_or_counted(tmp_path, archive):
   with pytest.raises(ValueError, match="train/a/017.png is empty.*skip_corrupt=True"):
     _load(root)
   data = _load(root, skip_corrupt=True, val_fraction=0.0)
-  assert data.skipped == 3 and "3 unreadable images skipped" in data.describe()
+  assert data.skipped == 3 and "3 unreadable images skipped" in data.summary()
   train, test = data.splits["train"], data.splits["test"]
   assert _numbers(train) == [i for i in range(80) if i not in (17, 43)]
   assert train.labels.tolist() == [0] * 39 + [1] * 39
@@ -261,7 +261,7 @@ def test_images_of_all_sizes_get_the_presets_size(tmp_path):
   }
   root = fixtures.write_folder(tmp_path, content)
   for preset, size in {"vtab": 14, "insvp_release": 16}.items():
-    images = arrays.take(_load(root, 14, preset=preset).splits["train"]).images
+    images = splits.to_memory(_load(root, 14, preset=preset).splits["train"]).images
     assert images.shape[1:] == (size, size, 3) and (images == 90).all()
 
 
@@ -309,13 +309,13 @@ def test_a_cached_archive_is_found_again_under_another_name(tmp_path):
 
 def _count_decodes(monkeypatch):
   """Returns a list that grows by the name of each file that is decoded."""
-  decoded, original = [], decode.decode
+  decoded, original = [], decode.decode_image
 
   def counted(data, name):
     decoded.append(name)
     return original(data, name)
 
-  monkeypatch.setattr(decode, "decode", counted)
+  monkeypatch.setattr(decode, "decode_image", counted)
   return decoded
 
 
@@ -331,8 +331,8 @@ def test_large_sets_are_streamed_and_otherwise_the_same(tmp_path, counts, archiv
   root = write(tmp_path / ("x.zip" if archive else "x"), content)
   small, large = _load(root), _load(root, resident_mb=0)
   assert not _streamed(small) and _streamed(large) == set(small.splits)
-  assert "(streamed)" in large.describe()
-  taken = {name: arrays.take(split) for name, split in large.splits.items()}
+  assert "(streamed)" in large.summary()
+  taken = {name: splits.to_memory(split) for name, split in large.splits.items()}
   _assert_equal(small, dataclasses.replace(large, splits=taken))
 
 
@@ -341,7 +341,7 @@ def test_large_sets_are_split_without_decoding(tmp_path, monkeypatch):
   decoded = _count_decodes(monkeypatch)
   data = [_load(root, resident_mb=0, split_seed=seed) for seed in (0, 1)]
   assert not decoded
-  val, other = (_numbers(arrays.take(d.splits["val"])) for d in data)
+  val, other = (_numbers(splits.to_memory(d.splits["val"])) for d in data)
   assert len(val) == len(other) == 4 and val != other
 
 
@@ -377,7 +377,7 @@ def test_large_sets_are_checked_once_where_corrupt_images_are_skipped(
   _load(root, **changes)
   assert len(decoded) == len(content)
   whole = _load(root, resident_mb=0, skip_corrupt=True, val_fraction=0.0)
-  train, test = (arrays.take(whole.splits[name]) for name in ("train", "test"))
+  train, test = (splits.to_memory(whole.splits[name]) for name in ("train", "test"))
   assert _numbers(train) == [i for i in range(40) if i != 17]
   assert train.labels.tolist() == [0] * 19 + [1] * 20
   assert _numbers(test) == [40, 42]
@@ -396,7 +396,7 @@ def test_a_corrupt_image_of_a_large_set_is_named_when_it_is_met(tmp_path):
   root = fixtures.write_folder(tmp_path, content)
   data = _load(root, resident_mb=0, val_fraction=0.0, test_fraction=0.0)
   with pytest.raises(ValueError, match="b/002.png is empty.*skip_corrupt=True"):
-    arrays.take(data.splits["train"])
+    splits.to_memory(data.splits["train"])
 
 
 @pytest.mark.parametrize("skip_corrupt", [False, True])
@@ -412,7 +412,7 @@ def test_elongated_training_images_stay_in_their_files(tmp_path, skip_corrupt):
   split = data.splits["train"]
   ((image,),) = split.read([np.array([0])], whole=True)
   assert image.shape == (32, 48, 3)
-  everything = arrays.take(data.splits["train_val"])
+  everything = splits.to_memory(data.splits["train_val"])
   assert len(everything) == len(split) + len(data.splits["val"])
   assert not _streamed(_load(root, 28, preset="vpt", skip_corrupt=skip_corrupt))
 

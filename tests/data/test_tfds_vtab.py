@@ -20,7 +20,7 @@ from tfds_fixtures import (
   shards_of,
 )
 
-from insvp_jax.data import arrays, load_data
+from insvp_jax.data import load_data, splits
 from insvp_jax.data.sources import tfds, tfds_builder
 from insvp_jax.data.tasks import TASKS
 
@@ -235,7 +235,7 @@ def test_a_task_has_the_published_examples_in_tfds_order(name, prepared, caplog)
   expected["test"] = (test + np.concatenate([first, last])).tolist()
   looked_at = {"test": np.concatenate([first, last])}
   for split, numbers in expected.items():
-    part = arrays.take(data.splits[split], looked_at.get(split))
+    part = splits.to_memory(data.splits[split], looked_at.get(split))
     assert [number_in(image) for image in part.images] == list(numbers), split
     assert part.labels.tolist() == [_label(name, i) for i in numbers], split
     assert part.labels.dtype == np.int32
@@ -248,7 +248,7 @@ def test_the_whole_test_split_follows_the_files(name, prepared):
   task = VTAB[name]
   config = data_config(data_dir=str(prepared(name)))
   builder = tfds_builder.find_builder(TASKS[name], config.data_dir)
-  test = tfds.find_records(builder, TASKS[name], config)["test"]
+  test = tfds.records_of_splits(builder, TASKS[name], config)["test"]
   total = task.splits[task.test[0]]
   found = places(builder, task.test[0], test)
   np.testing.assert_array_equal(found, np.arange(task.test[1], total))

@@ -19,9 +19,9 @@ from tfds_fixtures import (
   shards_of,
 )
 
-from insvp_jax.data import arrays, load_data
+from insvp_jax.data import load_data, splits
 from insvp_jax.data.sources import tfds, tfds_builder
-from insvp_jax.data.stratify import stratified_choice
+from insvp_jax.data.subsets import stratified_mask
 from insvp_jax.data.tasks import TASKS
 
 
@@ -100,7 +100,7 @@ def _load(task, root, order, **options):
 
 def _numbers(task, config, order):
   builder = tfds_builder.find_builder(TASKS[task], config.data_dir)
-  records = tfds.find_records(builder, TASKS[task], config)
+  records = tfds.records_of_splits(builder, TASKS[task], config)
   numbers = {
     split: order[places(builder, "train", records[split])].tolist()
     for split in ("train", "val", "train_val")
@@ -113,7 +113,7 @@ def _check_pixels(data, numbers, labels):
   for split, members in numbers.items():
     assert data.splits[split].labels.tolist() == labels[members].tolist()
     shown = [i for i, number in enumerate(members) if number % 50 == 0][:40]
-    images = arrays.take(data.splits[split], np.array(shown)).images
+    images = splits.to_memory(data.splits[split], np.array(shown)).images
     assert [number_in(image) for image in images] == [members[i] for i in shown]
 
 
@@ -183,7 +183,7 @@ def test_the_long_tail_is_that_of_ldam(imbalance, total, prepared, caplog):
     size = int(500 * (1 / imbalance) ** (label / 99))
     expected.extend(members[:size].tolist())
   assert len(expected) == total
-  chosen = stratified_choice(labels[expected], total // 10, seed=0)
+  chosen = stratified_mask(labels[expected], total // 10, seed=0)
   assert numbers["train"] == [
     n for n, val in zip(expected, chosen, strict=True) if not val
   ]
@@ -221,7 +221,7 @@ def test_official_splits_are_taken_as_they_stand(task, tmp_path, caplog):
   ):
     assert len(data.splits[split]) == size
     ends = np.array([0, 1, 2, size - 2, size - 1])
-    found = arrays.take(data.splits[split], ends)
+    found = splits.to_memory(data.splits[split], ends)
     assert [number_in(image) for image in found.images] == (start + ends).tolist()
   final = "train_val" if task.startswith("hta") else "train"
   assert data.final_split == final

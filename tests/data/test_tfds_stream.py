@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tfds_fixtures import features_of, import_tfds, prepare, record
 
-from insvp_jax.data import arrays, load_data, pipeline, preprocess
+from insvp_jax.data import load_data, pipeline, preprocess, splits
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.data.tasks import TASKS
 from insvp_jax.distributed import mesh as mesh_lib
@@ -70,13 +70,13 @@ def _equal(first, second):
 @pytest.mark.parametrize("task", _SIDES)
 def test_streamed_pixels_are_those_of_the_preset(preset, task, load):
   streamed, resident = (load(task, preset, mb) for mb in (0, 1024))
-  assert "train 70 (streamed)" in streamed.describe()
+  assert "train 70 (streamed)" in streamed.summary()
   assert not isinstance(resident.splits["val"], type(streamed.splits["val"]))
   numbers = {"train": range(70), "val": range(80, 90), "test": range(90, 110)}
   if task == "dtd":
     numbers["val"] = range(90, 100)
   for split, members in numbers.items():
-    found = arrays.take(streamed.splits[split])
+    found = splits.to_memory(streamed.splits[split])
     expected = [
       preprocess.resize(PRESETS[preset], _noise(i, _SIDES[task]), _SIZE)
       for i in members
@@ -84,15 +84,18 @@ def test_streamed_pixels_are_those_of_the_preset(preset, task, load):
     np.testing.assert_array_equal(found.images, np.stack(expected))
     assert found.labels.tolist() == [i % 47 for i in members]
     if not isinstance(resident.splits[split], type(streamed.splits[split])):
-      _equal(vars(found), vars(arrays.take(resident.splits[split])))
+      _equal(vars(found), vars(splits.to_memory(resident.splits[split])))
 
 
 def test_positions_come_in_the_order_asked_for(load):
   data = load()
-  split, everything = data.splits["train_val"], arrays.take(data.splits["train_val"])
+  split, everything = (
+    data.splits["train_val"],
+    splits.to_memory(data.splits["train_val"]),
+  )
   indices = np.random.default_rng(0).integers(0, 80, 200)
   np.testing.assert_array_equal(
-    arrays.take(split, indices).images, everything.images[indices]
+    splits.to_memory(split, indices).images, everything.images[indices]
   )
   sizes = [1, 33, 2, 64, 1, 1, 40]
   requests = np.split(indices, np.cumsum(sizes))[: len(sizes)]
@@ -254,7 +257,7 @@ def test_an_error_of_the_requests_is_raised_as_it_is(load):
 def test_elongated_images_are_cropped_from_the_whole(load):
   """insvp_release crops from all of an image: the squares in memory would not do."""
   data = load("dtd", "insvp_release", 1024)
-  assert data.describe().count("(streamed)") == 2  # train and train_val
+  assert data.summary().count("(streamed)") == 2  # train and train_val
   split, preset = data.splits["train"], PRESETS["insvp_release"]
   (whole,) = split.read([np.arange(3)], whole=True)
   for i, image in enumerate(whole):
