@@ -12,8 +12,8 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.models import mimetic
+from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
-from insvp_jax.models.weights import load as weights_lib
 
 
 def param_shapes(model: PromptedClassifier) -> dict[str, Any]:
