@@ -31,29 +31,29 @@ from insvp_jax.checkpoints.files import (
 )
 from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
+from insvp_jax.models import weights
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.models.weights import load as weights_lib
 from insvp_jax.train import state as state_lib
 
 FORMAT = 1
-# Batches are padded to one of these sizes, so that at most so many are compiled.
+# Batches are padded to one of these sizes, so that few programs are compiled.
 BATCH_SIZES = (1, 8, 32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A trained model with all that its use needs.
+  """A trained model, ready to be used.
 
-  Wherever it says `images`: one uint8 image [h, w, 3], a batch [b, h, w, 3], a list
-  of images of different sizes, a path, or a list of paths. They are resized and
-  normalised exactly as those that the run was evaluated on.
+  `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a list of images of
+  different sizes, a path, or a list of paths. They are resized and normalised exactly
+  as those that the run was evaluated on.
 
   Attributes:
     model: the classifier.
     params: {"backbone", "prompter", "head"} on one device.
     class_names: one name per class, in the order of the probabilities.
     preset: how images become inputs.
-    meta: what the run stored about itself; see `checkpoints`.
+    meta: the description of the run in its checkpoint; see `checkpoints`.
     result: the contents of result.json, or None for a run that has not finished.
   """
 
@@ -68,13 +68,13 @@ class Run:
     """Returns the probability of each class for each image.
 
     Raises:
-      ValueError, FileNotFoundError: what came is no image; see `Run`.
+      ValueError, FileNotFoundError: not an image; see `Run`.
     """
 
     def probabilities(params: Any, inputs: Array) -> Array:
       return jax.nn.softmax(self.model.apply({"params": params}, inputs))
 
-    return self._map("predict", probabilities, images)
+    return self._apply("predict", probabilities, images)
 
   def features(self, images: Any) -> Float[np.ndarray, "b d"]:
     """Returns the feature that the head sees, for each image."""
@@ -82,26 +82,26 @@ class Run:
     def features(params: Any, inputs: Array) -> Array:
       return self.model.apply({"params": params}, inputs, method="features")
 
-    return self._map("features", features, images)
+    return self._apply("features", features, images)
 
   def prompts(self, images: Any) -> dict[str, np.ndarray]:
     """Returns the prompts that the method makes for the images, by name.
 
     InsVP has "patch", "global" and "image" (their fusion, which is added to the
     normalised image), [b, h, w, 3]; "specific" [b, p, d]; "feature" [l, b, p, d],
-    the tokens of each prompted block. What the method does not have is not there.
+    the tokens of each prompted block. Prompts that the method lacks are left out.
     """
 
-    def prompts(params: Any, inputs: Array) -> dict[str, Array]:
-      found = dict(self.model.apply({"params": params}, inputs, method="prompts"))
-      if "feature" in found:  # the batch has to come first while batches are joined
-        found["feature"] = jnp.swapaxes(found["feature"], 0, 1)
-      return found
+    def batch_first(params: Any, inputs: Array) -> dict[str, Array]:
+      prompts = dict(self.model.apply({"params": params}, inputs, method="prompts"))
+      if "feature" in prompts:  # [b, l, p, d], as batches are joined on axis 0
+        prompts["feature"] = jnp.swapaxes(prompts["feature"], 0, 1)
+      return prompts
 
-    found = self._map("prompts", prompts, images)
-    if "feature" in found:
-      found["feature"] = np.swapaxes(found["feature"], 0, 1)
-    return found
+    prompts = self._apply("prompts", batch_first, images)
+    if "feature" in prompts:  # [l, b, p, d]
+      prompts["feature"] = np.swapaxes(prompts["feature"], 0, 1)
+    return prompts
 
   def prompted(self, images: Any) -> Float[np.ndarray, "b h w 3"]:
     """Returns the images as the backbone sees them: normalised and prompted."""
@@ -112,11 +112,11 @@ class Run:
     def prompted(params: Any, inputs: Array) -> Array:
       return self.model.apply({"params": params}, inputs, method=prompt_image)
 
-    return self._map("prompted", prompted, images)
+    return self._apply("prompted", prompted, images)
 
   def preprocess(self, images: Any) -> Float32[np.ndarray, "b h w 3"]:
     """Returns the normalised inputs of the model."""
-    return self._map("preprocess", lambda params, inputs: inputs, images)
+    return self._apply("preprocess", lambda params, inputs: inputs, images)
 
   def to_pixels(self, inputs: Float[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "..."]:
     """Returns normalised inputs as pixels in [0, 1], clipped, to be shown."""
@@ -125,27 +125,38 @@ class Run:
 
   @functools.cached_property
   def _compiled(self) -> dict[str, Callable]:
+    """The compiled functions by name, filled by `_apply`."""
     return {}
 
-  def _map(self, name: str, function: Callable, images: Any) -> Any:
-    """Applies `function(params, inputs)` to images of any number and size."""
-    size = self.model.backbone.image_size
+  def _apply(self, name: str, function: Callable, images: Any) -> Any:
+    """Applies `function(params, inputs)` to images of any number and size.
+
+    Args:
+      name: under which the compiled function is kept.
+      function: of parameters and inputs [b, h, w, 3]; returns arrays [b, ...].
+      images: see `Run`.
+    """
+    image_size = self.model.backbone.image_size
     if name not in self._compiled:
 
-      def compiled(params: Any, stored: Array) -> Any:
-        inputs = preprocess.eval_preprocess(self.preset, stored, size)
+      def preprocess_and_apply(params: Any, pixels: Array) -> Any:
+        inputs = preprocess.eval_preprocess(self.preset, pixels, image_size)
         return function(params, inputs)
 
-      self._compiled[name] = jax.jit(compiled)
-    pixels = [preprocess.resize(self.preset, image, size) for image in _read(images)]
-    parts = []
+      self._compiled[name] = jax.jit(preprocess_and_apply)
+    pixels = [
+      preprocess.resize(self.preset, image, image_size)
+      for image in _read_images(images)
+    ]
+    outputs = []
     for start in range(0, len(pixels), BATCH_SIZES[-1]):
-      chunk = pixels[start : start + BATCH_SIZES[-1]]
-      padded = next(size for size in BATCH_SIZES if size >= len(chunk))
-      batch = np.stack([*chunk, *[chunk[-1]] * (padded - len(chunk))])
-      parts.append(jax.device_get(self._compiled[name](self.params, batch)))
+      batch = pixels[start : start + BATCH_SIZES[-1]]
+      batch_size = next(size for size in BATCH_SIZES if size >= len(batch))
+      padding = [batch[-1]] * (batch_size - len(batch))
+      output = self._compiled[name](self.params, np.stack(batch + padding))
+      outputs.append(jax.device_get(output))
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)
     # Only the last batch is padded.
-    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     return jax.tree.map(lambda array: array[: len(pixels)], joined)
 
 
@@ -155,45 +166,47 @@ def load_run(
   backbone: str | os.PathLike | None = None,
   device: jax.Device | None = None,
 ) -> Run:
-  """Loads a run to be used, wherever and on however many devices it was trained.
+  """Loads a run, wherever and on however many devices it was trained.
 
   Args:
-    path: the run's workdir, its checkpoints directory, or that of one step. A
-      damaged newest checkpoint is warned of, and the one before it is loaded.
-    backbone: where the backbone's file is now, if it has moved. It must be the
-      same file: its digest is compared.
-    device: where the parameters go; None is the first local device.
+    path: the run's workdir, its checkpoints directory, or that of one step. If the
+      newest checkpoint is damaged, the one before it is loaded, with a warning.
+    backbone: path of the backbone's file, if it has moved. It must be the same file:
+      its digest is compared.
+    device: of the parameters; None is the first local device.
 
   Raises:
-    FileNotFoundError: there is no run, or its backbone is not to be found.
-    ValueError: the checkpoint is damaged, and so are older ones, or does not fit its
-      own description, or the backbone is not the one that the run was trained on.
+    FileNotFoundError: there is no run, or its backbone was not found.
+    ValueError: all checkpoints are damaged, or the checkpoint does not fit its own
+      description, or the backbone is not the one that the run was trained on.
   """
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
 
-  def read(where: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    verify(where)
-    return read_json(where, "meta"), read_arrays(where, "adapter", sharding=sharding)
+  def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    verify(checkpoint)
+    meta = read_json(checkpoint, "meta")
+    return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
 
-  where, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
-  meta = _check_meta(meta, where)
+  checkpoint, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
+  _check_meta(meta, checkpoint)
   model = create_model(**meta["model"])
   shapes = trees.flatten(state_lib.param_shapes(model))
-  trained = {*meta["trainable"], *adapter}
+  stored = {*meta["trainable"], *adapter}
   expected = {
     name: leaf
     for name, leaf in shapes.items()
-    if name in trained or re.fullmatch(ALWAYS_STORED, name)
+    if name in stored or re.fullmatch(ALWAYS_STORED, name)
   }
-  check_leaves(adapter, expected, f"'adapter' of the checkpoint {where}", dtypes=False)
-  rest = {name: leaf for name, leaf in shapes.items() if name not in adapter}
+  item = f"'adapter' of the checkpoint {checkpoint}"
+  check_leaves(adapter, expected, item, dtypes=False)
+  frozen_shapes = {name: leaf for name, leaf in shapes.items() if name not in adapter}
   frozen = {}
-  # A run that trained all of the backbone holds all of it.
-  if rest:
+  # None are frozen if the run trained the whole backbone.
+  if frozen_shapes:
     loaded = trees.flatten({"backbone": _load_backbone(meta, model, backbone)})
     dtype = meta["config"].get("backbone", {}).get("frozen_dtype", "float32")
-    frozen = {name: jnp.asarray(loaded[name], dtype) for name in rest}
-    check_leaves(frozen, rest, "the backbone", dtypes=False)
+    frozen = {name: jnp.asarray(loaded[name], dtype) for name in frozen_shapes}
+    check_leaves(frozen, frozen_shapes, "the backbone", dtypes=False)
   params = jax.device_put({**frozen, **adapter}, sharding)
   return Run(
     model=model,
@@ -201,19 +214,25 @@ def load_run(
     class_names=tuple(meta["class_names"]),
     preset=preprocess.get_preset(meta["preset"]),
     meta=meta,
-    result=_read_result(where),
+    result=_read_result(checkpoint),
   )
 
 
 def _load_backbone(
   meta: Mapping[str, Any],
   model: PromptedClassifier,
-  override: str | os.PathLike | None,
+  path: str | os.PathLike | None,
 ) -> Mapping[str, Any]:
-  """Returns the backbone's parameters after comparing its digest."""
+  """Returns the backbone's parameters after comparing its digest.
+
+  Args:
+    meta: the description of the run.
+    model: the classifier.
+    path: of the backbone's file; None for where it was in training.
+  """
   identity = meta["backbone"]
-  if identity["id"] == "random" and override is None:
-    # On the CPU, as another device may round the drawn numbers differently.
+  if identity["id"] == "random" and path is None:
+    # On the CPU, as another device may round random numbers differently.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
       init = identity.get("init", "default")
       params = state_lib.init_params(model, identity["seed"], init=init)["backbone"]
@@ -221,27 +240,27 @@ def _load_backbone(
       trees.digest(params),
       identity,
       "drawing it again gave",
-      "Use the versions of JAX and Flax that the run was trained with: "
+      hint="Use the versions of JAX and Flax that the run was trained with: "
       f"{meta.get('versions')}.",
     )
     return params
-  path = _find_backbone(identity, override)
+  file = _find_backbone(identity, path)
   _compare_digest(
-    weights_lib.file_digest(path),
+    weights.file_digest(file),
     identity,
-    f"{path} has",
-    "Pass load_run(..., backbone=<path>) with the file that the run was trained on.",
+    f"{file} has",
+    hint="Pass load_run(..., backbone=<path>) with the file that the run was trained "
+    "on.",
   )
-  return weights_lib.load_backbone(str(path), model)
+  return weights.load_backbone(str(file), model)
 
 
-def _find_backbone(
-  identity: Mapping[str, Any], override: str | os.PathLike | None
-) -> Path:
-  if override is not None:
-    return weights_lib.resolve(os.fspath(override))
+def _find_backbone(identity: Mapping[str, Any], path: str | os.PathLike | None) -> Path:
+  """Returns the backbone's file: at `path`, or where it was in training."""
+  if path is not None:
+    return weights.resolve(os.fspath(path))
   try:
-    return weights_lib.resolve(identity["id"])
+    return weights.resolve(identity["id"])
   except FileNotFoundError as error:
     source = identity.get("source")
     if source and Path(source).is_file():
@@ -254,44 +273,45 @@ def _find_backbone(
 
 
 def _compare_digest(
-  got: str, identity: Mapping[str, Any], what: str, mend: str
+  actual: str, identity: Mapping[str, Any], source: str, *, hint: str
 ) -> None:
+  """Checks that a backbone has the digest of the one that the run was trained on."""
   expected = identity.get("sha256")
-  if expected and got != expected:
+  if expected and actual != expected:
     raise ValueError(
       f"this is not the backbone {identity['id']!r} that the run was trained on: "
-      f"{what} sha256 {got}, expected {expected}. {mend}"
+      f"{source} sha256 {actual}, expected {expected}. {hint}"
     )
 
 
-def _check_meta(meta: dict[str, Any], where: Path) -> dict[str, Any]:
-  """Returns a run's description if it is complete and of a known format."""
+def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
+  """Checks that a run's description is complete and of a known format."""
   if meta.get("format") != FORMAT:
     raise ValueError(
-      f"the run at {where} has format {meta.get('format')!r}, expected {FORMAT}; it "
-      "was written by another version of this package."
+      f"the run at {checkpoint} has format {meta.get('format')!r}, expected {FORMAT}; "
+      "it was written by another version of this package."
     )
   keys = ("model", "backbone", "class_names", "preset", "trainable", "config")
   missing = [key for key in keys if key not in meta]
   if missing:
-    raise ValueError(f"the description of the run at {where} lacks {missing}.")
-  names, num_classes = meta["class_names"], meta["model"].get("num_classes")
-  if len(names) != num_classes:
+    raise ValueError(f"the description of the run at {checkpoint} lacks {missing}.")
+  num_names, num_classes = len(meta["class_names"]), meta["model"].get("num_classes")
+  if num_names != num_classes:
     raise ValueError(
-      f"the run at {where} has {len(names)} class names for {num_classes} classes."
+      f"the run at {checkpoint} has {num_names} class names for {num_classes} classes."
     )
-  return meta
 
 
-def _read_result(where: Path) -> dict[str, Any] | None:
-  if where.parent.name != FOLDER:
+def _read_result(checkpoint: Path) -> dict[str, Any] | None:
+  """Returns the contents of the workdir's result.json, or None."""
+  if checkpoint.parent.name != FOLDER:
     return None
-  file = where.parents[1] / "result.json"
+  file = checkpoint.parents[1] / "result.json"
   return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _read(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
-  """Returns what `Run` takes for images as a list of arrays."""
+def _read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
+  """Returns `images` as `Run` takes them as a list of arrays."""
   if isinstance(images, str | os.PathLike):
     images = [images]
   elif hasattr(images, "ndim"):
@@ -299,10 +319,10 @@ def _read(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
     images = images if images.ndim == 4 else [images]
   if not hasattr(images, "__len__") or len(images) == 0:
     raise ValueError(f"no images: got {images!r}, expected arrays or paths.")
-  return [_read_one(image) for image in images]
+  return [_read_image(image) for image in images]
 
 
-def _read_one(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+def _read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
   if isinstance(image, str | os.PathLike):
     return decode.read_image(image)
   image = np.asarray(image)

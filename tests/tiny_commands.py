@@ -5,8 +5,8 @@ from pathlib import Path
 from tiny_runs import make_params
 from tiny_training import SIZE, write_images
 
+from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
-from insvp_jax.models.weights import load as weights_lib
 
 BACKBONE = {"width": 16, "depth": 2, "mlp_dim": 16, "num_heads": 2}
 
@@ -24,7 +24,7 @@ def make_place(place: Path) -> Path:
   )
   for seed in (0, 1):
     params = make_params(model, seed)["backbone"]
-    weights_lib.save_backbone(params, place / f"backbone{seed}.npz")
+    weights.save_backbone(params, place / f"backbone{seed}.npz")
   return place
 
 

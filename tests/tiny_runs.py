@@ -11,6 +11,7 @@ import numpy as np
 from insvp_jax import trees
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.logs.writers import write_json
+from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
 
 CLASSES = ("ant", "bee", "$cat$")
@@ -55,14 +56,17 @@ def make_run(
   } | kwargs
   model = create_model(**kwargs)
   params = make_params(model)
-  weights = workdir / "backbone.npz"
-  weights.save_backbone(params["backbone"], weights)
+  backbone_file = workdir / "backbone.npz"
+  weights.save_backbone(params["backbone"], backbone_file)
   mask = trees.mask(params, patterns or model.prompter.trainable_patterns())
   flat = trees.flatten(mask)
   description = {
     "format": 1,
     "model": kwargs,
-    "backbone": {"id": str(weights), "sha256": weights.file_digest(weights)},
+    "backbone": {
+      "id": str(backbone_file),
+      "sha256": weights.file_digest(backbone_file),
+    },
     "class_names": list(CLASSES),
     "preset": "vtab",
     "image_size": SIZE,

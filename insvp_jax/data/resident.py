@@ -2,7 +2,7 @@
 
 The devices hold all images as uint8, or all features. The host names a step; order,
 crops and flips follow from the run's seed and that step, in pure functions that are
-compiled into the training program (`train.calls`) or on their own (`pipeline`).
+compiled into the training program (`train.steps`) or on their own (`pipeline`).
 """
 
 from collections.abc import Mapping

@@ -88,7 +88,7 @@ def gathered(model: PromptedClassifier, mesh: Mesh) -> PromptedClassifier:
     return leaf
 
   gather_all = functools.partial(jax.tree.map, gather)
-  return model.clone(backbone=model.backbone.clone(gather=gather_all))
+  return model.clone(backbone=model.backbone.clone(unshard=gather_all))
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 
 from insvp_jax import methods, trees
 from insvp_jax.methods.base import Method
+from insvp_jax.models import weights
 from insvp_jax.models.heads import HEAD_INITS, Head
 from insvp_jax.models.vit import ViT, decode_variant
-from insvp_jax.models.weights import load as weights_lib
 
 BACKBONE_FIELDS = tuple(
-  name for name in ViT.__dataclass_fields__ if name not in ("gather", "parent", "name")
+  name for name in ViT.__dataclass_fields__ if name not in ("unshard", "parent", "name")
 )
 
 
@@ -83,7 +83,7 @@ def create_backbone(
   if "/" in name:
     fields |= decode_variant(name)
   else:
-    fields |= weights_lib.architecture_of(name)
+    fields |= weights.architecture_of(name)
   fields |= {k: v for k, v in overrides.items() if v is not None}
   if image_size:
     fields["image_size"] = image_size

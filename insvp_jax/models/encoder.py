@@ -13,7 +13,12 @@ from insvp_jax.models.layers import LAYER_NORM_EPS, Attention, MlpBlock, join
 
 
 class Block(nn.Module):
-  """One pre-norm encoder block over patch tokens and prompt tokens."""
+  """One pre-norm encoder block over class and patch tokens x, and prompts.
+
+  Prompts join in one of two ways. With `update_prompts` they are tokens like all
+  others, and the block returns their outputs. Without it nobody reads their outputs, so
+  they are keys and values of the attention and nothing else.
+  """
 
   mlp_dim: int
   num_heads: int
@@ -25,91 +30,84 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b n d"],
-    prompts: Float[Array, "c p d"] | None,
-    keep: bool,
+    prompts: Float[Array, "b_or_1 p d"] | None,
+    update_prompts: bool,
     num_read: int | None = None,
-  ) -> tuple[Float[Array, "b m d"], Float[Array, "c2 p d"] | None]:
+  ) -> tuple[Float[Array, "b m d"], Float[Array, "b_or_1_out p d"] | None]:
     """Applies the block.
 
-    Attention does not depend on the order of its keys, so prompts stand after
-    the tokens here, wherever a paper writes them.
+    Prompts stand after the other tokens here, wherever a paper writes them: attention
+    does not depend on the order.
 
     Args:
-      x: tokens whose outputs are needed.
-      prompts: prompt tokens, c = b, or 1 when all instances share them.
-      keep: whether a later block reads the prompts' outputs.
-      num_read: how many tokens, the first ones, are read afterwards; None for all.
-        The others are keys and values only.
+      x: class and patch tokens.
+      prompts: prompt tokens, the same for all images where the first axis is 1.
+      update_prompts: whether the prompts' outputs are read afterwards.
+      num_read: how many tokens of x, the first ones, are read afterwards; None for all.
+        Of the others only keys and values are computed.
 
     Returns:
-      (tokens, prompts): the first `num_read` tokens; the prompts' outputs if `keep`,
-      else prompts unchanged.
+      (x, prompts): the outputs of the tokens that are read; those of the prompts with
+      `update_prompts`, else the prompts as they came.
     """
     num_tokens = x.shape[1]
-    if keep and prompts is not None:
-      x, context = join(x, prompts), None
-    else:
-      context = prompts
+    in_sequence = update_prompts and prompts is not None
+    if in_sequence:
+      x = join(x, prompts)  # [b, n + p, d]
     norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")
     attention = Attention(
       self.num_heads,
       self.dtype,
-      absorb=num_read == 1,
       fused=self.fused_attention,
       name="MultiHeadDotProductAttention_0",
     )
     y = norm(x)
-    context = None if context is None else norm(context)
-    if num_read is None:
-      x = x + attention(y, context=context)
-    else:
-      x = x[:, :num_read] + attention(y[:, :num_read], keys=y, context=context)
+    keys_only = None if in_sequence or prompts is None else norm(prompts)
+    # [:, :None] are all tokens.
+    x = x[:, :num_read] + attention(y[:, :num_read], y, keys_only)
     y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_1")(x)
     x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
-    if keep and prompts is not None:
+    if in_sequence:
       return x[:, :num_tokens], x[:, num_tokens:]
     return x, prompts
 
 
 class _ScannedBlock(nn.Module):
-  """`Block` in the form that `nn.scan` wants: carry, inputs -> carry, outputs."""
+  """`Block` in the form that `nn.scan` wants: (carry, inputs) -> (carry, outputs)."""
 
   block: Mapping[str, Any]
-  keep: bool
+  update_prompts: bool
 
   @nn.compact
   def __call__(self, carry, inputs):
-    x, carried = carry
-    fresh, replace = inputs
-    prompts = fresh
-    if self.keep:
-      prompts = jnp.where(replace, fresh, carried)
+    x, prompts = carry  # the outputs of the block before; prompts only to update them
+    new_prompts, is_prompted = inputs
+    if self.update_prompts:
+      new_prompts = jnp.where(is_prompted, new_prompts, prompts)
     block = Block(**self.block)
     # The scanned block's parameters are the block's own, one level up.
     nn.share_scope(self, block)
-    x, prompts = block(x, prompts, self.keep)
-    return (x, prompts if self.keep else carried), None
+    x, new_prompts = block(x, new_prompts, self.update_prompts)
+    return (x, new_prompts if self.update_prompts else None), None
 
 
-def _is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Returns whether the backward pass may keep what a block computed this way.
-
-  Weights are taken from the stack, and cast, once more: kept, they are all blocks'.
-  """
-  return primitive.name not in ("dynamic_slice", "squeeze", "convert_element_type")
-
-
-def gathering(
-  module: type[nn.Module], gather: Callable[[Any], Any] | None
+def unsharded(
+  module: type[nn.Module], unshard: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
-  """Returns the module's class with `gather` applied to its parameters in use."""
-  if gather is None:
+  """Returns the module's class with `unshard` applied to its parameters on use."""
+  if unshard is None:
     return module
-  return nn.map_variables(module, "params", trans_in_fn=gather)
+  return nn.map_variables(module, "params", trans_in_fn=unshard)
 
 
 class Encoder(nn.Module):
-  """The stack of blocks and the final norm."""
+  """The stack of blocks and the final norm.
+
+  Attributes:
+    depth, mlp_dim, num_heads, gelu, dtype, remat, scan, fused_attention, unshard: see
+      `ViT`.
+    num_read: how many tokens, the first ones, are returned; None for all.
+  """
 
   depth: int
   mlp_dim: int
@@ -119,17 +117,14 @@ class Encoder(nn.Module):
   remat: bool
   scan: bool
   num_read: int | None = None
-  gather: Callable[[Any], Any] | None = None
+  unshard: Callable[[Any], Any] | None = None
   fused_attention: bool = False
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b n d"], prompts: BlockPrompts | None
   ) -> Float[Array, "b m d"]:
-    """Returns the normalised tokens of the last block, without prompts.
-
-    Of them it returns the first `num_read`, or all.
-    """
+    """Returns the normalised tokens of the last block, without prompts."""
     tokens = None if prompts is None else prompts.tokens
     if tokens is not None and not 1 <= tokens.shape[0] <= self.depth:
       raise ValueError(
@@ -141,7 +136,7 @@ class Encoder(nn.Module):
       x
     )
 
-  def _fields(self) -> dict[str, Any]:
+  def _block_fields(self) -> dict[str, Any]:
     return {
       "mlp_dim": self.mlp_dim,
       "num_heads": self.num_heads,
@@ -150,21 +145,17 @@ class Encoder(nn.Module):
       "fused_attention": self.fused_attention,
     }
 
-  def _lifted(self, block: type[nn.Module], **options: Any) -> type[nn.Module]:
-    """Returns the block's class as the stack uses it: gathering, rematerialised."""
-    block = gathering(block, self.gather)
-    options = self._remat_options(**options)
-    return block if options is None else nn.remat(block, **options)
-
-  def _remat_options(self, **options: Any) -> dict[str, Any] | None:
-    """Returns the options of `remat`; None where blocks are not computed again."""
+  def _lifted(self, block: type[nn.Module], **remat_options: Any) -> type[nn.Module]:
+    """Returns the block's class with `unshard` and `remat`."""
+    block = unsharded(block, self.unshard)
     if self.remat:
-      return options
-    if self.gather is None:
-      return None
-    # What is no matrix product is computed again. Otherwise the gathered weights of
-    # all blocks would be kept for the backward pass: a whole backbone.
-    return {"policy": jax.checkpoint_policies.dots_saveable, **options}
+      return nn.remat(block, **remat_options)
+    if self.unshard is not None:
+      # All but matrix products is computed again in the backward pass. Otherwise the
+      # whole weights of all blocks would be kept for it: a whole backbone.
+      policy = jax.checkpoint_policies.dots_saveable
+      return nn.remat(block, policy=policy, **remat_options)
+    return block
 
   def _unrolled(self, x, tokens):
     block = self._lifted(Block, static_argnums=(3, 4))
@@ -172,64 +163,36 @@ class Encoder(nn.Module):
     prompts = None
     for i in range(self.depth):
       if i < num_prompted:
-        prompts = tokens[i]
-      # Outputs of prompts that are replaced next, or stand last, are not read.
-      keep = prompts is not None and num_prompted <= i + 1 < self.depth
+        prompts = tokens[i]  # in place of the outputs of the block before
+      # The next block reads the prompts' outputs, unless it has prompts of its own.
+      update_prompts = num_prompted <= i + 1 < self.depth
       num_read = self.num_read if i + 1 == self.depth else None
-      x, prompts = block(**self._fields(), name=f"encoderblock_{i}")(
-        x, prompts, keep, num_read
+      x, prompts = block(**self._block_fields(), name=f"encoderblock_{i}")(
+        x, prompts, update_prompts, num_read
       )
     return x
 
   def _scanned(self, x, tokens):
+    """Computes the same as `_unrolled`, though all blocks have to do the same.
+
+    If one block updates the prompts all of them do, and the last one computes the
+    tokens that are not read too.
+    """
     num_prompted = 0 if tokens is None else tokens.shape[0]
-    keep = 0 < num_prompted < self.depth
-    carried = None
-    if keep:
+    update_prompts = 0 < num_prompted < self.depth
+    prompts = None
+    if update_prompts:
+      # What is carried needs its final shape from the start: [b, p, d].
       shape = (x.shape[0], *tokens.shape[2:])
-      carried = jnp.broadcast_to(tokens[0], shape).astype(x.dtype)
+      prompts = jnp.broadcast_to(tokens[0], shape).astype(x.dtype)
       rest = jnp.zeros((self.depth - num_prompted, *tokens.shape[1:]), tokens.dtype)
       tokens = jnp.concatenate([tokens, rest])
-    inputs = (tokens, jnp.arange(self.depth) < num_prompted)
-    if self.num_read is not None and not self.is_initializing():
-      return self._scanned_but_last((x, carried), inputs, keep)
     blocks = nn.scan(
       self._lifted(_ScannedBlock, prevent_cse=False),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.depth,
-    )(self._fields(), keep, name="encoderblock")
-    (x, _), _ = blocks((x, carried), inputs)
-    return x if self.num_read is None else x[:, : self.num_read]
-
-  def _scanned_but_last(self, carry, inputs, keep):
-    """The last block stands alone, since it computes less than the others."""
-    stacked = self.variables["params"]["encoderblock"]
-    gather = self.gather or (lambda params: params)
-
-    def take(i):
-      # Taken from the whole stack: a shorter one to scan over would be a copy.
-      return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False),
-        (stacked, inputs),
-      )
-
-    def step(carry, i):
-      params, inputs = take(i)
-      body = _ScannedBlock(self._fields(), keep, parent=None)
-      return body.apply({"params": gather(params)}, carry, inputs)
-
-    def last(x, carried):
-      params, (tokens, _) = take(self.depth - 1)
-      prompts = carried if keep else tokens
-      block = Block(**self._fields(), parent=None)
-      return block.apply({"params": gather(params)}, x, prompts, False, self.num_read)
-
-    options = self._remat_options()
-    if options is not None:
-      last = jax.checkpoint(last, **options)
-    options = {"policy": _is_no_weight} if options is None else options
-    step = jax.checkpoint(step, prevent_cse=False, **options)
-    (x, carried), _ = jax.lax.scan(step, carry, jnp.arange(self.depth - 1))
-    x, _ = last(x, carried)
-    return x
+    )(self._block_fields(), update_prompts, name="encoderblock")
+    is_prompted = jnp.arange(self.depth) < num_prompted
+    (x, _), _ = blocks((x, prompts), (tokens, is_prompted))
+    return x[:, : self.num_read]

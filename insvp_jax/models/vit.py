@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from insvp_jax import trees
 from insvp_jax.methods.base import BackboneSpec, BlockPrompts
-from insvp_jax.models.encoder import Encoder, gathering
+from insvp_jax.models.encoder import Encoder, unsharded
 from insvp_jax.models.layers import MAPHead, PatchEmbedding
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -74,14 +74,14 @@ class ViT(nn.Module):
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
-    skip_unread: leave out what the pool does not read: with "tok" the queries and the
-      MLP of all patch tokens in the last block; and where there is one query only, the
-      projections of all keys and values. The feature stays the same.
+    skip_unread: leave out of the last block what the pool does not read: with "tok"
+      the queries and the MLP of all patch tokens. The feature stays the same. Scanned
+      blocks compute everything.
     fused_attention: attend by `jax.nn.dot_product_attention`: on NVIDIA GPUs, and with
       dtype "bfloat16", cuDNN's flash attention.
-    gather: applied to parameters where they are used, a block's within the block:
-      parameters that are split over devices become whole there. It must keep the
-      values. None leaves them alone, and initialisation needs None.
+    unshard: makes parameters that are sharded over devices whole where they are used, a
+      block's within the block. It must keep their values. None leaves them as they are,
+      and initialisation needs None.
   """
 
   width: int
@@ -97,15 +97,16 @@ class ViT(nn.Module):
   scan: bool = False
   skip_unread: bool = True
   fused_attention: bool = False
-  gather: Callable[[Any], Any] | None = None
+  unshard: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
     self._check()
     dtype = jnp.dtype(self.dtype)
     num_patches = (self.image_size // self.patch_size) ** 2
-    embedding = gathering(PatchEmbedding, self.gather)
-    self.embedding = embedding(self.width, self.patch_size, dtype)
+    self.embedding = unsharded(PatchEmbedding, self.unshard)(
+      self.width, self.patch_size, dtype
+    )
     self.pos_embedding = self.param(
       "pos_embedding",
       nn.initializers.normal(1 / self.width**0.5),
@@ -124,13 +125,12 @@ class ViT(nn.Module):
       remat=self.remat,
       scan=self.scan,
       num_read=1 if self.skip_unread and self.pool == "tok" else None,
-      gather=self.gather,
+      unshard=self.unshard,
       fused_attention=self.fused_attention,
       **block,
     )
     if self.pool == "map":
-      head = gathering(MAPHead, self.gather)
-      self.MAPHead_0 = head(**block, absorb=self.skip_unread)
+      self.MAPHead_0 = unsharded(MAPHead, self.unshard)(**block)
 
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
@@ -181,10 +181,10 @@ class ViT(nn.Module):
         f"build it with image_size={images.shape[1]}."
       )
     x = self.embedding(images)
-    positions = self.pos_embedding
-    if self.gather is not None:
-      positions = self.gather(positions)
-    return x + positions.astype(x.dtype)
+    pos_embedding = self.pos_embedding
+    if self.unshard is not None:
+      pos_embedding = self.unshard(pos_embedding)
+    return x + pos_embedding.astype(x.dtype)
 
   def encode(
     self, tokens: Float[Array, "b n d"], prompts: BlockPrompts | None = None

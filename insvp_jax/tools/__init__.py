@@ -1,4 +1,4 @@
-"""What is run by hand on a finished run; notebooks call the same functions."""
+"""Command-line tools for finished runs; notebooks call the same functions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def run_tool(main: Callable[[], None]) -> int:
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-  """Returns the image files that are named, or lie in the folders that are named.
+  """Returns the image files among the paths and in the folders among them.
 
   Raises:
     FileNotFoundError: a path does not exist.
@@ -33,27 +33,27 @@ def find_images(paths: Sequence[str]) -> list[Path]:
   """
   from insvp_jax.data.decode import IMAGE_SUFFIXES
 
-  found = []
+  images = []
   for path in map(Path, paths):
     if not path.exists():
       raise FileNotFoundError(f"there is no image file or folder {path}.")
     if not path.is_dir():
-      found.append(path)
+      images.append(path)
       continue
-    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not inside:
+    in_folder = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not in_folder:
       raise ValueError(
         f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})."
       )
-    found.extend(inside)
-  return found
+    images.extend(in_folder)
+  return images
 
 
 def task_data(run: Any) -> Any:
-  """Returns the `TaskData` of a run's own task; its data have to be where they were.
+  """Returns the `TaskData` of the run's task; its data have to be where they were.
 
   Raises:
-    ValueError, FileNotFoundError: the data are not to be had; see the message.
+    ValueError, FileNotFoundError: the data cannot be read; see the message.
   """
   from ml_collections import ConfigDict
 
@@ -65,7 +65,7 @@ def task_data(run: Any) -> Any:
 
 
 def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
-  """Returns some test images of the run's own task, with their class names.
+  """Returns random test images of the run's task, with their class names.
 
   Args:
     run: from `load_run`; its data have to be where they were.
@@ -77,7 +77,7 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
     "test" or, in a task without one, of "val" or "train".
 
   Raises:
-    ValueError, FileNotFoundError: the data are not to be had; see the message.
+    ValueError, FileNotFoundError: the data cannot be read; see the message.
   """
   import numpy as np
 
@@ -87,5 +87,5 @@ def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   name = next(name for name in ("test", "val", "train") if name in data.splits)
   split = data.splits[name]
   rng = np.random.default_rng(seed)
-  chosen = splits.to_memory(split, rng.permutation(len(split))[:count])
-  return chosen.images, [data.class_names[label] for label in chosen.labels]
+  sample = splits.to_memory(split, rng.permutation(len(split))[:count])
+  return sample.images, [data.class_names[label] for label in sample.labels]

@@ -1,8 +1,8 @@
-"""Prints a run's accuracy and loss on the splits of its own task.
+"""Prints a run's accuracy and loss on the splits of its task.
 
 python -m insvp_jax.tools.evaluate --run=runs/folder/insvp/seed0 --splits train_val test
 
-To look at, not to choose by: what is chosen by the test split is no test result.
+Not to select by: a result on the test split that selected something is no test result.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 
 from insvp_jax import tools
 
-CHUNK = 256  # images in memory at a time
+CHUNK_SIZE = 256  # images in memory at a time
 
 
 def evaluate_split(run: Any, split: Any) -> dict[str, float | int]:
@@ -22,23 +22,23 @@ def evaluate_split(run: Any, split: Any) -> dict[str, float | int]:
 
   Args:
     run: from `load_run`.
-    split: of images at the stored size of the run's preset; a large one is read
-      piece by piece.
+    split: of images at the stored size of the run's preset; read chunk by chunk.
   """
-  positions = np.arange(len(split))
-  chunks = [positions[i : i + CHUNK] for i in range(0, len(split), CHUNK)]
-  correct, nats = 0, 0.0
+  indices = np.arange(len(split))
+  chunks = [indices[i : i + CHUNK_SIZE] for i in range(0, len(split), CHUNK_SIZE)]
+  num_correct, total_loss = 0, 0.0
   for chunk, images in zip(chunks, split.read(chunks), strict=True):
-    # The stored size already: what `Run.predict` resizes stays as it is.
+    # They have the stored size already, so `Run.predict` does not resize them.
     probabilities = run.predict(images)
     labels = split.labels[chunk]
-    own = probabilities[np.arange(len(chunk)), labels]
-    correct += int(np.sum(probabilities.argmax(axis=1) == labels))
+    num_correct += int(np.sum(probabilities.argmax(axis=1) == labels))
+    of_label = probabilities[np.arange(len(chunk)), labels]
     # float32 underflows to 0 beyond 100 nats.
-    nats += float(np.sum(-np.log(np.maximum(own, np.finfo(np.float32).tiny))))
+    of_label = np.maximum(of_label, np.finfo(np.float32).tiny)
+    total_loss += float(np.sum(-np.log(of_label)))
   return {
-    "accuracy": correct / len(split),
-    "loss": nats / len(split),
+    "accuracy": num_correct / len(split),
+    "loss": total_loss / len(split),
     "num_examples": len(split),
   }
 
@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
           f"{', '.join(data.splits)}."
         )
     for name in args.splits:
-      found = evaluate_split(run, data.splits[name])
+      metrics = evaluate_split(run, data.splits[name])
       print(
-        f"{name}: accuracy {100 * found['accuracy']:.2f}%, loss {found['loss']:.3f} "
-        f"nats, {found['num_examples']} images",
+        f"{name}: accuracy {100 * metrics['accuracy']:.2f}%, loss "
+        f"{metrics['loss']:.3f} nats, {metrics['num_examples']} images",
         flush=True,
       )
 

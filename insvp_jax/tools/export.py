@@ -2,9 +2,9 @@
 
 python -m insvp_jax.tools.export --run=runs/pretrain --output=backbone.npz
 
-Beside it goes backbone.json: the sizes that `create_model` needs, where the backbone
-comes from and what it reached. With --output=insvp_jax/assets/boxed.npz it becomes
-the backbone in the box.
+It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
+trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
+backbone in the box.
 """
 
 import argparse
@@ -25,22 +25,22 @@ def export_backbone(
     run: from `load_run`.
     output: path of the .npz.
     dtype: of the stored values, "float32" or "float16" (half the size).
-    command: that trained the run, for the record.
+    command: that trained the run; it is stored in the description.
 
   Raises:
     ValueError: unknown dtype, or values that float16 cannot hold.
     OSError: the files cannot be written.
   """
   from insvp_jax.logs.writers import write_json
-  from insvp_jax.models.weights import load as weights_lib
+  from insvp_jax.models import weights
   from insvp_jax.models.weights.releases import ARCHITECTURE
 
-  weights_lib.save_backbone(run.params["backbone"], output, dtype=dtype)
+  weights.save_backbone(run.params["backbone"], output, dtype=dtype)
   vit = run.model.backbone
   result = run.result or {}
-  described = {field: getattr(vit, field) for field in ARCHITECTURE}
-  described |= {
-    "sha256": weights_lib.file_digest(output),
+  description = {field: getattr(vit, field) for field in ARCHITECTURE}
+  description |= {
+    "sha256": weights.file_digest(output),
     "dtype": dtype,
     "preset": run.preset.name,
     "trained_on": run.meta["task"],
@@ -52,8 +52,8 @@ def export_backbone(
     "command": command,
     "versions": run.meta["versions"],
   }
-  write_json(output.with_suffix(".json"), described)
-  return described
+  write_json(output.with_suffix(".json"), description)
+  return description
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from insvp_jax.run import load_run
 
     run = load_run(args.run)
-    described = export_backbone(
+    description = export_backbone(
       run, args.output, dtype=args.dtype, command=args.command
     )
     size = args.output.stat().st_size / 2**20
-    print(f"{args.output}: {size:.2f} MiB, sha256 {described['sha256']}")
+    print(f"{args.output}: {size:.2f} MiB, sha256 {description['sha256']}")
 
   return tools.run_tool(work)
 

@@ -1,4 +1,4 @@
-"""Prints what a run takes images for.
+"""Prints a run's predictions for images.
 
 python -m insvp_jax.tools.predict --run=runs/folder photo.jpg more_photos/
 """
@@ -11,13 +11,13 @@ from typing import Any
 
 from insvp_jax import tools
 
-BATCH = 32  # images decoded at a time
+BATCH_SIZE = 32  # images decoded at a time
 
 
 def top_classes(
   run: Any, images: Sequence[Any], top: int = 5
 ) -> Iterator[list[tuple[str, float]]]:
-  """Yields for each image its most probable classes, the first one first.
+  """Yields for each image its most probable classes, the most probable one first.
 
   Args:
     run: from `load_run`.
@@ -27,15 +27,15 @@ def top_classes(
   Yields:
     Pairs of class name and probability in [0, 1].
   """
-  for start in range(0, len(images), BATCH):
-    for row in run.predict(images[start : start + BATCH]):
+  for start in range(0, len(images), BATCH_SIZE):
+    for probabilities in run.predict(images[start : start + BATCH_SIZE]):
       # Stable, so that ties go to the first class.
-      order = (-row).argsort(kind="stable")[:top]
-      yield [(run.class_names[i], float(row[i])) for i in order]
+      labels = (-probabilities).argsort(kind="stable")[:top]
+      yield [(run.class_names[i], float(probabilities[i])) for i in labels]
 
 
 def format_classes(path: Path, classes: Sequence[tuple[str, float]]) -> str:
-  """Returns the path and below it a line for each class."""
+  """Returns the path, and on lines of their own the classes."""
   lines = [f"  {100 * probability:5.1f}%  {name}" for name, probability in classes]
   return "\n".join([str(path), *lines])
 
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from insvp_jax.run import load_run
 
     run = load_run(args.run, backbone=args.backbone)
-    found = top_classes(run, paths, args.top)
-    for path, classes in zip(paths, found, strict=True):
+    predictions = top_classes(run, paths, args.top)
+    for path, classes in zip(paths, predictions, strict=True):
       print(format_classes(path, classes), flush=True)
 
   return tools.run_tool(work)

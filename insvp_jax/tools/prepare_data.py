@@ -1,4 +1,4 @@
-"""Downloads and prepares published data sets, or says what each of them takes.
+"""Downloads and prepares published data sets, or reports what each of them needs.
 
 python -m insvp_jax.tools.prepare_data --list
 python -m insvp_jax.tools.prepare_data --task=vtab --data_dir=datasets --check
@@ -18,14 +18,14 @@ from typing import Any
 
 from insvp_jax import tools
 
-# What this package needs is imported late, so that a wrong flag costs no start-up time.
+# The package's modules are imported late, so that a wrong flag costs no start-up time.
 
 
-def choose(names: Sequence[str]) -> list[Any]:
-  """Returns the rows of `TASKS` that names of tasks and groups stand for, each once.
+def select_tasks(names: Sequence[str]) -> list[Any]:
+  """Returns the rows of `TASKS` for names of tasks and groups, each once.
 
   Args:
-    names: keys of `TASKS` and `GROUPS`, or "all"; several between commas too.
+    names: keys of `TASKS` and `GROUPS`, or "all"; or several joined by commas.
 
   Raises:
     ValueError: an unknown name.
@@ -34,18 +34,19 @@ def choose(names: Sequence[str]) -> list[Any]:
   from insvp_jax.data.tasks import GROUPS, TASKS
 
   known = {name: (name,) for name in TASKS} | GROUPS | {"all": tuple(TASKS)}
-  single = [part for name in names for part in name.split(",") if part]
-  found = [name for part in single for name in trees.lookup(known, part, "task")]
-  return [TASKS[name] for name in dict.fromkeys(found)]
+  parts = [part for name in names for part in name.split(",") if part]
+  tasks = [name for part in parts for name in trees.lookup(known, part, "task")]
+  return [TASKS[name] for name in dict.fromkeys(tasks)]
 
 
-def make_ready(task: Any, places: Any, tried: dict[str, str]) -> Any:
-  """Returns the task's state after TFDS has prepared it, where that is possible.
+def make_ready(task: Any, places: Any, errors: dict[str, str]) -> Any:
+  """Prepares a task by TFDS, where that is possible, and returns its state.
 
   Args:
     task: a row of the table.
-    places: where data lie and go.
-    tried: {TFDS builder: what went wrong}, filled here: tasks share data sets.
+    places: the folders of the data.
+    errors: {TFDS builder: what went wrong, or ""} of those that were tried; added to
+      here, since tasks share data sets.
   """
   from insvp_jax.data import availability, downloads
 
@@ -53,26 +54,26 @@ def make_ready(task: Any, places: Any, tried: dict[str, str]) -> Any:
   if state.status != "downloadable":
     return state
   spec = downloads.prepared_spec(task)
-  if spec not in tried:
+  if spec not in errors:
     print(f"{task.name}: preparing: {state.text}", flush=True)
-    tried[spec] = availability.prepare_task(state, places)
-  if tried[spec]:
-    return dataclasses.replace(state, status="failed", text=tried[spec])
+    errors[spec] = availability.prepare_task(state, places)
+  if errors[spec]:
+    return dataclasses.replace(state, status="failed", text=errors[spec])
   return availability.check_task(task, places)
 
 
 def describe_splits(data: Any) -> Iterator[str]:
-  """Yields a line for each split: its images, and how they spread over classes."""
+  """Yields a line for each split: its images, and how many there are of a class."""
   import numpy as np
 
   from insvp_jax.data.availability import class_counts
 
   for name, split in data.splits.items():
     counts = class_counts(data, name)
-    there = counts[counts > 0]
+    counts = counts[counts > 0]
     yield (
-      f"{name}: {len(split)} images of {len(there)} of {data.num_classes} classes, "
-      f"smallest {there.min()}, median {np.median(there):g}, largest {there.max()}"
+      f"{name}: {len(split)} images of {len(counts)} of {data.num_classes} classes, "
+      f"smallest {counts.min()}, median {np.median(counts):g}, largest {counts.max()}"
     )
 
 
@@ -80,17 +81,17 @@ def table(tasks: Sequence[Any]) -> Iterator[str]:
   """Yields the lines of a table of tasks."""
   from insvp_jax.data import downloads
 
-  head = "task group classes train val test subsets read_from by_hand".split()
-  rows = [[name.replace("_", " ") for name in head]]
+  titles = "task group classes train val test subsets read_from by_hand".split()
+  rows = [[title.replace("_", " ") for title in titles]]
   for task in tasks:
     subset = task.subset()
     group = task.group if task.group == task.benchmark else f"vtab {task.group}"
-    places = [task.spec] if task.spec else []
-    places += [f"{task.folder_format} folder"] if task.folder_format else []
-    numbers = [task.num_classes, subset.train, subset.val, task.num_test]
+    sources = [task.spec] if task.spec else []
+    sources += [f"{task.folder_format} folder"] if task.folder_format else []
+    counts = [task.num_classes, subset.train, subset.val, task.num_test]
     rows.append(
-      [task.name, group, *map(str, numbers), ", ".join(task.subsets)]
-      + [" or ".join(places), downloads.fetched_by_hand(task)]
+      [task.name, group, *map(str, counts), ", ".join(task.subsets)]
+      + [" or ".join(sources), downloads.fetched_by_hand(task)]
     )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for row in rows:
@@ -113,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--lists", default="", help="folder of VPT's lists")
   parser.add_argument("--subset", default="", help="which training images")
   parser.add_argument("--manual_dir", default="", help="of files fetched by hand")
-  what = parser.add_mutually_exclusive_group()
-  what.add_argument("--check", action="store_true", help="report, download nothing")
-  what.add_argument("--list", action="store_true", help="print the table of tasks")
-  what.add_argument(
+  action = parser.add_mutually_exclusive_group()
+  action.add_argument("--check", action="store_true", help="report, download nothing")
+  action.add_argument("--list", action="store_true", help="print the table of tasks")
+  action.add_argument(
     "--list-indices",
     action="store_true",
     help="print which rows of the original files the splits are",
@@ -143,12 +144,12 @@ def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
   places = availability.Locations(
     args.data_dir, args.root, args.lists, args.subset, args.manual_dir
   )
-  statuses, tried = [], {}
+  statuses, errors = [], {}
   for task in tasks:
     if args.check:
       state = availability.check_task(task, places)
     else:
-      state = make_ready(task, places, tried)
+      state = make_ready(task, places, errors)
     print(state.summary(), flush=True)
     for line in describe_splits(state.data) if state.ready else ():
       print(f"  {line}")
@@ -164,9 +165,9 @@ def _print_rows(args: argparse.Namespace, tasks: Sequence[Any]) -> None:
   from insvp_jax.data import original_rows
 
   splits = args.split or ["train", "val"]
-  if wrong := [name for name in splits if name not in original_rows.SPLITS]:
+  if unknown := [name for name in splits if name not in original_rows.SPLITS]:
     known = ", ".join(original_rows.SPLITS)
-    raise ValueError(f"--split has {wrong[0]!r}, expected some of {known}.")
+    raise ValueError(f"--split has {unknown[0]!r}, expected some of {known}.")
   for task in tasks:
     for split in splits:
       source, rows = original_rows.rows_of_split(task, split, args.subset)
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def work() -> None:
     nonlocal all_ready
-    tasks = choose(args.task or ["all"])
+    tasks = select_tasks(args.task or ["all"])
     if args.list:
       print("\n".join(table(tasks)))
     elif args.list_indices:

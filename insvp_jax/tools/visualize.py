@@ -4,7 +4,7 @@
   python -m insvp_jax.tools.visualize --run=runs/folder --images photos/ one.jpg
 
 Prompts are signed and small, so each is stretched to the full range around grey;
-the number on it is its largest absolute value, in grey levels of 255.
+the number below it is its largest absolute value, in grey levels of 255.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from insvp_jax import tools
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
-INCHES = 1.9  # side of one panel
+PANEL_INCHES = 1.9
 
 
 def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None) -> Any:
@@ -29,7 +29,7 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   Args:
     run: from `load_run`, of a method that prompts images.
     images: as for `Run.predict`; a few, since each gets a row.
-    labels: the images' true class names, to be written beside them.
+    labels: the images' true class names, written beside them.
 
   Returns:
     A `matplotlib.figure.Figure`; it belongs to no window.
@@ -37,8 +37,8 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   Raises:
     ValueError: the method makes no image prompts.
   """
-  found = {k: v for k, v in run.prompts(images).items() if k in TITLES}
-  if not found:
+  prompts = {k: v for k, v in run.prompts(images).items() if k in TITLES}
+  if not prompts:
     raise ValueError(
       f"the method {run.meta.get('method')!r} makes no image prompts, so there is "
       "nothing to draw; a run of 'insvp' does."
@@ -46,27 +46,29 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   from matplotlib.figure import Figure
 
   probabilities = run.predict(images)
-  plain = run.to_pixels(run.preprocess(images))
-  prompted = run.to_pixels(run.prompted(images))
-  names = [name for name in TITLES if name in found]
-  columns, rows = len(names) + 2, len(plain)
-  figure = Figure(figsize=(columns * INCHES, rows * INCHES + 0.4), layout="constrained")
+  pixels = run.to_pixels(run.preprocess(images))
+  prompted_pixels = run.to_pixels(run.prompted(images))
+  names = [name for name in TITLES if name in prompts]
+  columns, rows = len(names) + 2, len(pixels)
+  size = (columns * PANEL_INCHES, rows * PANEL_INCHES + 0.4)
+  figure = Figure(figsize=size, layout="constrained")
   axes = figure.subplots(rows, columns, squeeze=False)
   for i, row in enumerate(axes):
-    _show(row[0], plain[i], "image" if i == 0 else "")
-    best = int(probabilities[i].argmax())
-    said = f"{run.class_names[best]} {100 * probabilities[i, best]:.0f}%"
+    _show(row[0], pixels[i], "image" if i == 0 else "")
+    predicted = int(probabilities[i].argmax())
+    text = f"{run.class_names[predicted]} {100 * probabilities[i, predicted]:.0f}%"
     if labels is not None:
-      said += f"\n(is {labels[i]})"
-    # No mathematics: a class name may hold a dollar sign.
-    row[0].set_ylabel(said, parse_math=False, fontsize=9)
+      text += f"\n(is {labels[i]})"
+    # Not parsed as mathematics: a class name may hold a dollar sign.
+    row[0].set_ylabel(text, parse_math=False, fontsize=9)
     for axis, name in zip(row[1:-1], names, strict=True):
-      levels = found[name][i] * np.asarray(run.preset.std) * 255
+      # Prompts are added to normalised images; in grey levels of 255.
+      levels = prompts[name][i] * np.asarray(run.preset.std) * 255
       largest = float(np.abs(levels).max())
-      shown = 0.5 + levels / (2 * max(largest, 1e-6))
-      _show(axis, shown, TITLES[name] if i == 0 else "")
+      stretched = 0.5 + levels / (2 * max(largest, 1e-6))
+      _show(axis, stretched, TITLES[name] if i == 0 else "")
       axis.set_xlabel(f"± {largest:.3g} of 255", fontsize=8)
-    _show(row[-1], prompted[i], "prompted image" if i == 0 else "")
+    _show(row[-1], prompted_pixels[i], "prompted image" if i == 0 else "")
   return figure
 
 
@@ -74,7 +76,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
   """Writes a figure to a file that is either complete or not there at all.
 
   Raises:
-    ValueError: the file's ending is no format that can be written.
+    ValueError: the file's ending is not one of `FORMATS`.
     OSError: the disk is full or read-only.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -91,10 +93,10 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
 
 
 def check_format(path: Path) -> None:
-  """Checks that a figure can be written to a file of this name.
+  """Checks that a file's ending is one of `FORMATS`.
 
   Raises:
-    ValueError: it cannot; the message lists the endings that can.
+    ValueError: it is not; the message lists them.
   """
   if path.suffix.lower() not in FORMATS:
     raise ValueError(
@@ -103,10 +105,10 @@ def check_format(path: Path) -> None:
     )
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-  """Returns at most `count` items, evenly spread.
+def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+  """Returns at most `count` items at even distances.
 
-  The first images of a folder are all of one class.
+  The first images of a folder would all be of one class.
   """
   count = min(count, len(items))
   return [items[i * len(items) // count] for i in range(count)]
@@ -128,17 +130,17 @@ def draw(
   Args:
     run: from `load_run`.
     path: the figure's file.
-    images: evenly many of these are shown; test images of the run's own task,
-      with their classes, if there are none.
+    images: of these some at even distances are shown; if there are none, test images
+      of the run's task, with their classes.
     rows: how many images at most.
 
   Raises:
     ValueError, OSError: as `prompt_figure` and `save_figure`.
   """
-  chosen, labels = spread(images, rows), None
+  shown, labels = evenly_spaced(images, rows), None
   if not images:
-    chosen, labels = tools.task_images(run, rows)
-  save_figure(prompt_figure(run, chosen, labels=labels), path)
+    shown, labels = tools.task_images(run, rows)
+  save_figure(prompt_figure(run, shown, labels=labels), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,8 +21,8 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.models import mimetic
+from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
-from insvp_jax.models.weights import load as weights_lib
 
 
 @flax.struct.dataclass

@@ -24,14 +24,14 @@ def value_and_grads(function, *args):
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 7), (4, 7), (5, 6), (4, 6)])
-def test_filled_up_sequences_attend_as_they_are(num_queries, num_keys):
+def test_padded_sequences_attend_as_they_are(num_queries, num_keys):
   q, k, v = tokens(num_queries, 0), tokens(num_keys, 1), tokens(num_keys, 2)
 
-  def even(q, k, v):
-    return layers.attend_even(q, k, v, "xla")
+  def padded(q, k, v):
+    return layers.attend_padded(q, k, v, "xla")
 
   expected = value_and_grads(layers.attend, q, k, v)
-  for function in (even, layers.attend_fused):
+  for function in (padded, layers.attend_fused):
     found = value_and_grads(function, q, k, v)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

@@ -7,7 +7,7 @@ import pytest
 
 from insvp_jax import trees
 from insvp_jax.methods.base import BlockPrompts
-from insvp_jax.models import encoder, layers, vit
+from insvp_jax.models import encoder, vit
 
 SIZES = {"width": 16, "depth": 3, "mlp_dim": 24, "num_heads": 2}
 
@@ -179,29 +179,6 @@ def test_tokens_that_nobody_reads_change_nothing(blocks, scan, remat):
     assert_all_near(outputs(1), outputs(None))
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
-@pytest.mark.parametrize("batch", [None, 1, 2])
-def test_attention_to_the_tokens_themselves(batch, num_queries):
-  """Output and gradients of parameters, queries, keys and context."""
-  with jax.enable_x64():
-    queries = randomised(jnp.zeros((2, num_queries, 8)), 1)
-    keys = randomised(jnp.zeros((2, 5, 8)), 2)
-    context = None if batch is None else randomised(jnp.zeros((batch, 3, 8)), 3)
-
-    def outputs(absorb):
-      model = layers.Attention(2, jnp.float64, absorb)
-      shapes = jax.eval_shape(model.init, jax.random.key(0), queries, keys, context)
-
-      def loss(params, *args):
-        out = model.apply(params, *args)
-        return jnp.sum(jnp.sin(out)), out
-
-      gradient = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
-      return jax.jit(gradient)(randomised(shapes), queries, keys, context)
-
-    assert_all_near(outputs(True), outputs(False))
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("scan", [False, True])
 def test_few_blocks_and_unread_tokens(scan, depth):
@@ -219,7 +196,7 @@ def flops(model, size):
 
 
 @pytest.mark.parametrize(
-  ("pool", "least", "most"), [("tok", 0.1, 0.2), ("gap", 1, 1), ("map", 0.5, 0.95)]
+  ("pool", "least", "most"), [("tok", 0.25, 0.3), ("gap", 1, 1), ("map", 1, 1)]
 )
 def test_the_last_block_computes_what_the_pool_reads(pool, least, most):
   fields = {"pool": pool, "depth": 1, "image_size": 32}

@@ -18,10 +18,10 @@ import pytest
 import scipy.ndimage
 
 from insvp_jax import trees
+from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import ViT, decode_variant
 from insvp_jax.models.weights import downloads, npz, positions, releases
-from insvp_jax.models.weights import load as weights_lib
 from insvp_jax.models.weights.releases import Release
 
 SIZES = {
@@ -79,7 +79,7 @@ def write(path, leaves):
 def load(path, model, **kwargs):
   """Returns (flat leaves, report)."""
   reports = []
-  params = weights_lib.load_backbone(path, model, report=reports.append, **kwargs)
+  params = weights.load_backbone(path, model, report=reports.append, **kwargs)
   return trees.flatten(params), reports[0]
 
 
@@ -110,7 +110,7 @@ def test_golden_encoding_through_the_loader(
   path = write(tmp_path / "ViT.npz", drawn)
   fields = {k: v for k, v in config["vit"].items() if k != "num_classes"}
   vit = ViT(**fields, scan=scan, skip_unread=skip_unread)
-  params = weights_lib.load_backbone(path, vit)
+  params = weights.load_backbone(path, vit)
   size = config["vit"]["image_size"]
   images = jnp.asarray(recipe.images((config["batch"], size, size, 3), config["seed"]))
   with jax.default_matmul_precision("highest"):
@@ -235,7 +235,7 @@ def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
   )
   lines = []
   path = write(tmp_path / "ViT.npz", to_original(leaves))
-  weights_lib.load_backbone(path, make_vit(image_size=24))
+  weights.load_backbone(path, make_vit(image_size=24))
   (text,) = lines
   assert "\n" not in text
   for part in (
@@ -440,7 +440,7 @@ def test_save_and_load(tmp_path, leaves, scan, dtype):
   vit = make_vit(scan=scan)
   params = trees.unflatten(npz.stack(leaves) if scan else leaves)
   path = tmp_path / "deeper" / "x.npz"
-  weights_lib.save_backbone(jax.tree.map(jnp.asarray, params), path, dtype=dtype)
+  weights.save_backbone(jax.tree.map(jnp.asarray, params), path, dtype=dtype)
   with np.load(path, allow_pickle=False) as file:
     assert sorted(file.files) == sorted(leaves)
     assert {str(file[name].dtype) for name in file.files} == {dtype}
@@ -449,8 +449,8 @@ def test_save_and_load(tmp_path, leaves, scan, dtype):
   assert_same(got, rounded)
   assert report.layout == "big_vision's names"
   again = tmp_path / "again.npz"
-  weights_lib.save_backbone(trees.unflatten(got), again, dtype=dtype)
-  assert weights_lib.file_digest(again) == weights_lib.file_digest(path)
+  weights.save_backbone(trees.unflatten(got), again, dtype=dtype)
+  assert weights.file_digest(again) == weights.file_digest(path)
 
 
 def params_flat(params):
@@ -459,7 +459,7 @@ def params_flat(params):
 
 def test_bfloat16_parameters_are_written_as_float32(tmp_path, leaves):
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), trees.unflatten(leaves))
-  weights_lib.save_backbone(params, tmp_path / "x.npz")
+  weights.save_backbone(params, tmp_path / "x.npz")
   got, _ = load(tmp_path / "x.npz", make_vit())
   assert_same(got, {n: np.asarray(v, np.float32) for n, v in params_flat(params)})
 
@@ -468,13 +468,13 @@ def test_save_refuses_what_it_cannot_hold(tmp_path, leaves):
   params = trees.unflatten(leaves)
   path = tmp_path / "x.npz"
   with pytest.raises(ValueError, match="'bfloat16', expected 'float32'"):
-    weights_lib.save_backbone(params, path, dtype="bfloat16")
+    weights.save_backbone(params, path, dtype="bfloat16")
   with pytest.raises(ValueError, match=r"pass params\['backbone'\]"):
-    weights_lib.save_backbone({"backbone": params}, path)
+    weights.save_backbone({"backbone": params}, path)
   large = trees.unflatten(leaves | {"cls": np.full((1, 1, 8), 1e5, np.float32)})
   with pytest.raises(ValueError, match="'cls'.*too large for float16"):
-    weights_lib.save_backbone(large, path, dtype="float16")
-  weights_lib.save_backbone(large, path)
+    weights.save_backbone(large, path, dtype="float16")
+  weights.save_backbone(large, path)
   assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
@@ -488,7 +488,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, leaves):
 
   monkeypatch.setattr(np, "savez", interrupted)
   with pytest.raises(KeyboardInterrupt):
-    weights_lib.save_backbone(trees.unflatten(leaves), path)
+    weights.save_backbone(trees.unflatten(leaves), path)
   assert path.read_bytes() == b"old"
   assert list(tmp_path.iterdir()) == [path]
 
@@ -560,11 +560,11 @@ def test_download_is_cached(tmp_path, published, leaves):
   got, _ = load("tiny", make_vit())
   assert_same(got, leaves)
   published.unlink()
-  path = weights_lib.resolve("tiny")
+  path = weights.resolve("tiny")
   assert path.is_relative_to(tmp_path / "cache") and path.name == "server.npz"
   assert cached_files(tmp_path) == [path]
   with pytest.raises(FileNotFoundError):
-    weights_lib.resolve("tiny", cache_dir=tmp_path / "elsewhere")
+    weights.resolve("tiny", cache_dir=tmp_path / "elsewhere")
 
 
 def test_a_url_is_cached_too(tmp_path, published, monkeypatch):
@@ -576,11 +576,11 @@ def test_a_url_is_cached_too(tmp_path, published, monkeypatch):
 
   real = downloads.urllib.request.urlopen
   monkeypatch.setattr(downloads.urllib.request, "urlopen", answer)
-  path = weights_lib.resolve("gs://some_bucket/a+b/x.npz")
+  path = weights.resolve("gs://some_bucket/a+b/x.npz")
   assert opened == ["https://storage.googleapis.com/some_bucket/a%2Bb/x.npz"]
   assert path == tmp_path / "cache" / "some_bucket" / "a+b" / "x.npz"
-  assert weights_lib.resolve(opened[0]) == path
-  other = weights_lib.resolve("https://example.org/../y.npz")
+  assert weights.resolve(opened[0]) == path
+  other = weights.resolve("https://example.org/../y.npz")
   assert other == tmp_path / "cache" / "example.org" / "y.npz"
   assert len(opened) == 2
 
@@ -592,7 +592,7 @@ def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
   monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
   monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
   with pytest.raises(FileNotFoundError) as caught:
-    weights_lib.resolve("vit_b16_i21k")
+    weights.resolve("vit_b16_i21k")
   text = str(caught.value)
   url = "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
   target = tmp_path / "cache" / "vit_models" / "imagenet21k" / "ViT-B_16.npz"
@@ -601,7 +601,7 @@ def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
   assert cached_files(tmp_path) == []
   # The advice works.
   target.write_bytes(b"put by hand")
-  assert weights_lib.resolve("vit_b16_i21k") == target
+  assert weights.resolve("vit_b16_i21k") == target
 
 
 def test_cache_is_below_home_by_default(monkeypatch, tmp_path):
@@ -610,7 +610,7 @@ def test_cache_is_below_home_by_default(monkeypatch, tmp_path):
   target = tmp_path / ".cache/insvp_jax/vit_models/imagenet21k/ViT-L_32.npz"
   target.parent.mkdir(parents=True)
   target.write_bytes(b"x")
-  assert weights_lib.resolve("vit_l32_i21k") == target
+  assert weights.resolve("vit_l32_i21k") == target
 
 
 class BrokenResponse(io.BytesIO):
@@ -636,23 +636,23 @@ def test_broken_connection_leaves_nothing(tmp_path, published, monkeypatch):
 
   monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(None))
   with pytest.raises(FileNotFoundError, match=f"after 100 of {len(data)} bytes"):
-    weights_lib.resolve("tiny")
+    weights.resolve("tiny")
   monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(KeyboardInterrupt()))
   with pytest.raises(KeyboardInterrupt):
-    weights_lib.resolve("tiny")
+    weights.resolve("tiny")
   assert cached_files(tmp_path) == []
   monkeypatch.undo()
 
 
 def test_debris_of_a_killed_download_is_removed(tmp_path, published, monkeypatch):
-  path = weights_lib.resolve("tiny")
+  path = weights.resolve("tiny")
   path.unlink()
   dead = path.with_name(f".{path.name}.0123456789ab.part")
   running = path.with_name(f".{path.name}.ba9876543210.part")
   dead.write_bytes(b"half")
   running.write_bytes(b"half")
   os.utime(dead, (0, 0))
-  assert weights_lib.resolve("tiny") == path
+  assert weights.resolve("tiny") == path
   assert path.read_bytes() == published.read_bytes()
   assert set(cached_files(tmp_path)) == {path, running}
 
@@ -664,28 +664,28 @@ def test_two_downloads_at_once(tmp_path, published, monkeypatch):
   def slow(url, timeout):
     # While this download runs, another process starts and finishes its own.
     monkeypatch.setattr(downloads.urllib.request, "urlopen", real)
-    others.append(weights_lib.resolve("tiny"))
+    others.append(weights.resolve("tiny"))
     return real(url, timeout=timeout)
 
   monkeypatch.setattr(downloads.urllib.request, "urlopen", slow)
-  assert [weights_lib.resolve("tiny")] == others
+  assert [weights.resolve("tiny")] == others
   assert others[0].read_bytes() == published.read_bytes()
   assert cached_files(tmp_path) == others
 
 
 def test_digest_of_a_download_is_checked(tmp_path, published, monkeypatch):
-  digest = weights_lib.file_digest(published)
+  digest = weights.file_digest(published)
   url = published.as_uri()
   good, bad = Release("mu/4", url, sha256=digest), Release("mu/4", url, sha256="0" * 64)
   monkeypatch.setitem(releases.RELEASES, "tiny", bad)
   with pytest.raises(ValueError, match=f"sha256 {digest}, expected 0000"):
-    weights_lib.resolve("tiny")
+    weights.resolve("tiny")
   assert cached_files(tmp_path) == []
   monkeypatch.setitem(releases.RELEASES, "tiny", good)
-  path = weights_lib.resolve("tiny")
+  path = weights.resolve("tiny")
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(ValueError, match="Delete it"):
-    weights_lib.resolve("tiny")
+    weights.resolve("tiny")
 
 
 def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
@@ -693,27 +693,27 @@ def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
   blocked.write_bytes(b"")
   monkeypatch.setenv("INSVP_CACHE", str(blocked))
   with pytest.raises(FileNotFoundError, match="INSVP_CACHE"):
-    weights_lib.resolve("tiny")
+    weights.resolve("tiny")
 
 
 def test_unknown_names_and_paths(tmp_path):
   with pytest.raises(ValueError, match="Did you mean 'vit_b16_i21k'"):
-    weights_lib.resolve("vit_b16_i2k")
+    weights.resolve("vit_b16_i2k")
   with pytest.raises(ValueError, match="Did you mean 'augreg_b8_i21k'"):
-    weights_lib.architecture_of("augreg_b8_i21")
+    weights.architecture_of("augreg_b8_i21")
   with pytest.raises(ValueError, match="neither a file nor the name"):
-    weights_lib.resolve("")
+    weights.resolve("")
   for missing in ("nowhere.npz", tmp_path / "x.npz", "./x", "~/x"):
     with pytest.raises(FileNotFoundError, match="there is no file /"):
-      weights_lib.resolve(missing)
+      weights.resolve(missing)
   with pytest.raises(FileNotFoundError, match="is a directory"):
-    weights_lib.resolve(tmp_path)
+    weights.resolve(tmp_path)
 
 
 def test_local_file_comes_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "boxed").write_bytes(b"x")
-  assert weights_lib.resolve("boxed").read_bytes() == b"x"
+  assert weights.resolve("boxed").read_bytes() == b"x"
 
 
 # The table
@@ -730,7 +730,7 @@ def test_releases_are_consistent():
     assert release.preset == "[-1,1]"
     if release.url:
       assert release.url.startswith("gs://") and release.url.endswith(".npz")
-      vit = ViT(**weights_lib.architecture_of(name))
+      vit = ViT(**weights.architecture_of(name))
       assert vit.image_size == release.image_size and vit.pool == release.pool
       size, patch = release.variant.lower().split("/")
       assert f"{size}{patch}_" in name
@@ -740,7 +740,7 @@ def test_releases_are_consistent():
 
 
 def test_the_backbone_of_the_papers():
-  assert weights_lib.architecture_of("vit_b16_i21k") == {
+  assert weights.architecture_of("vit_b16_i21k") == {
     "width": 768,
     "depth": 12,
     "mlp_dim": 3072,
@@ -750,7 +750,7 @@ def test_the_backbone_of_the_papers():
     "pool": "tok",
     "gelu": "tanh",
   }
-  url = weights_lib.RELEASES["vit_b16_i21k"].url
+  url = weights.RELEASES["vit_b16_i21k"].url
   assert url == "gs://vit_models/imagenet21k/ViT-B_16.npz"
 
 
@@ -758,13 +758,11 @@ def test_the_backbone_of_the_papers():
 def assets(tmp_path, monkeypatch, leaves):
   """A complete packaged backbone; returns (folder, description)."""
   folder = tmp_path / "assets"
-  weights_lib.save_backbone(
-    trees.unflatten(leaves), folder / "boxed.npz", dtype="float16"
-  )
+  weights.save_backbone(trees.unflatten(leaves), folder / "boxed.npz", dtype="float16")
   described = SIZES | {
     "pool": "tok",
     "gelu": "tanh",
-    "sha256": weights_lib.file_digest(folder / "boxed.npz"),
+    "sha256": weights.file_digest(folder / "boxed.npz"),
     "test_accuracy": 0.5,
   }
   (folder / "boxed.json").write_text(json.dumps(described))
@@ -774,8 +772,8 @@ def assets(tmp_path, monkeypatch, leaves):
 
 def test_packaged_backbone(assets, leaves):
   folder, _ = assets
-  assert weights_lib.architecture_of("boxed") == SIZES | {"pool": "tok", "gelu": "tanh"}
-  assert weights_lib.resolve("boxed") == folder / "boxed.npz"
+  assert weights.architecture_of("boxed") == SIZES | {"pool": "tok", "gelu": "tanh"}
+  assert weights.resolve("boxed") == folder / "boxed.npz"
   model = create_model("boxed", "linear", num_classes=2)
   got, _ = load("boxed", model)
   assert_same(got, {n: v.astype(np.float16) for n, v in leaves.items()})
@@ -786,7 +784,7 @@ def test_packaged_backbone_of_another_digest(assets):
   described["sha256"] = "0" * 64
   (folder / "boxed.json").write_text(json.dumps(described))
   with pytest.raises(ValueError, match="expected 000.*Install"):
-    weights_lib.resolve("boxed")
+    weights.resolve("boxed")
 
 
 @pytest.mark.parametrize(
@@ -797,7 +795,7 @@ def test_unusable_description(assets, content, expected):
   folder, _ = assets
   (folder / "boxed.json").write_text(content)
   with pytest.raises(ValueError, match=expected):
-    weights_lib.architecture_of("boxed")
+    weights.architecture_of("boxed")
 
 
 @pytest.mark.parametrize("name", ["boxed.npz", "boxed.json"])
@@ -805,12 +803,12 @@ def test_incomplete_package(assets, name):
   folder, _ = assets
   (folder / name).unlink()
   with pytest.raises(FileNotFoundError, match=f"there is no .*{name}"):
-    weights_lib.resolve("boxed")
+    weights.resolve("boxed")
 
 
 def test_the_package_holds_its_backbone():
   if not (releases.ASSETS / "boxed.npz").is_file():
     pytest.skip("the packaged backbone has not been trained yet")
-  vit = ViT(**weights_lib.architecture_of("boxed"))
+  vit = ViT(**weights.architecture_of("boxed"))
   _, report = load("boxed", vit)
   assert report.missing == () and report.skipped == {} and report.changed == {}

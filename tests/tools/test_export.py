@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import make_run
 
 from insvp_jax import trees
-from insvp_jax.models.weights import load as weights_lib
+from insvp_jax.models import weights
 from insvp_jax.tools import export
 
 
@@ -16,12 +16,12 @@ def test_the_backbone_comes_back_as_it_was(tmp_path, capsys):
   output = tmp_path / "backbone.npz"
   command = ["--run", str(workdir), "--output", str(output), "--command", "train it"]
   assert export.main(command) == 0
-  loaded = weights_lib.load_backbone(str(output), model)
+  loaded = weights.load_backbone(str(output), model)
   expected = trees.flatten(params["backbone"])
   for name, leaf in trees.flatten(loaded).items():
     np.testing.assert_array_equal(leaf, expected[name])
   described = json.loads(output.with_suffix(".json").read_text())
-  assert described["sha256"] == weights_lib.file_digest(output)
+  assert described["sha256"] == weights.file_digest(output)
   assert described["sha256"] in capsys.readouterr().out
   assert described["width"] == model.backbone.width and described["depth"] == 2
   assert described["test_accuracy"] == 0.5 and described["command"] == "train it"

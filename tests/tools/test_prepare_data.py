@@ -147,7 +147,7 @@ def test_list_shows_what_a_task_is_and_what_it_takes(capsys):
 
 def test_names_groups_and_all_stand_for_each_task_once():
   def names(*chosen):
-    return [task.name for task in prepare_data.choose(chosen)]
+    return [task.name for task in prepare_data.select_tasks(chosen)]
 
   assert names("all") == list(TASKS)
   assert names("dmlab,vtab", "specialized") == [

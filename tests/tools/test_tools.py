@@ -162,6 +162,6 @@ def test_visualize_refuses_what_it_cannot_draw(workdir, photos, tmp_path, capsys
 
 
 def test_spread_takes_from_everywhere():
-  assert visualize.spread(list(range(10)), 3) == [0, 3, 6]
-  assert visualize.spread([1, 2], 5) == [1, 2]
-  assert visualize.spread([], 5) == []
+  assert visualize.evenly_spaced(list(range(10)), 3) == [0, 3, 6]
+  assert visualize.evenly_spaced([1, 2], 5) == [1, 2]
+  assert visualize.evenly_spaced([], 5) == []

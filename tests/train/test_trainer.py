@@ -478,9 +478,9 @@ def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkey
   rows = mesh_lib.batch_sharding(insvp.program.mesh)
   split["backbone"]["embedding"] = jax.device_put(params["backbone"]["embedding"], rows)
   preset = preprocess.get_preset("vtab")
-  expected = prompt_panels.prompt_panels(model, whole, test, preset, number=2)
+  expected = prompt_panels.prompt_panels(model, whole, test, preset, num_images=2)
   assert list(expected) == ["prompts/0", "prompts/1"]
-  found = prompt_panels.prompt_panels(model, split, test, preset, number=2)
+  found = prompt_panels.prompt_panels(model, split, test, preset, num_images=2)
   for name, pixels in expected.items():
     np.testing.assert_allclose(found[name], pixels, atol=1)
   monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -1,1 +1,17 @@
 """Pretrained weights: found, downloaded, read, checked and written."""
+
+from insvp_jax.models.weights.downloads import file_digest, resolve
+from insvp_jax.models.weights.load import load_backbone, save_backbone
+from insvp_jax.models.weights.releases import RELEASES, Release, architecture_of
+from insvp_jax.models.weights.report import LoadReport
+
+__all__ = [
+  "RELEASES",
+  "LoadReport",
+  "Release",
+  "architecture_of",
+  "file_digest",
+  "load_backbone",
+  "resolve",
+  "save_backbone",
+]

@@ -17,25 +17,9 @@ from insvp_jax import trees
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
 from insvp_jax.models.weights import npz, positions
-from insvp_jax.models.weights.downloads import atomic_file, file_digest, resolve
-from insvp_jax.models.weights.releases import (
-  RELEASES,
-  Release,
-  architecture_of,
-  release_of,
-)
-from insvp_jax.models.weights.report import LoadReport, some
-
-__all__ = [
-  "RELEASES",
-  "LoadReport",
-  "Release",
-  "architecture_of",
-  "file_digest",
-  "load_backbone",
-  "resolve",
-  "save_backbone",
-]
+from insvp_jax.models.weights.downloads import atomic_file, resolve
+from insvp_jax.models.weights.releases import Release, release_of
+from insvp_jax.models.weights.report import LoadReport, abbreviate
 
 
 def load_backbone(
@@ -50,18 +34,18 @@ def load_backbone(
   """Returns a model's backbone parameters from an `.npz` file.
 
   Reads the original release's files, big_vision's in both layouts, and what
-  `save_backbone` writes. The head and `pre_logits` are left out. An entry of the
-  class token in the position embedding is added to `cls`. A position embedding
-  of another resolution is resampled; nothing else is.
+  `save_backbone` writes. The head and `pre_logits` are left out. If the position
+  embedding has an entry for the class token, it is added to `cls`. A position
+  embedding of another resolution is resampled; nothing else is.
 
   Args:
     path_or_name: a path, a key of `RELEASES`, or a URL; see `resolve`.
     model: a `PromptedClassifier` or a `ViT`.
     report: called with the `LoadReport`; None logs it.
-    allow_missing: regular expressions over whole names; leaves that the file may
-      lack, which then are drawn anew with key 0.
-    allow_unused: regular expressions over whole names; leaves unknown to the model
-      that the file may hold, which then are skipped.
+    allow_missing: regular expressions over whole names: leaves that the file may
+      lack; they are initialized with key 0.
+    allow_unused: regular expressions over whole names: leaves that the file may hold
+      though the model does not know them; they are skipped.
     cache_dir: see `resolve`.
 
   Returns:
@@ -81,9 +65,9 @@ def load_backbone(
     changed = _fit_positions(leaves, skipped, vit, release)
     missing = _fit_leaves(leaves, skipped, vit, allow_missing, allow_unused)
   except ValueError as error:
-    held = _describe(npz.fields(file.leaves), vit)
-    raise ValueError(f"{path} does not fit the model: {error} {held}") from error
-  summary = LoadReport(
+    fields = _describe_fields(npz.fields(file.leaves), vit)
+    raise ValueError(f"{path} does not fit the model: {error} {fields}") from error
+  load_report = LoadReport(
     path=str(path),
     layout=file.layout,
     num_params=trees.count(leaves),
@@ -93,9 +77,9 @@ def load_backbone(
     missing=tuple(missing),
     notes=_notes(vit, release),
   )
-  (report or logging.info)(summary)
+  (report or logging.info)(load_report)
   if missing:
-    leaves |= _drawn(vit, missing)
+    leaves |= _init_leaves(vit, missing)
   return trees.unflatten(npz.stack(leaves) if vit.scan else leaves)
 
 
@@ -121,10 +105,10 @@ def save_backbone(
   if dtype not in ("float32", "float16"):
     raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float16'.")
   flat = trees.flatten(params_backbone)
-  if npz.MARK not in flat:
+  if npz.EMBEDDING not in flat:
     raise ValueError(
-      f"these parameters hold no {npz_layout.MARK!r} but {some(flat) or 'nothing'}; "
-      "pass params['backbone']."
+      f"these parameters hold no {npz.EMBEDDING!r} but "
+      f"{abbreviate(flat) or 'nothing'}; pass params['backbone']."
     )
   flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
   arrays = {}
@@ -144,12 +128,12 @@ def save_backbone(
 
 def _expected_shapes(vit: ViT) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a ViT's leaves, with one group per block."""
-  # Scanned, one block is traced instead of all.
+  # A scan traces one block instead of all.
   scanned = vit.clone(scan=True, remat=False)
   images = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
   shapes = jax.eval_shape(scanned.init, jax.random.key(0), images)["params"]
   flat = {
-    # Zeros of no size in memory, so that shapes unroll like leaves.
+    # Broadcast zeros take no memory, so that shapes unroll like leaves.
     name: np.broadcast_to(np.float32(0), leaf.shape)
     for name, leaf in trees.flatten(shapes).items()
   }
@@ -162,29 +146,40 @@ def _fit_positions(
   vit: ViT,
   release: Release | None,
 ) -> dict[str, str]:
-  """Folds and resamples the position embedding in place; returns what changed."""
+  """Fits the position embedding to the model, in place.
+
+  Args:
+    leaves: of the file; the position embedding is resampled and, where it has an entry
+      for the class token, that is added to `cls`.
+    skipped: name in the file -> why it was left out; added to here.
+    vit: the model.
+    release: of the file; some have a fixed position embedding that is not in the file.
+
+  Returns:
+    name -> how the file's values were changed.
+  """
   changed = {}
-  table = leaves.get("pos_embedding")
-  if table is None and release is not None and release.positions == "sincos":
+  pos_embedding = leaves.get("pos_embedding")  # [1, n, d]
+  if pos_embedding is None and release is not None and release.positions == "sincos":
     grid = release.image_size // decode_variant(release.variant)["patch_size"]
-    table = sincos_positions(grid, leaves[npz.MARK].shape[-1])
+    pos_embedding = sincos_positions(grid, leaves[npz.EMBEDDING].shape[-1])
     changed["pos_embedding"] = "fixed sines and cosines, not in the file"
-  if table is None:
+  if pos_embedding is None:
     return changed
-  if table.ndim != 3 or table.shape[0] != 1:
-    raise ValueError(f"pos_embedding is {table.shape}, expected (1, n, width).")
-  of_class, table = positions.split_positions(table)
-  if of_class is not None and vit.pool != "tok":
+  if pos_embedding.ndim != 3 or pos_embedding.shape[0] != 1:
+    raise ValueError(f"pos_embedding is {pos_embedding.shape}, expected (1, n, width).")
+  cls_position, pos_embedding = positions.split_positions(pos_embedding)
+  if cls_position is not None and vit.pool != "tok":
     skipped["pos_embedding[0]"] = _other_pool("a class token", vit)
-  elif of_class is not None and "cls" in leaves:
-    leaves["cls"] = leaves["cls"] + of_class
+  elif cls_position is not None and "cls" in leaves:
+    leaves["cls"] = leaves["cls"] + cls_position
     changed["cls"] = "entry 0 of the position embedding was added"
-  old, new = math.isqrt(table.shape[1]), vit.image_size // vit.patch_size
-  leaves["pos_embedding"] = positions.resample_positions(table, new)
+  old, new = math.isqrt(pos_embedding.shape[1]), vit.image_size // vit.patch_size
+  leaves["pos_embedding"] = positions.resample_positions(pos_embedding, new)
   if old != new:
-    how = f"resampled from {old} x {old} to {new} x {new} patches"
+    resampled = f"resampled from {old} x {old} to {new} x {new} patches"
     before = changed.get("pos_embedding")
-    changed["pos_embedding"] = f"{before}, {how}" if before else how
+    changed["pos_embedding"] = f"{before}, {resampled}" if before else resampled
   return changed
 
 
@@ -195,47 +190,52 @@ def _fit_leaves(
   allow_missing: Sequence[str],
   allow_unused: Sequence[str],
 ) -> list[str]:
-  """Drops in place what the model has no use for; returns what the file lacks."""
+  """Removes from `leaves` what the model does not need, and checks the rest.
+
+  Returns:
+    The names of leaves that the file lacks and may lack.
+
+  Raises:
+    ValueError: the file lacks other leaves, or holds unknown ones or other shapes.
+  """
   expected = _expected_shapes(vit)
-  got, want = leaves[npz.MARK].shape, expected[npz.MARK]
-  if got[:2] != want[:2]:
+  actual, wanted = leaves[npz.EMBEDDING].shape, expected[npz.EMBEDDING]
+  if actual[:2] != wanted[:2]:
     raise ValueError(
-      f"{npz_layout.MARK} is {got}, expected {want}: patches of another size, and "
+      f"{npz.EMBEDDING} is {actual}, expected {wanted}: patches of another size, and "
       "patch embeddings are not resampled."
     )
   for name in sorted(set(leaves) - set(expected)):
-    reason = _unused(name, vit)
+    reason = _unused_reason(name, vit)
     if reason is None and _matches(name, allow_unused):
       reason = "unknown to the model, allowed"
     if reason is not None:
       skipped[name] = reason
       del leaves[name]
   missing = sorted(set(expected) - set(leaves))
-  refused = [name for name in missing if not _matches(name, allow_missing)]
-  unused = sorted(set(leaves) - set(expected))
-  shapes = [
-    f"{name} is {leaves[name].shape} in the file, {shape} in the model"
-    # The embeddings first: their shapes say most.
-    for name, shape in sorted(expected.items(), key=lambda item: "/enc" in item[0])
-    if name in leaves and leaves[name].shape != shape
-  ]
+  # The embeddings first: their shapes say most.
+  embeddings_first = sorted(expected.items(), key=lambda item: "/enc" in item[0])
   problems = {
-    "of another shape": shapes,
-    "that only the model has": refused,
-    "that only the file has": unused,
+    "of another shape": [
+      f"{name} is {leaves[name].shape} in the file, {shape} in the model"
+      for name, shape in embeddings_first
+      if name in leaves and leaves[name].shape != shape
+    ],
+    "that only the model has": [n for n in missing if not _matches(n, allow_missing)],
+    "that only the file has": sorted(set(leaves) - set(expected)),
   }
-  found = [
-    f"{len(names)} leaves {what}: {some(names)}"
-    for what, names in problems.items()
+  messages = [
+    f"{len(names)} leaves {problem}: {abbreviate(names)}"
+    for problem, names in problems.items()
     if names
   ]
-  if found:
-    raise ValueError("; ".join(found) + ".")
+  if messages:
+    raise ValueError("; ".join(messages) + ".")
   return missing
 
 
-def _unused(name: str, vit: ViT) -> str | None:
-  """Returns why a model that pools otherwise needs no such leaf, or None."""
+def _unused_reason(name: str, vit: ViT) -> str | None:
+  """Returns why the model's pooling does not need a leaf; None if it is unknown."""
   if name == "cls" and vit.pool != "tok":
     return _other_pool("a class token", vit)
   if name.startswith("MAPHead_0/") and vit.pool != "map":
@@ -247,15 +247,15 @@ def _other_pool(what: str, vit: ViT) -> str:
   return f"for {what}, but the model has pool={vit.pool!r}"
 
 
-def _describe(held: Mapping[str, Any], vit: ViT) -> str:
-  """Returns what the file holds, and the model that would fit it."""
-  size = tuple(held.get(f) for f in ("width", "depth", "mlp_dim", "num_heads"))
-  variant = next((name for name, known in VARIANTS.items() if known == size), None)
-  called = f", which is {variant}/{held.get('patch_size')}" if variant else ""
-  listed = ", ".join(f"{field}={value!r}" for field, value in held.items())
-  other = {f: value for f, value in held.items() if getattr(vit, f) != value}
-  mend = f" Build the model with backbone_kwargs={other}." if other else ""
-  return f"The file holds {listed}{called}.{mend}"
+def _describe_fields(fields: Mapping[str, Any], vit: ViT) -> str:
+  """Returns the `ViT` fields of a file as text, and the model that would fit it."""
+  sizes = tuple(fields.get(f) for f in ("width", "depth", "mlp_dim", "num_heads"))
+  variant = next((name for name, known in VARIANTS.items() if known == sizes), None)
+  variant_text = f", which is {variant}/{fields.get('patch_size')}" if variant else ""
+  listed = ", ".join(f"{field}={value!r}" for field, value in fields.items())
+  other = {field: v for field, v in fields.items() if getattr(vit, field) != v}
+  hint = f" Build the model with backbone_kwargs={other}." if other else ""
+  return f"The file holds {listed}{variant_text}.{hint}"
 
 
 def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
@@ -267,16 +267,16 @@ def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
   )
 
 
-def _drawn(vit: ViT, names: Sequence[str]) -> dict[str, np.ndarray]:
-  """Returns fresh values of the named leaves."""
+def _init_leaves(vit: ViT, names: Sequence[str]) -> dict[str, np.ndarray]:
+  """Returns initial values of the named leaves."""
   images = jnp.zeros((1, vit.image_size, vit.image_size, 3))
 
-  def draw(key: jax.Array) -> dict[str, jax.Array]:
+  def init(key: jax.Array) -> dict[str, jax.Array]:
     flat = trees.flatten(vit.clone(scan=False).init(key, images)["params"])
     return {name: flat[name] for name in names}
 
-  # Compiled, only what is asked for is computed.
-  return jax.device_get(jax.jit(draw)(jax.random.key(0)))
+  # Compiled, so that only what is asked for is computed.
+  return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -24,8 +24,8 @@ import numpy as np
 # Where a file may keep the ViT: bare, in a training state, in a two-tower model,
 # or in the parameter tree of this package.
 PREFIXES = ("", "params/", "opt/target/", "params/img/", "img/", "backbone/")
-# Every ViT has this leaf; it tells the prefix.
-MARK = "embedding/kernel"
+# Every ViT has this leaf, so it tells which prefix a file has.
+EMBEDDING = "embedding/kernel"
 
 _STACKED = "Transformer/encoderblock/"
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.*)")
@@ -34,17 +34,17 @@ _OLD_MODULES = {
   "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
   "MlpBlock_3": "MlpBlock_0",
 }
-_OLD_POSITIONS = (
+_OLD_POS_EMBEDDINGS = (
   "Transformer/posembed_input/pos_embedding",
   "Transformer/pos_embedding",
 )
 # An early MAP head had no module of its own.
-_BARE_MAP_HEAD = re.compile(
+_OLD_MAP_HEAD = re.compile(
   r"(probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(/.*)?"
 )
 _HEADS = ("head", "pre_logits")
 # What zipfile and NumPy raise on a damaged or pickled member.
-_DAMAGE = (
+_READ_ERRORS = (
   ValueError,
   EOFError,
   OSError,
@@ -79,22 +79,23 @@ def read_vit(path: str | os.PathLike[str]) -> VitFile:
   path = Path(path)
   names = _member_names(path)
   prefix = _find_prefix(path, names)
-  skipped, wanted = {}, {}
+  skipped, stored_names = {}, {}  # stored_names: name in the file -> without the prefix
   for name in names:
-    short = name.removeprefix(prefix)
+    stored_name = name.removeprefix(prefix)
     if not name.startswith(prefix):
       skipped[name] = "not a part of the ViT"
-    elif short.split("/")[0] in _HEADS:
+    elif stored_name.split("/")[0] in _HEADS:
       skipped[name] = "a head of its own is trained for every task"
     else:
-      wanted[name] = short
-  renamed = _unique({name: _modern(short) for name, short in wanted.items()}, path)
-  arrays = _read_arrays(path, list(wanted))
-  leaves = {renamed[name]: array for name, array in arrays.items()}
+      stored_names[name] = stored_name
+  new_names = {name: _big_vision_name(old) for name, old in stored_names.items()}
+  _check_unique(new_names, path)
+  arrays = _read_arrays(path, list(stored_names))
+  leaves = {new_names[name]: array for name, array in arrays.items()}
   if any(name.startswith(_STACKED) for name in leaves):
     layout = "big_vision's names, stacked blocks"
     leaves = unroll(leaves)
-  elif any(renamed[name] != short for name, short in wanted.items()):
+  elif new_names != stored_names:
     layout = "the original release's names"
   else:
     layout = "big_vision's names"
@@ -115,12 +116,12 @@ def _member_names(path: Path) -> list[str]:
   try:
     with zipfile.ZipFile(path) as archive:
       members = archive.namelist()
-  except _DAMAGE as error:
-    raise _damaged(path, error) from error
-  foreign = [name for name in members if not name.endswith(".npy")]
-  if foreign or not members:
+  except _READ_ERRORS as error:
+    raise _damaged_error(path, error) from error
+  others = [name for name in members if not name.endswith(".npy")]
+  if others or not members:
     raise ValueError(
-      f"{path} is not an .npz file of arrays: it holds {foreign[:1] or 'nothing'}. "
+      f"{path} is not an .npz file of arrays: it holds {others[:1] or 'nothing'}. "
       "A PyTorch checkpoint is a pickle inside a zip and is refused; convert it to "
       "named arrays with numpy.savez first."
     )
@@ -128,60 +129,61 @@ def _member_names(path: Path) -> list[str]:
 
 
 def _find_prefix(path: Path, names: list[str]) -> str:
+  """Returns the one of `PREFIXES` below which the file keeps the ViT."""
   for prefix in PREFIXES:
-    if prefix + MARK in names:
+    if prefix + EMBEDDING in names:
       return prefix
   raise ValueError(
-    f"{path} holds no ViT: none of its {len(names)} arrays is named {MARK!r} (also "
-    f"looked for below {', '.join(p for p in PREFIXES if p)}). It starts with: "
+    f"{path} holds no ViT: none of its {len(names)} arrays is named {EMBEDDING!r} "
+    f"(also looked for below {', '.join(p for p in PREFIXES if p)}). It starts with: "
     f"{', '.join(names[:3])}."
   )
 
 
-def _modern(name: str) -> str:
+def _big_vision_name(name: str) -> str:
   """Returns big_vision's name of a leaf that may have an older one."""
-  if name in _OLD_POSITIONS:
+  if name in _OLD_POS_EMBEDDINGS:
     return "pos_embedding"
-  if _BARE_MAP_HEAD.fullmatch(name):
+  if _OLD_MAP_HEAD.fullmatch(name):
     return f"MAPHead_0/{name}"
   if name.startswith("Transformer/encoderblock"):
     return "/".join(_OLD_MODULES.get(part, part) for part in name.split("/"))
   return name
 
 
-def _unique(renamed: dict[str, str], path: Path) -> dict[str, str]:
-  owners: dict[str, str] = {}
-  for old, new in renamed.items():
-    if new in owners:
+def _check_unique(new_names: dict[str, str], path: Path) -> None:
+  """Checks that no two arrays of a file are the same leaf."""
+  names: dict[str, str] = {}
+  for name, new_name in new_names.items():
+    if new_name in names:
       raise ValueError(
-        f"{path} holds {new!r} twice, as {owners[new]!r} and {old!r}; its layouts are "
-        "mixed. Keep one of them."
+        f"{path} holds {new_name!r} twice, as {names[new_name]!r} and {name!r}; its "
+        "layouts are mixed. Keep one of them."
       )
-    owners[new] = old
-  return renamed
+    names[new_name] = name
 
 
 def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in names}
-    # NumPy hands a member over as bytes if it does not look like an array.
+    # NumPy returns a member as bytes if it does not look like an array.
     for name, array in arrays.items():
       if not isinstance(array, np.ndarray):
         raise ValueError(f"{name!r} is no array")
-  except _DAMAGE as error:
-    raise _damaged(path, error) from error
-  return {name: _float32(array, name, path) for name, array in arrays.items()}
+  except _READ_ERRORS as error:
+    raise _damaged_error(path, error) from error
+  return {name: _to_float32(array, name, path) for name, array in arrays.items()}
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged_error(path: Path, error: Exception) -> ValueError:
   return ValueError(
     f"{path} cannot be read as an .npz file ({type(error).__name__}: {error}). It is "
     "truncated, damaged or pickled; get it again. Nothing is ever unpickled."
   )
 
 
-def _float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
   if array.dtype == np.dtype("V2"):
     # NumPy's file format has no name for bfloat16 and stores two raw bytes.
     array = array.view(jnp.bfloat16)
@@ -208,17 +210,19 @@ def unroll(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   stacked = {n: leaf for n, leaf in leaves.items() if n.startswith(_STACKED)}
   depths = {name: np.shape(leaf)[:1] for name, leaf in stacked.items()}
   if len(set(depths.values())) > 1 or () in depths.values():
-    listed = ", ".join(f"{name} {np.shape(leaves[name])}" for name in list(depths)[:4])
-    raise ValueError(f"stacked blocks of different depths: {listed}.")
-  out = {name: leaf for name, leaf in leaves.items() if name not in stacked}
+    shapes = ", ".join(f"{name} {np.shape(leaves[name])}" for name in list(depths)[:4])
+    raise ValueError(f"stacked blocks of different depths: {shapes}.")
+  unrolled = {name: leaf for name, leaf in leaves.items() if name not in stacked}
   for name, leaf in stacked.items():
-    rest = name.removeprefix(_STACKED)
-    for i, value in enumerate(leaf):
-      single = f"Transformer/encoderblock_{i}/{rest}"
-      if single in out:
-        raise ValueError(f"both {name!r} and {single!r} are there; keep one of them.")
-      out[single] = value
-  return out
+    name_in_block = name.removeprefix(_STACKED)
+    for i, block_leaf in enumerate(leaf):
+      block_name = f"Transformer/encoderblock_{i}/{name_in_block}"
+      if block_name in unrolled:
+        raise ValueError(
+          f"both {name!r} and {block_name!r} are there; keep one of them."
+        )
+      unrolled[block_name] = block_leaf
+  return unrolled
 
 
 def stack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,42 +232,42 @@ def stack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     ValueError: a block lacks a leaf that another one has.
   """
   depth = num_blocks(leaves)
-  groups: dict[str, dict[int, np.ndarray]] = {}
-  out = {}
+  stacked: dict[str, np.ndarray] = {}
+  by_name: dict[str, dict[int, np.ndarray]] = {}  # name in the block -> block -> leaf
   for name, leaf in leaves.items():
     if match := _BLOCK.fullmatch(name):
-      groups.setdefault(match[2], {})[int(match[1])] = leaf
+      by_name.setdefault(match[2], {})[int(match[1])] = leaf
     else:
-      out[name] = leaf
-  for rest, blocks in groups.items():
+      stacked[name] = leaf
+  for name, blocks in by_name.items():
     if len(blocks) != depth:
       missing = next(i for i in range(depth) if i not in blocks)
       raise ValueError(
-        f"block {missing} of {depth} has no {rest!r}; cannot stack them."
+        f"block {missing} of {depth} has no {name!r}; cannot stack them."
       )
-    out[_STACKED + rest] = np.stack([blocks[i] for i in range(depth)])
-  return out
+    stacked[_STACKED + name] = np.stack([blocks[i] for i in range(depth)])
+  return stacked
 
 
 def num_blocks(leaves: Mapping[str, Any]) -> int:
   """Returns the number of blocks in big_vision's names with one group each."""
-  found = [int(m[1]) for m in map(_BLOCK.fullmatch, leaves) if m]
-  return max(found, default=-1) + 1
+  matches = filter(None, map(_BLOCK.fullmatch, leaves))
+  return max((int(match[1]) for match in matches), default=-1) + 1
 
 
 def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Returns the `ViT` fields that can be read off the leaves of a file."""
-  found: dict[str, Any] = {"depth": num_blocks(leaves)}
+  """Returns the `ViT` fields that the names and shapes of a file's leaves tell."""
+  vit_fields: dict[str, Any] = {"depth": num_blocks(leaves)}
   block = "Transformer/encoderblock_0"
-  kernel = leaves.get(MARK)
+  kernel = leaves.get(EMBEDDING)
   if kernel is not None and kernel.ndim == 4:
-    found |= {"patch_size": kernel.shape[0], "width": kernel.shape[3]}
+    vit_fields |= {"patch_size": kernel.shape[0], "width": kernel.shape[3]}
   query = leaves.get(f"{block}/MultiHeadDotProductAttention_0/query/kernel")
   if query is not None and query.ndim == 3:
-    found["num_heads"] = query.shape[1]
+    vit_fields["num_heads"] = query.shape[1]
   hidden = leaves.get(f"{block}/MlpBlock_0/Dense_0/kernel")
   if hidden is not None and hidden.ndim == 2:
-    found["mlp_dim"] = hidden.shape[1]
+    vit_fields["mlp_dim"] = hidden.shape[1]
   has_map = any(name.startswith("MAPHead_0/") for name in leaves)
-  found["pool"] = "map" if has_map else "tok" if "cls" in leaves else "gap"
-  return found
+  vit_fields["pool"] = "map" if has_map else "tok" if "cls" in leaves else "gap"
+  return vit_fields

@@ -1,4 +1,4 @@
-"""Known backbones: what they are and where they lie."""
+"""Known backbones: their sizes and where to download them."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ class Release:
   """A published backbone.
 
   Attributes:
-    variant: the sizes, as in "B/16"; "" for one that lies in the package, whose
+    variant: the sizes, as in "B/16"; "" for one that comes with the package, whose
       sizes are in the `.json` beside it.
-    url: "gs://..." or "https://..."; "" for one that lies in the package.
+    url: "gs://..." or "https://..."; "" for one that comes with the package.
     pool: "tok", "gap" or "map".
     gelu: "tanh" or "exact".
     image_size: pixels per side of the images it was last trained on.
     sha256: hex digest of the file; None where nobody published one.
-    preset: the pixel range it was trained on.
+    preset: the pixel range that it was trained on.
     positions: "learned" (in the file) or "sincos" (fixed, not in the file).
   """
 
@@ -73,10 +73,10 @@ def _baseline(epochs: int) -> Release:
 
 def _deit3(size: str, image_size: int, data: str) -> Release:
   """Touvron et al. 2022, converted by big_vision to pixels in [-1, 1]."""
-  word = {"S": "small", "B": "base", "L": "large"}[size]
+  size_name = {"S": "small", "B": "base", "L": "large"}[size]
   return Release(
     f"{size}/16",
-    f"gs://big_vision/zoo/deit3/bv_deit_3_{word}_{image_size}_{data}.npz",
+    f"gs://big_vision/zoo/deit3/bv_deit_3_{size_name}_{image_size}_{data}.npz",
     gelu="exact",
     image_size=image_size,
   )
@@ -122,14 +122,14 @@ def architecture_of(name: str) -> dict[str, Any]:
       "pool": release.pool,
       "gelu": release.gelu,
     }
-  described = sidecar(name)
-  missing = [field for field in ARCHITECTURE if field not in described]
+  description = read_description(name)
+  missing = [field for field in ARCHITECTURE if field not in description]
   if missing:
     raise ValueError(
       f"{ASSETS / name}.json lacks {', '.join(missing)}; it has to hold "
       f"{', '.join(ARCHITECTURE)}."
     )
-  return {field: described[field] for field in ARCHITECTURE}
+  return {field: description[field] for field in ARCHITECTURE}
 
 
 def release_of(path_or_name: str | os.PathLike[str]) -> Release | None:
@@ -143,7 +143,7 @@ def release_of(path_or_name: str | os.PathLike[str]) -> Release | None:
   return None
 
 
-def sidecar(name: str) -> dict[str, Any]:
+def read_description(name: str) -> dict[str, Any]:
   """Returns the description of a packaged backbone: ViT fields, sha256, ...
 
   Raises:
@@ -152,19 +152,19 @@ def sidecar(name: str) -> dict[str, Any]:
   """
   path = ASSETS / f"{name}.json"
   if not path.is_file():
-    raise FileNotFoundError(not_packaged(name, path))
+    raise FileNotFoundError(missing_asset_message(name, path))
   try:
-    described = json.loads(path.read_text())
+    description = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(
       f"{path} is not JSON: {error}. Install the package anew."
     ) from error
-  if not isinstance(described, dict):
+  if not isinstance(description, dict):
     raise ValueError(f"{path} holds no JSON object. Install the package anew.")
-  return described
+  return description
 
 
-def not_packaged(name: str, path: Path) -> str:
+def missing_asset_message(name: str, path: Path) -> str:
   """Returns the message for a packaged file that is not there."""
   return (
     f"the packaged backbone {name!r} is incomplete: there is no {path}. Install the "

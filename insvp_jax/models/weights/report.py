@@ -1,19 +1,19 @@
-"""What loading a backbone did, leaf by leaf."""
+"""What loading a backbone did to each leaf."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
 
-def some(names: Sequence[str] | Mapping[str, Any], most: int = 4) -> str:
+def abbreviate(names: Sequence[str] | Mapping[str, Any], limit: int = 4) -> str:
   """Returns the first few names, and how many more there are."""
-  more = f" and {len(names) - most} more" if len(names) > most else ""
-  return ", ".join(list(names)[:most]) + more
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(list(names)[:limit]) + more
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-  """What became of every leaf of a file and of a model.
+  """What happened to every leaf of a file and of a model.
 
   Names are big_vision's with one group per block, whatever the model's layout;
   those in `skipped` are the file's.
@@ -25,8 +25,8 @@ class LoadReport:
     loaded: names that came from the file.
     changed: name -> how the file's values were changed.
     skipped: name in the file -> why it was left out.
-    missing: names that the file lacks and that were drawn anew.
-    notes: what else to know.
+    missing: names that the file lacks; they were initialized.
+    notes: further sentences.
   """
 
   path: str
@@ -51,7 +51,7 @@ class LoadReport:
     for name, reason in self.skipped.items():
       reasons.setdefault(reason, []).append(name)
     if reasons:
-      listed = (f"{some(names)} ({reason})" for reason, names in reasons.items())
+      listed = (f"{abbreviate(names)} ({reason})" for reason, names in reasons.items())
       parts.append("Skipped: " + "; ".join(listed) + ".")
-    parts.append(f"Missing, drawn anew: {some(self.missing) or 'none'}.")
+    parts.append(f"Missing, drawn anew: {abbreviate(self.missing) or 'none'}.")
     return " ".join([*parts, *self.notes])
