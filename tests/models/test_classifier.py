@@ -1,5 +1,7 @@
 """create_model: hooks in order, names, errors before device work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,10 +60,11 @@ def test_hooks_run_in_order_and_see_what_they_should():
       return 2 * feature
 
   vit = ViT(patch_size=4, image_size=8, **TINY)
-  model = PromptedClassifier(vit, Spy(vit.spec), heads.Head(3, "torch"))
-  images = jnp.zeros((2, 8, 8, 3))
-  params = model.init(jax.random.key(0), images)["params"]
-  seen.clear()
+  head, images = heads.Head(3, "torch"), jnp.zeros((2, 8, 8, 3))
+  # The spy has no parameters, and sees values only where nothing is compiled.
+  init = jax.jit(PromptedClassifier(vit, Method(vit.spec), head).init)
+  params = init(jax.random.key(0), images)["params"]
+  model = PromptedClassifier(vit, Spy(vit.spec), head)
   logits = model.apply({"params": params}, images, train=True)
   assert seen == [
     ("image", 0.0, True),
@@ -77,9 +80,10 @@ def test_the_base_method_changes_nothing():
   vit = ViT(patch_size=4, image_size=8, **TINY)
   model = PromptedClassifier(vit, Method(vit.spec), heads.Head(3))
   images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  params = model.init(jax.random.key(0), images)["params"]
-  plain = vit.apply({"params": params["backbone"]}, images)
-  adapted = model.apply({"params": params}, images, method="features")
+  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+  plain = jax.jit(vit.apply)({"params": params["backbone"]}, images)
+  features = functools.partial(model.apply, method="features")
+  adapted = jax.jit(features)({"params": params}, images)
   np.testing.assert_array_equal(plain, adapted)
   assert model.apply({"params": params}, images, method="prompts") == {}
 
@@ -133,5 +137,5 @@ def test_the_head_computes_in_float32_on_a_bfloat16_backbone():
   model = tiny("linear", backbone_kwargs={**TINY, "dtype": "bfloat16"})
   images = jnp.ones((1, 16, 16, 3))
   params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-  assert model.apply({"params": params}, images).dtype == jnp.float32
+  assert jax.jit(model.apply)({"params": params}, images).dtype == jnp.float32
   assert trees.count(params["head"]) == 16 * 3 + 3

@@ -1,5 +1,6 @@
 """Plans: bytes as they turn out to be, without what they are about."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,14 +17,17 @@ from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.checkpoints.files import find_steps
 from insvp_jax.tools import plan
 from insvp_jax.train import program as program_lib
-from insvp_jax.train import state as state_lib
 
+DEPTH = 16
 COUNTS = {"plan__num_classes": 3, "plan__num_train": SPLITS["train"]}
 
 
 def real_state(config):
-  program = prepare(config).program
-  params = state_lib.init_params(program.model, 0)
+  program, rng = prepare(config).program, np.random.default_rng(0)
+  # Random, as zeros would be compressed to nothing in a checkpoint.
+  params = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), program.shapes
+  )
   return program, program_lib.create_state(config, program, params)
 
 
@@ -33,10 +37,24 @@ def on_first_device(tree):
   return sum(shard.nbytes for shard in shards)
 
 
+@pytest.fixture(scope="module")
+def deep_plans():
+  """Returns the plan of a scanned backbone for (fsdp, remat), on 4 devices."""
+
+  @functools.cache
+  def deep_plan(fsdp, remat):
+    return plan.plan(deep_config(fsdp, remat), jax.devices()[:4])
+
+  return deep_plan
+
+
+def deep_config(fsdp, remat=False):
+  return wide_config(fsdp, backbone__depth=DEPTH, backbone__remat=remat, **COUNTS)
+
+
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_a_plan_has_the_bytes_of_the_real_state(fsdp):
-  config = wide_config(fsdp, **COUNTS)
-  found = plan.plan(config, jax.devices()[:4])
+def test_a_plan_has_the_bytes_of_the_real_state(deep_plans, fsdp):
+  config, found = deep_config(fsdp), deep_plans(fsdp, False)
   program, state = real_state(config)
   trainable, frozen = trees.split(state.params, program.mask)
   batch = first_batch(config, program)
@@ -60,12 +78,11 @@ def test_a_plan_has_the_bytes_of_the_real_state(fsdp):
 
 
 def test_a_plan_has_the_size_of_the_real_checkpoint(tmp_path):
-  config = wide_config(method="full", **COUNTS)
-  found = plan.plan(config, jax.devices()[:1])["checkpoint"]
-  program, state = real_state(config)
+  program, state = real_state(wide_config(method="full"))
+  found = plan._checkpoint_bytes(program, state)
   rng = np.random.default_rng(0)
 
-  def drawn(leaf):  # zeros would be compressed to nothing
+  def drawn(leaf):
     if leaf.dtype != jnp.float32:
       return leaf
     return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
@@ -101,19 +118,12 @@ def test_where_features_are_computed_once_the_plan_has_them_in_place_of_images()
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_of_a_split_scanned_backbone_one_block_is_whole_at_a_time(remat):
-  depth = 16
-  found = [
-    plan.plan(
-      wide_config(fsdp, backbone__depth=depth, backbone__remat=remat, **COUNTS),
-      jax.devices()[:4],
-    )
-    for fsdp in (1, 4)
-  ]
+def test_of_a_split_scanned_backbone_one_block_is_whole_at_a_time(deep_plans, remat):
+  found = [deep_plans(fsdp, remat) for fsdp in (1, 4)]
   whole, split = (each["arrays"]["frozen"] for each in found)
   assert split < 0.3 * whole
   more = found[1]["train_step"]["temporaries"] - found[0]["train_step"]["temporaries"]
-  assert more < 3 * whole / depth
+  assert more < 3 * whole / DEPTH
   assert found[0]["flops"] == found[1]["flops"]
 
 
