@@ -21,11 +21,11 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
   titles += ["prompter + head", "seconds a run"]
   rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
   for method, result in summary.items():
-    mean = "-" if result["mean"] is None else f"{100 * found['mean']:.2f}"
-    spread = f" ± {100 * found['std']:.2f}" if result["std"] is not None else ""
-    cells = [method, f"{mean}{spread}", f"{len(found['seeds'])}"]
+    mean = "-" if result["mean"] is None else f"{100 * result['mean']:.2f}"
+    spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
+    cells = [method, f"{mean}{spread}", f"{len(result['seeds'])}"]
     cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
-    cells += [f"{found['trainable_params']:,}", f"{found['train_seconds']:.0f}"]
+    cells += [f"{result['trainable_params']:,}", f"{result['train_seconds']:.0f}"]
     rows.append(f"| {' | '.join(cells)} |")
   return "\n".join(rows) + "\n"
 
