@@ -126,7 +126,9 @@ class Population:
       leaves = [params_of[name] for params_of in each]
       leaf = leaves[0] if axes[name] is None else np.stack(leaves)
       params[name] = leaf if trainable else np.asarray(leaf, frozen_dtype)
-    params = sharding_lib.put(trees.unflatten(params), self.state_sharding.params)
+    params = sharding_lib.device_put(
+      trees.unflatten(params), self.state_sharding.params
+    )
     seeds = np.array([config.seed % 2**32 for config in configs], np.uint32)
     numbers = [program_lib.numbers_of(config, self.program) for config in configs]
 

@@ -38,7 +38,7 @@ class Program:
     steps_per_epoch: batches of an epoch.
     train_step: jitted `(state, batch) -> (state, metrics)`; donates the state.
     eval_step: jitted `(params, batch, numbers) -> sums`.
-    mesh: all devices, from `partition.create_mesh`.
+    mesh: all devices, from `mesh.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
     train_function: what `train_step` compiles, to be transformed.
     eval_function: `(params, batch, numbers) -> sums`, the same of `eval_step`.
@@ -129,7 +129,7 @@ def create_program(
   )
   optimizer = optim.create_optimizer(unit, schedule, shapes, mask)
   preset = preprocess.get_preset(config.data.preset)
-  gathered = sharding_lib.gathered(trained, mesh)
+  gathered = sharding_lib.unshard_in_use(trained, mesh)
   train_step = steps.create_train_step(
     gathered, optimizer, mask, preset=preset, loss=config.loss.to_dict()
   )
@@ -240,7 +240,7 @@ def create_state(
   sharding = program.state_sharding
   # On the host until each device gets its part: none has room for all of it.
   params = wide_head.widen(params, program.trained.head.num_classes)
-  params = sharding_lib.put(
+  params = sharding_lib.device_put(
     _stored(config, program, params, np.asarray), sharding.params
   )
   # Donated: there is no second copy of the parameters, not even for a moment.

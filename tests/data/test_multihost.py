@@ -11,8 +11,8 @@ import json
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from insvp_jax import partition
-assert partition.initialize_distributed() is True
+from insvp_jax.distributed import mesh as mesh_lib, processes
+assert processes.initialize_distributed() is True
 from insvp_jax.data import StreamSplit, pipeline, preprocess
 
 read = []
@@ -24,7 +24,7 @@ def open_(requests, whole):
 
 labels = np.arange(21, dtype=np.int32) % 5
 split = StreamSplit(labels, 12, "", open_, square=True)
-sharding = partition.batch_sharding(partition.create_mesh())
+sharding = mesh_lib.batch_sharding(mesh_lib.create_mesh())
 preset = preprocess.Preset("p", *[preprocess.HALF] * 2, "tf1", margin=1.5, flip=True)
 found = {"train": [], "eval": []}
 batches = pipeline.train_batches(
