@@ -1,4 +1,4 @@
-"""How an error of ours reaches a user: one line, no traceback."""
+"""How an error reaches a user: bad input in one line, a bug with its traceback."""
 
 from pathlib import Path
 
@@ -14,17 +14,19 @@ def is_ours(error: BaseException) -> bool:
   """
   if isinstance(error, OSError):
     return True
-  frame = error.__traceback__
-  while frame.tb_next is not None:
-    frame = frame.tb_next
-  package = str(Path(__file__).parent)
-  return frame.tb_frame.f_code.co_filename.startswith(package)
+  traceback = error.__traceback__
+  if traceback is None:
+    return False
+  while traceback.tb_next is not None:
+    traceback = traceback.tb_next
+  raised_in = traceback.tb_frame.f_code.co_filename
+  return raised_in.startswith(str(Path(__file__).parent))
 
 
 def one_line(error: BaseException) -> str:
   """Returns the message without line breaks."""
-  text: object = error
+  message: object = error
   # str(KeyError) is the repr of its message; ml_collections puts one in the other.
-  while isinstance(text, KeyError | AttributeError) and text.args:
-    text = text.args[0]
-  return " ".join(str(text).split())
+  while isinstance(message, KeyError | AttributeError) and message.args:
+    message = message.args[0]
+  return " ".join(str(message).split())

@@ -12,9 +12,10 @@ import re
 import signal
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from insvp_jax import errors
 from insvp_jax.distributed import stopping
@@ -50,8 +51,8 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 
 
-class _Count(flags.ArgumentParser):
-  """Reads `--plan` as 0, `--plan=8` as 8."""
+class _PlanParser(flags.ArgumentParser):
+  """Reads `--plan` as 0, `--plan=8` as 8, `--noplan` as None."""
 
   def parse(self, argument: str) -> int | None:
     if argument in ("true", "false"):
@@ -64,7 +65,7 @@ class _Count(flags.ArgumentParser):
 _PLAN = flags.DEFINE_flag(
   # Boolean: the value may be left out.
   flags.Flag(
-    parser=_Count(),
+    parser=_PlanParser(),
     serializer=None,
     name="plan",
     default=None,
@@ -85,16 +86,18 @@ _FLAG_ERRORS = (
 
 
 def main(argv: list[str]) -> None:
-  """Trains, or tunes, as the config says."""
+  """Trains, or tunes, or plans, as the flags and the config say."""
   if len(argv) > 1:
-    _fail(f"unexpected argument {argv[1]!r}; every option starts with --.")
+    _exit_for_bad_input(
+      f"unexpected argument {argv[1]!r}; every option starts with --."
+    )
   if _CONFIG.value is None:
-    _fail("no config; give one, e.g. --config=configs/quickstart.py.")
-  config_file = flags.FLAGS["config"].config_filename.split(":")[0]
-  workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
+    _exit_for_bad_input("no config; give one, e.g. --config=configs/quickstart.py.")
   for flag in (_JOIN_TIMEOUT, _LOST_TIMEOUT):
     if flag.value < 1:
-      _fail(f"--{flag.name} is {flag.value}, expected at least 1 second.")
+      _exit_for_bad_input(f"--{flag.name} is {flag.value}, expected at least 1 second.")
+  config_file = flags.FLAGS["config"].config_filename.split(":")[0]
+  workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
   config = _CONFIG.value
   config.profile = _PROFILE.value or config.profile
   if _PRINT_CONFIG.value:
@@ -102,7 +105,7 @@ def main(argv: list[str]) -> None:
 
     print(config_lib.format_keys(config))
     return
-  _setup_jax()
+  _cache_compiled_programs()
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import config_checks
   from insvp_jax.distributed import processes
@@ -117,89 +120,112 @@ def main(argv: list[str]) -> None:
       join_timeout=_JOIN_TIMEOUT.value,
       lost_timeout=_LOST_TIMEOUT.value,
     ) as watch:
-      _work(config, workdir, watch)
+      if watch is None:
+        _train_or_tune(config, workdir)
+      else:
+        _train_or_tune_together(config, workdir, watch)
   except errors.INPUT_ERRORS as error:
-    if _is_bug(error):
+    if _needs_traceback(error):
       raise
-    _fail(errors.one_line(error))
+    _exit_for_bad_input(errors.one_line(error))
 
 
-def _plan(config, count: int) -> None:
+def _plan(config: ConfigDict, num_devices: int) -> None:
   """Prints what each method needs, and writes plan.json if a workdir was given."""
   from insvp_jax.logs import writers
   from insvp_jax.tools import plan
 
-  devices, found = plan.find_devices(count), {}
+  devices = plan.find_devices(num_devices)
+  plans = {}
   for method in config.tune.methods or (config.method,):
     config.method = method
-    found[method] = plan.plan(config, devices)
-    print(plan.describe(found[method]), flush=True)
+    plans[method] = plan.plan(config, devices)
+    print(plan.describe(plans[method]), flush=True)
   if _WORKDIR.value:
-    writers.write_json(Path(_WORKDIR.value) / "plan.json", found)
+    writers.write_json(Path(_WORKDIR.value) / "plan.json", plans)
 
 
-def _work(config, workdir: Path, watch) -> None:
-  """Does what the config says; as one of several processes never fails silently."""
-  from insvp_jax import config as config_lib
-  from insvp_jax.distributed import processes
+def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
+  """Does what the config says: one run, a search, or a suite of them."""
   from insvp_jax.search import suite
 
+  suite.run(config, workdir, _MODE.value)
+  for task_config, task_workdir in suite.members(config, workdir):
+    _draw_prompts(task_config, task_workdir)
+
+
+def _train_or_tune_together(config: ConfigDict, workdir: Path, watch) -> None:
+  """Does the same as one of several processes, and tells the others where it fails.
+
+  Args:
+    config: of all processes, but for where their data are.
+    workdir: shared by all of them.
+    watch: from `processes.joined`.
+  """
+  from insvp_jax import config as config_lib
+  from insvp_jax.distributed import processes
+
   try:
-    shared = {"config": config_lib.shared_settings(config), "workdir": str(workdir)}
-    shared["mode"] = _MODE.value
-    processes.check_same("its settings", shared, "Start the same command on all hosts.")
-    suite.run(config, workdir, _MODE.value)
-    for single, where in suite.members(config, workdir):
-      _draw_prompts(single, where)
+    settings = {
+      "config": config_lib.shared_settings(config),
+      "workdir": str(workdir),
+      "mode": _MODE.value,
+    }
+    processes.check_same(
+      "its settings", settings, "Start the same command on all hosts."
+    )
+    _train_or_tune(config, workdir)
   except stopping.Stopped:
+    # All processes stop at the same step.
     raise
   except BaseException as error:
-    if watch is None:
-      raise
     watch.await_verdict(error)
+    line = errors.one_line(error)
     if isinstance(error, stopping.Interrupted):
       status = error.exit_status
-    elif isinstance(error, errors.INPUT_ERRORS) and not _is_bug(error):
+      print(f"insvp_jax: {line}", file=sys.stderr)
+    elif isinstance(error, errors.INPUT_ERRORS) and not _needs_traceback(error):
       status = 2
+      print(f"insvp_jax: {line}", file=sys.stderr)
     else:
+      status = 1
       traceback.print_exc()
-      watch.fail(1, f"{type(error).__name__}: {errors.one_line(error)[:500]}")
-    print(f"insvp_jax: {errors.one_line(error)}", file=sys.stderr)
-    watch.fail(status, errors.one_line(error))
+      line = f"{type(error).__name__}: {line[:500]}"
+    watch.fail(status, line)
 
 
-def _is_bug(error: BaseException) -> bool:
-  return _TRACEBACK.value or not errors.is_ours(error)
-
-
-def _draw_prompts(config, workdir: Path) -> None:
+def _draw_prompts(config: ConfigDict, workdir: Path) -> None:
   """Draws the prompts of InsVP's first final run, if the config asks for it."""
-  import jax
-
   from insvp_jax import run
+  from insvp_jax.distributed import processes
   from insvp_jax.search import tune
   from insvp_jax.tools import visualize
 
   run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)
-  if config.prompt_images and run_dir and jax.process_index() == 0:
+  if config.prompt_images and run_dir and processes.is_main_process():
     picture = run_dir / "prompts.png"
     visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)
     print(f"The prompts of {config.prompt_images} test images: {picture}")
 
 
-def _fail(message: str) -> None:
+def _needs_traceback(error: BaseException) -> bool:
+  """Returns whether one line would not do: for a bug, or where the flag asks for it."""
+  return _TRACEBACK.value or not errors.is_ours(error)
+
+
+def _exit_for_bad_input(message: str) -> NoReturn:
   print(f"insvp_jax: {message}", file=sys.stderr)
   sys.exit(2)
 
 
-def _setup_jax() -> None:
+def _cache_compiled_programs() -> None:
   """Keeps compiled programs on disk, so that the second start is quick."""
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-  if cache is None:
-    import jax
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  import jax
 
-    base = os.environ.get("INSVP_CACHE", str(Path.home() / ".cache" / "insvp_jax"))
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jax"))
+  cache_dir = os.environ.get("INSVP_CACHE", str(Path.home() / ".cache" / "insvp_jax"))
+  jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir) / "jax"))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -207,17 +233,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
   for arg in argv:
     file = re.match(r"--?config=([^:]+)", arg)
     if file and not Path(file[1]).is_file():
-      _fail(f"there is no config file {file[1]}; --config wants a path to one.")
+      _exit_for_bad_input(
+        f"there is no config file {file[1]}; --config wants a path to one."
+      )
   try:
     return flags.FLAGS(argv)
   except _FLAG_ERRORS as error:
     if "--traceback" in argv:
       raise
-    _fail(_explain(error, argv))
-    raise
+    _exit_for_bad_input(_explain_flag_error(error, argv))
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
+def _explain_flag_error(error: Exception, argv: list[str]) -> str:
   """Returns what is wrong with the flags; ml_collections leaves out which one."""
   from insvp_jax import config, trees
 
@@ -229,12 +256,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
       hint = trees.did_you_mean(match[1], known)
       return f"unknown config key {match[1]!r} in {arg}.{hint}"
   # An error inside of get_config comes wrapped, with its traceback as the message.
-  inner = error
-  while "whilst parsing config file" in str(inner) and inner.__context__:
-    inner = inner.__context__
-  where = "" if inner is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
+  cause = error
+  while "whilst parsing config file" in str(cause) and cause.__context__:
+    cause = cause.__context__
+  where = "" if cause is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
   # A locked ConfigDict lists all of its fields.
-  text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(inner))
+  text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(cause))
   return f"{where}{text}"
 
 

@@ -1,168 +1,111 @@
 """One run to one workdir: a lock file that says who has it.
 
-On one host the operating system knows whether its owner lives: it frees the lock of
-a process that dies, however it does. Of another host's owner the file's time tells,
-which a living one renews.
+The operating system frees the lock of a process that ends, however it does, so the next
+run takes it at once. Other hosts know of it where the file system tells them: network
+file systems do, a bucket that is mounted as a folder does not.
 """
 
 from collections.abc import Iterator
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from pathlib import Path
 import socket
 import sys
-import tempfile
-import threading
 import time
-from typing import Any
+
+import filelock
 
 LOCK_FILE = ".lock"
-BEAT_SECONDS = 10
-# Without a sign of life for so long the owner on another host is dead: more than what
-# network file systems show a file's time late by.
-STALE_SECONDS = 90
+_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def hold(
-  workdir: str | os.PathLike, stale_seconds: float | int = STALE_SECONDS
-) -> Iterator[None]:
+def hold(workdir: str | os.PathLike) -> Iterator[None]:
   """Owns a workdir inside of the with block.
+
+  A line on stderr says so where the file system has no locks, and where the last owner
+  was killed on another host: if the file system does not share its locks, that run may
+  still be under way.
 
   Args:
     workdir: made if need be.
-    stale_seconds: how long the owner on another host may give no sign of life.
 
   Raises:
     ValueError: another process that lives owns it.
     OSError: the workdir cannot be written to.
   """
   path = Path(workdir) / LOCK_FILE
-  file = _open(path)
-  try:
-    _take(file, path, stale_seconds)
+  with contextlib.ExitStack() as stack:
     try:
-      with _renewed(path):
-        yield
-    finally:
-      with contextlib.suppress(OSError):
-        path.unlink()
-  finally:
-    os.close(file)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(_locked(path))
+      _write_owner(path)
+    except OSError as error:
+      raise OSError(
+        f"cannot write to {path.parent}: {error.strerror}. Choose another workdir."
+      ) from error
+    yield
 
 
-def _open(path: Path) -> int:
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+  # The library's fallback, a file that is there or not, would be kept by a killed run.
+  lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise OSError(
-      f"cannot write to {path.parent}: {error.strerror}. Choose another workdir."
+    lock.acquire()
+  except filelock.Timeout as error:
+    owner = _read_owner(path)
+    name = _describe(owner) if owner else "a process that has just started"
+    raise ValueError(
+      f"{path.parent} belongs to another run that is under way: {name}. Wait for it, "
+      "stop it, or use another workdir."
     ) from error
-
-
-def _take(file: int, path: Path, stale_seconds: float | int) -> None:
-  """Writes this process's name into the file, once nobody else has it."""
-  is_known_free = _flock(file, path)
-  owner = _read(file)
-  host = socket.gethostname()
-  # The lock of a host that does not share its locks, or of a file system without any.
-  if owner and not (is_known_free and owner.get("host") == host):
-    _await_silence(file, path, owner, stale_seconds)
-  mine = {
-    "host": host,
-    "pid": os.getpid(),
-    "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-  }
-  try:
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(mine).encode(), 0)
   except OSError as error:
-    raise OSError(f"cannot write {path}: {error.strerror}. Free some space.") from error
-
-
-def _flock(file: int, path: Path) -> bool:
-  """Returns whether the operating system knows that no living process has it."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise _owned(path, _read(file)) from error
-  except OSError as error:
-    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-      return False
-    raise
-  # The owner may have left, and taken the file along, since it was opened.
-  if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
-    raise _owned(path, {})
-  return True
-
-
-def _await_silence(file, path: Path, owner, stale_seconds: float | int) -> None:
-  """Returns when an owner that cannot be asked has been silent for long enough.
-
-  Raises:
-    ValueError: it renews the file, so it lives.
-  """
-  seen = os.fstat(file).st_mtime_ns
-  # The files' clock may be that of another host than this one.
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name) as probe:
-    age = (os.fstat(probe.fileno()).st_mtime_ns - seen) / 1e9
-  left = stale_seconds - age
-  if left > 0:
-    print(
-      f"{path.parent} belongs to {_name(owner)}; waiting for up to {left:.0f} s to see "
-      "whether that lives.",
-      file=sys.stderr,
-      flush=True,
+    if error.errno not in _HAS_NO_LOCKS:
+      raise
+    _warn(
+      f"the file system of {path.parent} has no locks ({error.strerror}): nothing "
+      "keeps another run out of it."
     )
-  until = time.monotonic() + left
-  while time.monotonic() < until:
-    time.sleep(min(1.0, stale_seconds / 10))
-    if not path.exists() or path.stat().st_mtime_ns != seen:
-      raise _owned(path, owner)
-
-
-def _read(file: int) -> dict[str, Any]:
-  """Returns who owns the lock; {} if nobody does, or died while taking it."""
   try:
-    owner = json.loads(os.pread(file, 4096, 0))
-  except ValueError:
+    yield
+  finally:
+    # While it is locked still: nobody else's file is removed.
+    with contextlib.suppress(OSError):
+      path.unlink()
+    lock.release()
+
+
+def _write_owner(path: Path) -> None:
+  """Writes this process into the lock file; says who has been killed elsewhere."""
+  host, before = socket.gethostname(), _read_owner(path)
+  if before.get("host", host) != host:
+    _warn(
+      f"{path.parent} was not left in order by {_describe(before)}. If that run is "
+      "still under way, stop one of the two."
+    )
+  started = time.strftime("%Y-%m-%d %H:%M:%S")
+  owner = {"host": host, "pid": os.getpid(), "started": started}
+  path.write_text(json.dumps(owner))
+
+
+def _read_owner(path: Path) -> dict[str, str | int]:
+  """Returns host, pid and start of who owns the lock; {} if that cannot be read."""
+  try:
+    owner = json.loads(path.read_bytes())
+  except (OSError, ValueError):
     return {}
   return owner if isinstance(owner, dict) else {}
 
 
-def _name(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, str | int]) -> str:
   return (
     f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, "
     f"started {owner.get('started', '?')}"
   )
 
 
-def _owned(path: Path, owner: dict[str, Any]) -> ValueError:
-  who = _name(owner) if owner else "a process that has just started"
-  return ValueError(
-    f"{path.parent} belongs to another run that is under way: {who}. Wait for it, stop "
-    "it, or use another workdir."
-  )
-
-
-@contextlib.contextmanager
-def _renewed(path: Path) -> Iterator[None]:
-  """Renews the file's time inside of the with block."""
-  over = threading.Event()
-
-  def renew() -> None:
-    while not over.wait(BEAT_SECONDS):
-      with contextlib.suppress(OSError):
-        os.utime(path)
-
-  thread = threading.Thread(target=renew, name="insvp_jax_lock", daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    over.set()
-    thread.join()
+def _warn(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)

@@ -64,35 +64,38 @@ class StopSignal:
     self.passed_on: int | None = None
 
   @contextlib.contextmanager
-  def listen(self, alone: bool = True) -> Iterator["StopSignal"]:
+  def listen(self, is_single_process: bool = True) -> Iterator["StopSignal"]:
     """Replaces the signal handlers inside the with block (main thread only).
 
     Args:
-      alone: whether the run has no other process.
+      is_single_process: whether nobody else has to stop at the same step.
     """
     if threading.current_thread() is not threading.main_thread():
       yield self
       return
-    handle = {signum: self._handle for signum in EXIT_STATUS}
-    if not alone:
-      handle = {signal.SIGINT: self._pass_on}
-    previous = {s: signal.signal(s, handler) for s, handler in handle.items()}
+    if is_single_process:
+      handlers = {signum: self._remember for signum in EXIT_STATUS}
+    else:
+      handlers = {signal.SIGINT: self._pass_on_as_sigterm}
+    previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     try:
       yield self
     finally:
       for signum, handler in previous.items():
         signal.signal(signum, handler)
 
-  def _handle(self, signum, frame) -> None:
+  def _remember(self, signum: int, frame: object) -> None:
     del frame
     if self.signum is None:
       self.signum = signum
       return
+    # The second one: end as if there was no handler.
     signal.signal(signum, signal.SIG_DFL)
     signal.raise_signal(signum)
 
-  def _pass_on(self, signum, frame) -> None:
+  def _pass_on_as_sigterm(self, signum: int, frame: object) -> None:
     del frame
     self.passed_on = signum
+    # A second Ctrl-C ends the process.
     signal.signal(signum, signal.SIG_DFL)
     signal.raise_signal(signal.SIGTERM)

@@ -150,7 +150,7 @@ def create_program(
     mesh=mesh,
     state_sharding=state_lib.create_sharding(shapes, mask, mesh),
     functions=steps.create_step_functions(
-      sharding_lib.gathered(model, mesh), optimizer, schedule, mask, config
+      sharding_lib.unshard_in_use(model, mesh), optimizer, schedule, mask, config
     ),
     hparams=hparams,
   )
@@ -182,7 +182,7 @@ def create_state(
   sharding = program.state_sharding
   params = state_lib.cast_frozen(params, program.mask, config, np.asarray)
   # On the host until each device gets its part: no device may have room for all.
-  params = sharding_lib.put(params, sharding.params)
+  params = sharding_lib.device_put(params, sharding.params)
   # Donated: there is no second copy of the parameters, not even for a moment.
   create = jax.jit(
     functools.partial(_new_state, config, program),

@@ -161,7 +161,7 @@ def test_saved_on_four_devices_restored_on_one(tmp_path):
     pytest.skip("needs 4 devices; tests/conftest.py simulates them on CPU")
   mask, state = make_state()
   mesh = mesh_lib.create_mesh(jax.devices()[:4])
-  save(tmp_path, mask, mesh_lib.put_replicated(state, mesh))
+  save(tmp_path, mask, jax.device_put(state, mesh_lib.replicated(mesh)))
   last = jax.devices()[3]
   restored = restore(tmp_path, mask, jax.device_put(state, last))
   assert_equal(restored, state)

@@ -11,8 +11,8 @@ import json
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from insvp_jax.distributed import mesh as mesh_lib
-assert mesh_lib.initialize_distributed() is True
+from insvp_jax.distributed import mesh as mesh_lib, processes
+assert processes.initialize_distributed() is True
 from insvp_jax.data import StreamSplit, pipeline, preprocess
 
 read = []

@@ -121,7 +121,7 @@ def test_each_device_is_given_its_part_of_a_host_array_and_no_more():
   host.taken = []
   mesh = mesh_lib.create_mesh(jax.devices()[:4], fsdp=4)
   cut = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
-  placed = sharding_lib.put({"kernel": host}, {"kernel": cut})["kernel"]
+  placed = sharding_lib.device_put({"kernel": host}, {"kernel": cut})["kernel"]
   np.testing.assert_array_equal(placed, np.asarray(host))
   assert host.taken and max(host.taken) == host.size // 4
 
@@ -247,17 +247,18 @@ def test_fsdp_has_to_divide_the_devices():
 WORKER = """
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
-from insvp_jax import partition, shardings
-assert partition.initialize_distributed() is True
-mesh = partition.create_mesh(fsdp=4)
+from insvp_jax.distributed import mesh as mesh_lib, processes, sharding
+assert processes.initialize_distributed() is True
+mesh = mesh_lib.create_mesh(fsdp=4)
 rank = jax.process_index()
 kernel = np.arange(128 * 128, dtype=np.float32).reshape(128, 128)
 tree, mask = ({"backbone": {"kernel": value}} for value in (kernel, False))
-where = shardings.param_shardings(tree, mask, mesh)
-params = shardings.put(tree, where)
+where = sharding.param_shardings(tree, mask, mesh)
+params = sharding.device_put(tree, where)
 parts = params["backbone"]["kernel"].addressable_shards
-batch = partition.put_batch({"x": np.ones((2, 128), np.float32) * rank}, mesh)
-total = jax.jit(lambda x, p: (x @ p["backbone"]["kernel"]).sum())(batch["x"], params)
+rows = np.ones((2, 128), np.float32) * rank
+x = jax.make_array_from_process_local_data(mesh_lib.batch_sharding(mesh), rows)
+total = jax.jit(lambda x, p: (x @ p["backbone"]["kernel"]).sum())(x, params)
 print([part.data.shape for part in parts], float(total) == 2 * kernel.sum())
 """
 

@@ -34,7 +34,7 @@ def test_a_signal_is_remembered_and_the_handlers_come_back(signum, status):
 def test_the_second_signal_acts_at_once(root):
   code = """
 import signal
-from insvp_jax.stopping import StopSignal
+from insvp_jax.distributed.stopping import StopSignal
 with StopSignal().listen():
   signal.raise_signal(signal.SIGTERM)
   print("once", flush=True)
@@ -57,7 +57,7 @@ def test_of_several_processes_ctrl_c_becomes_the_signal_that_all_hear_of():
   before, heard = handlers(), []
   previous = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
   try:
-    with StopSignal().listen(alone=False) as stop:
+    with StopSignal().listen(is_single_process=False) as stop:
       os.kill(os.getpid(), signal.SIGINT)
       # Where to stop is for all of them to agree on.
       assert (stop.signum, stop.passed_on) == (None, signal.SIGINT)
