@@ -116,6 +116,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory):
 def _compile(request: pytest.FixtureRequest):
   """Leaves out most of XLA's optimizations where they are not worth their time."""
   quickly = request.module.__name__ in QUICKLY_COMPILED
+  if os.environ.get("QUICK"):
+    quickly = os.environ["QUICK"] == "1"
   jax.config.update("jax_disable_most_optimizations", quickly)
   yield
   jax.config.update("jax_disable_most_optimizations", False)

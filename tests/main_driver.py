@@ -153,7 +153,7 @@ def _send(pid: int, signum: int, when: Path) -> None:
 def main() -> None:
   """Answers until standard input ends."""
   # All that a run imports.
-  import insvp_jax.tune  # noqa: F401
+  import insvp_jax.search.tune  # noqa: F401
 
   for line in sys.stdin:
     print(json.dumps(run_case(json.loads(line))), flush=True)

@@ -12,6 +12,8 @@ from insvp_jax import trees
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.logs.writers import write_json
 from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights.downloads import file_digest
+from insvp_jax.models.weights.load import save_backbone
 
 CLASSES = ("ant", "bee", "$cat$")
 SIZE = 16
@@ -56,13 +58,13 @@ def make_run(
   model = create_model(**kwargs)
   params = make_params(model)
   weights = workdir / "backbone.npz"
-  weights.save_backbone(params["backbone"], weights)
+  save_backbone(params["backbone"], weights)
   mask = trees.mask(params, patterns or model.prompter.trainable_patterns())
   flat = trees.flatten(mask)
   description = {
     "format": 1,
     "model": kwargs,
-    "backbone": {"id": str(weights), "sha256": weights.file_digest(weights)},
+    "backbone": {"id": str(weights), "sha256": file_digest(weights)},
     "class_names": list(CLASSES),
     "preset": "vtab",
     "image_size": SIZE,
