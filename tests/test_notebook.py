@@ -11,6 +11,7 @@ from tiny_runs import make_params, make_run
 from insvp_jax import config as config_lib
 from insvp_jax import tools
 from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights.load import save_backbone
 from insvp_jax.run import load_run
 from insvp_jax.train.trainer import train
 
@@ -23,7 +24,7 @@ def trained(tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp("trained")
   weights = workdir / "backbone.npz"
   params = make_params(create_model(num_classes=10, method="linear", **KWARGS))
-  weights.save_backbone(params["backbone"], weights)
+  save_backbone(params["backbone"], weights)
   config = config_lib.defaults()
   config.task = "digits"
   config.total_steps = 3

@@ -79,15 +79,16 @@ class Case:
     """Compares logits, loss and every gradient."""
     labels = self.file["labels"]
 
-    def loss_fn(trainable):
-      params = {"backbone": self.params["backbone"], **trainable}
-      logits = self.model.apply({"params": params}, self.images)
+    # Weights are arguments: as constants they would be compiled in, megabytes of them.
+    def loss_fn(trainable, backbone, images):
+      params = {"backbone": backbone, **trainable}
+      logits = self.model.apply({"params": params}, images)
       log_probs = jax.nn.log_softmax(logits)
       return -jnp.mean(log_probs[jnp.arange(len(labels)), labels]), logits
 
     trainable = {k: self.params[k] for k in ("prompter", "head")}
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    (loss, logits), grads = grad_fn(trainable)
+    (loss, logits), grads = grad_fn(trainable, self.params["backbone"], self.images)
     assert_near(logits, self.file["logits"], OUTPUT_TOLERANCE, "logits")
     assert_near(loss, self.file["loss"], OUTPUT_TOLERANCE, "loss")
     grads = trees.flatten(grads)
@@ -148,12 +149,18 @@ def test_vpt_backbone_without_prompts(golden, recipe, tmp_path):
   expected = case.file["plain_logits"]
   assert_near(case.plain_logits(), expected, OUTPUT_TOLERANCE, "plain_logits")
   # The file has the outputs of all tokens.
-  _, state = case.model.backbone.clone(skip_unread=False).apply(
-    {"params": case.params["backbone"]},
-    case.images,
-    capture_intermediates=lambda module, _: module.name == "Transformer",
-  )
-  (encoded,) = state["intermediates"]["Transformer"]["__call__"]
+  backbone = case.model.backbone.clone(skip_unread=False)
+
+  @jax.jit
+  def all_tokens(params, images):
+    _, state = backbone.apply(
+      {"params": params},
+      images,
+      capture_intermediates=lambda module, _: module.name == "Transformer",
+    )
+    return state["intermediates"]["Transformer"]["__call__"]
+
+  (encoded,) = all_tokens(case.params["backbone"], case.images)
   expected = case.file["plain_encoded"]
   assert_near(encoded, expected, OUTPUT_TOLERANCE, "plain_encoded")
 
@@ -189,10 +196,13 @@ def test_insvp_release(golden, recipe, tmp_path, name, conv):
   expected = case.file["plain_logits"]
   assert_near(case.plain_logits(), expected, OUTPUT_TOLERANCE, "plain_logits")
 
-  attended = simam(case.images) if case.file["config"]["simam"] else case.images
-  prompts = case.model.apply(
-    {"params": case.params}, case.images, method=case.model.prompts
-  )
+  @jax.jit
+  def made_of(params, images):
+    attended = simam(images) if case.file["config"]["simam"] else images
+    prompts = case.model.apply({"params": params}, images, method=case.model.prompts)
+    return attended, prompts
+
+  attended, prompts = made_of(case.params, case.images)
   for key, images in {
     "attended_image_sample": attended,
     "patch_prompt_sample": prompts["patch"],
