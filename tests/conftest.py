@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # These compile many programs and run each for a moment: quick to compile is better than
 # quick to run. What they compare is compiled alike.
-QUICKLY_COMPILED = (
-  *("test_batches", "test_features", "test_population", "test_stored_runs"),
-  *("test_suite", "test_trainer", "test_tune"),
-)
+QUICKLY_COMPILED = {
+  *("test_attention", "test_batches", "test_classifier", "test_dropout"),
+  *("test_evaluate_tool", "test_features", "test_golden_methods", "test_insvp"),
+  *("test_notebook", "test_population", "test_readme", "test_run", "test_steps"),
+  *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),
+}
 
 
 def _processor() -> str:

@@ -21,8 +21,8 @@ from insvp_jax.checkpoints.files import (
   verify,
 )
 
-KILLS = 20
-TOTAL = 600  # steps, of which no attempt that is killed can do many
+KILLS = 10
+TOTAL = 300  # steps, of which no attempt that is killed can do many
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def files(workdir: Path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_equals_never_killed(driver, base, tmp_path):
+def test_killed_at_ten_random_moments_equals_never_killed(driver, base, tmp_path):
   whole = driver.run(*base, f"--workdir={tmp_path / 'whole'}")
   assert whole.status == 0, whole.err
   workdir = tmp_path / "killed"
@@ -167,7 +167,7 @@ def test_killed_at_twenty_random_moments_equals_never_killed(driver, base, tmp_p
         assert (step / CHECKSUMS).exists()
         verify(step)
   # Nothing was lost but the steps since the last checkpoint.
-  assert reached == sorted(reached) and reached[-1] > 50, str(reached)
+  assert reached == sorted(reached) and reached[-1] > 30, str(reached)
   (pid,) = driver.start(*command, envs=[{}])
   while "test_accuracy" not in str(rows(workdir)[-1:]):
     time.sleep(0.002)
