@@ -78,7 +78,7 @@ def test_the_backbone_s_section_has_every_field_of_the_vit():
   assert {*config_lib.backbone_kwargs(config), "image_size"} == set(BACKBONE_FIELDS)
 
 
-def test_describe_has_a_line_for_every_key_in_the_order_of_the_table():
+def test_format_keys_has_a_line_for_every_key_in_the_order_of_the_table():
   config = defaults()
   config.optim.lr = 0.25
   config.insvp.global_kernels = (5, 7)

@@ -56,7 +56,7 @@ def test_every_field_is_declared(method):
   declared = fields.declared(method)
   assert set(declared) == names
   for declaration in declared.values():
-    assert declaration.doc and "\n" not in declaration.describe()
+    assert declaration.doc and "\n" not in declaration.doc_line()
     assert declaration.check
     assert set(declaration.presets) in (set(), set(PRESETS))
   # Every default passes its own check.
@@ -99,7 +99,7 @@ def test_the_config_follows_from_the_declarations(monkeypatch):
     "pair": tuple,
     "rate": float,
   }
-  docs = {name: f.describe() for name, f in fields.declared(Example).items()}
+  docs = {name: f.doc_line() for name, f in fields.declared(Example).items()}
   assert docs["size"] == "a size; None: 3"
   assert docs["blocks"] == "blocks; None: all"
   assert docs["extra"] == "a second size"
