@@ -181,26 +181,26 @@ class Checkpointer:
     )
     if not steps:
       return None
-    where, found = newest_good(
+    checkpoint, restored = newest_good(
       [self.directory / str(step) for step in steps],
-      lambda where: self._read(where, state),
+      lambda checkpoint: self._read(checkpoint, state),
       self._report,
     )
-    self._set_aside([step for step in steps if step > int(where.name)])
-    return found
+    self._set_aside([step for step in steps if step > int(checkpoint.name)])
+    return restored
 
-  def _read(self, where: Path, state: Any) -> Any:
+  def _read(self, checkpoint: Path, state: Any) -> Any:
     """Returns `state` with the values of one checkpoint."""
-    verify(where)
-    self._check_same_run(read_json(where, "meta"), where)
+    verify(checkpoint)
+    self._check_same_run(read_json(checkpoint, "meta"), checkpoint)
     flat = trees.flatten(state.params)
-    adapter = read_arrays(where, "adapter", {n: flat[n] for n in self._stored})
-    rest = read_arrays(where, "optimizer", flatten_rest(state))
-    progress = read_json(where, "progress")
+    adapter = read_arrays(checkpoint, "adapter", {n: flat[n] for n in self._stored})
+    rest = read_arrays(checkpoint, "optimizer", flatten_rest(state))
+    progress = read_json(checkpoint, "progress")
     return state.replace(
       step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
       params=trees.unflatten({**flat, **adapter}),
-      rng=decode_key(progress["rng"], state.rng, where),
+      rng=decode_key(progress["rng"], state.rng, checkpoint),
       **unflatten_rest(rest, state),
     )
 
@@ -209,7 +209,7 @@ class Checkpointer:
     if not steps:
       return
     processes.wait("read")
-    for step in steps if jax.process_index() == 0 else ():
+    for step in steps if processes.is_main_process() else ():
       aside = self.directory / f"{step}.damaged"
       shutil.rmtree(aside, ignore_errors=True)
       (self.directory / str(step)).rename(aside)
@@ -275,40 +275,42 @@ class Checkpointer:
     ) from cause
 
   def _remove_old(self) -> None:
-    if jax.process_index() == 0:
+    if processes.is_main_process():
       shutil.rmtree(self.directory / OLD, ignore_errors=True)
 
   def _remove_partial(self) -> None:
-    if jax.process_index() == 0:
+    if processes.is_main_process():
       for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
-  def _check_same_run(self, stored: Mapping[str, Any], where: Path) -> None:
-    wrong = []
+  def _check_same_run(self, stored: Mapping[str, Any], checkpoint: Path) -> None:
+    differences = []
     if "config" in self._meta:
-      before = stored.get("config", {})
-      wrong.append(config_lib.difference(self._meta["config"], before))
-    mine, theirs = self._meta.get("backbone", {}), stored.get("backbone", {})
+      config, stored_config = self._meta["config"], stored.get("config", {})
+      differences.append(config_lib.difference(config, stored_config))
+    backbone, before = self._meta.get("backbone", {}), stored.get("backbone", {})
     # Random weights have the seed they were drawn from in place of a file's digest.
-    if any(mine.get(key) != theirs.get(key) for key in ("sha256", "seed", "init")):
-      wrong.append(f"the backbone is {_describe(mine)}, was {_describe(theirs)}")
+    if any(backbone.get(key) != before.get(key) for key in ("sha256", "seed", "init")):
+      differences.append(
+        f"the backbone is {_backbone_text(backbone)}, was {_backbone_text(before)}"
+      )
     for key in (
       ("class_names",) if "config" in self._meta else ("class_names", "method")
     ):
       if self._meta.get(key) != stored.get(key):
         got, expected = short(stored.get(key)), short(self._meta.get(key))
-        wrong.append(f"{key} is {expected}, was {got}")
+        differences.append(f"{key} is {expected}, was {got}")
     if self._meta.get("data_sha256") != stored.get("data_sha256"):
-      wrong.append("the images or their labels have changed")
-    if any(wrong):
+      differences.append("the images or their labels have changed")
+    if any(differences):
       raise ValueError(
-        f"{where.parents[1]} holds a run with other settings: "
-        f"{'; '.join(filter(None, wrong))}. Use another workdir, or delete this one to "
-        "start over."
+        f"{checkpoint.parents[1]} holds a run with other settings: "
+        f"{'; '.join(filter(None, differences))}. Use another workdir, or delete this "
+        "one to start over."
       )
 
 
-def _describe(backbone: Mapping[str, Any]) -> str:
+def _backbone_text(backbone: Mapping[str, Any]) -> str:
   seed = f", seed {backbone['seed']}" if "seed" in backbone else ""
   return f"sha256 {backbone.get('sha256')} ({backbone.get('id')}{seed})"
 

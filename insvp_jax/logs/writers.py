@@ -14,10 +14,10 @@ import sys
 import time
 from typing import Any
 
-import jax
 from jaxtyping import UInt8
 import numpy as np
 
+from insvp_jax.distributed import processes
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
 from insvp_jax.logs.tensorboard import EventFile
 
@@ -60,7 +60,7 @@ class Writers:
     """
     self.total_steps = total_steps
     self.name = name
-    self._is_main = jax.process_index() == 0
+    self._is_main = processes.is_main_process()
     self._stream = stream or sys.stderr
     self._clock: tuple[float, int] | None = None  # (time, step) of the first `train`
     self._is_line_open = False
@@ -189,7 +189,7 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
   path = Path(path)
   partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   text = json.dumps(_finite(value), indent=2, default=_plain, allow_nan=False)
-  if jax.process_index() != 0:
+  if not processes.is_main_process():
     return
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def remove_partial(workdir: str | os.PathLike) -> None:
 
   Call it where no other process writes to `workdir`.
   """
-  if jax.process_index() == 0:
+  if processes.is_main_process():
     for partial in Path(workdir).glob(f".*{PARTIAL}"):
       partial.unlink(missing_ok=True)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import statistics
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.data import GROUPS, TASKS, check_data
+from insvp_jax.distributed import processes
 from insvp_jax.logs.writers import write_json
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.search import tables, tune
@@ -127,7 +127,7 @@ def format_table(
 
 def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
   """Writes suite.json, table.md and table.csv."""
-  if jax.process_index() != 0:
+  if not processes.is_main_process():
     return
   table = accuracies(results)
   write_json(workdir / "suite.json", results)

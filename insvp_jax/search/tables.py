@@ -5,12 +5,12 @@ import csv
 import io
 from typing import Any
 
-import jax
+from insvp_jax.distributed import processes
 
 
 def print_once(text: str) -> None:
   """Prints on the first of several processes alone."""
-  if jax.process_index() == 0:
+  if processes.is_main_process():
     print(text, flush=True)
 
 

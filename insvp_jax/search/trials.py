@@ -14,11 +14,11 @@ from pathlib import Path
 import re
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
+from insvp_jax.distributed import processes
 from insvp_jax.methods import METHODS
 from insvp_jax.search.grids import GRIDS
 
@@ -173,7 +173,7 @@ def append(path: Path, trial: Mapping[str, Any]) -> None:
   Raises:
     OSError: the disk is full or read-only.
   """
-  if jax.process_index() != 0:
+  if not processes.is_main_process():
     return
   line = json.dumps(trial, allow_nan=False).encode() + b"\n"
   try:

@@ -24,6 +24,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
+from insvp_jax.distributed import processes
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json
 from insvp_jax.methods import METHODS, create_method
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
     write_json(workdir / "summary.json", summary)
-    if jax.process_index() == 0:
+    if processes.is_main_process():
       (workdir / "table.md").write_text(table)
       (workdir / "table.csv").write_text(tables.format_csv(task, summary))
   print_once(f"\n{table}")

@@ -460,7 +460,7 @@ def _evaluate(
 
 def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
   """Returns the context in which no other run may use a workdir."""
-  return lock.hold(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+  return lock.hold(workdir) if processes.is_main_process() else contextlib.nullcontext()
 
 
 def _open_checkpoints(
@@ -470,7 +470,7 @@ def _open_checkpoints(
 
   def report_damage(text: str) -> None:
     # There are no writers yet.
-    if jax.process_index() == 0:
+    if processes.is_main_process():
       print(text, file=sys.stderr, flush=True)
 
   return Checkpointer(
