@@ -70,6 +70,47 @@ class Split(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamSplit(Split):
+  """A split whose images are decoded while it is read, with constant memory.
+
+  Attributes:
+    labels: class indices in [0, k).
+    size: side in pixels of the stored squares.
+    identity: sha256 (hex) of everything that decides which images these are and how
+      they are resized. A copy of the files elsewhere has the same.
+    open: maps the arguments (requests, whole) of `read` to its iterator.
+    square: whether all images are known to be squares, so that `whole` changes nothing.
+    stamp: what may tell of a change of files besides their sizes, such as times and
+      checksums; a part of cache keys, but not of the digest.
+  """
+
+  labels: Int32[np.ndarray, "n"]
+  size: int
+  identity: str
+  open: Callable[[Iterable[Indices], bool], Iterator[Any]]
+  square: bool = False
+  stamp: str = ""
+
+  @property
+  def stored_size(self) -> int:
+    return self.size
+
+  @property
+  def digest(self) -> str:
+    return self.identity
+
+  @property
+  def nbytes(self) -> int:
+    """Returns the bytes that the stored squares would take in memory."""
+    return len(self) * self.size**2 * 3
+
+  def read(
+    self, requests: Iterable[Indices], *, whole: bool = False
+  ) -> Iterator[Pixels]:
+    return self.open(requests, whole and not self.square)
+
+
+@dataclasses.dataclass(frozen=True)
 class ArraySplit(Split):
   """A split whose images are decoded, all of one size, in memory.
 
@@ -118,47 +159,6 @@ class ArraySplit(Split):
   def take(self, indices: Indices) -> "ArraySplit":
     """Returns the examples at `indices`, in that order."""
     return ArraySplit(self.images[indices], self.labels[indices])
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamSplit(Split):
-  """A split whose images are decoded while it is read, with constant memory.
-
-  Attributes:
-    labels: class indices in [0, k).
-    size: side in pixels of the stored squares.
-    identity: sha256 (hex) of everything that decides which images these are and how
-      they are resized. A copy of the files elsewhere has the same.
-    open: maps the arguments (requests, whole) of `read` to its iterator.
-    square: whether all images are known to be squares, so that `whole` changes nothing.
-    stamp: what may tell of a change of files besides their sizes, such as times and
-      checksums; a part of cache keys, but not of the digest.
-  """
-
-  labels: Int32[np.ndarray, "n"]
-  size: int
-  identity: str
-  open: Callable[[Iterable[Indices], bool], Iterator[Any]]
-  square: bool = False
-  stamp: str = ""
-
-  @property
-  def stored_size(self) -> int:
-    return self.size
-
-  @property
-  def digest(self) -> str:
-    return self.identity
-
-  @property
-  def nbytes(self) -> int:
-    """Returns the bytes that the stored squares would take in memory."""
-    return len(self) * self.size**2 * 3
-
-  def read(
-    self, requests: Iterable[Indices], *, whole: bool = False
-  ) -> Iterator[Pixels]:
-    return self.open(requests, whole and not self.square)
 
 
 @dataclasses.dataclass(frozen=True)
