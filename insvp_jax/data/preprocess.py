@@ -157,16 +157,8 @@ def resize_tf1(
     half_pixel_centers=False, which VTAB's and VPT's published code call.
   """
 
-  def taps(size: int, out_size: int):
-    """Returns for each output pixel its two input pixels and the second's weight."""
-    # float32 throughout, because TensorFlow's kernel computes positions in it.
-    scale = np.float32(size) / np.float32(out_size)
-    position = np.arange(out_size, dtype=np.float32) * scale
-    low = np.floor(position).astype(np.int64)
-    return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
-
-  top, bottom, y_weight = taps(images.shape[-3], height)
-  left, right, x_weight = taps(images.shape[-2], width)
+  top, bottom, y_weight = _taps(images.shape[-3], height)
+  left, right, x_weight = _taps(images.shape[-2], width)
   # TF interpolates along x in both rows, then along y; the order decides the last bit.
   # Converting to float after the selection spares the pixels that a strong reduction
   # never looks at.
@@ -178,6 +170,15 @@ def resize_tf1(
   return _lerp(
     np.take(columns, top, -3), np.take(columns, bottom, -3), y_weight[:, None, None]
   )
+
+
+def _taps(size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns for each output pixel its two input pixels and the second's weight."""
+  # float32 throughout, because TensorFlow's kernel computes positions in it.
+  scale = np.float32(size) / np.float32(out_size)
+  position = np.arange(out_size, dtype=np.float32) * scale
+  low = np.floor(position).astype(np.int64)
+  return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
 
 
 def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
