@@ -156,7 +156,6 @@ def resize_tf1(
   Source: TensorFlow's ResizeBilinear with align_corners=False and
     half_pixel_centers=False, which VTAB's and VPT's published code call.
   """
-
   top, bottom, y_weight = _taps(images.shape[-3], height)
   left, right, x_weight = _taps(images.shape[-2], width)
   # TF interpolates along x in both rows, then along y; the order decides the last bit.
