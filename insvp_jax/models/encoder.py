@@ -13,11 +13,11 @@ from insvp_jax.models.layers import LAYER_NORM_EPS, Attention, MlpBlock, join
 
 
 class Block(nn.Module):
-  """One pre-norm encoder block over class and patch tokens x, and prompts.
+  """One pre-norm encoder block.
 
-  Prompts join in one of two ways. With `update_prompts` they are tokens like all
-  others, and the block returns their outputs. Without it nobody reads their outputs, so
-  they are keys and values of the attention and nothing else.
+  Prompt tokens join the class and patch tokens x in one of two ways. If their outputs
+  are read afterwards, they are tokens like all others. If not, as where the next block
+  has prompts of its own, they are only keys and values of the attention.
   """
 
   mlp_dim: int
@@ -41,17 +41,19 @@ class Block(nn.Module):
 
     Args:
       x: class and patch tokens.
-      prompts: prompt tokens, the same for all images where the first axis is 1.
+      prompts: prompt tokens; the same for all images if the first axis is 1.
       update_prompts: whether the prompts' outputs are read afterwards.
       num_read: how many tokens of x, the first ones, are read afterwards; None for all.
-        Of the others only keys and values are computed.
+        Of the others only keys and values are computed. For the last block, which
+        updates no prompts.
 
     Returns:
-      (x, prompts): the outputs of the tokens that are read; those of the prompts with
-      `update_prompts`, else the prompts as they came.
+      (x, prompts): the outputs of the tokens that are read, and of the prompts if they
+      are updated; else the prompts as they came.
     """
     num_tokens = x.shape[1]
     in_sequence = update_prompts and prompts is not None
+    kv_prompts = None if in_sequence else prompts
     if in_sequence:
       x = join(x, prompts)  # [b, n + p, d]
     norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")
@@ -62,9 +64,10 @@ class Block(nn.Module):
       name="MultiHeadDotProductAttention_0",
     )
     y = norm(x)
-    keys_only = None if in_sequence or prompts is None else norm(prompts)
-    # [:, :None] are all tokens.
-    x = x[:, :num_read] + attention(y[:, :num_read], y, keys_only)
+    if kv_prompts is not None:
+      kv_prompts = norm(kv_prompts)
+    # [b, m, d]; all tokens where num_read is None.
+    x = x[:, :num_read] + attention(y[:, :num_read], y, kv_prompts)
     y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_1")(x)
     x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
     if in_sequence:

@@ -31,6 +31,7 @@ class PatchEmbedding(nn.Module):
       "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape
     )
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    # [b, n, p * p * c] @ [p * p * c, d]
     patches = einops.rearrange(
       images, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size
     )
@@ -41,9 +42,9 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention whose keys and values may include prompts.
 
-  Prompts given here are keys and values only. Where no later block reads their
-  outputs, the result is that of the full sequence, without computing their queries;
-  and prompts shared by all images are projected once, not once per image.
+  Prompts given here are keys and values only. The outputs are those of a sequence with
+  the prompts in it, without the prompts' own. Prompts shared by all images are projected
+  once, not once per image.
 
   Attributes:
     num_heads: number of heads; divides the width.

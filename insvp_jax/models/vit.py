@@ -144,11 +144,11 @@ class ViT(nn.Module):
       raise ValueError(
         f"width {self.width} is not divisible by num_heads {self.num_heads}."
       )
-    head = self.width // self.num_heads
-    if self.fused_attention and head % 8:
+    head_width = self.width // self.num_heads
+    if self.fused_attention and head_width % 8:
       raise ValueError(
         f"fused_attention needs heads whose width is a multiple of 8, as cuDNN does; "
-        f"{self.num_heads} heads of {self.width} have {head}. Turn it off."
+        f"{self.num_heads} heads of {self.width} have {head_width}. Turn it off."
       )
     if self.image_size % self.patch_size:
       raise ValueError(
@@ -193,7 +193,7 @@ class ViT(nn.Module):
     x = tokens
     if self.pool == "tok":
       cls = jnp.broadcast_to(self.cls, (x.shape[0], 1, self.width))
-      x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
+      x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)  # [b, 1 + n, d]
     x = self.Transformer(x, prompts)
     if self.pool == "tok":
       return x[:, 0]
