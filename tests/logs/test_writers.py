@@ -134,7 +134,7 @@ def test_tensorboard_reads_the_events_and_a_resumed_run_replaces_its_own(tmp_pat
 def test_tensorboard_needs_no_tensorflow(tmp_path, root):
   code = (
     "import sys\n"
-    "from insvp_jax.writers import Writers\n"
+    "from insvp_jax.logs.writers import Writers\n"
     "assert 'tensorboard' not in sys.modules\n"
     f"with Writers({str(tmp_path)!r}, total_steps=1) as found:\n"
     "  found.scalars(1, {'loss': 1.0})\n"
@@ -206,7 +206,7 @@ def test_lines_written_after_the_save_at_the_same_step_are_dropped(tmp_path):
 
 FULL = """
 import resource, sys
-from insvp_jax.writers import Writers
+from insvp_jax.logs.writers import Writers
 workdir, is_events = sys.argv[1], sys.argv[2] == "events"
 with Writers(workdir, total_steps=9, tensorboard=is_events) as found:
   # No file may grow beyond this: writing then fails as on a full disk.

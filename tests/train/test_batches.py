@@ -19,6 +19,7 @@ from tiny_training import (
 
 from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.files import find_steps
+from insvp_jax.data import StreamSplit
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.search import population, trials, tune
 from insvp_jax.train import batches, steps, trainer
@@ -274,9 +275,7 @@ def test_how_many_steps_a_call_takes(
   state = program_lib.create_state(settings, chosen.program, params)
   split = chosen.data.splits["train"]
   if not resident:
-    split = batches.Split.__subclasses__()[0](
-      split.labels, 16, "sha", lambda requests, whole: iter(())
-    )
+    split = StreamSplit(split.labels, 16, "sha", lambda requests, whole: iter(()))
   features = chosen.features(settings, "train", state.params)
   assert (features is not None) == (method == "linear")
   feed = batches.create_feed(settings, chosen.program, split, state, features)
