@@ -43,8 +43,8 @@ class Attention(nn.Module):
   """Multi-head attention whose keys and values may include prompts.
 
   Prompts given here are keys and values only. The outputs are those of a sequence with
-  the prompts in it, without the prompts' own. Prompts shared by all images are projected
-  once, not once per image.
+  the prompts in it, without the prompts' own. Prompts that all images share are
+  projected once, not once per image.
 
   Attributes:
     num_heads: number of heads; divides the width.
