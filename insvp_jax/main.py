@@ -140,7 +140,7 @@ def _plan(config: ConfigDict, num_devices: int) -> None:
   for method in config.tune.methods or (config.method,):
     config.method = method
     plans[method] = plan.plan(config, devices)
-    print(plan.describe(plans[method]), flush=True)
+    print(plan.format_plan(plans[method]), flush=True)
   if _WORKDIR.value:
     writers.write_json(Path(_WORKDIR.value) / "plan.json", plans)
 

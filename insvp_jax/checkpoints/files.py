@@ -76,13 +76,13 @@ def newest_good(
   errors: list[Damaged] = []
   for where in steps:
     try:
-      found = read(where)
+      result = read(where)
     except Damaged as error:
       errors.append(error)
       continue
     for error in errors:
       report(f"{error} The checkpoint of step {where.name} is used instead.")
-    return where, found
+    return where, result
   folder = where.parent
   others = f" So are the {len(errors) - 1} older ones." if errors[1:] else ""
   raise Damaged(f"{errors[0]}{others} To start over, delete {folder}.") from errors[0]

@@ -220,7 +220,7 @@ def _nbytes(tree: Any) -> int:
   return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
-def describe(result: dict[str, Any]) -> str:
+def format_plan(result: dict[str, Any]) -> str:
   """Returns the result of `plan` as text: a table of bytes, and a few lines."""
   arrays = result["arrays"]
   train_on_features = arrays["training_features"] > 0

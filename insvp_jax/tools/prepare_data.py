@@ -62,7 +62,7 @@ def make_ready(task: Any, places: Any, errors: dict[str, str]) -> Any:
   return availability.check_task(task, places)
 
 
-def describe_splits(data: Any) -> Iterator[str]:
+def split_lines(data: Any) -> Iterator[str]:
   """Yields a line for each split: its images, and how many there are of a class."""
   import numpy as np
 
@@ -151,7 +151,7 @@ def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
     else:
       state = make_ready(task, places, errors)
     print(state.summary(), flush=True)
-    for line in describe_splits(state.data) if state.ready else ():
+    for line in split_lines(state.data) if state.ready else ():
       print(f"  {line}")
     for note in state.notes:
       print(f"  {'warning' if state.ready else 'note'}: {note}")

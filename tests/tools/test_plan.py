@@ -112,7 +112,7 @@ def test_where_features_are_computed_once_the_plan_has_them_in_place_of_images()
   # The pass over the images is as large as an evaluation, but for the head.
   passes = (each["eval_step"]["temporaries"] for each in (found, without))
   assert next(passes) == pytest.approx(next(passes), rel=0.05)
-  lines = [" ".join(line.split()) for line in plan.describe(found).splitlines()]
+  lines = [" ".join(line.split()) for line in plan.format_plan(found).splitlines()]
   assert "bytes on each device training features" in lines
   assert "training features 1.59 KiB 1.59 KiB" in lines
 
@@ -171,7 +171,7 @@ def test_a_plan_is_told_in_powers_of_1024():
     "checkpoint": {"adapter": 2**42, "optimizer": 2**53},
     "flops": 8 * 10**12,
   }
-  text = plan.describe(found)
+  text = plan.format_plan(found)
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert "one batch 512 B 512 B" in lines
   assert "frozen parameters 1.50 KiB 1.50 KiB" in lines
@@ -181,7 +181,7 @@ def test_a_plan_is_told_in_powers_of_1024():
   assert "unrolled" in text and "bfloat16" in text
   assert "training images 1.50 KiB 1.50 KiB" in lines
   found |= {"planned_on": "H100"}
-  assert "unrolled" not in plan.describe(found)
+  assert "unrolled" not in plan.format_plan(found)
 
 
 def test_the_largest_vit_is_planned_without_room_for_it(root, tmp_path):

@@ -265,7 +265,7 @@ def test_classes_are_counted_each(small, monkeypatch, tmp_path):
   data = state_of("cifar100", data_dir=str(prepare_cifar100(tmp_path, 120))).data
   counts = availability.class_counts(data, "train")
   assert counts.tolist() == [2] * 10 + [1] * 90
-  assert list(prepare_data.describe_splits(data))[0] == (
+  assert list(prepare_data.split_lines(data))[0] == (
     "train: 110 images of 100 of 100 classes, smallest 1, median 1, largest 2"
   )
 
