@@ -7,4 +7,5 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# In the order of tests/conftest.py: slow files first.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

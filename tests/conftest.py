@@ -37,6 +37,17 @@ QUICKLY_COMPILED = {
 }
 
 
+# The files that take longest come first: the processes that share the files then end at
+# about the same time.
+SLOW_FILES = (
+  *("test_golden_methods", "test_processes", "test_killed", "test_benchmarks"),
+  *("test_main", "test_population", "test_steps", "test_plan", "test_vit"),
+  *("test_sharding", "test_trainer", "test_tfds_vtab", "test_tfds_stream"),
+  *("test_stored_runs", "test_notebook", "test_gradient_economy", "test_tune"),
+  *("test_batches", "test_soak", "test_attention", "test_run", "test_features"),
+)
+
+
 def _processor() -> str:
   """Returns a digest of what decides whether a compiled program runs here."""
   parts = [jax.__version__, platform.machine()]
@@ -100,6 +111,16 @@ def pytest_configure(config: pytest.Config) -> None:
     "insvp_jax", max_examples=25, deadline=None, derandomize=True, database=None
   )
   hypothesis.settings.load_profile("insvp_jax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Sorts the files: slow ones first, the others as they come."""
+
+  def position(item: pytest.Item) -> int:
+    name = item.path.stem
+    return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
+
+  items.sort(key=position)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,12 @@ class Driver:
     self._cwd = cwd
     self._process = subprocess.Popen(
       [sys.executable, here],
-      env={**os.environ, "PYTHONPATH": str(here.parents[1])},
+      env={
+        **os.environ,
+        "PYTHONPATH": str(here.parents[1]),
+        # Its runs are many and alike: keep the programs that compile in no time, too.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      },
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

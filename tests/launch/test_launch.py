@@ -126,8 +126,8 @@ def test_set_up_once_then_reused(sandbox):
   second = sandbox.run("launch/test.sh", "tests/test_a.py", "-x")
   assert (second.returncode, second.stderr) == (0, "")
   assert (
-    f"run -m pytest -n 2 --dist loadfile tests/test_a.py -x in {sandbox.repo} "
-    in second.stdout
+    "run -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_a.py -x "
+    f"in {sandbox.repo} " in second.stdout
   )
   assert sandbox.installs() == 1
 
@@ -302,8 +302,8 @@ def test_ci_runs_the_test_script(sandbox):
   done = sandbox.run(".ci/run")
   assert done.returncode == 0, done.stderr
   assert (
-    f"run -m pytest -n 2 --dist loadfile --durations=15 in {sandbox.repo} "
-    in done.stdout
+    "run -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "
+    f"in {sandbox.repo} " in done.stdout
   )
 
 
