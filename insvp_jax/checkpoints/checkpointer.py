@@ -20,6 +20,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import time
 from typing import Any
 import warnings
 
@@ -279,9 +280,14 @@ class Checkpointer:
       shutil.rmtree(self.directory / OLD, ignore_errors=True)
 
   def _remove_partial(self) -> None:
-    if processes.is_main_process():
-      for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+    """Removes what a failed save left, also if its threads still write to it."""
+    for _ in range(20 if processes.is_main_process() else 0):
+      leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+      for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
+      if not any(leftover.exists() for leftover in leftovers):
+        return
+      time.sleep(0.1)
 
   def _check_same_run(self, stored: Mapping[str, Any], checkpoint: Path) -> None:
     differences = []

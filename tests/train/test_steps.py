@@ -80,12 +80,12 @@ def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(method):
   for _ in range(2):
     state, metrics = step(state, batch_of())
   after = jax.device_get(trees.flatten(state.params))
-  # The softmax does not see a bias of the keys; only rounding would ever move it.
-  unseen = f"encoderblock_{model.backbone.depth - 1}/MultiHeadDotProductAttention_0/key"
-  for name, chosen in trees.flatten(mask).items():
-    chosen = chosen and f"{unseen}/bias" not in name
+  for name, trainable in trees.flatten(mask).items():
+    # The softmax does not see a bias of the keys; only rounding ever moves it.
+    if trainable and name.endswith("key/bias"):
+      continue
     same = before[name].tobytes() == after[name].tobytes()
-    assert same != chosen, f"{name}: trainable {chosen}, unchanged {same}"
+    assert same != trainable, f"{name}: trainable {trainable}, unchanged {same}"
   assert int(state.step) == 2
   assert np.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0
 
