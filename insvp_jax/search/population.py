@@ -13,6 +13,7 @@ trials, so one that diverges leaves the others as they are.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,11 +59,7 @@ def stack_state(
   trainable, frozen = trees.split(state.params, program.mask)
   replicated = program.state_sharding.step
   # Frozen parameters stay where they are.
-  stack = jax.jit(
-    lambda tree: jax.tree.map(lambda x: jnp.stack([x] * len(configs)), tree),
-    out_shardings=replicated,
-  )
-  trainable, opt_state = stack((trainable, state.opt_state))
+  trainable, opt_state = _repeat((trainable, state.opt_state), len(configs), replicated)
   hparams = [hparams_of(config, program.hparams) for config in configs]
   peak_lr = [optim.peak_lr(config.optim, config.batch_size) for config in configs]
   numbers = {
@@ -75,6 +72,13 @@ def stack_state(
     opt_state=opt_state,
     **jax.device_put(numbers, replicated),
   )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repeat(tree: Any, num_members: int, sharding: jax.sharding.Sharding) -> Any:
+  """Returns the arrays with a leading axis m, m times the same."""
+  stacked = jax.tree.map(lambda x: jnp.stack([x] * num_members), tree)
+  return jax.lax.with_sharding_constraint(stacked, sharding)
 
 
 def _axes(program: Program) -> TrainState:

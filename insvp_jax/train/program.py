@@ -57,6 +57,26 @@ class Program:
     return state_lib.param_shapes(self.model)
 
   @functools.cached_property
+  def new_state(self) -> Any:
+    """Jitted `(params, *, seed, peak_lr, wd, hparams) -> state` before the first step.
+
+    It donates the parameters: there is no second copy of them, not even for a moment.
+    """
+
+    def new_state(params, *, seed, peak_lr, wd, hparams) -> state_lib.TrainState:
+      return state_lib.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=self.optimizer.init(params),
+        rng=jax.random.key(seed),
+        peak_lr=peak_lr,
+        wd=wd,
+        hparams=hparams,
+      )
+
+    return jax.jit(new_state, out_shardings=self.state_sharding, donate_argnums=0)
+
+  @functools.cached_property
   def train_step(self) -> Any:
     """Jitted `(state, batch) -> (state, metrics)`; donates the state."""
     replicated, sharded = self._shardings
@@ -179,17 +199,10 @@ def create_state(
     program: made for it.
     params: from `state.init_params`.
   """
-  sharding = program.state_sharding
   params = state_lib.cast_frozen(params, program.mask, config, np.asarray)
   # On the host until each device gets its part: no device may have room for all.
-  params = sharding_lib.device_put(params, sharding.params)
-  # Donated: there is no second copy of the parameters, not even for a moment.
-  create = jax.jit(
-    functools.partial(_new_state, config, program),
-    out_shardings=sharding,
-    donate_argnums=0,
-  )
-  return create(params)
+  params = sharding_lib.device_put(params, program.state_sharding.params)
+  return program.new_state(params, **_state_numbers(config, program))
 
 
 def abstract_state(config: ConfigDict, program: Program) -> state_lib.TrainState:
@@ -199,16 +212,15 @@ def abstract_state(config: ConfigDict, program: Program) -> state_lib.TrainState
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
   params = state_lib.cast_frozen(program.shapes, program.mask, config, cast)
-  return jax.eval_shape(functools.partial(_new_state, config, program), params)
+  return jax.eval_shape(program.new_state, params, **_state_numbers(config, program))
 
 
-def _new_state(config: ConfigDict, program: Program, params) -> state_lib.TrainState:
-  return state_lib.TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=program.optimizer.init(params),
-    rng=jax.random.key(config.seed),
-    peak_lr=jnp.float32(optim.peak_lr(config.optim, config.batch_size)),
-    wd=jnp.float32(config.optim.wd),
-    hparams=state_lib.hparams_of(config, program.hparams),
-  )
+def _state_numbers(config: ConfigDict, program: Program) -> dict[str, Any]:
+  """Returns what a run's first state holds besides parameters."""
+  peak_lr = optim.peak_lr(config.optim, config.batch_size)
+  return {
+    "seed": np.uint32(config.seed % 2**32),
+    "peak_lr": np.float32(peak_lr),
+    "wd": np.float32(config.optim.wd),
+    "hparams": state_lib.hparams_of(config, program.hparams),
+  }
