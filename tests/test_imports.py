@@ -28,12 +28,12 @@ LAYERS = (
   ("config_checks",),
   ("config",),
   ("methods",),
-  ("errors", "trees"),
+  ("errors", "paths", "trees"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
-  "data": {"data", "config", "trees"},
-  "models": {"models", "methods", "trees"},
+  "data": {"data", "config", "paths", "trees"},
+  "models": {"models", "methods", "paths", "trees"},
   "methods": {"methods", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),
