@@ -8,15 +8,14 @@ of the standard selection: 19,573, 12,608 or 10,847. A tenth of them, drawn clas
 class, chooses lr and wd; the final model is trained on all of them.
 """
 
-from insvp_jax.config import parse_arg, published
+from insvp_jax.config import parse_arg, published, select
 
 
 def get_config(arg=""):
-  arg = parse_arg(arg, imbalance="100", method="insvp")
+  arg = parse_arg(arg, imbalance="100")
   config = published()
-  every = arg["imbalance"] == "all"
-  config.task = "cifar100_lt" if every else f"cifar100_lt{arg['imbalance']}"
-  config.method = arg["method"]
+  imbalance = "" if arg["imbalance"] == "all" else arg["imbalance"]
+  config.task = arg["task"] or f"cifar100_lt{imbalance}"
   config.data.preset = "insvp_release"
   config.tune.seeds = (0, 1, 2)
-  return config
+  return select(config, arg)

@@ -1,22 +1,23 @@
 """Adapts a backbone to your own images: a folder or a .zip.
 
-  python -m insvp_jax.main --config=configs/folder.py --config.data.root=photos.zip
+  python -m insvp_jax.main --config=configs/folder.py:root=photos.zip
 
 The images lie in train/<class>/, and optionally val/<class>/ and test/<class>/.
 Without these the splits are drawn from train: stratified, seeded, stored with the
 run. InsVP, VPT-Deep and a linear head each choose their lr on val, are trained
 again on train + val with three seeds, and are reported on test.
 
-One method, one run: --config.tune.methods='()' --config.tune.lr='()'
---config.tune.seeds='()' --config.method=insvp --config.optim.lr=0.003
+One method: --config=configs/folder.py:root=photos.zip,method=insvp. One run of it, with
+nothing to choose: --mode=train --config.optim.lr=0.003 besides.
 """
 
-from insvp_jax.config import defaults
+from insvp_jax.config import defaults, parse_arg, select
 
 
-def get_config():
+def get_config(arg=""):
+  arg = parse_arg(arg, task="folder")
   config = defaults()
-  config.task = "folder"
+  config.task = arg["task"]
   config.backbone.name = "boxed"
   config.batch_size = 32
   config.total_epochs = 20.0
@@ -27,4 +28,4 @@ def get_config():
   config.tune.lr = (3e-3, 1e-2)
   config.tune.seeds = (0, 1, 2)
   config.prompt_images = 6
-  return config
+  return select(config, arg)

@@ -13,7 +13,7 @@ label smoothing, warm-up over a fifth of the steps, seed 3407. (The scripts repo
 best test epoch; here it is the last one.)
 """
 
-from insvp_jax.config import parse_arg, published
+from insvp_jax.config import parse_arg, published, select
 
 # (lr, wd, prompt length, SimAM) of InsVP's published scripts.
 _RELEASE = {
@@ -31,11 +31,10 @@ _RELEASE = {
 
 
 def get_config(arg=""):
-  arg = parse_arg(arg, task="cifar100", method="insvp", subset="official")
-  task, subset = arg["task"], arg["subset"]
+  arg = parse_arg(arg, task="cifar100", subset="official")
+  task, subset = arg["task"].removeprefix("hta_"), arg["subset"]
   config = published()
-  config.task = "hta" if task == "all" else f"hta_{task}"
-  config.method = arg["method"]
+  config.task = "hta" if task in ("all", "hta") else f"hta_{task}"
   config.data.preset = "insvp_release"
   config.data.subset = subset
   config.loss.label_smoothing = 0.1
@@ -47,7 +46,7 @@ def get_config(arg=""):
     _release(config, task)
   else:
     config.tune.seeds = (0, 1, 2)
-  return config
+  return select(config, arg)
 
 
 def _release(config, task):

@@ -1,16 +1,16 @@
 """Trains the backbone in the box: a small ViT on CIFAR-10, from scratch.
 
-python -m insvp_jax.main --config=configs/pretrain.py \
-      --config.data.root=path/to/cifar10 --workdir=runs/pretrain
+python -m insvp_jax.main --config=configs/pretrain.py:root=path/to/cifar10
 """
 
-from insvp_jax.config import defaults
+from insvp_jax.config import defaults, parse_arg, select
 
 
-def get_config():
+def get_config(arg=""):
   """Returns the configuration."""
+  arg = parse_arg(arg, task="cifar10_npz")
   config = defaults()
-  config.task = "cifar10_npz"
+  config.task = arg["task"]
   config.method = "full"
   config.total_epochs = 15.0
   config.batch_size = 64
@@ -33,4 +33,4 @@ def get_config():
   config.loss.label_smoothing = 0.1
   config.checkpoint_every_epochs = 1.0
   config.log_every_steps = 100
-  return config
+  return select(config, arg)

@@ -7,12 +7,13 @@ Needs nothing but the package: the digits are scikit-learn's, the backbone is
 picture of the prompts, runs/quickstart/insvp/seed0/prompts.png.
 """
 
-from insvp_jax.config import defaults
+from insvp_jax.config import defaults, parse_arg, select
 
 
-def get_config():
+def get_config(arg=""):
+  arg = parse_arg(arg, task="digits")
   config = defaults()
-  config.task = "digits"
+  config.task = arg["task"]
   config.backbone.name = "boxed"
   config.batch_size = 32
   config.total_epochs = 12.0
@@ -23,4 +24,4 @@ def get_config():
   config.tune.methods = ("insvp", "linear", "vpt_deep")
   config.tune.seeds = (0,)
   config.prompt_images = 6
-  return config
+  return select(config, arg)

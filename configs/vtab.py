@@ -1,6 +1,6 @@
 """VTAB-1k: choose on val200, retrain on all 1,000 images, report test.
 
-  python -m insvp_jax.main --config=configs/vtab.py:task=svhn \
+  python -m insvp_jax.main --config=configs/vtab.py:svhn \
       --config.data.data_dir=/path/to/tensorflow_datasets
 
   python -m insvp_jax.main --mode=tune --config=configs/vtab.py:task=svhn,method=insvp
@@ -21,15 +21,14 @@ ViT-B/16 pre-trained on ImageNet-21k (`vit_b16_i21k`, downloaded on first use) a
 `vtab` preset. VPT's papers normalise by ImageNet's mean: --config.data.preset=vpt.
 """
 
-from insvp_jax.config import parse_arg, published
+from insvp_jax.config import parse_arg, published, select
 
 
 def get_config(arg=""):
-  arg = parse_arg(arg, task="cifar100", method="insvp")
+  arg = parse_arg(arg, task="cifar100")
   config = published()
   config.task = {"all": "vtab"}.get(arg["task"], arg["task"])
-  config.method = arg["method"]
   config.data.preset = "vtab"
   # The seeds of VPT's protocol.
   config.tune.seeds = (42, 44, 82, 100, 800)
-  return config
+  return select(config, arg)

@@ -9,27 +9,38 @@ The public names are imported on first use: `import insvp_jax` alone costs nothi
 import importlib
 from typing import Any
 
+__version__ = "0.2.0"
+
+# {public name: (its module, its name there)}; a module itself has no name there.
 _PUBLIC = {
-  "METHODS": "insvp_jax.methods",
-  "Run": "insvp_jax.run",
-  "create_model": "insvp_jax.models.classifier",
-  "load_backbone": "insvp_jax.models.weights.load",
-  "load_run": "insvp_jax.run",
-  "save_backbone": "insvp_jax.models.weights.load",
-  "train": "insvp_jax.train.trainer",
+  "BACKBONES": ("insvp_jax.models.weights.releases", "RELEASES"),
+  "METHODS": ("insvp_jax.methods", "METHODS"),
+  "Run": ("insvp_jax.run", "Run"),
+  "TASKS": ("insvp_jax.data.tasks", "TASKS"),
+  "config": ("insvp_jax.config", ""),
+  "create_model": ("insvp_jax.models.classifier", "create_model"),
+  "load_backbone": ("insvp_jax.models.weights.load", "load_backbone"),
+  "load_data": ("insvp_jax.data", "load_data"),
+  "load_run": ("insvp_jax.run", "load_run"),
+  "save_backbone": ("insvp_jax.models.weights.load", "save_backbone"),
+  "train": ("insvp_jax.train", ""),
+  "tune": ("insvp_jax.search.suite", "tune"),
 }
-__all__ = [*_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
   """Imports a public name on first use (PEP 562)."""
   if name not in _PUBLIC:
     raise AttributeError(f"module 'insvp_jax' has no attribute {name!r}")
-  value = getattr(importlib.import_module(_PUBLIC[name]), name)
+  module, attribute = _PUBLIC[name]
+  value = importlib.import_module(module)
+  if attribute:
+    value = getattr(value, attribute)
   globals()[name] = value
   return value
 
 
 def __dir__() -> list[str]:
   """Lists the public names too, for completion in notebooks."""
-  return sorted([*globals(), *_PUBLIC])
+  return sorted({*globals(), *_PUBLIC})

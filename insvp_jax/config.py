@@ -6,7 +6,7 @@ prints them all. A value of None means "what the method, the backbone or its rel
 says". `config_checks` says which values are right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import json
 import math
 import re
@@ -271,23 +271,92 @@ def shared_settings(config: ConfigDict) -> dict[str, Any]:
   )
 
 
-def parse_arg(arg: str, **known: str) -> dict[str, str]:
-  """Returns the "name=value,..." after the colon of `--config=file.py:...`.
+# What every config takes after the colon of --config, "" where it is not given.
+ARGS = ("task", "method", "root", "seed", "backbone")
+
+
+def parse_arg(arg: str, **more: str) -> dict[str, str]:
+  """Returns what stands after the colon of `--config=vtab:svhn,method=insvp`.
 
   Args:
-    arg: the text after the colon.
-    **known: the names that a config takes, with their defaults.
+    arg: "name=value,..."; a first part without "=" is the task.
+    **more: names that this config takes besides `ARGS`, or other defaults of these.
 
   Raises:
-    ValueError: a name that the config does not take, or no "=".
+    ValueError: a name that the config does not take.
   """
-  values = dict(known)
-  for part in filter(None, arg.split(",")):
+  values = dict.fromkeys(ARGS, "") | more
+  for i, part in enumerate(filter(None, arg.split(","))):
     name, equals, value = part.partition("=")
-    if not equals or name not in known:
+    if i == 0 and not equals:
+      name, value = "task", part
+    elif not equals or name not in values:
       raise ValueError(
         f"{part!r} after the colon of --config is not one of "
-        f"{', '.join(f'{k}=...' for k in known)}.{trees.did_you_mean(name, known)}"
+        f"{', '.join(f'{k}=...' for k in values)}.{trees.did_you_mean(name, values)}"
       )
     values[name] = value
   return values
+
+
+def select(config: ConfigDict, arg: Mapping[str, str]) -> ConfigDict:
+  """Sets method, root, seed and backbone as a config's argument says; returns it.
+
+  A config that compares several methods, or trains with several seeds, keeps to the one
+  that is given. A backbone comes with the image size that it was trained at.
+
+  Args:
+    config: with its own values, the task among them.
+    arg: from `parse_arg`.
+
+  Raises:
+    ValueError: an unknown method, or a seed that is no whole number.
+  """
+  if arg["method"]:
+    trees.lookup(METHODS, arg["method"], "method")
+    config.method = arg["method"]
+    config.tune.methods = (arg["method"],) if config.tune.methods else ()
+  if arg["root"]:
+    config.data.root = arg["root"]
+  if arg["seed"]:
+    if not re.fullmatch(r"\d+", arg["seed"]):
+      raise ValueError(f"seed is {arg['seed']!r}, expected a whole number.")
+    config.seed = int(arg["seed"])
+    config.tune.seeds = (config.seed,) if config.tune.seeds else ()
+  if arg["backbone"]:
+    config.backbone.name = arg["backbone"]
+    config.image_size = 0
+  return config
+
+
+# {key: the list of `tune` that stands in its place in a search}.
+_LISTS = {"method": "methods", "seed": "seeds", "optim.lr": "lr", "optim.wd": "wd"}
+
+
+def apply_overrides(config: ConfigDict, keys: Collection[str], tunes: bool) -> None:
+  """Lets a key of the command line hold where a search would not have looked at it.
+
+  A config that compares several methods trains the one that `--config.method=x` names;
+  so do the seed, lr and wd.
+
+  Args:
+    config: with the overrides applied; changed in place.
+    keys: that were overridden, such as "optim.lr".
+    tunes: whether there is a search even where the lists of `config.tune` are empty.
+
+  Raises:
+    ValueError: both a key and its list were overridden.
+  """
+  for key, name in _LISTS.items():
+    if key not in keys:
+      continue
+    if f"tune.{name}" in keys:
+      if config.tune[name]:
+        raise ValueError(
+          f"both --config.{key} and --config.tune.{name} were given; leave one out."
+        )
+      continue
+    section, _, field = key.rpartition(".")
+    value = (config[section] if section else config)[field]
+    if config.tune[name] or (tunes and name in ("lr", "wd")):
+      config.tune[name] = (value,)

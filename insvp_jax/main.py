@@ -1,30 +1,38 @@
 """The command line: `python -m insvp_jax.main --config=configs/quickstart.py`.
 
+With the installed package that is `insvp train --config=quickstart`; see `cli`.
+
 Exit status: 0 done; 2 bad input, one line on stderr says what and how to mend it;
 42 SIGTERM and 130 Ctrl-C, both after a checkpoint was written (the same command
 resumes); of several processes 42 also where another one was lost; anything else is a
 bug and comes with its traceback.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from insvp_jax import errors
+from insvp_jax import errors, paths
 from insvp_jax.distributed import stopping
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file, e.g. configs/quickstart.py.", lock_config=True
+  "config",
+  None,
+  "A file, or the name of one that comes with the package; NAME:task=..., method=..., "
+  "root=..., seed=..., backbone=... sets what most runs differ in.",
+  lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run goes; default runs/<name of the config file>."
+  "workdir", None, "Where the run goes; default runs/NAME of the config."
 )
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -92,22 +100,27 @@ def main(argv: list[str]) -> None:
       f"unexpected argument {argv[1]!r}; every option starts with --."
     )
   if _CONFIG.value is None:
-    _exit_for_bad_input("no config; give one, e.g. --config=configs/quickstart.py.")
+    _exit_for_bad_input("no config; give one, e.g. --config=quickstart.")
   for flag in (_JOIN_TIMEOUT, _LOST_TIMEOUT):
     if flag.value < 1:
       _exit_for_bad_input(f"--{flag.name} is {flag.value}, expected at least 1 second.")
+  # After the flags: a wrong one costs no start-up time.
+  from insvp_jax import config as config_lib
+  from insvp_jax import config_checks
+
   config_file = flags.FLAGS["config"].config_filename.split(":")[0]
   workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
   config = _CONFIG.value
   config.profile = _PROFILE.value or config.profile
+  overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  try:
+    config_lib.apply_overrides(config, overrides, _MODE.value == "tune")
+  except ValueError as error:
+    _exit_for_bad_input(str(error))
   if _PRINT_CONFIG.value:
-    from insvp_jax import config as config_lib
-
     print(config_lib.format_keys(config))
     return
   _cache_compiled_programs()
-  # After the flags: a wrong one costs no start-up time.
-  from insvp_jax import config_checks
   from insvp_jax.distributed import processes
 
   try:
@@ -146,12 +159,32 @@ def _plan(config: ConfigDict, num_devices: int) -> None:
 
 
 def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
-  """Does what the config says: one run, a search, or a suite of them."""
+  """Does what the config says, and ends with what came of it and where it lies."""
+  from insvp_jax.distributed import processes
   from insvp_jax.search import suite
 
-  suite.run(config, workdir, _MODE.value)
-  for task_config, task_workdir in suite.members(config, workdir):
+  results = suite.run(config, workdir, _MODE.value)
+  pictures = [
     _draw_prompts(task_config, task_workdir)
+    for task_config, task_workdir in suite.members(config, workdir)
+  ]
+  best = suite.best_run(config, workdir, _MODE.value, results)
+  tool = "insvp " if Path(sys.argv[0]).name == "insvp" else "python -m insvp_jax.tools."
+  lines = {
+    "table": workdir / "table.md",
+    "runs": f"{workdir}, the best in {best}" if best != workdir else workdir,
+    "picture": next(filter(None, pictures), ""),
+    "logs": f"metrics.jsonl of each run, or tensorboard --logdir={workdir}"
+    if config.tensorboard
+    else "metrics.jsonl of each run",
+    "next": f"{tool}predict --run={best} IMAGES",
+  }
+  if best == workdir:
+    del lines["table"]
+  else:
+    processes.print_once(f"\n{(workdir / 'table.md').read_text()}")
+  block = "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
+  processes.print_once(block)
 
 
 def _train_or_tune_together(config: ConfigDict, workdir: Path, watch) -> None:
@@ -194,18 +227,26 @@ def _train_or_tune_together(config: ConfigDict, workdir: Path, watch) -> None:
     watch.fail(status, line)
 
 
-def _draw_prompts(config: ConfigDict, workdir: Path) -> None:
-  """Draws the prompts of InsVP's first final run, if the config asks for it."""
-  from insvp_jax import run
+def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
+  """Draws the prompts of InsVP's first final run, if the config asks for it.
+
+  Returns:
+    Where the picture is, or why there is none; "" where none was asked for.
+  """
   from insvp_jax.distributed import processes
   from insvp_jax.search import tune
-  from insvp_jax.tools import visualize
 
   run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)
-  if config.prompt_images and run_dir and processes.is_main_process():
-    picture = run_dir / "prompts.png"
-    visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)
-    print(f"The prompts of {config.prompt_images} test images: {picture}")
+  if not (config.prompt_images and run_dir and processes.is_main_process()):
+    return ""
+  if not importlib.util.find_spec("matplotlib"):
+    return "not drawn without matplotlib: pip install 'insvp_jax[plots]'"
+  from insvp_jax import run
+  from insvp_jax.tools import visualize
+
+  picture = run_dir / "prompts.png"
+  visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)
+  return f"{picture}, the prompts of {config.prompt_images} test images"
 
 
 def _needs_traceback(error: BaseException) -> bool:
@@ -228,14 +269,70 @@ def _cache_compiled_programs() -> None:
   jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir) / "jax"))
 
 
+def _usage() -> str:
+  """Returns all flags with their help, on one screen."""
+  lines = [
+    "usage: insvp train --config=NAME[:task=...,method=...,root=...] [flags]",
+    "   or: python -m insvp_jax.main --config=configs/NAME.py [flags]",
+    "",
+    f"Configs: {', '.join(_configs())}",
+    "",
+  ]
+  for flag in (
+    *(_CONFIG, _WORKDIR, _MODE, _PRINT_CONFIG, _PLAN, _PROFILE),
+    *(_JOIN_TIMEOUT, _LOST_TIMEOUT, _TRACEBACK),
+  ):
+    first, *rest = textwrap.wrap(flags.FLAGS[flag.name].help, 70)
+    lines += [f"  --{flag.name:<14}{first}", *(f"{' ' * 18}{line}" for line in rest)]
+  lines += [
+    "  --config.KEY    Any key of the config, e.g. --config.optim.lr=0.01;",
+    "                  --config=NAME --print_config lists them all.",
+  ]
+  return "\n".join(lines)
+
+
+def _configs() -> dict[str, Path]:
+  """Returns the configs that come with the package, by name."""
+  return {path.stem: path for path in sorted(paths.configs_dir().glob("*.py"))}
+
+
+def _find_config(name: str) -> str:
+  """Returns the path of a config that was given as a path or as a name.
+
+  What follows a colon stays.
+  """
+  name, colon, arg = name.partition(":")
+  if Path(name).is_file():
+    return name + colon + arg
+  configs = _configs()
+  # "configs/vtab.py" means the installed one where there is no such folder.
+  stem = re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", name)
+  if stem and stem[1] in configs:
+    return f"{configs[stem[1]]}{colon}{arg}"
+  from insvp_jax import trees
+
+  _exit_for_bad_input(
+    f"there is no config file {name}; --config wants the path of one, or one of the "
+    f"names {', '.join(configs)}.{trees.did_you_mean(name, configs)}"
+  )
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
   """Returns what is left after the flags; a wrong one ends in one line."""
-  for arg in argv:
-    file = re.match(r"--?config=([^:]+)", arg)
-    if file and not Path(file[1]).is_file():
-      _exit_for_bad_input(
-        f"there is no config file {file[1]}; --config wants a path to one."
-      )
+  if {"-h", "--help", "-help", "--helpshort"} & set(argv):
+    print(_usage())
+    sys.exit(0)
+  if {"--mode=eval", "--mode=evaluate"} & set(argv):
+    _exit_for_bad_input(
+      "a finished run is evaluated by a tool: insvp evaluate --run=<its workdir> "
+      "--splits test (or python -m insvp_jax.tools.evaluate ...)."
+    )
+  argv = list(argv)
+  for i, arg in enumerate(argv):
+    if match := re.fullmatch(r"(--?config=)(.+)", arg):
+      argv[i] = match[1] + _find_config(match[2])
+    elif arg in ("--config", "-config") and i + 1 < len(argv):
+      argv[i + 1] = _find_config(argv[i + 1])
   try:
     return flags.FLAGS(argv)
   except _FLAG_ERRORS as error:
@@ -259,19 +356,25 @@ def _explain_flag_error(error: Exception, argv: list[str]) -> str:
   cause = error
   while "whilst parsing config file" in str(cause) and cause.__context__:
     cause = cause.__context__
-  where = "" if cause is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
+  where = (
+    "" if cause is error else f"--config={flags.FLAGS['config'].config_filename}: "
+  )
   # A locked ConfigDict lists all of its fields.
   text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(cause))
   return f"{where}{text}"
 
 
-def run() -> None:
-  """Runs `main` under absl, as `python -m insvp_jax.main` does."""
+def run(argv: list[str] | None = None) -> None:
+  """Runs `main` under absl, as `python -m insvp_jax.main` does.
+
+  Args:
+    argv: the program's name and its arguments; None is those of this process.
+  """
   logging.set_verbosity(logging.WARNING)
   for signum in stopping.EXIT_STATUS:
     signal.signal(signum, stopping.interrupt)
   try:
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, argv, flags_parser=_parse_flags)
   except (stopping.Stopped, stopping.Interrupted) as stopped:
     print(f"insvp_jax: {stopped}", file=sys.stderr)
     sys.exit(stopped.exit_status)

@@ -1,4 +1,4 @@
-"""Where files lie that belong to no run: caches."""
+"""Where files lie that belong to no run: caches, and the configs of the package."""
 
 import os
 from pathlib import Path
@@ -16,3 +16,11 @@ def cache_dir(kind: str = "") -> Path:
   """
   base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("insvp_jax")
   return Path(base).expanduser() / kind
+
+
+def configs_dir() -> Path:
+  """Returns the folder of the configs that come with the package."""
+  package = Path(__file__).parent
+  installed = package / "configs"
+  # In a checkout they stand beside the package.
+  return installed if installed.is_dir() else package.parent / "configs"

@@ -6,6 +6,7 @@
 #   INSVP_VENV    where the environment lives (default: .venv in the repository)
 #   INSVP_PYTHON  the interpreter to make it with (default: the first that fits of
 #                 python3, python3.12, python3.11)
+#   INSVP_EXTRAS  more of the extras in pyproject.toml, such as cuda12, cuda13 or tpu
 #
 # A stamp is written last, when everything is installed, and names what was installed
 # and where. An environment without the right stamp is made anew, never mended.
@@ -77,7 +78,7 @@ for path in ("requirements.txt", "pyproject.toml"):
   with open(sys.argv[1] + "/" + path, "rb") as file:
     digest.update(hashlib.sha256(file.read()).digest())
 print(digest.hexdigest())
-' "$root" "$venv" 2>/dev/null
+' "$root" "$venv" ${INSVP_EXTRAS:+"$INSVP_EXTRAS"} 2>/dev/null
 }
 
 # Whether the environment is complete and up to date. It is judged by its own
@@ -99,8 +100,9 @@ make_venv() {
   mkdir -p "$venv"
   : >"$mark"
   "$base" -m venv "$venv" || fail 1 "$base could not make a virtual environment in $venv."
-  "$python" -m pip install --quiet --quiet --disable-pip-version-check --no-input \
-    -r "$root/requirements.txt" -e "$root" ||
+  # From the root, which requirements.txt calls ".".
+  (cd "$root" && "$python" -m pip install --quiet --quiet --disable-pip-version-check \
+    --no-input -r requirements.txt ${INSVP_EXTRAS:+-e ".[$INSVP_EXTRAS]"}) ||
     fail 1 "Installing failed, see above. Run the same command to start over."
   fingerprint "$python" >"$stamp.new"
   mv "$stamp.new" "$stamp"

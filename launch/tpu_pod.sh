@@ -258,7 +258,7 @@ count_workers() {
 copy_code() {
   # macOS would add files of its own.
   COPYFILE_DISABLE=1 tar -czf "$tmp/insvp_jax.tgz" --exclude=__pycache__ -C "$root" \
-    insvp_jax configs launch requirements.txt pyproject.toml LICENSE ||
+    insvp_jax configs launch requirements.txt pyproject.toml LICENSE README.md ||
     fail 1 "Packing the code failed, see above."
   compose_copy "$tmp/insvp_jax.tgz"
   "${command[@]}" </dev/null

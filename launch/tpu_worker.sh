@@ -118,8 +118,7 @@ install_python
 echo always 2>/dev/null |
   sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null 2>&1 || true
 
-sed -i 's/^jax>=/jax[tpu]>=/' requirements.txt
-export INSVP_VENV="$base/venv"
+export INSVP_VENV="$base/venv" INSVP_EXTRAS=tpu
 bash launch/setup.sh
 # Beside the runs, so that a new machine need not compile again.
 case "$BUCKET" in

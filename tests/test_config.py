@@ -243,14 +243,32 @@ def test_profile_wants_a_range_of_steps(value):
 
 
 def test_parse_arg():
-  assert config_lib.parse_arg("", task="cifar100") == {"task": "cifar100"}
+  found = config_lib.parse_arg("", task="cifar100")
+  assert found == dict.fromkeys(config_lib.ARGS, "") | {"task": "cifar100"}
+  assert config_lib.parse_arg("svhn,seed=1")["task"] == "svhn"
   values = config_lib.parse_arg("b=2,a=x=y", a="0", b="1", c="3")
-  assert values == {"a": "x=y", "b": "2", "c": "3"}
-  for arg in ("tsk=svhn", "svhn", "=svhn"):
+  assert values.items() >= {"a": "x=y", "b": "2", "c": "3"}.items()
+  for arg in ("tsk=svhn", "=svhn"):
     with pytest.raises(ValueError, match=f"'{arg}' after the colon.*task=..."):
       config_lib.parse_arg(arg, task="cifar100")
   with pytest.raises(ValueError, match="Did you mean 'task'"):
     config_lib.parse_arg("tsk=svhn", task="cifar100")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_takes_the_same_arguments(root, name):
+  task = {"fgvc": "cub", "hta": "svhn"}.get(name, "svhn")
+  arg = f"{task},method=linear,root=photos,seed=7,backbone=boxed"
+  config = load(root, name, arg)
+  prefix = f"{name}_" if name in ("fgvc", "hta") else ""
+  assert config.task == prefix + task
+  assert config.method == "linear" and set(config.tune.methods) <= {"linear"}
+  assert config.data.root == "photos"
+  assert config.seed == 7 and set(config.tune.seeds) <= {7}
+  assert (config.backbone.name, config.image_size) == ("boxed", 0)
+  assert load(root, name).to_dict() == load(root, name, "").to_dict()
+  with pytest.raises(ValueError, match="unknown method 'linaer'"):
+    load(root, name, "method=linaer")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -78,6 +78,11 @@ def test_a_run_ends_with_its_result(main, base, finished):
     f"images vpt_deep: val {100 * result['val_accuracy']:.2f}%, "
     f"test {100 * result['test_accuracy']:.2f}%; "
   )
+  assert again.out.splitlines()[1:] == [
+    f"runs     {finished}",
+    "logs     metrics.jsonl of each run",
+    f"next     python -m insvp_jax.tools.predict --run={finished} IMAGES",
+  ]
   assert "resumed at step 3 of 3" in again.err
   assert load_run(finished).class_names == CLASSES
 
@@ -93,7 +98,6 @@ UNKNOWN = "unknown config key "
     (["--config.sead=1"], [f"{UNKNOWN}'sead'", "Did you mean 'seed'?"]),
     (["--noconfig.tensorbord"], [f"{UNKNOWN}'tensorbord'"]),
     (["--config.method=insvpp"], ["unknown method 'insvpp'. Did you mean 'insvp'?"]),
-    (["--config.tune.methods=('linaer',)"], ["'linaer'. Did you mean 'linear'?"]),
     (["--config.backbone.name=mo/4"], ["unknown ViT variant 'mo'"]),
     (["--config.backbone.name=boxd"], ["unknown backbone 'boxd'. Did you mean 'boxe"]),
     (["--config.data.preset=vtap"], ["unknown preset 'vtap'. Did you mean 'vtab'?"]),
@@ -155,11 +159,19 @@ def test_no_config_or_a_wrong_one_is_one_line(main, root, tmp_path):
   kind.write_text(f"{source}  c.optim.lr = 'high'\n  return c\n")
   workdir = f"--workdir={tmp_path / 'run'}"
   for flags, parts in (
-    ([], ["no config; give one, e.g. --config=configs/quickstart.py"]),
+    ([], ["no config; give one, e.g. --config=quickstart"]),
     (["--config=no.py"], ["there is no config file no.py"]),
     (["--config=no.py", "--config.seed=1"], ["there is no config file no.py"]),
     ([f"--config={vtab}:tsk=x"], ["'tsk=x' after the colon", "Did you mean 'task'?"]),
-    ([f"--config={folder}:x"], [f"{folder}:x", "takes 0 positional arguments"]),
+    ([f"--config={folder}:a=x"], [f"{folder}:a=x", "'a=x' after the colon"]),
+    (["--config=vtba"], ["there is no config file vtba", "Did you mean 'vtab'?"]),
+    (["--config=folder:method=linaer"], ["unknown method 'linaer'. Did you mean 'lin"]),
+    (["--config", "folder:seed=x"], ["seed is 'x', expected a whole number"]),
+    (["--mode=eval"], ["evaluated by a tool: insvp evaluate --run="]),
+    (
+      ["--config=folder", "--config.method=linear", "--config.tune.methods=('bias',)"],
+      ["both --config.method and --config.tune.methods were given"],
+    ),
     ([f"--config={typo}"], ['Key "lrr" does not exist', 'Did you mean "lr"']),
     ([f"--config={kind}"], ["'lr'", "high", "float"]),
     ([f"--config={tmp_path}"], [f"there is no config file {tmp_path}"]),
@@ -177,6 +189,31 @@ def test_print_config_prints_every_key_and_trains_nothing(main, base, tmp_path):
   assert lines["config.seed"].split(None, 2)[:2] == ["-7", "#"]
   assert lines["config.vpt_deep.dropout"].endswith("each sample; None: 0.1")
   assert lines["config.tune.grid.dropout"].startswith("()")
+
+
+def test_help_fits_a_screen_and_names_every_flag(main):
+  done = main("--help")
+  assert done.status == 0 and done.err == ""
+  lines = done.out.splitlines()
+  assert len(lines) <= 40 and max(map(len, lines)) <= 90
+  for name in ("config", "workdir", "mode", "plan", "profile", "print_config"):
+    assert f"  --{name} " in done.out
+
+
+def test_a_key_holds_beside_the_list_of_a_search(main):
+  done = main(
+    "--config=configs/folder.py:root=x,seed=5",
+    "--config.method=linear",
+    "--config.optim.lr=0.5",
+    "--print_config",
+  )
+  assert done.status == 0, done.err
+  lines = dict(line.split(" = ", 1) for line in done.out.splitlines())
+  values = {name: line.split("  ")[0] for name, line in lines.items()}
+  assert values["config.tune.methods"] == "('linear',)"
+  assert values["config.tune.lr"] == "(0.5,)"
+  assert values["config.tune.seeds"] == "(5,)" and values["config.seed"] == "5"
+  assert values["config.data.root"] == "'x'"
 
 
 def test_traceback_shows_where_an_input_error_comes_from(main, base, tmp_path):

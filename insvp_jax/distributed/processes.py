@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import jax
 
@@ -37,6 +37,12 @@ _call_numbers = itertools.count()
 def is_main_process() -> bool:
   """Returns whether this process writes and prints what is the same for all of them."""
   return jax.process_index() == 0
+
+
+def print_once(text: str, *, file: TextIO | None = None) -> None:
+  """Prints on the first of several processes alone; to `file` or standard output."""
+  if is_main_process():
+    print(text, file=file, flush=True)
 
 
 def detect_cluster(environ: Mapping[str, str] | None = None) -> str | None:

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+import csv
 from pathlib import Path
 import statistics
 from typing import Any
@@ -15,9 +16,11 @@ from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.data import GROUPS, TASKS, check_data
 from insvp_jax.distributed import processes
+from insvp_jax.distributed.processes import print_once
 from insvp_jax.logs.writers import write_json
 from insvp_jax.models.classifier import create_backbone
-from insvp_jax.search import tables, tune
+from insvp_jax.search import tables
+from insvp_jax.search import tune as tune_lib
 
 
 def members(config: ConfigDict, workdir: str | Path) -> list[tuple[ConfigDict, Path]]:
@@ -53,7 +56,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   workdir = Path(workdir)
   tasks = members(config, workdir)
   if config.task not in GROUPS:
-    return tune.run(config, workdir, mode)
+    return tune_lib.run(config, workdir, mode)
   config_checks.validate(config)
   size = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
@@ -63,12 +66,49 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   results: dict[str, Any] = {}
   for task_config, task_dir in tasks:
     task = task_config.task
-    tables.print_once(f"\n{task} ({len(results) + 1} of {len(tasks)})")
-    results[task] = tune.run(task_config, task_dir, mode)
+    print_once(f"\n{task} ({len(results) + 1} of {len(tasks)})")
+    results[task] = tune_lib.run(task_config, task_dir, mode)
     # After each task: an interrupted suite has the table of what is done.
     _write(workdir, results, GROUPS[config.task])
-  tables.print_once(f"\n{format_table(accuracies(results), GROUPS[config.task])}")
   return results
+
+
+def tune(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Searches for lr and wd on val and trains the final runs: `run` in mode "tune".
+
+  Args:
+    config: the whole configuration, from `config.defaults()`; an empty `tune.lr` stands
+      for the method's own grid.
+    workdir: the parent of `<method>/` or, of a group of tasks, of `<task>/`.
+
+  Returns:
+    The summary by method: the choice and the test accuracies in [0, 1].
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; see the message.
+  """
+  return run(config, workdir, "tune")
+
+
+def best_run(
+  config: ConfigDict, workdir: str | Path, mode: str, results: Mapping[str, Any]
+) -> Path:
+  """Returns the first final run of the method that is best on the test split.
+
+  Of a group that is of its first task.
+
+  Args:
+    config: as for `run`.
+    workdir: as for `run`.
+    mode: as for `run`.
+    results: from `run`.
+  """
+  task_config, task_dir = members(config, workdir)[0]
+  summary = results if config.task not in GROUPS else results[task_config.task]
+  if "test_accuracy" in summary:  # a single run
+    return task_dir
+  best = max(summary, key=lambda method: summary[method]["mean"] or 0.0)
+  return tune_lib.first_run(task_config, task_dir, best, mode)
 
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -120,9 +160,8 @@ def format_table(
     table: from `accuracies`.
     tasks: all tasks of the group, done or not.
   """
-  lines = [f"| {' | '.join(row)} |" for row in _rows(table, tasks)]
-  lines.insert(1, "|---" * (len(_columns(tasks)) + 1) + "|")
-  return "\n".join(lines) + "\n"
+  titles, *rows = _rows(table, tasks)
+  return tables.markdown(rows, titles)
 
 
 def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
@@ -132,7 +171,6 @@ def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> N
   table = accuracies(results)
   write_json(workdir / "suite.json", results)
   (workdir / "table.md").write_text(format_table(table, tasks))
-  lines = [",".join(row) for row in _rows(table, tasks)]
-  (workdir / "table.csv").write_text(
-    "\n".join(line.replace("test accuracy, %,", "method,") for line in lines) + "\n"
-  )
+  titles, *rows = _rows(table, tasks)
+  with (workdir / "table.csv").open("w", newline="") as file:
+    csv.writer(file, lineterminator="\n").writerows([["method", *titles[1:]], *rows])

@@ -1,33 +1,36 @@
 """The tables of a search and its final runs: Markdown and CSV."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import csv
 import io
 from typing import Any
 
-from insvp_jax.distributed import processes
+import tabulate
 
 
-def print_once(text: str) -> None:
-  """Prints on the first of several processes alone."""
-  if processes.is_main_process():
-    print(text, flush=True)
+def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
+  """Returns a Markdown table: the first column of words, the others of numbers."""
+  aligned = ("left", *["right"] * (len(titles) - 1))
+  text = tabulate.tabulate(
+    rows, headers=titles, tablefmt="github", disable_numparse=True, colalign=aligned
+  )
+  return f"{text}\n"
 
 
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as a Markdown table, one row per method."""
   hparams = _searched_hparams(summary)
-  titles = [task, "test accuracy", "seeds", "lr", "wd", *hparams]
+  titles = [task, "test accuracy, %", "seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
-  rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+  rows = []
   for method, result in summary.items():
     mean = "-" if result["mean"] is None else f"{100 * result['mean']:.2f}"
     spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
     cells = [method, f"{mean}{spread}", f"{len(result['seeds'])}"]
     cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
     cells += [f"{result['trainable_params']:,}", f"{result['train_seconds']:.0f}"]
-    rows.append(f"| {' | '.join(cells)} |")
-  return "\n".join(rows) + "\n"
+    rows.append(cells)
+  return markdown(rows, titles)
 
 
 def format_csv(task: str, summary: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ Visual Task Adaptation Benchmark", section 3; the choice by the last epoch, ties
 the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 2022).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import statistics
@@ -25,11 +26,12 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
 from insvp_jax.distributed import processes
+from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json
 from insvp_jax.methods import METHODS, create_method
 from insvp_jax.search import population, tables, trials
-from insvp_jax.search.tables import print_once
+from insvp_jax.search.outlook import Outlook, Work, work_of
 from insvp_jax.train import report, trainer
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import create_state
@@ -37,6 +39,7 @@ from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
 
 MODES = ("auto", "train", "tune")
+OnLog = Callable[[Timer], None]
 
 
 def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
@@ -81,16 +84,20 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     method_config = trials.at(config, method=method)
     searches[method] = Search(method_config, mode, prepared)
     prepared = searches[method].prepared
+  trainer.print_shared(config, prepared)
+  outlook = Outlook({method: search.work() for method, search in searches.items()})
+  print_once(outlook.summary())
   summary = {}
   for method, search in searches.items():
-    summary[method] = search.run(workdir / method)
+    trainer.print_params(search.config, search.prepared)
+    on_log = functools.partial(outlook.tell, method)
+    summary[method] = search.run(workdir / method, on_log)
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
     write_json(workdir / "summary.json", summary)
     if processes.is_main_process():
       (workdir / "table.md").write_text(table)
       (workdir / "table.csv").write_text(tables.format_csv(task, summary))
-  print_once(f"\n{table}")
   return summary
 
 
@@ -160,17 +167,47 @@ class Search:
     """Whether there is anything to choose."""
     return len(self.points) > 1
 
-  def run(self, workdir: Path) -> dict[str, Any]:
-    """Returns the summary of the method: the choice, and its test accuracies."""
-    finished = self.search(workdir) if self.has_choice else []
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    """The seeds of the final runs."""
+    return tuple(self.config.tune.seeds) or (self.config.seed,)
+
+  @property
+  def final_split(self) -> str:
+    """The split that the final runs train on."""
+    data = self.prepared.data
+    return data.final_split if data.final_split in data.splits else "train"
+
+  def work(self) -> Work:
+    """Returns what there is to do."""
+    data = self.prepared.data
+    num_train = len(data.splits[self.final_split])
+    return work_of(
+      self.config,
+      self.prepared.program,
+      data,
+      num_trials=len(self.points) if self.has_choice else 0,
+      num_finals=len(self.seeds),
+      final_steps=config_lib.num_steps(self.config, num_train)[0],
+    )
+
+  def run(self, workdir: Path, on_log: OnLog | None = None) -> dict[str, Any]:
+    """Returns the summary of the method: the choice, and its test accuracies.
+
+    Args:
+      workdir: of the method.
+      on_log: as for `trainer.train_loop`, of each run.
+    """
+    finished = self.search(workdir, on_log) if self.has_choice else []
     chosen = self.points[0]
     if self.has_choice:
       chosen = trials.choose(finished, self.names)
-    results = self.retrain(chosen, workdir)
+    results = self.retrain(chosen, workdir, on_log)
     # A task without a test split has no accuracies: its models are all there is.
     accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
     best = trials.find(finished, chosen) or {}
     columns = (*self.names, "val_accuracy")
+    rates = [r["images_per_second"] for r in results if r["images_per_second"]]
     return {
       "mean": statistics.mean(accuracies) if accuracies else None,
       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -183,10 +220,12 @@ class Search:
       "trainable_params": results[0]["trainable_params"],
       "prompter_params": results[0]["prompter_params"],
       "train_seconds": statistics.mean(r["train_seconds"] for r in results),
-      "images_per_second": statistics.mean(r["images_per_second"] for r in results),
+      "images_per_second": statistics.mean(rates) if rates else None,
     }
 
-  def search(self, workdir: Path) -> list[Mapping[str, Any]]:
+  def search(
+    self, workdir: Path, on_log: OnLog | None = None
+  ) -> list[Mapping[str, Any]]:
     """Returns the finished trials of all points, in their order."""
     path, prepared = workdir / trials.FILE, self.prepared
     digest = trials.settings(
@@ -199,7 +238,7 @@ class Search:
     missing = [point for point in self.points if trials.find(finished, point) is None]
     if missing:
       with trainer.hold_workdir(workdir / "search"):
-        for trial in self._run_trials(missing, workdir / "search"):
+        for trial in self._run_trials(missing, workdir / "search", on_log):
           # As it will be read: pairs become lists.
           trial = json.loads(json.dumps({**trial, "settings": digest}))
           trials.append(path, trial)
@@ -207,7 +246,7 @@ class Search:
     return [trials.find(finished, point) for point in self.points]
 
   def _run_trials(
-    self, points: list[trials.Point], workdir: Path
+    self, points: list[trials.Point], workdir: Path, on_log: OnLog | None
   ) -> Iterator[dict[str, Any]]:
     """Yields the trials of some points, population by population."""
     prepared, start = self.prepared, 0
@@ -235,6 +274,7 @@ class Search:
           params,
           workdir,
           title,
+          on_log,
         )
       except jax.errors.JaxRuntimeError as error:
         if size == 1 or "RESOURCE_EXHAUSTED" not in str(error):
@@ -250,17 +290,17 @@ class Search:
         yield {**point, "seed": config.seed, **outcome, "together": size}
       start += size
 
-  def retrain(self, chosen: trials.Point, workdir: Path) -> list[dict[str, Any]]:
+  def retrain(
+    self, chosen: trials.Point, workdir: Path, on_log: OnLog | None = None
+  ) -> list[dict[str, Any]]:
     """Returns the results of the final runs, one per seed."""
-    data = self.prepared.data
-    split = data.final_split if data.final_split in data.splits else "train"
-    final = trials.at(self.config, **chosen, train_split=split)
+    final = trials.at(self.config, **chosen, train_split=self.final_split)
     prepared, results = prepare(final, like=self.prepared), []
-    for seed in self.config.tune.seeds or (self.config.seed,):
+    for seed in self.seeds:
       config, where = trials.at(final, seed=seed), workdir / f"seed{seed}"
       result = _finished_result(config, where, prepared)
       if result is None:
-        result = trainer.train(config, where, prepared=prepared)
+        result = trainer.train(config, where, prepared=prepared, on_log=on_log)
       print_once(f"seed {seed}: {report.result_line(result)}")
       results.append(result)
     return results
@@ -272,6 +312,7 @@ def train_trials(
   params: Mapping[str, Any],
   workdir: Path,
   name: str,
+  on_log: OnLog | None = None,
 ) -> list[dict[str, Any]]:
   """Trains trials on train and evaluates them on val; never looks at test.
 
@@ -284,6 +325,7 @@ def train_trials(
     params: that all start from.
     workdir: gets metrics.jsonl, the progress of these trials.
     name: for the progress line.
+    on_log: as for `trainer.train_loop`.
 
   Returns:
     For each, `val_accuracy` in [0, 1] and `val_loss` in nats after the last epoch,
@@ -314,6 +356,7 @@ def train_trials(
         stop=StopSignal(),
         timer=timer,
         diverged=diverged,
+        on_log=on_log,
       )
       val = prepared.evaluate(config, "val", state)
     except trainer.Diverged:

@@ -25,6 +25,7 @@ from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import batches, features, flops
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import Program
+from insvp_jax.train.report import bytes_text
 
 # The steps never run, and generating fast code takes longer than all the rest.
 _CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -80,18 +81,15 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)
   image_size = program.model.backbone.image_size
-  preset = get_preset(config.data.preset)
-  stored_size = preset.stored_size(image_size)
+  stored_size = get_preset(config.data.preset).stored_size(image_size)
   train_on_features = features.are_cached(config, program, num_train)
-  train_batch = _abstract_batch(
-    config.batch_size, image_size if preset.augments else stored_size
-  )
+  train_batch = batches.abstract_batch(config, program, config.batch_size, train=True)
   if train_on_features:
     shape = (config.batch_size, program.model.backbone.spec.width)
     train_batch["features"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     del train_batch["images"]
   eval_size = batches.eval_batch_size(config, program)
-  eval_batch = _abstract_batch(eval_size, stored_size)
+  eval_batch = batches.abstract_batch(config, program, eval_size, train=False)
   eval_batch["mask"] = jax.ShapeDtypeStruct((eval_size,), jnp.float32)
   train_step = program.train_step.trace(state, train_batch)
   if train_on_features:
@@ -163,13 +161,6 @@ def _task_sizes(config: ConfigDict) -> tuple[str, int, int]:
   )
 
 
-def _abstract_batch(batch_size: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  return {
-    "images": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-    "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-  }
-
-
 def _state_bytes(program: Program, state: Any) -> dict[str, int]:
   """Returns the bytes of the state on each device."""
   sharding = trees.flatten(program.state_sharding.params)
@@ -239,7 +230,7 @@ def format_plan(result: dict[str, Any]) -> str:
     ("all", "total"),
   ):
     rows.append((title, result["train_step"][key], result["eval_step"][key]))
-  cells = [[x if isinstance(x, str) else _bytes_text(x) for x in row] for row in rows]
+  cells = [[x if isinstance(x, str) else bytes_text(x) for x in row] for row in rows]
   lines = [
     f"{result['method']} on {result['task']}: {result['num_train']:,} images, "
     f"{result['num_classes']} classes; {result['backbone']} at "
@@ -249,8 +240,8 @@ def format_plan(result: dict[str, Any]) -> str:
     "",
     *[f"  {title:<26}{train:>12}{test:>12}" for title, train, test in cells],
     "",
-    f"checkpoint: adapter {_bytes_text(result['checkpoint']['adapter'])}, "
-    f"optimizer {_bytes_text(result['checkpoint']['optimizer'])}",
+    f"checkpoint: adapter {bytes_text(result['checkpoint']['adapter'])}, "
+    f"optimizer {bytes_text(result['checkpoint']['optimizer'])}",
     f"a train step: {result['flops'] / 1e12:,.3g} TFLOP, "
     f"{result['flops'] / result['devices'] / 1e12:,.3g} on each device",
   ]
@@ -273,12 +264,3 @@ def _caveats(result: dict[str, Any]) -> list[str]:
       "need less for temporaries. A plan in float32 is an upper bound too."
     )
   return lines
-
-
-def _bytes_text(nbytes: int) -> str:
-  """Returns bytes as text, in powers of 1024."""
-  value, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-  unit = next(units)
-  while value >= 1024 and unit != "TiB":
-    value, unit = value / 1024, next(units)
-  return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"

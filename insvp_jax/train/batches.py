@@ -147,6 +147,25 @@ def next_end(
   return min([step + max_steps, *ends, *(mark for mark in marks if mark > step)])
 
 
+def abstract_batch(
+  config: ConfigDict, program: Program, batch_size: int, *, train: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes and types of a batch of images and labels, without a mask.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    batch_size: number of images.
+    train: whether they have been cropped, where the preset crops.
+  """
+  preset, size = get_preset(config.data.preset), program.model.backbone.image_size
+  side = size if train and preset.augments else preset.stored_size(size)
+  return {
+    "images": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
+    "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+  }
+
+
 def eval_batch_size(config: ConfigDict, program: Program) -> int:
   """Returns the size of an evaluation batch: any one fits, since it is padded."""
   devices = program.mesh.size

@@ -2,73 +2,104 @@
 
 from collections.abc import Mapping
 from importlib import metadata
-import math
 import platform
 import resource
 import sys
 from typing import Any
 
+from clu import parameter_overview
 import jax
 from ml_collections import ConfigDict
+import tabulate
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.train import features, optim
+from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
 from insvp_jax.train.timing import Timer
 
+_PARTS = ("backbone", "prompter", "head")
 # The packages whose versions a result depends on.
 PACKAGES = ("insvp_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def start_text(config: ConfigDict, program: Program, data: TaskData) -> str:
-  """Returns what a run prints first: parameters, data, protocol, devices."""
-  mesh, split = program.mesh, data.splits[config.data.train_split]
+def shared_text(config: ConfigDict, program: Program, data: TaskData) -> str:
+  """Returns what all runs on one task and backbone share: data, pixels, devices."""
+  mesh = program.mesh
+  split_over = f", backbone split over {config.backbone.fsdp}"
+  return "\n".join(
+    [
+      data.summary(),
+      get_preset(config.data.preset).summary(),
+      f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
+      + (split_over if "fsdp" in mesh.shape else ""),
+    ]
+  )
+
+
+def run_text(config: ConfigDict, program: Program, data: TaskData) -> str:
+  """Returns what one run is: its steps and numbers."""
+  split = data.splits[config.data.train_split]
   peak_lr = optim.peak_lr(config.optim, config.batch_size)
   lines = [
-    param_overview(program.shapes, program.mask),
-    data.summary(),
-    get_preset(config.data.preset).summary(),
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
     f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
-    f"seed {config.seed}; {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-    f"{config.backbone.dtype}"
-    + (f", backbone split over {config.backbone.fsdp}" if "fsdp" in mesh.shape else ""),
+    f"seed {config.seed}",
     features.summary_line(config, program, split),
   ]
   return "\n".join(filter(None, lines))
 
 
-def param_overview(params: Mapping[str, Any], mask: Mapping[str, Any]) -> str:
-  """Returns a table of all parameters, the trainable ones marked.
+def param_summary(config: ConfigDict, program: Program) -> str:
+  """Returns a row for each part of the model: parameters, share and bytes."""
+  total = trees.count(program.shapes)
+  sizes: dict[str, list[jax.ShapeDtypeStruct]] = {}
+  for trains, leaves in _split_params(config, program):
+    kind = "trainable" if trains else "frozen"
+    for name, leaf in leaves.items():
+      sizes.setdefault(f"{name.split('/')[0]}, {kind}", []).append(leaf)
+  rows = []
+  for part in sorted(sizes, key=lambda part: _PARTS.index(part.split(",")[0])):
+    count = sum(leaf.size for leaf in sizes[part])
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in sizes[part])
+    rows.append((part, f"{count:,}", f"{100 * count / total:.3g}%", bytes_text(nbytes)))
+  return tabulate.tabulate(
+    rows,
+    headers=(config.method, "parameters", "share", "bytes"),
+    tablefmt="plain",
+    disable_numparse=True,
+    colalign=("left", "right", "right", "right"),
+  )
 
-  Args:
-    params: nested tree of arrays or shape structs.
-    mask: bool tree, True where trainable.
-  """
-  is_trainable = trees.flatten(mask)
-  rows = [("name", "shape", "size", "")]
-  for name, leaf in trees.flatten(params).items():
-    marker = "trainable" if is_trainable[name] else ""
-    rows.append((name, str(list(leaf.shape)), f"{math.prod(leaf.shape):,}", marker))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  lines = [
-    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {size:>{widths[2]}}  {marker}".rstrip()
-    for name, shape, size, marker in rows
-  ]
-  trainable, frozen = map(trees.count, trees.split(params, mask))
-  share = 100 * trainable / max(trainable + frozen, 1)
-  total = f"trainable {trainable:,} ({share:.3g}%), frozen {frozen:,}"
-  return "\n".join([*lines, total])
+
+def param_table(config: ConfigDict, program: Program) -> str:
+  """Returns all parameters with their shapes and types, the trainable ones first."""
+  return "\n".join(
+    f"{'trainable' if trains else 'frozen'}\n"
+    + parameter_overview.get_parameter_overview(leaves, include_stats=False)
+    for trains, leaves in _split_params(config, program)
+    if leaves
+  )
+
+
+def _split_params(config: ConfigDict, program: Program) -> list[tuple[bool, dict]]:
+  """Returns [(True, trainable leaves), (False, frozen ones)], as they are stored."""
+
+  def cast(leaf, dtype):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  params = state_lib.cast_frozen(program.shapes, program.mask, config, cast)
+  return list(zip((True, False), trees.split(params, program.mask), strict=True))
 
 
 def config_table(config: ConfigDict) -> str:
   """Returns the config as a Markdown table."""
   flat = trees.flatten(config_lib.to_dict(config))
-  rows = [f"| {name.replace('/', '.')} | {value} |" for name, value in flat.items()]
-  return "\n".join(["| config | |", "|---|---|", *rows])
+  rows = [(name.replace("/", "."), value) for name, value in flat.items()]
+  return tabulate.tabulate(rows, headers=("config", ""), tablefmt="github")
 
 
 def data_digest(config: ConfigDict, data: TaskData, test: bool = True) -> str:
@@ -161,6 +192,7 @@ def result(
     "images_per_second": timer.images_per_second,
     "compile_seconds": timer.compile_seconds,
     "input_wait_seconds": timer.input_wait_seconds,
+    "feature_seconds": timer.feature_seconds,
     "step_seconds": timer.step_seconds,
     "peak_host_mb": peak_host_mb(),
     "peak_device_mb": peak_device_mb(),
@@ -177,11 +209,22 @@ def result_line(result: Mapping[str, Any]) -> str:
     if result[f"{split}_accuracy"] is not None
   ]
   share = 100 * result["trainable_params"] / result["total_params"]
+  # None where features came from a cache: no image was looked at.
+  rate = result["images_per_second"]
   return (
     f"{result['task']} {result['method']}: {', '.join(accuracies) or 'not evaluated'}; "
     f"{result['trainable_params']:,} trainable parameters ({share:.2f}%), "
-    f"{result['train_seconds']:.0f} s, {result['images_per_second']:.0f} images/s"
+    f"{result['train_seconds']:.1f} s" + (f", {rate:.0f} images/s" if rate else "")
   )
+
+
+def bytes_text(nbytes: int) -> str:
+  """Returns bytes as text, in powers of 1024."""
+  value, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+  unit = next(units)
+  while value >= 1024 and unit != "TiB":
+    value, unit = value / 1024, next(units)
+  return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
 def versions() -> dict[str, str]:

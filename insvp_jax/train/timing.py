@@ -24,6 +24,7 @@ class Timer:
     compile_seconds: that the first batch and step of each attempt took to be compiled
       and started.
     input_wait_seconds: in which the host waited for batches.
+    feature_seconds: in which features were computed, once, for all steps.
   """
 
   seconds: float = 0.0
@@ -32,6 +33,7 @@ class Timer:
   timed_images: int = 0
   compile_seconds: float = 0.0
   input_wait_seconds: float = 0.0
+  feature_seconds: float = 0.0
 
   def __post_init__(self):
     """Starts to measure."""
@@ -76,10 +78,17 @@ class Timer:
     yield
     self.input_wait_seconds += time.perf_counter() - before
 
+  @contextlib.contextmanager
+  def computing_features(self) -> Iterator[None]:
+    """Counts the with block as the pass of the backbone over a split."""
+    before = time.perf_counter()
+    yield
+    self.feature_seconds += time.perf_counter() - before
+
   @property
-  def images_per_second(self) -> float:
-    """Mean rate; 0 before there is one."""
-    return self.timed_images / self.timed_seconds if self.timed_images else 0.0
+  def images_per_second(self) -> float | None:
+    """Mean rate; None before there is one, and where steps see no images."""
+    return self.timed_images / self.timed_seconds if self.timed_images else None
 
   @property
   def step_seconds(self) -> float | None:
@@ -94,9 +103,11 @@ class Timer:
     """Returns one line that shows what was slow."""
     step = self.step_seconds
     steps = f", {1000 * step:.3g} ms a step" if step else ""
+    computed = self.feature_seconds
+    features = f"{computed:.1f} s computing features, " if computed >= 0.05 else ""
     return (
       f"{self.seconds:.1f} s of training: {self.compile_seconds:.1f} s compiling, "
-      f"{self.input_wait_seconds:.1f} s waiting for input{steps}"
+      f"{features}{self.input_wait_seconds:.1f} s waiting for input{steps}"
     )
 
 

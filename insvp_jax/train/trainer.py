@@ -5,7 +5,7 @@ command line, the search and notebooks call it. `train_loop` is THE loop over ba
 search calls it, too, with a state that may be that of several trials at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import math
@@ -33,7 +33,7 @@ from insvp_jax.logs.writers import Writers, remove_partial, write_json
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
-from insvp_jax.train.features import FeatureCache
+from insvp_jax.train.features import FeatureCache, are_cached
 from insvp_jax.train.program import Program, create_program, create_state
 from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
@@ -132,15 +132,18 @@ def train(
   *,
   prepared: Prepared | None = None,
   test: bool = True,
+  on_log: Callable[[Timer], None] | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
 
   Args:
     config: the whole configuration, from `config.defaults()`.
     workdir: gets config.json, metrics.jsonl, checkpoints/, result.json.
-    prepared: from `prepare`, to share data and compiled steps between runs.
+    prepared: from `prepare`, to share data and compiled steps between runs. What the
+      runs share is then not printed again.
     test: whether the test split is evaluated, once, after the last step. A search
       leaves it out: the test split never selects anything.
+    on_log: as for `train_loop`.
 
   Returns:
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
@@ -152,6 +155,7 @@ def train(
     Stopped: SIGINT or SIGTERM came; a checkpoint was written.
     OSError: the disk is full or read-only.
   """
+  is_alone = prepared is None
   prepared = prepared or prepare(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
   _check_profile(config, program.total_steps)
@@ -173,12 +177,18 @@ def train(
     StopSignal().listen(jax.process_count() == 1) as stop,
     _open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
+    if is_alone:
+      print_shared(config, prepared)
+      print_params(config, prepared)
     remove_partial(workdir)
     state = checkpointer.restore(state) or state
     # What the interrupted run counted; {} for a new one.
     progress = checkpointer.progress()
     start_step, timer = int(state.step), Timer.of(progress)
     write_json(workdir / "config.json", config_lib.to_dict(config))
+    if processes.is_main_process():
+      table = report.param_table(config, program)
+      (workdir / "parameters.txt").write_text(f"{table}\n")
 
     with Writers(
       workdir,
@@ -191,7 +201,7 @@ def train(
       if start_step:
         writers.log(f"resumed at step {start_step} of {program.total_steps}")
       else:
-        writers.log(report.start_text(config, program, data))
+        writers.log(report.run_text(config, program, data))
       writers.text("config", report.config_table(config))
 
       state = train_loop(
@@ -204,6 +214,7 @@ def train(
         timer=timer,
         checkpointer=checkpointer,
         progress=progress,
+        on_log=on_log,
       )
       writers.log(timer.summary_line())
 
@@ -234,6 +245,18 @@ def train(
   return result
 
 
+def print_shared(config: ConfigDict, prepared: Prepared) -> None:
+  """Says on standard error what all runs with this preparation share."""
+  text = report.shared_text(config, prepared.program, prepared.data)
+  processes.print_once(text, file=sys.stderr)
+
+
+def print_params(config: ConfigDict, prepared: Prepared) -> None:
+  """Says on standard error how many parameters the parts of the model have."""
+  text = report.param_summary(config, prepared.program)
+  processes.print_once(f"\n{text}\n", file=sys.stderr)
+
+
 def train_loop(
   config: ConfigDict,
   prepared: Prepared,
@@ -246,6 +269,7 @@ def train_loop(
   checkpointer: Checkpointer | None = None,
   progress: Mapping[str, Any] | None = None,
   diverged: dict[int, str] | None = None,
+  on_log: Callable[[Timer], None] | None = None,
 ) -> TrainState:
   """Takes all steps that are left; logs, evaluates, saves and stops between them.
 
@@ -264,6 +288,7 @@ def train_loop(
     checkpointer: gets the state; None where nothing is saved.
     progress: what a run that goes on had stored with its checkpoint.
     diverged: gets {index: what went wrong} of each trial whose metrics are not finite.
+    on_log: called with the timer after each step that is logged.
 
   Returns:
     The state after the last step.
@@ -290,10 +315,11 @@ def train_loop(
     return state
 
   timer.restart()
-  with timer.waiting():
+  split = prepared.data.splits[split_name]
+  is_cached = are_cached(config, program, len(split))
+  with timer.computing_features() if is_cached else contextlib.nullcontext():
     features = prepared.features(config, split_name, state.params)
   with timer.compiling():
-    split = prepared.data.splits[split_name]
     feed = batches.create_feed(config, program, split, state, features)
   timer.add(0, 0)
 
@@ -336,10 +362,13 @@ def train_loop(
       # From here on the host waits for the device.
       _check_finite(metrics, diverged, num_members, state, checkpointer)
       num_steps = 0 if is_first else step - timed_step
-      timer.add(num_steps, num_steps * config.batch_size * num_members)
+      num_images = 0 if features else num_steps * config.batch_size * num_members
+      timer.add(num_steps, num_images)
       timed_step = step
       if logs:
         _log(config, program, metrics, diverged, writers, timer, step)
+        if on_log:
+          on_log(timer)
       # A process that has to stop may have little time left: it evaluates later.
       if evaluates and has_val and not is_stopping:
         _evaluate(config, prepared, state, writers, step)
@@ -446,7 +475,7 @@ def _log(
     left = [i for i in range(len(metrics["loss"])) if i not in diverged]
     scalars |= {name: np.mean(scalars[name][left]) for name in METRICS}
     scalars["diverged"] = len(diverged)
-  writers.train(step, scalars, images_per_second=timer.images_per_second)
+  writers.train(step, scalars, images_per_second=timer.images_per_second or 0.0)
 
 
 def _evaluate(

@@ -121,8 +121,7 @@ def test_set_up_once_then_reused(sandbox):
   assert f"run -m insvp_jax.main --config=configs/x y.py in {sandbox.repo.parent} " in (
     first.stdout
   )
-  assert "-r " + str(sandbox.repo / "requirements.txt") in sandbox.log.read_text()
-  assert "-e " + str(sandbox.repo) in sandbox.log.read_text()
+  assert "-r requirements.txt" in sandbox.log.read_text()
   second = sandbox.run("launch/test.sh", "tests/test_a.py", "-x")
   assert (second.returncode, second.stderr) == (0, "")
   assert (

@@ -37,7 +37,7 @@ class FakeTrainer:
     self.test_accuracy = test_accuracy
     self.runs, self.trials, self.chunks = [], [], []
 
-  def train_trials(self, configs, prepared, params, workdir, name):
+  def train_trials(self, configs, prepared, params, workdir, name, on_log=None):
     self.chunks.append(len(configs))
     self.trials += [(config, prepared) for config in configs]
     return [self.trial(config) for config in configs]
@@ -50,7 +50,7 @@ class FakeTrainer:
       trial["diverged"] = str(error)
     return {**trial, "train_seconds": 2.0, "images_per_second": 8.0}
 
-  def __call__(self, config, workdir, *, prepared=None, test=True):
+  def __call__(self, config, workdir, *, prepared=None, test=True, on_log=None):
     self.runs.append((config, workdir, prepared, test))
     on_train = config.data.train_split == "train"
     splits = prepared.data.splits if prepared else ("val", "test")
@@ -255,10 +255,17 @@ def test_methods_side_by_side_make_a_table(install, tmp_path, capsys):
   table = (tmp_path / "table.md").read_text()
   assert table == tables.format_table("insects", summary)
   rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.split("\n")]
-  assert rows[0][:2] == ["insects", "test accuracy"]
+  assert rows[0][:2] == ["insects", "test accuracy, %"]
   assert rows[2] == ["insvp", "80.00 ± 10.00", "3", "0.01", "0.1", "51", "2"]
   assert rows[3][:2] == ["linear", "60.00 ± 10.00"]
-  assert capsys.readouterr().out.endswith(f"\n{table}\n")
+  printed = capsys.readouterr()
+  assert printed.out.splitlines()[0] == (
+    "18 runs: insvp 6 trials and 3 final, linear 6 trials and 3 final; those that are "
+    "finished are kept"
+  )
+  # What they share is said once, what trains once a method.
+  assert printed.err.count("insects: 3 classes") == 1
+  assert printed.err.count("head, trainable") == 2
   with (tmp_path / "table.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert [row["method"] for row in rows] == list(methods)
@@ -287,7 +294,7 @@ def test_without_lists_it_is_one_run(install, tmp_path, capsys):
   assert (config.method, workdir, test) == ("linear", tmp_path, True)
   assert result["test_accuracy"] == 0.5
   assert capsys.readouterr().out == (
-    "insects linear: val 40.00%, test 50.00%; 51 trainable parameters (5.10%), 2 s, "
+    "insects linear: val 40.00%, test 50.00%; 51 trainable parameters (5.10%), 2.0 s, "
     "8 images/s\n"
   )
 

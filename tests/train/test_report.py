@@ -1,20 +1,39 @@
 """What a run says of itself."""
 
-import jax
-import jax.numpy as jnp
+from tiny_training import make_data, tiny_config
 
-from insvp_jax import trees
-from insvp_jax.train.report import param_overview
+from insvp_jax.distributed import mesh
+from insvp_jax.train import report
+from insvp_jax.train.program import create_program
 
 
-def test_overview_marks_what_trains_and_adds_it_up():
-  params = {
-    "backbone": {"kernel": jnp.zeros((90, 10))},
-    "head": {"kernel": jnp.zeros((10, 9)), "bias": jax.ShapeDtypeStruct((10,), "f4")},
-  }
-  table = param_overview(params, trees.mask(params, ["head/.*"])).splitlines()
-  assert table[0].split() == ["name", "shape", "size"]
-  assert table[1].split() == ["backbone/kernel", "[90,", "10]", "900"]
-  assert table[2].split() == ["head/kernel", "[10,", "9]", "90", "trainable"]
-  assert table[-1] == "trainable 100 (10%), frozen 900"
-  assert len({line.rfind("]") for line in table[1:2]}) == 1
+def make_program(config):
+  data = make_data()
+  return create_program(config, data.num_classes, 24, mesh.create_mesh())
+
+
+def test_three_rows_say_what_trains_and_the_table_names_every_leaf():
+  config = tiny_config("insvp", backbone__frozen_dtype="bfloat16")
+  program = make_program(config)
+  titles, *rows = report.param_summary(config, program).splitlines()
+  assert titles.split() == ["insvp", "parameters", "share", "bytes"]
+  kinds = ["backbone, frozen", "prompter, trainable", "head, trainable"]
+  assert [row[: len(kind)] for row, kind in zip(rows, kinds, strict=True)] == kinds
+  count, _, size, unit = rows[0].split()[2:]
+  # bfloat16 takes two bytes.
+  nbytes = 2 * int(count.replace(",", ""))
+  assert f"{size} {unit}" == report.bytes_text(nbytes)
+  table = report.param_table(config, program)
+  trainable, frozen = table.split("frozen\n")
+  assert "head/kernel" in trainable and "bfloat16" in frozen
+  assert "backbone" not in trainable and "backbone/embedding/kernel" in frozen
+
+
+def test_a_part_that_trains_in_part_has_two_rows():
+  config = tiny_config("bias")
+  rows = report.param_summary(config, make_program(config)).splitlines()[1:]
+  assert [row.split("  ")[0] for row in rows] == [
+    "backbone, trainable",
+    "backbone, frozen",
+    "head, trainable",
+  ]

@@ -19,7 +19,7 @@ def now(monkeypatch):
 
 def test_compiling_waiting_and_training_are_told_apart(now):
   timer = Timer()
-  assert (timer.images_per_second, timer.step_seconds) == (0.0, None)
+  assert (timer.images_per_second, timer.step_seconds) == (None, None)
   with timer.compiling():
     now.seconds += 5
   timer.add(0, 0)
@@ -38,6 +38,20 @@ def test_compiling_waiting_and_training_are_told_apart(now):
   again = Timer.of({**timer.state(), "step": 4})
   assert again.state() == timer.state()
   assert again.summary_line() == timer.summary_line()
+
+
+def test_features_are_counted_apart_and_steps_on_them_have_no_rate(now):
+  timer = Timer()
+  with timer.computing_features():
+    now.seconds += 2
+  timer.add(0, 0)
+  now.seconds += 1
+  timer.add(10, 0)
+  assert timer.summary_line() == (
+    "3.0 s of training: 0.0 s compiling, 2.0 s computing features, 0.0 s waiting for "
+    "input, 100 ms a step"
+  )
+  assert timer.images_per_second is None and timer.feature_seconds == 2
 
 
 def test_peaks_of_memory(monkeypatch):
