@@ -13,9 +13,9 @@ import numpy as np
 # Decoders of PIL that are tried. A file's content decides, not its name: cameras and
 # the web write wrong suffixes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Formats whose decoder may be missing: PIL's name of it where it is a part of PIL, which
-# can be built without. A file of them is known by its first bytes (`_format_of`), so
-# that a message can say what it needs.
+# Formats whose decoder may be missing, and PIL's name of it where it is a part of PIL,
+# which can be built without. A file of them is known by its first bytes (`_format_of`),
+# so that a message can say what it needs.
 _OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "HEIF": ""}
 _JPEG2000_STARTS = (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n")
 # What files of AV1 and HEVC images say that they are, in their first box.
