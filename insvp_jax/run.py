@@ -176,7 +176,8 @@ def load_run(
     device: of the parameters; None is the first local device.
 
   Raises:
-    FileNotFoundError: there is no run, or its backbone was not found.
+    FileNotFoundError: there is no run, or its backbone was not found. Of a folder of
+      runs the error lists them: one has to be chosen.
     ValueError: all checkpoints are damaged, or the checkpoint does not fit its own
       description, or the backbone is not the one that the run was trained on.
   """

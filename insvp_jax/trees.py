@@ -25,6 +25,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
+# A message lists at most so many known names; of longer tables it names the nearest.
+_MOST_LISTED = 12
+_NUM_NEAREST = 5
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
   """Returns an addition to a message about an unknown name.
 
@@ -39,22 +44,42 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+def known_names(name: str, known: Iterable[str], all_in: str = "") -> str:
+  """Returns the end of a message about an unknown name: which names there are.
+
+  Args:
+    name: the unknown name.
+    known: the names that are known.
+    all_in: where all of them are to be seen, e.g. a command; "" for nowhere.
+
+  Returns:
+    " Did you mean 'x'? Known: v, x, y." or, where they are many, " Nearest: x, y, ...;
+    all of them: <all_in>."
+  """
+  known = [str(k) for k in known]
+  if len(known) <= _MOST_LISTED:
+    return f"{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
+  # Without a cutoff, so that there are always as many.
+  nearest = difflib.get_close_matches(str(name), known, n=_NUM_NEAREST, cutoff=0.0)
+  others = f"all of them: {all_in}" if all_in else f"{len(known)} are known"
+  return f" Nearest: {', '.join(nearest)}; {others}."
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str, all_in: str = "") -> Any:
   """Returns `table[name]`.
 
   Args:
     table: the known names and what they stand for.
     name: a name that a user gave.
     what: what the name is of, for the message, e.g. "preset".
+    all_in: where all names are to be seen, for the message; see `known_names`.
 
   Raises:
-    ValueError: if the name is unknown; the message lists the known ones.
+    ValueError: if the name is unknown; the message lists the known ones or, of a long
+      table, the nearest.
   """
   if name not in table:
-    raise ValueError(
-      f"unknown {what} {name!r}.{did_you_mean(name, table)} "
-      f"Known: {', '.join(sorted(table))}."
-    )
+    raise ValueError(f"unknown {what} {name!r}.{known_names(name, table, all_in)}")
   return table[name]
 
 

@@ -20,7 +20,7 @@ KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-  """The parent of a run trained for a few steps on the digits."""
+  """The workdir of a run trained for a few steps on the digits."""
   workdir = tmp_path_factory.mktemp("trained")
   weights = workdir / "backbone.npz"
   params = make_params(create_model(num_classes=10, method="linear", **KWARGS))
@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> Path:
   config.insvp.prompt_length = 2
   config.tensorboard = False
   train(config, workdir / "seed0")
-  return workdir
+  return workdir / "seed0"
 
 
 def execute(
@@ -122,4 +122,4 @@ def test_notebook_is_kept_without_outputs(notebook):
   for cell in node.cells:
     assert cell.get("outputs", []) == []
     assert cell.get("execution_count") is None
-  assert 'INSVP_RUN", "runs/quickstart/insvp"' in node.cells[1].source
+  assert 'INSVP_RUN", "runs/quickstart/insvp/seed0"' in node.cells[1].source

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -58,3 +59,29 @@ def test_digest_sees_names_shapes_and_values():
 def test_lookup_lists_the_known_names():
   with pytest.raises(ValueError, match="unknown fruit 'aple'.*'apple'.*apple, pear"):
     trees.lookup({"apple": 1, "pear": 2}, "aple", "fruit")
+
+
+def test_lookup_names_the_nearest_of_a_long_table():
+  table = dict.fromkeys(f"task{i:02d}" for i in range(12))
+  with pytest.raises(ValueError, match="Known: task00, .*, task11[.]$"):
+    trees.lookup(table, "task", "task", "the list")
+  table["other"] = None
+  with pytest.raises(ValueError) as found:
+    trees.lookup(table, "othr", "task", "the list")
+  nearest = str(found.value).removeprefix("unknown task 'othr'. Nearest: other, ")
+  # Always five, however far they are.
+  assert nearest.count(", ") == 3 and nearest.endswith("; all of them: the list.")
+  with pytest.raises(ValueError, match="Nearest: .*; 13 are known[.]$"):
+    trees.lookup(table, "", "task")
+
+
+def test_the_nearest_tasks_and_backbones_are_named():
+  from insvp_jax.data import load_data
+  from insvp_jax.models.weights.releases import architecture_of
+
+  with pytest.raises(ValueError, match="'svnh'. Nearest: svhn, .*: insvp prepare --l"):
+    load_data("svnh", ConfigDict(), 32)
+  with pytest.raises(ValueError, match="of them, such as 'caltech101'; .* --task=vtab"):
+    load_data("vtab", ConfigDict(), 32)
+  with pytest.raises(ValueError, match="'vit_b16'. Nearest: vit_b16_i21k, .*RELEASES"):
+    architecture_of("vit_b16")

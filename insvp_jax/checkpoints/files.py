@@ -25,6 +25,8 @@ JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
 # What older checkpoints hold and nothing needs: the optimizer counted updates for the
 # lr schedule, which is a function of the step.
 OBSOLETE = r"opt_state/.*/count"
+# The most runs that the error about a folder of runs lists.
+_MOST_LISTED = 20
 
 
 class Damaged(ValueError):
@@ -35,29 +37,72 @@ def find_steps(path: str | os.PathLike) -> list[Path]:
   """Returns the directories of the checkpoints that `path` means, newest first.
 
   Args:
-    path: a workdir, its checkpoints directory or the directory of one step; or the
-      parent of a single workdir.
+    path: a run's workdir, its checkpoints directory or the directory of one step.
 
   Raises:
-    FileNotFoundError: there is none; the message says what was looked for, and
-      lists the runs below `path` where there are some.
+    FileNotFoundError: there is none; the message says what was looked for, and the
+      error's notes list the runs below `path` where there are some.
   """
-  path = Path(path).absolute()
+  given, path = Path(path), Path(path).absolute()
   if not path.exists():
     raise FileNotFoundError(f"there is no run at {path}: no such directory.")
   if (path / "meta").is_dir() or (path / "adapter").is_dir():
     return [path]
-  runs = sorted(folder.parent for folder in path.glob(f"*/{FOLDER}"))
-  single = [runs[0] / FOLDER] if len(runs) == 1 else []
-  for folder in (path / FOLDER, path, *single):
-    steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
-    if steps:
-      return sorted(steps, key=lambda p: int(p.name), reverse=True)
-  below = f" Runs below it: {', '.join(run.name for run in runs)}." if runs else ""
-  raise FileNotFoundError(
-    f"{path} holds no checkpoint: expected a run's workdir, with "
-    f"{FOLDER}/<step>/meta in it.{below}"
+  for folder in (path / FOLDER, path):
+    if steps := _steps_in(folder):
+      return steps
+  raise _not_a_run(given)
+
+
+def _steps_in(folder: Path) -> list[Path]:
+  """Returns the directories of the steps in a folder, newest first."""
+  steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
+  return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+def _not_a_run(path: Path) -> FileNotFoundError:
+  """Returns the error about a folder that is no run: which runs it holds."""
+  runs = _runs_below(path)
+  if not runs:
+    return FileNotFoundError(
+      f"{path} is no run and holds none: expected a run's workdir, such as "
+      f"runs/folder/insvp/seed0, with {FOLDER}/<step>/meta in it."
+    )
+  count = (
+    "1 run: give" if len(runs) == 1 else f"{len(runs)} runs: give one of them, e.g."
   )
+  error = FileNotFoundError(f"{path} is no run, but holds {count} {runs[0]}")
+  for run in runs[:_MOST_LISTED]:
+    error.add_note(f"  {run}{_facts(run)}")
+  if len(runs) > _MOST_LISTED:
+    error.add_note(f"  and {len(runs) - _MOST_LISTED} more")
+  return error
+
+
+def _runs_below(path: Path) -> list[Path]:
+  """Returns the workdirs of runs below a folder, at any depth, sorted."""
+  runs = []
+  for folder, inner, _ in os.walk(path):
+    # Changed in place: os.walk descends into what stays.
+    inner[:] = sorted(name for name in inner if not name.startswith("."))
+    if FOLDER in inner:
+      inner.remove(FOLDER)
+      runs += [Path(folder)] * bool(_steps_in(Path(folder) / FOLDER))
+  return runs
+
+
+def _facts(run: Path) -> str:
+  """Returns a run's task, method and test accuracy, as far as its files tell."""
+  try:
+    meta = read_json(_steps_in(run / FOLDER)[0], "meta")
+    facts = [str(meta[key]) for key in ("task", "method") if key in meta]
+    if (run / "result.json").is_file():
+      accuracy = _load_json(run / "result.json").get("test_accuracy")
+      if accuracy is not None:
+        facts.append(f"test accuracy {100 * accuracy:.2f}%")
+  except Damaged:
+    return ": damaged"
+  return f": {', '.join(facts)}"
 
 
 def newest_good(

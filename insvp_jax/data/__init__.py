@@ -50,8 +50,10 @@ __all__ = [
   "load_data",
 ]
 
+# Prints the table of tasks.
+LIST_COMMAND = "insvp prepare --list"
 # Tasks that are no rows of `TASKS`, and how they are loaded.
-_OTHER_TASKS: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
+OTHER_TASKS: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
   "folder": image_folder.load,
   "digits": digits.load,
   "cifar10_npz": cifar_npz.load,
@@ -87,16 +89,15 @@ def load_data(
   """
   if task in GROUPS:
     raise ValueError(
-      f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them: "
-      f"{', '.join(GROUPS[task])}."
+      f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them, such as "
+      f"{GROUPS[task][0]!r}; all of them: {LIST_COMMAND} --task={task}."
     )
-  # Lists all known names where the task is none of them.
-  trees.lookup({**TASKS, **_OTHER_TASKS}, task, "task")
+  trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
-  if task in _OTHER_TASKS:
-    return _OTHER_TASKS[task](data_config, image_size)
+  if task in OTHER_TASKS:
+    return OTHER_TASKS[task](data_config, image_size)
   row = TASKS[task]
   if not data_config.root:
     return tfds.load(row, data_config, image_size)

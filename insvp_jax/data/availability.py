@@ -128,14 +128,11 @@ def _check_files(task: Task, locations: Locations) -> Availability:
 
 def _check_tfds(task: Task, locations: Locations) -> Availability:
   """Finds out whether a task can be read from what TFDS prepared, or could prepare."""
-  if importlib.util.find_spec("tensorflow_datasets") is None:
-    text = "reading it takes tensorflow-datasets and tensorflow, not installed here"
-    return Availability(task, "unavailable", text)
   try:
     builder = tfds_builder.find_builder(task, locations.data_dir)
   except FileNotFoundError:  # not prepared yet
     return _unprepared(task, locations)
-  except ValueError as error:
+  except ValueError as error:  # without TFDS, or unknown to it
     return Availability(task, "unavailable", _one_line(error))
   if lists := _missing_lists(task, locations):
     return Availability(

@@ -19,6 +19,7 @@ import zipfile
 from absl import logging
 import numpy as np
 
+from insvp_jax.data import decode
 from insvp_jax.data.splits import ArraySplit, TaskData
 
 # Raise it when decoding or splitting changes: old files are then ignored.
@@ -90,10 +91,7 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
   """
   if cache_dir == "off":
     return make()
-  import PIL
-
-  # Another version of Pillow may decode or resize to other pixels.
-  text = json.dumps({**key, "format": _FORMAT, "pillow": PIL.__version__})
+  text = json.dumps({**key, "format": _FORMAT, **decode.decoder_versions()})
   digest = hashlib.sha256(text.encode()).hexdigest()[:24]
   folder = Path(cache_dir).expanduser() if cache_dir else default_dir()
   path = folder / f"{digest}.npz"

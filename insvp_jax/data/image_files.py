@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -111,7 +110,8 @@ def _decoder(
     try:
       pixels = decode.decode_image(root.read(name), root.full_path(name))
     except ValueError as error:
-      raise ValueError(f"{error} {images.advice}".rstrip()) from error
+      reason = str(error).rstrip(".")
+      raise ValueError(f"{reason}. {images.advice}".rstrip()) from error
     return resize(pixels)
 
   return decode_at
@@ -217,13 +217,10 @@ def find_squares(
 
 def _becomes_square(root: FileTree, size: int, name: str) -> bool:
   """Returns whether resizing the shorter side to `size` makes the image a square."""
-  from PIL import Image
-
   try:
-    # Opening reads the header only.
-    with Image.open(io.BytesIO(root.read(name))) as image:
+    with decode.open_image(root.read(name), name) as image:
       return size * max(image.size) // min(image.size) == size
-  except Exception:
+  except ValueError:
     return True  # the error of decoding it later says what is wrong
 
 

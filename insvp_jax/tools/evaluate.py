@@ -1,11 +1,11 @@
 """Prints a run's accuracy and loss on the splits of its task.
 
-python -m insvp_jax.tools.evaluate --run=runs/folder/insvp/seed0 --splits train_val test
+insvp evaluate --run=runs/folder/insvp/seed0 --splits train_val test
 
+Without the command `insvp` it is python -m insvp_jax.tools.evaluate.
 Not to select by: a result on the test split that selected something is no test result.
 """
 
-import argparse
 from collections.abc import Sequence
 import sys
 from typing import Any
@@ -43,12 +43,15 @@ def evaluate_split(run: Any, split: Any) -> dict[str, float | int]:
   }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
-  parser = argparse.ArgumentParser(
-    prog="python -m insvp_jax.tools.evaluate", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--run", required=True, help="the run's directory")
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input.
+
+  Args:
+    argv: the arguments; None for those of the process.
+    prog: the command that was typed; see `tools.argument_parser`.
+  """
+  parser = tools.argument_parser(__doc__, "evaluate", prog)
+  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help="the backbone's file, if it has moved")
   parser.add_argument("--splits", nargs="+", default=["test"], help="train, val, ...")
   args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
 """Writes the backbone of a run to an .npz with big_vision's names.
 
-python -m insvp_jax.tools.export --run=runs/pretrain --output=backbone.npz
+insvp export --run=runs/pretrain --output=backbone.npz
 
+Without the command `insvp` it is python -m insvp_jax.tools.export.
 It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
 trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
 backbone in the box.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 import sys
@@ -56,12 +56,15 @@ def export_backbone(
   return description
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
-  parser = argparse.ArgumentParser(
-    prog="python -m insvp_jax.tools.export", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--run", required=True, help="the run's directory")
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input.
+
+  Args:
+    argv: the arguments; None for those of the process.
+    prog: the command that was typed; see `tools.argument_parser`.
+  """
+  parser = tools.argument_parser(__doc__, "export", prog)
+  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--output", required=True, type=Path, help="path of the .npz")
   parser.add_argument("--dtype", default="float32", help="float32 or float16")
   parser.add_argument("--command", default="", help="that trained it, to be recorded")

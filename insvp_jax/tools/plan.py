@@ -10,12 +10,14 @@ On a TPU pod's host, set JAX_PLATFORMS=cpu: its TPU would wait for those of the 
 
 from collections.abc import Sequence
 import math
+import textwrap
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
+import tabulate
 
 from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.items import flatten_rest, stored_names
@@ -231,6 +233,9 @@ def format_plan(result: dict[str, Any]) -> str:
   ):
     rows.append((title, result["train_step"][key], result["eval_step"][key]))
   cells = [[x if isinstance(x, str) else bytes_text(x) for x in row] for row in rows]
+  table = tabulate.tabulate(
+    cells, headers="firstrow", tablefmt="plain", colalign=("left", "right", "right")
+  )
   lines = [
     f"{result['method']} on {result['task']}: {result['num_train']:,} images, "
     f"{result['num_classes']} classes; {result['backbone']} at "
@@ -238,7 +243,7 @@ def format_plan(result: dict[str, Any]) -> str:
     f"{result['devices']} x {result['planned_on']}, fsdp {result['fsdp']}; batches of "
     f"{result['batch_size']} to train and {result['eval_batch_size']} to evaluate",
     "",
-    *[f"  {title:<26}{train:>12}{test:>12}" for title, train, test in cells],
+    textwrap.indent(table, "  "),
     "",
     f"checkpoint: adapter {bytes_text(result['checkpoint']['adapter'])}, "
     f"optimizer {bytes_text(result['checkpoint']['optimizer'])}",

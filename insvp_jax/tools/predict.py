@@ -1,9 +1,10 @@
 """Prints a run's predictions for images.
 
-python -m insvp_jax.tools.predict --run=runs/folder photo.jpg more_photos/
+insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/
+
+Without the command `insvp` it is python -m insvp_jax.tools.predict.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 import sys
@@ -40,12 +41,15 @@ def format_classes(path: Path, classes: Sequence[tuple[str, float]]) -> str:
   return "\n".join([str(path), *lines])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
-  parser = argparse.ArgumentParser(
-    prog="python -m insvp_jax.tools.predict", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--run", required=True, help="the run's directory")
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input.
+
+  Args:
+    argv: the arguments; None for those of the process.
+    prog: the command that was typed; see `tools.argument_parser`.
+  """
+  parser = tools.argument_parser(__doc__, "predict", prog)
+  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help="the backbone's file, if it has moved")
   parser.add_argument("--top", type=int, default=5, help="how many classes to print")
   parser.add_argument("images", nargs="+", help="image files, or folders of them")

@@ -1,24 +1,31 @@
 """Downloads and prepares published data sets, or reports what each of them needs.
 
-python -m insvp_jax.tools.prepare_data --list
-python -m insvp_jax.tools.prepare_data --task=vtab --data_dir=datasets --check
-python -m insvp_jax.tools.prepare_data --task=svhn --data_dir=datasets
-python -m insvp_jax.tools.prepare_data --task=svhn --list-indices --split=val
+insvp prepare --list                                      # the table of tasks
+insvp prepare --list --task=svhn                          # all about one of them
+insvp prepare --task=vtab --data_dir=datasets --check     # what is there, what it takes
+insvp prepare --task=svhn --data_dir=datasets
+insvp prepare --task=svhn --list-indices --split=val
 
-The exit status is 0 if every task is ready, 1 if one is not, 2 after bad input.
+The exit status is 0 if every task is ready, 1 if one is not, 2 after bad input. Without
+the command `insvp` it is python -m insvp_jax.tools.prepare_data.
 """
 
 import argparse
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 from pathlib import Path
+import string
 import sys
+import textwrap
 from typing import Any
 
 from insvp_jax import tools
 
 # The package's modules are imported late, so that a wrong flag costs no start-up time.
+
+# Columns of what --list prints.
+_WIDTH = 100
 
 
 def select_tasks(names: Sequence[str]) -> list[Any]:
@@ -31,11 +38,13 @@ def select_tasks(names: Sequence[str]) -> list[Any]:
     ValueError: an unknown name.
   """
   from insvp_jax import trees
+  from insvp_jax.data import LIST_COMMAND
   from insvp_jax.data.tasks import GROUPS, TASKS
 
   known = {name: (name,) for name in TASKS} | GROUPS | {"all": tuple(TASKS)}
   parts = [part for name in names for part in name.split(",") if part]
-  tasks = [name for part in parts for name in trees.lookup(known, part, "task")]
+  found = [trees.lookup(known, part, "task", LIST_COMMAND) for part in parts]
+  tasks = [name for names in found for name in names]
   return [TASKS[name] for name in dict.fromkeys(tasks)]
 
 
@@ -77,35 +86,89 @@ def split_lines(data: Any) -> Iterator[str]:
     )
 
 
-def table(tasks: Sequence[Any]) -> Iterator[str]:
-  """Yields the lines of a table of tasks."""
-  from insvp_jax.data import downloads
+def table(tasks: Sequence[Any]) -> str:
+  """Returns a table of tasks; a legend below it has what its columns cannot hold."""
+  import tabulate
 
-  titles = "task group classes train val test subsets read_from by_hand".split()
-  rows = [[title.replace("_", " ") for title in titles]]
+  from insvp_jax.data import LIST_COMMAND, OTHER_TASKS, downloads
+
+  by_hand, subsets, rows = {}, {}, []
   for task in tasks:
     subset = task.subset()
-    group = task.group if task.group == task.benchmark else f"vtab {task.group}"
-    sources = [task.spec] if task.spec else []
-    sources += [f"{task.folder_format} folder"] if task.folder_format else []
+    sources = ["TFDS"] * bool(task.spec) + ["folder"] * bool(task.folder_format)
+    what = downloads.fetched_by_hand(task)
+    letter = string.ascii_lowercase[len(by_hand)]
+    mark = by_hand.setdefault(what, letter) if what else ""
+    subsets.setdefault(tuple(task.subsets), []).append(task)
     counts = [task.num_classes, subset.train, subset.val, task.num_test]
-    rows.append(
-      [task.name, group, *map(str, counts), ", ".join(task.subsets)]
-      + [" or ".join(sources), downloads.fetched_by_hand(task)]
+    rows.append([task.name, task.group, *counts, ", ".join(sources), mark])
+  titles = "task", "group", "classes", "train", "val", "test", "read from", "by hand"
+  lines = [tabulate.tabulate(rows, titles), ""]
+  if by_hand:
+    lines.append("by hand: what only you can download; --list --task=... says where")
+    lines += [f"  {mark}: {what}" for what, mark in by_hand.items()]
+  lines.append("subsets: which training images; the first is the default, as above")
+  for names, members in subsets.items():
+    lines.append(_wrapped(f"  {', '.join(names)}:", _group_names(members)))
+  lines += [
+    "group: natural, specialized and structured are VTAB-1k",
+    _wrapped("other tasks:", OTHER_TASKS),
+    f"all about one task: {LIST_COMMAND} --task={tasks[0].name}",
+  ]
+  return "\n".join(lines)
+
+
+def _group_names(tasks: Sequence[Any]) -> list[str]:
+  """Returns names for tasks: of groups that are whole, and of the other tasks."""
+  from insvp_jax.data.tasks import GROUPS
+
+  names = {task.name for task in tasks}
+  return list(
+    dict.fromkeys(
+      task.group if names.issuperset(GROUPS[task.group]) else task.name
+      for task in tasks
     )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for row in rows:
-    cells = [
-      cell.rjust(width) if 2 <= i <= 5 else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    yield "  ".join(cells).rstrip()
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m insvp_jax.tools.prepare_data", description=__doc__.splitlines()[0]
   )
+
+
+def _wrapped(title: str, items: Iterable[str]) -> str:
+  """Returns a title and items on lines of at most `_WIDTH` columns."""
+  return textwrap.fill(
+    f"{title} {', '.join(items)}", _WIDTH, subsequent_indent="      "
+  )
+
+
+def details(task: Any) -> str:
+  """Returns all that the table of tasks knows of a task, on several lines."""
+  from insvp_jax.data import downloads
+
+  needs = downloads.requirements(task)
+  group = task.group if task.group == task.benchmark else f"vtab {task.group}"
+  lines = [f"group: {group}", f"classes: {task.num_classes}"]
+  for name, subset in task.subsets.items():
+    final = task.final_split(name).replace("_", " + ")
+    lines.append(
+      f"subset {name}: {subset.train} train, {subset.val} val, {task.num_test} test "
+      f"images; the final model trains on {final}"
+    )
+  if task.spec:
+    lines.append(f"read from TFDS: {task.spec}")
+  if task.folder_format:
+    lines.append(f"read from a folder: {downloads.folder_content(task)}")
+  if what := downloads.fetched_by_hand(task):
+    lines.append(f"by hand: {what}")
+  if needs.manual:
+    where = needs.manual.how.format(manual_dir="<manual_dir>")
+    lines.append(f"{needs.manual.what}: from {needs.manual.where}, {where}")
+  lines += [f"note: {text}" for text in (needs.gone, needs.note) if text]
+  fill = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
+  # Addresses and patterns of file names stay in one piece.
+  fill.break_long_words = fill.break_on_hyphens = False
+  return "\n".join([task.name, *map(fill.fill, lines)])
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+  parser = tools.argument_parser(__doc__, "prepare_data", prog)
   parser.add_argument(
     "--task", nargs="+", help="names of tasks or groups (vtab, fgvc, ...), or all"
   )
@@ -116,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--manual_dir", default="", help="of files fetched by hand")
   action = parser.add_mutually_exclusive_group()
   action.add_argument("--check", action="store_true", help="report, download nothing")
-  action.add_argument("--list", action="store_true", help="print the table of tasks")
+  action.add_argument(
+    "--list", action="store_true", help="print a table of tasks, or all about one"
+  )
+
   action.add_argument(
     "--list-indices",
     action="store_true",
@@ -174,9 +240,9 @@ def _print_rows(args: argparse.Namespace, tasks: Sequence[Any]) -> None:
       print(f"{task.name} {split}, {len(rows)} rows of {source}:", *rows, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the tool; returns its exit status."""
-  parser = _parser()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+  """Runs the tool as `tools.argument_parser` says; returns its exit status."""
+  parser = _parser(prog)
   args = parser.parse_args(argv)
   if not args.task and not args.list:
     parser.error("--task is missing; --list shows all of them")
@@ -188,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nonlocal all_ready
     tasks = select_tasks(args.task or ["all"])
     if args.list:
-      print("\n".join(table(tasks)))
+      print(details(*tasks) if len(tasks) == 1 else table(tasks))
     elif args.list_indices:
       _print_rows(args, tasks)
     else:

@@ -1,13 +1,14 @@
 """Draws the prompts of a run: image, patch, global and fused prompt, prompted image.
 
-  python -m insvp_jax.tools.visualize --run=runs/folder --output=prompts.png
-  python -m insvp_jax.tools.visualize --run=runs/folder --images photos/ one.jpg
+insvp visualize --run=runs/folder/insvp/seed0 --output=prompts.png
+insvp visualize --run=runs/folder/insvp/seed0 --images photos/ one.jpg
+
+Without the command `insvp` it is python -m insvp_jax.tools.visualize.
 
 Prompts are signed and small, so each is stretched to the full range around grey;
 the number below it is its largest absolute value, in grey levels of 255.
 """
 
-import argparse
 from collections.abc import Sequence
 import os
 from pathlib import Path
@@ -35,8 +36,9 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
     A `matplotlib.figure.Figure`; it belongs to no window.
 
   Raises:
-    ValueError: the method makes no image prompts.
+    ValueError: the method makes no image prompts, or matplotlib is not installed.
   """
+  check_matplotlib()
   prompts = {k: v for k, v in run.prompts(images).items() if k in TITLES}
   if not prompts:
     raise ValueError(
@@ -92,6 +94,20 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     partial.unlink(missing_ok=True)
 
 
+def check_matplotlib() -> None:
+  """Checks that there is what draws; call it before anything long.
+
+  Raises:
+    ValueError: it is not installed; the message says how to install it.
+  """
+  try:
+    import matplotlib  # noqa: F401
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      "drawing needs matplotlib: pip install 'insvp_jax[plots]'"
+    ) from error
+
+
 def check_format(path: Path) -> None:
   """Checks that a file's ending is one of `FORMATS`.
 
@@ -143,12 +159,15 @@ def draw(
   save_figure(prompt_figure(run, shown, labels=labels), path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the tool; returns its exit status: 0, or 2 after bad input."""
-  parser = argparse.ArgumentParser(
-    prog="python -m insvp_jax.tools.visualize", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--run", required=True, help="the run's directory")
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+  """Runs the tool; returns its exit status: 0, or 2 after bad input.
+
+  Args:
+    argv: the arguments; None for those of the process.
+    prog: the command that was typed; see `tools.argument_parser`.
+  """
+  parser = tools.argument_parser(__doc__, "visualize", prog)
+  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help="the backbone's file, if it has moved")
   parser.add_argument(
     "--images",
@@ -162,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   def work() -> None:
     if args.rows < 1:
       raise ValueError(f"--rows is {args.rows}, expected at least 1.")
+    check_matplotlib()
     check_format(Path(args.output))
     images = tools.find_images(args.images) if args.images else []
     from insvp_jax.run import load_run

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 import shutil
 import subprocess
 import sys
@@ -337,18 +338,53 @@ def test_another_key_implementation_is_refused(tmp_path):
 def test_what_is_no_run_is_said_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="no run at .*nowhere"):
     find_steps(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match="holds no checkpoint: expected"):
+  with pytest.raises(FileNotFoundError, match="is no run and holds none: expected"):
     find_steps(tmp_path)
   mask, state = make_state()
-  save(tmp_path / "insvp", mask, state)
-  assert find_steps(tmp_path)[0] == tmp_path / "insvp" / "checkpoints" / "3"
-  save(tmp_path / "linear", mask, state)
-  with pytest.raises(FileNotFoundError, match="Runs below it: insvp, linear"):
-    find_steps(tmp_path)
   stray = tmp_path / "stray" / "checkpoints" / "4"
   stray.mkdir(parents=True)
   with pytest.raises(ValueError, match="no checkpoint of this package"):
     restore(tmp_path / "stray", mask, state)
+
+
+def test_of_a_folder_of_runs_the_runs_are_listed(tmp_path, monkeypatch):
+  mask, state = make_state()
+  save(tmp_path / "runs" / "b" / "insvp" / "seed0", mask, state)
+  monkeypatch.chdir(tmp_path)
+
+  def refused(path):
+    with pytest.raises(FileNotFoundError) as found:
+      find_steps(path)
+    return str(found.value), getattr(found.value, "__notes__", [])
+
+  # A single one is named, and never taken for the one that was meant.
+  for path in ("runs", "runs/b/insvp"):
+    message, notes = refused(path)
+    assert message == f"{path} is no run, but holds 1 run: give runs/b/insvp/seed0"
+  made = Path("runs/b/insvp/seed0")
+  meta = json.loads((made / "checkpoints" / "3" / "meta" / "metadata").read_text())
+  facts = [meta[key] for key in ("task", "method") if key in meta]
+  assert notes == [f"  {made}: {', '.join(facts)}"]
+  for i in range(21):
+    where = Path(f"runs/a/{i:02d}/checkpoints/7")
+    (where / "meta").mkdir(parents=True)
+    described = {"task": "svhn", "method": "vpt_deep"}
+    (where / "meta" / "metadata").write_text(json.dumps(described))
+  for i, text in enumerate(('{"test_accuracy": 0.98765}', '{"test_accuracy": null}')):
+    Path(f"runs/a/{i:02d}/result.json").write_text(text)
+  Path("runs/a/02/checkpoints/7/meta/metadata").write_text("{")
+  Path("runs/empty/checkpoints").mkdir(parents=True)
+  message, notes = refused("runs")
+  assert (
+    message == "runs is no run, but holds 22 runs: give one of them, e.g. runs/a/00"
+  )
+  assert notes[:4] == [
+    "  runs/a/00: svhn, vpt_deep, test accuracy 98.77%",
+    "  runs/a/01: svhn, vpt_deep",
+    "  runs/a/02: damaged",
+    "  runs/a/03: svhn, vpt_deep",
+  ]
+  assert len(notes) == 21 and notes[-1] == "  and 2 more"
 
 
 def test_a_place_that_cannot_be_written_fails_before_training(tmp_path):

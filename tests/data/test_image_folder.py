@@ -1,10 +1,13 @@
 import dataclasses
+import importlib.metadata
 import os
+import sys
 import zipfile
 
 import data_fixtures as fixtures
 from data_fixtures import data_config, number_of, pixels, png
 import numpy as np
+from PIL import Image
 import pytest
 
 from insvp_jax.data import StreamSplit, decode, load_data, splits
@@ -221,6 +224,50 @@ def test_corrupt_images_are_named_or_counted(tmp_path, archive):
   assert _numbers(train) == [i for i in range(80) if i not in (17, 43)]
   assert train.labels.tolist() == [0] * 39 + [1] * 39
   assert _numbers(test) == [80, 82]
+
+
+def _newer_files():
+  """Returns two classes of six images in the formats that not every decoder knows."""
+  pytest.importorskip("pillow_heif").register_heif_opener()
+  kinds = {"avif": "AVIF", "jp2": "JPEG2000", "HEIC": "HEIF"}
+  return {
+    f"{label}/{i}.{suffix}": fixtures.encode(
+      Image.new("RGB", (48, 32), (colour, 0, 0)), file_format
+    )
+    for label, colour in (("a", 90), ("b", 180))
+    for suffix, file_format in kinds.items()
+    for i in range(2)
+  }
+
+
+@pytest.mark.parametrize("preset", ["vtab", "insvp_release"])
+def test_newer_formats_are_found_and_decoded(tmp_path, preset):
+  root = fixtures.write_folder(tmp_path, _newer_files())
+  data = _load(root, 28, preset=preset, val_fraction=0.0, test_fraction=0.0)
+  # Their headers say that they are elongated.
+  assert (_streamed(data) == set()) == (preset == "vtab")
+  split = splits.to_memory(data.splits["train"])
+  assert len(split) == 12
+  for image, label in zip(split.images, split.labels, strict=True):
+    np.testing.assert_allclose(image[..., 0], (90, 180)[label], atol=3)
+
+
+def test_without_its_decoder_an_image_is_named_or_counted(tmp_path, monkeypatch):
+  root = fixtures.write_folder(tmp_path / "x", _newer_files())
+  monkeypatch.setitem(sys.modules, "pillow_heif", None)
+  advice = r"a/0.HEIC is a HEIC image, .*'insvp_jax\[heif\]'. Mend or remove the file"
+  with pytest.raises(ValueError, match=advice):
+    _load(root)
+  changes = {"skip_corrupt": True, "cache_dir": str(tmp_path / "cache")}
+
+  def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", not_installed)
+  assert _load(root, **changes).skipped == 4
+  # What the cache holds is of other decoders.
+  monkeypatch.undo()
+  assert _load(root, **changes).skipped == 0
 
 
 def test_a_class_of_nothing_but_corrupt_images_is_named(tmp_path):

@@ -1,11 +1,14 @@
 """The handwritten digits of scikit-learn, and CIFAR-10 as JPEG bytes in .npz."""
 
-from data_fixtures import data_config, encode, number_of
+import sys
+
+from data_fixtures import data_config, encode, number_of, numbered_files, write_folder
 import numpy as np
 from PIL import Image
 import pytest
 
 from insvp_jax.data import load_data
+from insvp_jax.data.tasks import TASKS
 
 
 def _rows(split):
@@ -131,3 +134,37 @@ def test_real_cifar_test_set(shared_dir, tmp_path):
   images, labels = data.splits["test"].images, data.splits["test"].labels
   blue = images[..., 2].astype(float).mean((1, 2)) - images[..., 0].mean((1, 2))
   assert blue[(labels == 0) | (labels == 8)].mean() > blue[labels == 6].mean() + 10
+
+
+@pytest.fixture
+def without_tfds(monkeypatch):
+  """Makes TensorFlow and TFDS look as if they were not installed."""
+  for name in ("tensorflow", "tensorflow_datasets"):
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_files_are_read_without_tensorflow(without_tfds, tmp_path):
+  assert load_data("digits", data_config(), 8).num_classes == 10
+  root = write_folder(tmp_path / "pets", numbered_files({"a": 9, "b": 9}))
+  assert load_data("folder", data_config(root=str(root)), 8).num_classes == 2
+  _write_npz(tmp_path / "cifar10_train.npz", 60)
+  _write_npz(tmp_path / "cifar10_test.npz", 20)
+  assert load_data("cifar10_npz", data_config(root=str(tmp_path)), 32).num_classes == 10
+  lines = [f"images/{i:03d}.png {i}\n" for i in range(4)]
+  parts = {"train800": [0, 1], "val200": [2], "train800val200": [0, 1, 2], "test": [3]}
+  content = numbered_files({"images": 4})
+  for name, numbers in parts.items():
+    content[f"{name}.txt"] = "".join(lines[i] for i in numbers).encode()
+  root = write_folder(tmp_path / "svhn", content)
+  assert load_data("svhn", data_config(root=str(root)), 8).num_classes == 10
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "tensorflow_datasets"])
+def test_without_tfds_its_tasks_say_what_they_need(missing, monkeypatch):
+  monkeypatch.setitem(sys.modules, missing, None)
+  for name, task in TASKS.items():
+    if task.spec:
+      with pytest.raises(ValueError) as found:
+        load_data(name, data_config(), 8)
+      needs = f"{name} needs TensorFlow Datasets: pip install 'insvp_jax[tfds]'"
+      assert str(found.value).startswith(needs)

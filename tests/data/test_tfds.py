@@ -84,7 +84,7 @@ def test_an_unprepared_set_names_the_command(tmp_path):
     load_data("cifar100", config, 32)
   message = str(caught.value)
   assert "not prepared" in message and "\n" not in message
-  assert f"prepare_data --task=cifar100 --data_dir={tmp_path}" in message
+  assert f"insvp prepare --task=cifar100 --data_dir={tmp_path}" in message
   assert "cifar100 3.*.*" in message
   assert not list(tmp_path.iterdir())
 
@@ -262,7 +262,7 @@ def test_another_format_of_files_is_named(tmp_path):
   prepare(tmp_path, "dtd", {"train": [1]}, unseen=b"", suffix="array_record")
   message = _message(ValueError, data_config(data_dir=str(tmp_path)), "dtd")
   assert "holds array_record files, expected tfrecord" in message
-  assert "prepare_data --task=dtd" in message
+  assert "insvp prepare --task=dtd" in message
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,8 @@ def test_a_set_without_a_feature_is_named(task, lacks, named, tmp_path):
   message = _message(ValueError, config, task)
   assert f"{builder}/" in message and f"has no feature {named}" in message
   assert (
-    str(folder) in message and "prepare another version of it with insvp_jax" in message
+    str(folder) in message
+    and "prepare another version of it with insvp prepare" in message
   )
 
 

@@ -358,7 +358,7 @@ def test_food101_without_ids_serves_what_needs_none(tmp_path):
   assert (
     "food101/2.0.0" in message and "has no feature 'id', only image, label" in message
   )
-  assert "prepare another version of it with insvp_jax.tools.prepare_da" in message
+  assert "prepare another version of it with insvp prepare" in message
   # The version that has them is the one that is read as soon as it is there.
   prepare_named(tmp_path, "food101:2.1.0", "id", names, labels[:200], test)
   assert len(load_data("hta_food101", config, 8).splits["val"]) == 40

@@ -699,7 +699,7 @@ def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
 def test_unknown_names_and_paths(tmp_path):
   with pytest.raises(ValueError, match="Did you mean 'vit_b16_i21k'"):
     weights.resolve("vit_b16_i2k")
-  with pytest.raises(ValueError, match="Did you mean 'augreg_b8_i21k'"):
+  with pytest.raises(ValueError, match="Nearest: augreg_b8_i21k, "):
     weights.architecture_of("augreg_b8_i21")
   with pytest.raises(ValueError, match="neither a file nor the name"):
     weights.resolve("")

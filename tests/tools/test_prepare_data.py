@@ -124,25 +124,51 @@ def test_list_and_list_indices_run_without_tensorflow(root, tmp_path):
   )
   assert (done.returncode, done.stderr) == (0, "")
   lines = done.stdout.splitlines()
-  assert [line.split()[0] for line in lines[1:-1]] == list(TASKS)
+  assert [line.split()[0] for line in lines[2 : 2 + len(TASKS)]] == list(TASKS)
   assert lines[-1].startswith("cifar100 val, 200 rows of train: 13431 9237 17462 ")
 
 
 def test_list_shows_what_a_task_is_and_what_it_takes(capsys):
   status, lines = run(capsys, "--list", "--task", "cifar100", "resisc45", "hta_nabirds")
   assert status == 0
-  cells = [re.split(r"\s{2,}", line) for line in lines]
+  cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
   assert cells[0] == [
     *("task", "group", "classes", "train", "val", "test"),
-    *("subsets", "read from", "by hand"),
+    *("read from", "by hand"),
   ]
-  cifar = ["cifar100", "vtab natural", "100", "800", "200", "10000", "official"]
-  assert cells[1] == [*cifar, "cifar100:3.*.* or noah folder"]
-  assert cells[2][-1] == "NWPU-RESISC45.rar"
-  birds = ["hta_nabirds", "hta", "555", "21536", "2393", "24633"]
-  assert cells[3][:6] == birds
-  assert cells[3][6:8] == ["official, insvp_release", "lists folder"]
-  assert cells[3][8] == "the images and VPT's lists"
+  cifar = ["cifar100", "natural", "100", "800", "200", "10000", "TFDS, folder"]
+  assert cells[2] == cifar
+  assert cells[3][-2:] == ["TFDS, folder", "a"]
+  birds = ["hta_nabirds", "hta", "555", "21536", "2393", "24633", "folder", "b"]
+  assert cells[4] == birds
+  assert "  a: NWPU-RESISC45.rar" in lines
+  assert "  b: the images and VPT's lists" in lines
+  assert "  official: cifar100, resisc45" in lines
+  assert "  official, insvp_release: hta_nabirds" in lines
+
+
+@pytest.mark.parametrize("names", [["all"], *([name] for name in TASKS)])
+def test_list_fits_100_columns_and_leaves_nothing_out(names, capsys):
+  _, lines = run(capsys, "--list", "--task", *names)
+  assert max(map(len, lines)) <= 100
+  text = " ".join(" ".join(lines).split())
+  tasks = prepare_data.select_tasks(names)
+  for task in tasks:
+    assert task.name in text and downloads.fetched_by_hand(task) in text
+    assert all(subset in text for subset in task.subsets)
+  if len(tasks) == 1:
+    (task,) = tasks
+    assert task.spec in text
+    for subset in task.subsets.values():
+      assert f"{subset.train} train, {subset.val} val, {task.num_test} test" in text
+    if task.folder_format:
+      assert downloads.folder_content(task) in text
+    if manual := downloads.requirements(task).manual:
+      assert manual.where in text
+  else:
+    # Whole groups go by their names; what is no row of the table is named, too.
+    assert "official: natural, specialized, structured, cifar100_lt" in text
+    assert "other tasks: folder, digits, cifar10_npz" in text
 
 
 def test_names_groups_and_all_stand_for_each_task_once():
@@ -394,9 +420,24 @@ def test_a_missing_package_is_named_before_anything_is_downloaded(
   )
   text = state_of("sun397", data_dir=str(tmp_path)).text
   assert text.endswith("it needs scipy, installed here")
-  absent.add("tensorflow_datasets")
-  state = state_of("sun397", data_dir=str(tmp_path))
-  assert state.status == "unavailable" and "tensorflow, not installed" in state.text
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "tensorflow_datasets"])
+def test_without_tfds_its_tasks_are_unavailable_and_folders_are_read(
+  three_birds, missing, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setitem(sys.modules, missing, None)
+  root = _lists_folder(tmp_path, {"train": 7, "val": 2, "test": 4})
+  names = ["hta_svhn", "fgvc_cub", "cifar100"]
+  status, lines = run(capsys, "--task", *names, f"--root={root}")
+  assert status == 1
+  needs = "needs TensorFlow Datasets: pip install 'insvp_jax[tfds]'"
+  assert lines[0] == f"hta_svhn: unavailable: hta_svhn {needs}"
+  assert lines[1] == f"fgvc_cub: ready: images of {root}"
+  assert "Or leave --root out: unavailable: cifar100 needs TensorFlow Da" in lines[-2]
+  state = state_of("svhn", data_dir=str(tmp_path))
+  assert state.text == f"svhn {needs}; or name its files by --root"
+  assert original_rows.rows_of_split(TASKS["svhn"], "val")[0] == "train"
 
 
 def test_a_version_that_no_task_reads_is_named(small, tmp_path):
@@ -631,7 +672,7 @@ def test_a_version_that_this_tfds_does_not_know_is_unavailable(monkeypatch, tmp_
 @pytest.mark.parametrize(
   "arguments, line",
   [
-    (["--task=cifar10"], "unknown task 'cifar10'. Did you mean"),
+    (["--task=cifar10"], "unknown task 'cifar10'. Nearest: cifar100, hta_cifar10"),
     (["--task=dtd", "--subset=vpt"], "subset is 'vpt', but dtd has official"),
     (["--task=dtd", "--check", "--root=nowhere"], "--root is 'nowhere', but there is"),
     (["--task=dtd", "--lists=nowhere"], "--lists is 'nowhere'"),

@@ -1,3 +1,5 @@
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import tools
 from insvp_jax.run import load_run
-from insvp_jax.tools import predict, visualize
+from insvp_jax.tools import evaluate, export, predict, prepare_data, visualize
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_predict_runs_as_a_module(workdir, photos, root):
     (["--run={run}", "{photos}/no.png"], "there is no image file or folder"),
     (["--run={run}", "{photos}/bad.jpg"], "bad.jpg is not an image of a known"),
     (["--run={run}", "{photos}/empty"], "holds no image (.jpg"),
-    (["--run={photos}", "{photos}/0.png"], "holds no checkpoint: expected"),
+    (["--run={photos}", "{photos}/0.png"], "is no run and holds none: expected"),
     (["--run={run}/no", "{photos}/0.png"], "there is no run at"),
     (["--run={run}", "--top=0", "{photos}/0.png"], "--top is 0, expected at least 1"),
     (["--run={run}", "--backbone=no.npz", "{photos}/0.png"], "no.npz"),
@@ -83,12 +85,48 @@ def test_bad_input_is_one_line_and_status_2(
   assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("tool", [predict, visualize])
-def test_wrong_flags_are_status_2(tool, capsys):
-  with pytest.raises(SystemExit) as stop:
-    tool.main(["--rum=x"])
-  assert stop.value.code == 2
-  assert "usage: python -m insvp_jax.tools." in capsys.readouterr().err
+def test_of_a_folder_of_runs_the_runs_are_listed(workdir, photos, capsys):
+  assert predict.main([f"--run={workdir.parent}", str(photos / "0.png")]) == 2
+  first, *others = capsys.readouterr().err.splitlines()
+  assert first.startswith(f"insvp_jax: {workdir.parent} is no run, but holds ")
+  assert f"  {workdir}: insects, insvp, test accuracy 50.00%" in others
+
+
+TOOLS = {
+  "predict": predict,
+  "evaluate": evaluate,
+  "visualize": visualize,
+  "export": export,
+  "prepare": prepare_data,
+}
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_wrong_flags_are_status_2(command, capsys):
+  tool = TOOLS[command]
+  # The command that was typed, or else what works everywhere.
+  for prog, said in (
+    (f"insvp {command}", f"insvp {command}"),
+    (None, f"python -m {tool.__name__}"),
+  ):
+    with pytest.raises(SystemExit) as stop:
+      tool.main(["--rum=x"], prog=prog)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: {said} ") and f"\n{said}: error: " in error
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_the_examples_of_a_tool_are_commands_that_it_takes(command, capsys):
+  examples = re.findall(rf"^insvp {command} (.*)", TOOLS[command].__doc__, re.M)
+  assert examples
+  with pytest.raises(SystemExit):
+    TOOLS[command].main(["--help"])
+  known = capsys.readouterr().out
+  for example in examples:
+    words = shlex.split(example, comments=True)
+    for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+      assert f"{flag} " in known or f"{flag}\n" in known or f"{flag}]" in known
 
 
 def test_a_bug_keeps_its_traceback():
@@ -145,6 +183,18 @@ def test_without_images_the_task_is_shown(workdir, tmp_path):
   output = tmp_path / "digits.pdf"
   visualize.save_figure(visualize.prompt_figure(run, images, labels=labels), output)
   assert output.read_bytes().startswith(b"%PDF")
+
+
+def test_without_matplotlib_nothing_is_computed(
+  workdir, photos, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  line = "drawing needs matplotlib: pip install 'insvp_jax[plots]'"
+  # The run is not even looked for.
+  assert visualize.main(["--run=nowhere"]) == 2
+  assert capsys.readouterr().err == f"insvp_jax: {line}\n"
+  with pytest.raises(ValueError, match="^drawing needs matplotlib"):
+    visualize.draw(load_run(workdir), tmp_path / "a.png", images=[photos / "0.png"])
 
 
 def test_visualize_refuses_what_it_cannot_draw(workdir, photos, tmp_path, capsys):

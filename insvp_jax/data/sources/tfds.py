@@ -35,12 +35,13 @@ def load(
 
   Raises:
     FileNotFoundError: if the data set is not prepared, or files of it are missing.
-    ValueError: if the version on disk is another one, or files are damaged.
+    ValueError: if TFDS is not installed, the version on disk is another one, or files
+      are damaged.
   """
   if not task.spec:
     raise FileNotFoundError(
       f"TFDS has no data set for {task.name}; point config.data.root to its folder. "
-      f"python -m insvp_jax.tools.prepare_data --task={task.name} says what it holds."
+      f"insvp prepare --task={task.name} says what it holds."
     )
   preset = preprocess.get_preset(data_config.preset)
   # What may be wrong with the arguments or the data set's description is found out

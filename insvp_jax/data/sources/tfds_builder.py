@@ -11,11 +11,31 @@ from insvp_jax.data.sources import tfrecords
 from insvp_jax.data.tasks import Task
 
 
-def import_tfds() -> Any:
+def import_tfds(task: Task | None = None) -> Any:
   """Imports and returns TFDS, with the accelerators hidden from TensorFlow.
 
   TensorFlow would otherwise take the accelerators' memory from JAX.
+
+  Args:
+    task: what needs it, for the message; None where it is known to be there.
+
+  Raises:
+    ValueError: it is not installed; the message says how to install it.
   """
+  try:
+    return _import_tfds()
+  except ModuleNotFoundError as error:
+    # What these two lack themselves is another matter.
+    if error.name not in ("tensorflow", "tensorflow_datasets") or task is None:
+      raise
+    instead = "; or name its files by config.data.root" if task.folder_format else ""
+    raise ValueError(
+      f"{task.name} needs TensorFlow Datasets: pip install 'insvp_jax[tfds]'{instead}"
+    ) from error
+
+
+def _import_tfds() -> Any:
+  """Imports and returns TFDS, as `import_tfds` says."""
   # TensorFlow's own lines on standard error are silenced: what they say of errors is in
   # our messages. "1" is what JAX sets; whoever wants to see all of them sets "0".
   if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
@@ -44,10 +64,10 @@ def find_builder(task: Task, data_dir: str) -> Any:
   Raises:
     FileNotFoundError: if the data set is not prepared; the message holds the command
       that does it.
-    ValueError: if this TFDS does not know such a version, or the data set is damaged or
-      was prepared in another format of files.
+    ValueError: if TFDS is not installed or does not know such a version, or the data
+      set is damaged or was prepared in another format of files.
   """
-  tfds = import_tfds()
+  tfds = import_tfds(task)
   from google.protobuf import json_format
 
   folder = str(Path(data_dir).expanduser()) if data_dir else None
@@ -55,9 +75,8 @@ def find_builder(task: Task, data_dir: str) -> Any:
   where = folder or "TFDS's default folder"
   argument = f" --data_dir={folder}" if folder else ""
   advice = (
-    f"Prepare it once, on a machine with internet: python -m "
-    f"insvp_jax.tools.prepare_data --task={task.name}{argument}, then point "
-    f"config.data.data_dir to the folder."
+    f"Prepare it once, on a machine with internet: insvp prepare --task={task.name}"
+    f"{argument}, then point config.data.data_dir to the folder."
   )
   try:
     builder = tfds.builder(task.spec, data_dir=folder)

@@ -374,7 +374,7 @@ def select_features(builder: Any, wanted: Mapping[str, Any]) -> Any:
       raise ValueError(
         f"{builder.info.full_name} in {builder.data_dir} has no feature "
         f"{missing[0]!r}, only {', '.join(sorted(known)) or 'one'}; prepare another "
-        f"version of it with insvp_jax.tools.prepare_data."
+        f"version of it with insvp prepare."
       )
     return tfds.features.FeaturesDict(
       {k: select(feature[k], v) for k, v in inner.items()}

@@ -115,7 +115,9 @@ def architecture_of(name: str) -> dict[str, Any]:
     ValueError: unknown name, or a packaged file whose description is unusable.
     FileNotFoundError: the packaged backbone is not there.
   """
-  release = trees.lookup(RELEASES, name, "backbone")
+  release = trees.lookup(
+    RELEASES, name, "backbone", "insvp_jax.models.weights.RELEASES"
+  )
   if release.variant:
     return decode_variant(release.variant) | {
       "image_size": release.image_size,
