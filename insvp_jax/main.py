@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from insvp_jax import errors
+from insvp_jax import errors, paths
 from insvp_jax.distributed import stopping
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -224,8 +224,7 @@ def _cache_compiled_programs() -> None:
     return
   import jax
 
-  cache_dir = os.environ.get("INSVP_CACHE", str(Path.home() / ".cache" / "insvp_jax"))
-  jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir) / "jax"))
+  jax.config.update("jax_compilation_cache_dir", str(paths.cache_dir("jax")))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

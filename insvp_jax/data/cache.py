@@ -19,6 +19,7 @@ import zipfile
 from absl import logging
 import numpy as np
 
+from insvp_jax import paths
 from insvp_jax.data.splits import ArraySplit, TaskData
 
 # Raise it when decoding or splitting changes: old files are then ignored.
@@ -29,12 +30,6 @@ _MAX_BYTES = 2**30
 _MIN_SECONDS = 2.0
 # No writer takes that long: an older unfinished file is a killed writer's.
 _STALE_SECONDS = 24 * 3600
-
-
-def default_dir() -> Path:
-  """Returns the folder of the cache where config.data.cache_dir is empty."""
-  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(base) / "insvp_jax" / "data"
 
 
 def cached_task(
@@ -50,7 +45,8 @@ def cached_task(
   Args:
     key: everything that shapes the result; JSON-serialisable.
     read: reads and decodes the source; all splits are in memory.
-    cache_dir: folder of the cache; "" for `default_dir()`, "off" for no cache.
+    cache_dir: folder of the cache; "" for `paths.cache_dir("data")`, "off" for no
+      cache.
   """
   return _load_or_make(key, read, _pack_task, _unpack_task, cache_dir)
 
@@ -95,7 +91,7 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
   # Another version of Pillow may decode or resize to other pixels.
   text = json.dumps({**key, "format": _FORMAT, "pillow": PIL.__version__})
   digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-  folder = Path(cache_dir).expanduser() if cache_dir else default_dir()
+  folder = Path(cache_dir).expanduser() if cache_dir else paths.cache_dir("data")
   path = folder / f"{digest}.npz"
   if path.exists():
     try:
