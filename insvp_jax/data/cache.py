@@ -4,6 +4,9 @@ A cache file is named by a digest of its key, which holds everything that shaped
 content: the source files, the preset, the sizes, the split rule and the decoder's
 version. It is written beside its final name and renamed when it is complete, so a
 reader sees all of it or nothing, whoever else writes and whoever is killed.
+
+Why this is no library's: joblib.Memory unpickles what it finds, which may run anything,
+and takes a flipped bit for data, where an `.npz` has checksums.
 """
 
 from collections.abc import Callable, Mapping

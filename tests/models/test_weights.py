@@ -234,7 +234,7 @@ def test_fixed_positions_come_with_their_release(tmp_path, monkeypatch, leaves):
     load(other, make_vit(pool="gap"))
 
 
-def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
+def test_report_is_one_readable_line(tmp_path, monkeypatch, leaves):
   monkeypatch.setattr(
     logging, "info", lambda message, *args: lines.append(str(message))
   )
@@ -244,16 +244,16 @@ def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
   (text,) = lines
   assert "\n" not in text
   for part in (
-    f"Loaded {len(leaves)} of {len(leaves)} backbone leaves",
+    f"{len(leaves)} of {len(leaves)} leaves",
     f"{sum(v.size for v in leaves.values()) + 20 * 8:,} parameters",
     str(path),
     "the original release's names",
     "resampled from 4 x 4 to 6 x 6",
     "cls: entry 0",
-    "head/kernel",
-    "Missing, drawn anew: none.",
+    "; skipped: pre_logits/kernel, pre_logits/bias, head/kernel, head/bias (a head of",
   ):
     assert part in text, part
+  assert "missing" not in text
 
 
 def test_report_notes_another_gelu(tmp_path, monkeypatch, leaves):
