@@ -265,8 +265,7 @@ def _cache_compiled_programs() -> None:
     return
   import jax
 
-  cache_dir = os.environ.get("INSVP_CACHE", str(Path.home() / ".cache" / "insvp_jax"))
-  jax.config.update("jax_compilation_cache_dir", str(Path(cache_dir) / "jax"))
+  jax.config.update("jax_compilation_cache_dir", str(paths.cache_dir("jax")))
 
 
 def _usage() -> str:

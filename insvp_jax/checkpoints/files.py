@@ -3,6 +3,9 @@
 Everything here takes the directory of one step, `<workdir>/checkpoints/<step>/`;
 see `checkpoints.py` for what lies in it. Reading writes nothing, so a run on a
 read-only disk can be loaded.
+
+Why the checksums are no library's: Orbax (0.12.8) does not check the values of arrays,
+and restores a flipped bit as another number.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -4,6 +4,9 @@ A cache file is named by a digest of its key, which holds everything that shaped
 content: the source files, the preset, the sizes, the split rule and the decoder's
 version. It is written beside its final name and renamed when it is complete, so a
 reader sees all of it or nothing, whoever else writes and whoever is killed.
+
+Why this is no library's: joblib.Memory unpickles what it finds, which may run anything,
+and takes a flipped bit for data, where an `.npz` has checksums.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ import zipfile
 from absl import logging
 import numpy as np
 
+from insvp_jax import paths
 from insvp_jax.data import decode
 from insvp_jax.data.splits import ArraySplit, TaskData
 
@@ -30,12 +34,6 @@ _MAX_BYTES = 2**30
 _MIN_SECONDS = 2.0
 # No writer takes that long: an older unfinished file is a killed writer's.
 _STALE_SECONDS = 24 * 3600
-
-
-def default_dir() -> Path:
-  """Returns the folder of the cache where config.data.cache_dir is empty."""
-  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(base) / "insvp_jax" / "data"
 
 
 def cached_task(
@@ -51,7 +49,8 @@ def cached_task(
   Args:
     key: everything that shapes the result; JSON-serialisable.
     read: reads and decodes the source; all splits are in memory.
-    cache_dir: folder of the cache; "" for `default_dir()`, "off" for no cache.
+    cache_dir: folder of the cache; "" for `paths.cache_dir("data")`, "off" for no
+      cache.
   """
   return _load_or_make(key, read, _pack_task, _unpack_task, cache_dir)
 
@@ -93,7 +92,7 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
     return make()
   text = json.dumps({**key, "format": _FORMAT, **decode.decoder_versions()})
   digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-  folder = Path(cache_dir).expanduser() if cache_dir else default_dir()
+  folder = Path(cache_dir).expanduser() if cache_dir else paths.cache_dir("data")
   path = folder / f"{digest}.npz"
   if path.exists():
     try:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the progress line, an overview.
+"""What a run tells: metrics.jsonl, TensorBoard, how far it is.
 
 Everything is written by process 0 alone; on the others the same calls do nothing.
 """
@@ -11,19 +11,19 @@ import math
 import os
 from pathlib import Path
 import sys
-import time
 from typing import Any
 
 from jaxtyping import UInt8
 import numpy as np
 
 from insvp_jax.distributed import processes
+from insvp_jax.logs import progress
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
 from insvp_jax.logs.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 PARTIAL = ".partial"  # ends the name of a file that is not complete yet
-SHOWN = ("loss", "lr", "accuracy")  # in the progress line; the files have all
+SHOWN = ("loss", "lr", "accuracy")  # while training; the files have all
 
 
 class Writers:
@@ -51,19 +51,15 @@ class Writers:
         what was written at `start_step` before and after it was saved. None keeps
         all lines of that step.
       tensorboard: whether to write an event file, too.
-      name: of the run, in front of each progress line.
-      stream: where progress goes; None is the standard error.
+      name: of the run, in front of its progress.
+      stream: where progress goes, a bar on a terminal, else lines; None is the
+        standard error.
 
     Raises:
       OSError: the files cannot be written.
-      ModuleNotFoundError: tensorboard is on, but not installed.
     """
-    self.total_steps = total_steps
-    self.name = name
     self._is_main = processes.is_main_process()
-    self._stream = stream or sys.stderr
-    self._clock: tuple[float, int] | None = None  # (time, step) of the first `train`
-    self._is_line_open = False
+    self._progress = progress.create(stream or sys.stderr, name, total_steps)
     self._metrics = self._events = None
     self.lines = 0  # of metrics.jsonl
     if self._is_main:
@@ -112,7 +108,7 @@ class Writers:
   def train(
     self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
   ) -> None:
-    """Writes a training step's scalars and shows the progress line.
+    """Writes a training step's scalars and shows how far the run is.
 
     Args:
       step: batches seen so far; rising from call to call.
@@ -124,22 +120,17 @@ class Writers:
     shown = [f"{name} {_number(scalars[name])}" for name in SHOWN if name in scalars]
     if images_per_second:
       shown.append(f"{images_per_second:.0f} images/s")
-    left = self._seconds_left(step)
-    if left is not None:
-      shown.append(f"{duration(left)} left")
-    percent = 100 * step // max(self.total_steps, 1)
-    head = f"{self.name}  step {step}/{self.total_steps} ({percent}%)".strip()
-    self._show("  ".join([head, *shown]))
+    if self._is_main:
+      self._progress.show(step, shown)
 
   def log(self, text: str) -> None:
-    """Shows text, below the progress line if there is one."""
+    """Shows text; if there is a bar, above it."""
     if self._is_main:
-      self._end_line()
-      print(text, file=self._stream, flush=True)
+      self._progress.log(text)
 
   def close(self) -> None:
-    """Ends the progress line and closes the files."""
-    self._end_line()
+    """Ends the progress bar and closes the files."""
+    self._progress.close()
     for file in (self._metrics, self._events):
       if file:
         file.close()
@@ -151,29 +142,6 @@ class Writers:
   def __exit__(self, *error: object) -> None:
     """Closes the files."""
     self.close()
-
-  def _seconds_left(self, step: int) -> float | int | None:
-    """Extrapolates the pace since the first call, which the compilation precedes."""
-    now = time.perf_counter()
-    if self._clock is None:
-      self._clock = (now, step)
-    elapsed, steps = now - self._clock[0], step - self._clock[1]
-    return (self.total_steps - step) * elapsed / steps if steps > 0 else None
-
-  def _show(self, line: str) -> None:
-    if not self._is_main:
-      return
-    if self._stream.isatty():
-      # \x1b[K clears what a longer line left behind.
-      print(f"\r{line}\x1b[K", end="", file=self._stream, flush=True)
-      self._is_line_open = True
-    else:
-      print(line, file=self._stream, flush=True)
-
-  def _end_line(self) -> None:
-    if self._is_line_open:
-      print(file=self._stream, flush=True)
-      self._is_line_open = False
 
 
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
@@ -212,13 +180,6 @@ def remove_partial(workdir: str | os.PathLike) -> None:
   if processes.is_main_process():
     for partial in Path(workdir).glob(f".*{PARTIAL}"):
       partial.unlink(missing_ok=True)
-
-
-def duration(seconds: float | int) -> str:
-  """Returns seconds as "m:ss" or "h:mm:ss"."""
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _kept_lines(path: Path, start_step: int, start_lines: int | None) -> list[bytes]:

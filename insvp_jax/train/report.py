@@ -16,6 +16,7 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.models import weights
 from insvp_jax.train import features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
@@ -26,18 +27,42 @@ _PARTS = ("backbone", "prompter", "head")
 PACKAGES = ("insvp_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def shared_text(config: ConfigDict, program: Program, data: TaskData) -> str:
-  """Returns what all runs on one task and backbone share: data, pixels, devices."""
-  mesh = program.mesh
+def shared_text(
+  config: ConfigDict, program: Program, data: TaskData, loaded: str
+) -> str:
+  """Returns what runs on one task and backbone share: data, pixels, weights, devices.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    data: the task's splits.
+    loaded: what loading the backbone did, in a line; "" for random weights.
+  """
+  mesh, name = program.mesh, config.backbone.name
   split_over = f", backbone split over {config.backbone.fsdp}"
   return "\n".join(
     [
       data.summary(),
       get_preset(config.data.preset).summary(),
+      *_other_pixels(config),
+      loaded or f"backbone {name}: random weights",
       f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {config.backbone.dtype}"
       + (split_over if "fsdp" in mesh.shape else ""),
     ]
   )
+
+
+def _other_pixels(config: ConfigDict) -> list[str]:
+  """Returns a line where the backbone was trained on pixels of another range."""
+  release = weights.release_of(config.backbone.weights or config.backbone.name)
+  preset = get_preset(config.data.preset)
+  if release is None or (release.mean, release.std) == (preset.mean, preset.std):
+    return []
+  return [
+    f"note: the backbone was trained on pixels with mean {list(release.mean)} and std "
+    f"{list(release.std)}; preset {preset.name} has mean {list(preset.mean)} and std "
+    f"{list(preset.std)}"
+  ]
 
 
 def run_text(config: ConfigDict, program: Program, data: TaskData) -> str:

@@ -99,12 +99,20 @@ def init_params(
 
 
 def load_weights(
-  config: ConfigDict, model: PromptedClassifier
+  config: ConfigDict,
+  model: PromptedClassifier,
+  report: Callable[[str], Any] = logging.info,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
   """Returns (backbone parameters or None for random ones, the backbone's identity).
 
   The identity is stored with every run: `id` (path, name or "random"), `sha256` of
   the file, and for random weights how they are initialised.
+
+  Args:
+    config: the whole configuration.
+    model: the classifier.
+    report: called with one line that says what was loaded from where; not called for
+      random weights.
 
   Raises:
     ValueError, FileNotFoundError: there are no such weights; see the message.
@@ -119,7 +127,11 @@ def load_weights(
   if source == "random":
     return None, {"id": "random", "init": config.backbone.init}
   path = weights_lib.resolve(source)
-  weights = weights_lib.load_backbone(str(path), model, report=logging.info)
+  weights = weights_lib.load_backbone(
+    str(path),
+    model,
+    report=lambda loaded: report(f"backbone {config.backbone.name}: {loaded}"),
+  )
   identity = {"id": source, "sha256": weights_lib.file_digest(path)}
   if source not in weights_lib.RELEASES:
     # The path as given may be relative, but a run can be loaded from any folder.

@@ -54,6 +54,7 @@ class Prepared:
     backbone: the backbone's identity, as stored with each run.
     program: the model and its steps.
     cache: features of the splits, where they are constant.
+    loaded: what loading the backbone did, in a line; "" for random weights.
   """
 
   data: TaskData
@@ -61,6 +62,7 @@ class Prepared:
   backbone: Mapping[str, Any]
   program: Program
   cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
+  loaded: str = ""
 
   def features(
     self, config: ConfigDict, split: str, params: Mapping[str, Any]
@@ -121,9 +123,10 @@ def prepare(
   num_train = len(data.splits[split])
   program = create_program(config, data.num_classes, num_train, mesh, hparams)
   if like:
-    return Prepared(data, like.weights, like.backbone, program, like.cache)
-  weights, identity = state_lib.load_weights(config, program.model)
-  return Prepared(data, weights, identity, program)
+    return dataclasses.replace(like, program=program)
+  loaded: list[str] = []
+  weights, identity = state_lib.load_weights(config, program.model, loaded.append)
+  return Prepared(data, weights, identity, program, loaded="".join(loaded))
 
 
 def train(
@@ -247,7 +250,7 @@ def train(
 
 def print_shared(config: ConfigDict, prepared: Prepared) -> None:
   """Says on standard error what all runs with this preparation share."""
-  text = report.shared_text(config, prepared.program, prepared.data)
+  text = report.shared_text(config, prepared.program, prepared.data, prepared.loaded)
   processes.print_once(text, file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from data_fixtures import pixels
 import numpy as np
 import pytest
 
+from insvp_jax import paths
 from insvp_jax.data import ArraySplit, TaskData, cache
 
 
@@ -52,21 +53,28 @@ def test_nothing_is_kept_of_a_failed_read(tmp_path):
 
 
 def test_off_writes_nothing(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path))
   _check(cache.cached_task({}, _data, "off"))
   assert not list(tmp_path.iterdir())
 
 
 def test_the_default_folder_keeps_only_what_takes_time(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert cache.default_dir() == tmp_path / "insvp_jax" / "data"
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path))
   cache.cached_task({}, _data)
   assert not list(tmp_path.iterdir())
   monkeypatch.setattr(cache, "_MIN_SECONDS", 0.0)
   cache.cached_task({}, _data)
   _check(cache.cached_task({}, _forbidden))
-  monkeypatch.delenv("XDG_CACHE_HOME")
-  assert cache.default_dir() == Path.home() / ".cache" / "insvp_jax" / "data"
+  assert [path.parent for path in tmp_path.rglob("*.npz")] == [tmp_path / "data"]
+
+
+def test_the_cache_is_below_home_by_default(monkeypatch):
+  monkeypatch.delenv("INSVP_CACHE", raising=False)
+  assert paths.cache_dir("data") == Path.home() / ".cache" / "insvp_jax" / "data"
+  monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+  assert paths.cache_dir("data") == Path("/elsewhere/insvp_jax/data")
+  monkeypatch.setenv("INSVP_CACHE", "~/mine")
+  assert paths.cache_dir("jax") == Path.home() / "mine" / "jax"
 
 
 def test_large_sets_are_not_kept(tmp_path, monkeypatch):

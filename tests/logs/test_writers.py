@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,8 @@ from PIL import Image
 import pytest
 from tiny_training import stored_events
 
-from insvp_jax.logs import writers
-from insvp_jax.logs.writers import Writers, duration, write_json
+from insvp_jax.logs import progress, writers
+from insvp_jax.logs.writers import Writers, write_json
 
 
 def lines(workdir):
@@ -77,7 +78,7 @@ def test_progress_is_plain_lines_in_a_file(tmp_path):
 
 def test_time_left_follows_from_the_pace_after_the_first_call(tmp_path, monkeypatch):
   clock = iter([100.0, 110.0, 130.0])
-  monkeypatch.setattr(writers.time, "perf_counter", lambda: next(clock))
+  monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
   stream = write_steps(tmp_path, [1, 3, 7], total_steps=10)
   left = [line.split("  ")[-1] for line in stream.getvalue().splitlines()]
   assert left == ["lr 0.1", "0:35 left", "0:15 left"]
@@ -87,18 +88,76 @@ class Terminal(io.StringIO):
   def isatty(self):
     return True
 
+  def drawn(self):
+    """Returns the lines in the order in which they were drawn, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", self.getvalue())
+    return re.split(r"\r\x1b\[2K|\n", text)
 
-def test_progress_refreshes_one_line_on_a_terminal(tmp_path):
-  stream = Terminal()
-  with Writers(tmp_path, total_steps=4, tensorboard=False, stream=stream) as found:
-    found.train(1, {"loss": 2.0})
-    found.train(2, {"loss": 1.0})
-    found.log("saved")
-  parts = stream.getvalue().split("\r")
-  assert parts[0] == ""
-  assert parts[1] == "step 1/4 (25%)  loss 2\x1b[K"
-  assert parts[2].startswith("step 2/4 (50%)  loss 1")
-  assert parts[2].endswith("\x1b[K\nsaved\n")
+
+@pytest.fixture
+def terminal(monkeypatch):
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setenv("COLUMNS", "110")
+  return Terminal()
+
+
+def test_progress_is_one_live_bar_on_a_terminal(tmp_path, terminal):
+  scalars = {"loss": 2.0, "lr": 1e-3, "accuracy": 0.25, "grad_norm": 3.0}
+  with Writers(
+    tmp_path, total_steps=400, tensorboard=False, name="digits [x]", stream=terminal
+  ) as found:
+    found.log("before :smile:")
+    found.train(100, scalars)
+    found.train(200, scalars, images_per_second=1234.4)
+    found.log("saved [b]" + 120 * "x")
+  drawn = terminal.drawn()
+  assert drawn[0] == "before :smile:"
+  shown = "loss 2  lr 0.001  accuracy 0.25"
+  assert re.fullmatch(rf"digits \[x\] .+ 100/400 +25% {shown} +--:-- *", drawn[1])
+  last = rf"digits \[x\] .+ 200/400 +50% {shown}  1234 images/s 00:0[01] *"
+  bars = [line for line in drawn if "200/400" in line]
+  assert all(re.fullmatch(last, bar) for bar in bars)
+  # Logged text is whole and above the bar, which stays and ends with a new line.
+  assert drawn[-4:] == ["saved [b]" + 120 * "x", bars[-1], bars[-1], ""]
+  # A killed run would leave a hidden cursor hidden.
+  assert "\x1b[?25l" not in terminal.getvalue()
+
+
+def test_the_bar_ends_with_the_run_however_that_ends(tmp_path, terminal):
+  streams = sys.stdout, sys.stderr
+  for number, error in enumerate((KeyboardInterrupt, ValueError)):
+    with (
+      pytest.raises(error),
+      Writers(
+        tmp_path, total_steps=9, tensorboard=False, name=f"run{number}", stream=terminal
+      ) as found,
+    ):
+      found.train(3, {"loss": 1.0})
+      raise error
+    assert terminal.drawn()[-1] == ""
+    assert (sys.stdout, sys.stderr) == streams
+    print("between", file=terminal)
+  order = [line.split(" ")[0] for line in terminal.drawn() if line]
+  assert list(dict.fromkeys(order)) == ["run0", "between", "run1"]
+  assert order.index("run1") > order.index("between")
+
+
+def test_a_narrow_terminal_keeps_steps_and_time(tmp_path, terminal, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "60")
+  name = "caltech101 vpt_deep"
+  with Writers(
+    tmp_path, total_steps=9, tensorboard=False, name=name, stream=terminal
+  ) as found:
+    found.train(3, {"loss": 1.0, "lr": 0.0001, "accuracy": 0.5}, images_per_second=1e4)
+  bar = terminal.drawn()[-2]
+  assert len(bar) == 60
+  assert re.fullmatch(r"caltech101.* 3/9 +33% loss 1.*… --:--", bar)
+
+
+def test_what_only_looks_like_a_terminal_gets_plain_lines(tmp_path, monkeypatch):
+  monkeypatch.setenv("TERM", "dumb")
+  stream = write_steps(tmp_path, [5], stream=Terminal())
+  assert stream.getvalue() == "step 5/10 (50%)  loss 0.2  lr 0.1\n"
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
@@ -131,25 +190,20 @@ def test_tensorboard_reads_the_events_and_a_resumed_run_replaces_its_own(tmp_pat
   assert voided == [1, 3]
 
 
-def test_tensorboard_needs_no_tensorflow(tmp_path, root):
+def test_libraries_come_in_only_where_they_are_used(tmp_path, root):
   code = (
     "import sys\n"
     "from insvp_jax.logs.writers import Writers\n"
-    "assert 'tensorboard' not in sys.modules\n"
+    "assert 'tensorboardX' not in sys.modules\n"
     f"with Writers({str(tmp_path)!r}, total_steps=1) as found:\n"
-    "  found.scalars(1, {'loss': 1.0})\n"
-    "print('tensorflow' in sys.modules)"
+    "  found.train(1, {'loss': 1.0})\n"
+    "heavy = 'tensorflow', 'tensorboard', 'torch', 'rich.progress'\n"
+    "print(any(name in sys.modules for name in heavy))"
   )
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=root, capture_output=True, text=True
   )
   assert done.stdout.strip() == "False", done.stderr
-
-
-def test_a_missing_tensorboard_is_said_clearly(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
-  with pytest.raises(ModuleNotFoundError, match="config.tensorboard=False"):
-    Writers(tmp_path, total_steps=1)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -181,7 +235,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_durations():
   given_seconds = [0, 59.6, 61, 3600, 36_061]
-  assert [duration(s) for s in given_seconds] == [
+  assert [progress.duration(s) for s in given_seconds] == [
     "0:00",
     "1:00",
     "1:01",

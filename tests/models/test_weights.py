@@ -1,11 +1,16 @@
 """Backbone files: every layout in and out, known names, and every way to fail."""
 
+import concurrent.futures
+import hashlib
+import http.server
 import io
 import json
-import os
 import pickle
 import re
-import urllib.error
+import socket
+import sys
+import threading
+import time
 import zipfile
 
 from absl import logging
@@ -229,7 +234,7 @@ def test_fixed_positions_come_with_their_release(tmp_path, monkeypatch, leaves):
     load(other, make_vit(pool="gap"))
 
 
-def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
+def test_report_is_one_readable_line(tmp_path, monkeypatch, leaves):
   monkeypatch.setattr(
     logging, "info", lambda message, *args: lines.append(str(message))
   )
@@ -239,16 +244,16 @@ def test_report_is_one_readable_paragraph(tmp_path, monkeypatch, leaves):
   (text,) = lines
   assert "\n" not in text
   for part in (
-    f"Loaded {len(leaves)} of {len(leaves)} backbone leaves",
+    f"{len(leaves)} of {len(leaves)} leaves",
     f"{sum(v.size for v in leaves.values()) + 20 * 8:,} parameters",
     str(path),
     "the original release's names",
     "resampled from 4 x 4 to 6 x 6",
     "cls: entry 0",
-    "head/kernel",
-    "Missing, drawn anew: none.",
+    "; skipped: pre_logits/kernel, pre_logits/bias, head/kernel, head/bias (a head of",
   ):
     assert part in text, part
+  assert "missing" not in text
 
 
 def test_report_notes_another_gelu(tmp_path, monkeypatch, leaves):
@@ -542,63 +547,109 @@ def test_resampling_wants_a_square():
 # Names
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+  """Answers as the server's attributes say."""
+
+  def do_GET(self):
+    server = self.server
+    server.requests.append((self.path, self.headers))
+    server.may_answer.wait(timeout=20)
+    data, start = server.files.get(self.path), 0
+    if data is None:
+      self.send_error(404)
+      return
+    wanted = self.headers.get("Range")
+    if server.sends_ranges and wanted:
+      start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+    if wanted and server.sends_ranges:
+      self.send_response(206 if start < len(data) else 416)
+      self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+    else:
+      self.send_response(200)
+    self.send_header("Content-Length", str(len(data[start:])))
+    self.end_headers()
+    self.wfile.write(data[start:][: server.breaks_after])
+
+  def log_message(self, *args):
+    pass
+
+
 @pytest.fixture
-def published(tmp_path, monkeypatch, leaves):
-  """A release "tiny" at a file:// URL; returns the file it lies in."""
-  source = write(tmp_path / "server.npz", leaves)
-  release = Release("mu/4", source.as_uri())
+def server(monkeypatch):
+  """A server on this machine; `files` maps paths to bytes."""
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.files, server.requests = {}, []
+    server.breaks_after, server.sends_ranges = None, True
+    server.may_answer = threading.Event()
+    server.may_answer.set()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def published(tmp_path, server, monkeypatch, leaves):
+  """The content of a release "tiny"."""
+  content = write(tmp_path / "content.npz", leaves).read_bytes()
+  server.files["/tiny.npz"] = content
+  release = Release("mu/4", f"{server.url}/tiny.npz")
   monkeypatch.setitem(releases.RELEASES, "tiny", release)
   monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
-  return source
+  monkeypatch.setattr(downloads, "_CHUNK", 1000)
+  return content
 
 
 def cached_files(tmp_path):
-  return [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+  files = (tmp_path / "cache").rglob("*")
+  return [p for p in files if p.is_file() and p.suffix != ".lock"]
 
 
-def test_download_is_cached(tmp_path, published, leaves):
+def test_download_is_cached_and_said(tmp_path, server, published, leaves, capsys):
   got, _ = load("tiny", make_vit())
   assert_same(got, leaves)
-  published.unlink()
-  path = weights.resolve("tiny")
-  assert path.is_relative_to(tmp_path / "cache") and path.name == "server.npz"
-  assert cached_files(tmp_path) == [path]
-  with pytest.raises(FileNotFoundError):
+  (path,) = cached_files(tmp_path)
+  assert path.parts[-2:] == (f"127.0.0.1:{server.server_port}", "tiny.npz")
+  before, after = capsys.readouterr().err.splitlines()
+  assert before == f"downloading {server.url}/tiny.npz (0.0 MiB) to {path}"
+  digest = weights.file_digest(path)
+  said = rf"downloaded 0\.0 MiB in \d s \(\d+\.\d MiB/s\), sha256 {digest}"
+  assert re.fullmatch(said, after)
+  server.files.clear()
+  assert weights.resolve("tiny") == path
+  assert capsys.readouterr().err == ""
+  with pytest.raises(FileNotFoundError, match="404 Client Error: Not Found"):
     weights.resolve("tiny", cache_dir=tmp_path / "elsewhere")
 
 
-def test_a_url_is_cached_too(tmp_path, published, monkeypatch):
-  opened = []
-
-  def answer(url, timeout):
-    opened.append(url)
-    return real(published.as_uri(), timeout=timeout)
-
-  real = downloads.urllib.request.urlopen
-  monkeypatch.setattr(downloads.urllib.request, "urlopen", answer)
+def test_a_url_is_cached_too(tmp_path, server, published, monkeypatch):
+  monkeypatch.setattr(downloads, "_GCS_URL", f"{server.url}/")
+  server.files["/some_bucket/a%2Bb/x.npz"] = b"x"
   path = weights.resolve("gs://some_bucket/a+b/x.npz")
-  assert opened == ["https://storage.googleapis.com/some_bucket/a%2Bb/x.npz"]
   assert path == tmp_path / "cache" / "some_bucket" / "a+b" / "x.npz"
-  assert weights.resolve(opened[0]) == path
-  other = weights.resolve("https://example.org/../y.npz")
-  assert other == tmp_path / "cache" / "example.org" / "y.npz"
-  assert len(opened) == 2
+  assert weights.resolve(f"{server.url}/some_bucket/a%2Bb/x.npz") == path
+  assert len(server.requests) == 1
+  assert downloads._cache_name("https://example.org/../y.npz") == "example.org/y.npz"
 
 
 def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
-  def offline(url, timeout):
-    raise urllib.error.URLError("no network")
+  def offline(*args, **kwargs):
+    raise socket.gaierror(-2, "Name or service not known")
 
-  monkeypatch.setattr(downloads.urllib.request, "urlopen", offline)
+  monkeypatch.setattr(socket, "getaddrinfo", offline)
+  monkeypatch.setenv("NO_PROXY", "*")
   monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
   with pytest.raises(FileNotFoundError) as caught:
     weights.resolve("vit_b16_i21k")
   text = str(caught.value)
   url = "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
   target = tmp_path / "cache" / "vit_models" / "imagenet21k" / "ViT-B_16.npz"
-  assert url in text and str(target) in text and "no network" in text
-  assert "INSVP_CACHE" in text
-  assert cached_files(tmp_path) == []
+  assert url in text and str(target) in text and "Name or service not known" in text
+  assert "INSVP_CACHE" in text and "Max retries" not in text
+  assert not [p for p in cached_files(tmp_path) if p.suffix == ".npz"]
   # The advice works.
   target.write_bytes(b"put by hand")
   assert weights.resolve("vit_b16_i21k") == target
@@ -613,69 +664,64 @@ def test_cache_is_below_home_by_default(monkeypatch, tmp_path):
   assert weights.resolve("vit_l32_i21k") == target
 
 
-class BrokenResponse(io.BytesIO):
-  """A response whose connection ends early, or whose reader is stopped."""
-
-  def __init__(self, data, length, error=None):
-    super().__init__(data)
-    self.headers = {"Content-Length": str(length)}
-    self.error = error
-
-  def read(self, *args):
-    data = super().read(*args)
-    if not data and self.error:
-      raise self.error
-    return data
-
-
-def test_broken_connection_leaves_nothing(tmp_path, published, monkeypatch):
-  data = published.read_bytes()
-
-  def respond(error):
-    return lambda url, timeout: BrokenResponse(data[:100], len(data), error)
-
-  monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(None))
-  with pytest.raises(FileNotFoundError, match=f"after 100 of {len(data)} bytes"):
-    weights.resolve("tiny")
-  monkeypatch.setattr(downloads.urllib.request, "urlopen", respond(KeyboardInterrupt()))
-  with pytest.raises(KeyboardInterrupt):
-    weights.resolve("tiny")
-  assert cached_files(tmp_path) == []
-  monkeypatch.undo()
-
-
-def test_debris_of_a_killed_download_is_removed(tmp_path, published, monkeypatch):
+def test_an_interrupted_download_is_resumed(tmp_path, server, published, capsys):
+  total, server.breaks_after = len(published), 1000
+  for received in (1000, 2000):
+    with pytest.raises(FileNotFoundError, match=f"after {received} of {total} bytes; "):
+      weights.resolve("tiny")
+    assert not [p for p in cached_files(tmp_path) if p.suffix == ".npz"]
+  server.breaks_after = None
   path = weights.resolve("tiny")
-  path.unlink()
-  dead = path.with_name(f".{path.name}.0123456789ab.part")
-  running = path.with_name(f".{path.name}.ba9876543210.part")
-  dead.write_bytes(b"half")
-  running.write_bytes(b"half")
-  os.utime(dead, (0, 0))
-  assert weights.resolve("tiny") == path
-  assert path.read_bytes() == published.read_bytes()
-  assert set(cached_files(tmp_path)) == {path, running}
+  assert path.read_bytes() == published
+  assert cached_files(tmp_path) == [path]
+  wanted = [headers["Range"] for _, headers in server.requests]
+  assert wanted == [None, "bytes=1000-", "bytes=2000-"]
+  assert capsys.readouterr().err.count(f"{path}, resuming at 0.0 MiB\n") == 2
 
 
-def test_two_downloads_at_once(tmp_path, published, monkeypatch):
-  real = downloads.urllib.request.urlopen
-  others = []
+def test_ctrl_c_leaves_what_can_be_resumed(tmp_path, server, published, monkeypatch):
+  def interrupt(meter, size):
+    raise KeyboardInterrupt
 
-  def slow(url, timeout):
-    # While this download runs, another process starts and finishes its own.
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", real)
-    others.append(weights.resolve("tiny"))
-    return real(url, timeout=timeout)
-
-  monkeypatch.setattr(downloads.urllib.request, "urlopen", slow)
-  assert [weights.resolve("tiny")] == others
-  assert others[0].read_bytes() == published.read_bytes()
-  assert cached_files(tmp_path) == others
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(downloads._Meter, "update", interrupt)
+    weights.resolve("tiny")
+  assert not [p for p in cached_files(tmp_path) if p.suffix == ".npz"]
+  assert weights.resolve("tiny").read_bytes() == published
+  assert server.requests[-1][1]["Range"] == "bytes=1000-"
 
 
-def test_digest_of_a_download_is_checked(tmp_path, published, monkeypatch):
-  digest = weights.file_digest(published)
-  url = published.as_uri()
+@pytest.mark.parametrize("case", ["no ranges", "complete"])
+def test_what_cannot_be_resumed_starts_over(tmp_path, server, published, case):
+  server.breaks_after = 1000
+  with pytest.raises(FileNotFoundError, match="after 1000 of"):
+    weights.resolve("tiny")
+  server.breaks_after = None
+  server.sends_ranges = case != "no ranges"
+  if case == "complete":  # Killed before it was renamed: there is no more to be sent.
+    (part,) = cached_files(tmp_path)
+    part.write_bytes(published)
+  path = weights.resolve("tiny")
+  assert path.read_bytes() == published
+  assert cached_files(tmp_path) == [path]
+
+
+def test_two_downloads_at_once(tmp_path, server, published):
+  server.may_answer.clear()
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    found = [pool.submit(weights.resolve, "tiny") for _ in range(2)]
+    while not server.requests:
+      time.sleep(0.001)
+    server.may_answer.set()
+  first, second = (future.result() for future in found)
+  assert first == second and first.read_bytes() == published
+  assert len(server.requests) == 1
+  assert cached_files(tmp_path) == [first]
+
+
+def test_digest_of_a_download_is_checked(tmp_path, server, published, monkeypatch):
+  digest = hashlib.sha256(published).hexdigest()
+  url = f"{server.url}/tiny.npz"
   good, bad = Release("mu/4", url, sha256=digest), Release("mu/4", url, sha256="0" * 64)
   monkeypatch.setitem(releases.RELEASES, "tiny", bad)
   with pytest.raises(ValueError, match=f"sha256 {digest}, expected 0000"):
@@ -688,6 +734,38 @@ def test_digest_of_a_download_is_checked(tmp_path, published, monkeypatch):
     weights.resolve("tiny")
 
 
+def test_a_download_is_visible_in_a_file(server, published, monkeypatch, capsys):
+  server.files["/tiny.npz"] = bytes(3 << 20)
+  monkeypatch.setattr(downloads, "_LINE_SECONDS", 0)
+  monkeypatch.setattr(downloads, "_CHUNK", 1 << 20)
+  weights.resolve("tiny")
+  lines = capsys.readouterr().err.splitlines()
+  assert "(3.0 MiB)" in lines[0] and lines[-1].startswith("downloaded 3.0 MiB in")
+  shown = [line.rsplit(", ")[0] for line in lines[1:-1]]
+  expected = [f"  {i}.0 MiB of 3.0 MiB" for i in (1, 2, 3)]
+  assert shown == expected and lines[1].endswith(" MiB/s")
+
+
+def test_other_processes_say_nothing(server, published, monkeypatch, capsys):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert weights.resolve("tiny").read_bytes() == published
+  assert capsys.readouterr().err == ""
+
+
+def test_a_download_is_a_bar_on_a_terminal(server, published, monkeypatch):
+  stream = io.StringIO()
+  stream.isatty = lambda: True
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setattr(sys, "stderr", stream)
+  server.files["/tiny.npz"] = bytes(3 << 20)
+  server.breaks_after = 1 << 20
+  with pytest.raises(FileNotFoundError):
+    weights.resolve("tiny")
+  assert stream.getvalue().endswith("\x1b[2K")  # the bar has gone
+  text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+  assert re.search(r"━+.* 33% 1\.0/3\.0 MiB", text)
+
+
 def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
   blocked = tmp_path / "file"
   blocked.write_bytes(b"")
@@ -697,7 +775,7 @@ def test_unwritable_cache_is_one_clear_error(tmp_path, published, monkeypatch):
 
 
 def test_unknown_names_and_paths(tmp_path):
-  with pytest.raises(ValueError, match="Did you mean 'vit_b16_i21k'"):
+  with pytest.raises(ValueError, match="Nearest: vit_b16_i21k"):
     weights.resolve("vit_b16_i2k")
   with pytest.raises(ValueError, match="Nearest: augreg_b8_i21k, "):
     weights.architecture_of("augreg_b8_i21")
@@ -727,7 +805,7 @@ def test_releases_are_consistent():
   for name, release in releases.RELEASES.items():
     # A name with a slash would read as an architecture.
     assert re.fullmatch(r"[a-z0-9_]+", name)
-    assert release.preset == "[-1,1]"
+    assert release.mean == release.std == (0.5, 0.5, 0.5)
     if release.url:
       assert release.url.startswith("gs://") and release.url.endswith(".npz")
       vit = ViT(**weights.architecture_of(name))

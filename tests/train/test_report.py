@@ -29,6 +29,17 @@ def test_three_rows_say_what_trains_and_the_table_names_every_leaf():
   assert "backbone" not in trainable and "backbone/embedding/kernel" in frozen
 
 
+def test_pixels_of_another_range_than_the_backbone_s_are_said():
+  config = tiny_config("linear", backbone__weights="boxed")
+  program, data = make_program(config), make_data()
+  for preset, count in (("vtab", 0), ("vpt", 1)):
+    config.data.preset = preset
+    lines = report.shared_text(config, program, data, "").splitlines()
+    notes = [line for line in lines if line.startswith("note: the backbone was tr")]
+    assert len(notes) == count
+  assert "mean [0.5, 0.5, 0.5]" in notes[0] and "mean [0.485, 0.456, 0.406]" in notes[0]
+
+
 def test_a_part_that_trains_in_part_has_two_rows():
   config = tiny_config("bias")
   rows = report.param_summary(config, make_program(config)).splitlines()[1:]

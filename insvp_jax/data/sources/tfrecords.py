@@ -4,6 +4,9 @@ TFRecord files can only be read from their start. One pass over the files that a
 touches checks all checksums and makes an index: where each record lies, its label and
 its name. After that any record is one read away, so that an epoch can be shuffled as a
 whole and resumed in its middle. The index of each file is kept in the cache.
+
+Why this is no library's: TFDS has random access only to array_record and Parquet files,
+and what it prepares, unless told otherwise, are TFRecords.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,25 +3,25 @@
 from collections.abc import Iterator
 import contextlib
 import hashlib
-import http.client
 import os
 from pathlib import Path
 import re
 import secrets
-import shutil
+import sys
 import time
+from typing import Any
 import urllib.parse
-import urllib.request
 
-from absl import logging
+import jax
 
-from insvp_jax import trees
+from insvp_jax import paths, trees
 from insvp_jax.models.weights import releases
 
-CACHE_VARIABLE = "INSVP_CACHE"
 _GCS_URL = "https://storage.googleapis.com/"
 _TIMEOUT_SECONDS = 60  # without a byte
-_STALE_SECONDS = 3600  # without a write: the download's process is dead
+_MIB = 1 << 20
+_CHUNK = 1 << 16  # bytes; of one that a broken connection cut nothing is kept
+_LINE_SECONDS = 10  # from line to line where there is no terminal
 
 
 def resolve(
@@ -31,12 +31,13 @@ def resolve(
   """Returns the local `.npz` file of a path, a release's name or a URL.
 
   An existing file is taken first, then a release in the package, then the cache;
-  what is in none of them is downloaded into the cache. Several processes may do
-  so at once, and a killed one leaves no partial file in the file's place.
+  what is in none of them is downloaded into the cache. Several processes may want
+  it at once: one downloads. A download that was interrupted is resumed the next time;
+  the file is in its place only when it is complete.
 
   Args:
     path_or_name: a path, a key of `RELEASES`, or a gs:// or https:// URL.
-    cache_dir: folder of downloads; None is $INSVP_CACHE or ~/.cache/insvp_jax.
+    cache_dir: folder of downloads; None is `paths.cache_dir()`.
 
   Raises:
     ValueError: unknown name, or a file of another digest.
@@ -63,8 +64,7 @@ def resolve(
     )
   raise ValueError(
     f"{name!r} is neither a file nor the name of a backbone."
-    f"{trees.did_you_mean(name, releases.RELEASES)} Known: "
-    f"{', '.join(releases.RELEASES)}."
+    f"{trees.known_names(name, releases.RELEASES, 'insvp_jax.BACKBONES')}"
   )
 
 
@@ -101,19 +101,19 @@ def _packaged_file(name: str) -> Path:
 def _cached_file(
   name: str, url: str, sha256: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> Path:
-  folder = Path(
-    cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/insvp_jax"
-  ).expanduser()
+  folder = Path(cache_dir or paths.cache_dir()).expanduser()
   url, target = _https_url(url), folder.absolute() / _cache_name(url)
   if not target.is_file():
-    logging.info("downloading %s to %s", url, target)
     try:
       _download(url, target, sha256)
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
+      # What happened, without what requests and urllib3 wrap around it.
+      reason = getattr(error.args[0] if error.args else None, "reason", error)
       raise FileNotFoundError(
         f"the backbone {name!r} is not on this machine and could not be downloaded "
-        f"({type(error).__name__}: {error}). Download {url} where there is a network "
-        f"and put it at {target}; the folder {folder} is set by ${CACHE_VARIABLE}."
+        f"({type(error).__name__}: {reason}). Download {url} where there is a network "
+        f"and put it at {target}; the folder {folder} is set by "
+        f"${paths.CACHE_VARIABLE}."
       ) from error
   _check_digest(target, sha256, hint="Delete it, and it is downloaded anew.")
   return target
@@ -134,25 +134,143 @@ def _cache_name(url: str) -> str:
 
 
 def _download(url: str, target: Path, sha256: str | None) -> None:
+  """Downloads a file, or what an interrupted download left to be received.
+
+  Several processes may call this at once: one downloads, and the others wait.
+  """
+  import filelock
+
   target.parent.mkdir(parents=True, exist_ok=True)
-  _remove_stale(target)
-  with atomic_file(target) as temporary:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-      expected = response.headers.get("Content-Length")
-      with open(temporary, "wb") as file:
-        shutil.copyfileobj(response, file, 1 << 20)
-    actual = temporary.stat().st_size
-    if expected is not None and actual != int(expected):
-      raise OSError(f"the connection broke after {actual} of {expected} bytes")
-    _check_digest(temporary, sha256, hint=f"The download from {url} was thrown away.")
+  with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+    # Another process may have been faster.
+    if target.is_file():
+      return
+    part, start = target.with_name(f".{target.name}.part"), time.monotonic()
+    received = _receive(url, part, target)
+    actual = file_digest(part)
+    if sha256 not in (None, actual):
+      part.unlink()
+      raise ValueError(
+        f"{url} has sha256 {actual}, expected {sha256}. The download was thrown away."
+      )
+    os.replace(part, target)
+    seconds = max(time.monotonic() - start, 1e-3)
+    _say(
+      f"downloaded {_mib(target.stat().st_size)} in {seconds:.0f} s "
+      f"({_mib(received / seconds)}/s), sha256 {actual}"
+    )
 
 
-def _remove_stale(target: Path) -> None:
-  """Removes what killed downloads left; running ones were written to just now."""
-  for part in target.parent.glob(f".{target.name}.*.part"):
-    with contextlib.suppress(OSError):
-      if time.time() - part.stat().st_mtime > _STALE_SECONDS:
-        part.unlink()
+def _receive(url: str, part: Path, target: Path) -> int:
+  """Appends to a file what it lacks of a URL's content; returns how many bytes.
+
+  Raises:
+    OSError: no connection, or it broke, or the disk is full. What came stays.
+  """
+  import pooch
+
+  with part.open("ab") as file:
+    size, total, status = file.tell(), 0, 0
+
+    def respond(response: Any, **_: Any) -> None:
+      nonlocal size, total, status
+      status = response.status_code
+      if status in (200, 416):
+        # It sends the whole file, or has nothing to go on with.
+        file.truncate(0)
+        size = 0
+      if status in (200, 206):
+        total = size + int(response.headers.get("Content-Length", 0))
+        resuming = f", resuming at {_mib(size)}" if size else ""
+        _say(f"downloading {url} ({_mib(total)}) to {target}{resuming}")
+        meter.start(size, total)
+
+    meter = _Meter()
+    headers = {"Accept-Encoding": "identity"}
+    if size:
+      headers["Range"] = f"bytes={size}-"
+    downloader = pooch.HTTPDownloader(
+      progressbar=meter,
+      chunk_size=_CHUNK,
+      timeout=_TIMEOUT_SECONDS,
+      headers=headers,
+      hooks={"response": respond},
+    )
+    try:
+      downloader(url, file, None)
+    except OSError as error:
+      if status != 416:
+        if error.errno is None and total:
+          raise OSError(
+            f"the connection broke after {file.tell()} of {total} bytes; the next try "
+            "goes on there"
+          ) from error
+        raise
+    finally:
+      meter.close()
+    if status != 416:
+      return file.tell() - size
+  return _receive(url, part, target)
+
+
+class _Meter:
+  """Shows how far a download is: a bar on a terminal, else a line now and then.
+
+  With the methods and the attribute of a progress bar that pooch calls.
+  """
+
+  def __init__(self):
+    """Shows nothing yet."""
+    self.total = self._size = self._shown_size = 0
+    self._shown_at, self._bar = time.monotonic(), None
+
+  def start(self, size: int, total: int) -> None:
+    """Begins at so many bytes of so many."""
+    self._size = self._shown_size = size
+    self._all = total
+    if sys.stderr.isatty() and jax.process_index() == 0:
+      from rich import console, progress
+
+      columns = (
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(compact=True),
+      )
+      stderr = console.Console(stderr=True)
+      self._bar = progress.Progress(*columns, console=stderr, transient=True)
+      self._task = self._bar.add_task("", total=total or None, completed=size)
+      self._bar.start()
+
+  def update(self, size: int) -> None:
+    """Counts bytes that came."""
+    self._size = min(self._size + size, self._all or self._size + size)
+    if self._bar:
+      self._bar.update(self._task, completed=self._size)
+    elif time.monotonic() - self._shown_at >= _LINE_SECONDS:
+      rate = (self._size - self._shown_size) / (time.monotonic() - self._shown_at)
+      _say(f"  {_mib(self._size)} of {_mib(self._all)}, {_mib(rate)}/s")
+      self._shown_at, self._shown_size = time.monotonic(), self._size
+
+  def reset(self) -> None:
+    """Does nothing: pooch counts everything again at the end."""
+    self.update = lambda size: None
+
+  def close(self) -> None:
+    """Removes the bar."""
+    if self._bar:
+      self._bar.stop()
+
+
+def _say(line: str) -> None:
+  """Prints a line; of several processes the first one does."""
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _mib(size: float | int) -> str:
+  return f"{size / _MIB:.1f} MiB"
 
 
 def _check_digest(path: Path, sha256: str | None, *, hint: str) -> None:

@@ -262,8 +262,8 @@ def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
   if release is None or not release.url or release.gelu == vit.gelu:
     return ()
   return (
-    f"Note: this release was trained with gelu={release.gelu!r}, the model has "
-    f"{vit.gelu!r}.",
+    f"note: this release was trained with gelu={release.gelu!r}, the model has "
+    f"{vit.gelu!r}",
   )
 
 

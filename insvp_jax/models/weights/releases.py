@@ -34,7 +34,8 @@ class Release:
     gelu: "tanh" or "exact".
     image_size: pixels per side of the images it was last trained on.
     sha256: hex digest of the file; None where nobody published one.
-    preset: the pixel range that it was trained on.
+    mean: that was subtracted from pixels in [0, 1] when it was trained.
+    std: that the difference was divided by.
     positions: "learned" (in the file) or "sincos" (fixed, not in the file).
   """
 
@@ -44,7 +45,8 @@ class Release:
   gelu: str = "tanh"
   image_size: int = 224
   sha256: str | None = None
-  preset: str = "[-1,1]"
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   positions: str = "learned"
 
 
@@ -115,9 +117,7 @@ def architecture_of(name: str) -> dict[str, Any]:
     ValueError: unknown name, or a packaged file whose description is unusable.
     FileNotFoundError: the packaged backbone is not there.
   """
-  release = trees.lookup(
-    RELEASES, name, "backbone", "insvp_jax.models.weights.RELEASES"
-  )
+  release = trees.lookup(RELEASES, name, "backbone", "insvp_jax.BACKBONES")
   if release.variant:
     return decode_variant(release.variant) | {
       "image_size": release.image_size,

@@ -26,7 +26,7 @@ class LoadReport:
     changed: name -> how the file's values were changed.
     skipped: name in the file -> why it was left out.
     missing: names that the file lacks; they were initialized.
-    notes: further sentences.
+    notes: further remarks.
   """
 
   path: str
@@ -39,19 +39,17 @@ class LoadReport:
   notes: tuple[str, ...] = ()
 
   def __str__(self) -> str:
-    """Returns one paragraph."""
+    """Returns one line: what was loaded, and what is not as in the file."""
     total = len(self.loaded) + len(self.missing)
     parts = [
-      f"Loaded {len(self.loaded)} of {total} backbone leaves ({self.num_params:,} "
-      f"parameters) from {self.path} ({self.layout})."
+      f"{len(self.loaded)} of {total} leaves, {self.num_params:,} parameters, from "
+      f"{self.path} ({self.layout})",
+      *map(": ".join, self.changed.items()),
     ]
-    if self.changed:
-      parts.append("Changed: " + "; ".join(map(": ".join, self.changed.items())) + ".")
     reasons: dict[str, list[str]] = {}
     for name, reason in self.skipped.items():
       reasons.setdefault(reason, []).append(name)
-    if reasons:
-      listed = (f"{abbreviate(names)} ({reason})" for reason, names in reasons.items())
-      parts.append("Skipped: " + "; ".join(listed) + ".")
-    parts.append(f"Missing, drawn anew: {abbreviate(self.missing) or 'none'}.")
-    return " ".join([*parts, *self.notes])
+    parts += [f"skipped: {abbreviate(names)} ({why})" for why, names in reasons.items()]
+    if self.missing:
+      parts.append(f"missing, drawn anew: {abbreviate(self.missing)}")
+    return "; ".join([*parts, *self.notes])
