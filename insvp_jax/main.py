@@ -326,12 +326,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
       "a finished run is evaluated by a tool: insvp evaluate --run=<its workdir> "
       "--splits test (or python -m insvp_jax.tools.evaluate ...)."
     )
-  argv = list(argv)
-  for i, arg in enumerate(argv):
-    if match := re.fullmatch(r"(--?config=)(.+)", arg):
-      argv[i] = match[1] + _find_config(match[2])
-    elif arg in ("--config", "-config") and i + 1 < len(argv):
-      argv[i + 1] = _find_config(argv[i + 1])
+  words, argv = iter(argv), []
+  for word in words:
+    if word in ("--config", "-config"):
+      word = f"--config={next(words, '')}"
+    if word.startswith(("--config=", "-config=")):
+      word = f"--config={_find_config(word.partition('=')[2])}"
+    argv.append(word)
   try:
     return flags.FLAGS(argv)
   except _FLAG_ERRORS as error:
@@ -355,9 +356,7 @@ def _explain_flag_error(error: Exception, argv: list[str]) -> str:
   cause = error
   while "whilst parsing config file" in str(cause) and cause.__context__:
     cause = cause.__context__
-  where = (
-    "" if cause is error else f"--config={flags.FLAGS['config'].config_filename}: "
-  )
+  where = "" if cause is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
   # A locked ConfigDict lists all of its fields.
   text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(cause))
   return f"{where}{text}"

@@ -12,6 +12,7 @@ import sys
 import time
 
 from main_driver import Driver
+from markdown_table import cells
 import pytest
 from tiny_commands import base_flags, flags_of, make_place
 from tiny_training import CLASSES, SPLITS
@@ -428,9 +429,9 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
     assert load_run(workdir).meta["class_names"] == list(CLASSES)
   done = main(*command)
   assert done.status == 0, done.err
-  first, second = done.err.splitlines()[:2]
-  assert "progress/metadata has 2 bytes" in first and "step 2 is used instead" in first
-  assert second == "resumed at step 2 of 3"
+  lines = done.err.splitlines()
+  assert "progress/metadata has 2 bytes" in lines[0]
+  assert "step 2 is used instead" in lines[0] and "resumed at step 2 of 3" in lines
   again = json.loads((workdir / "result.json").read_text())
   assert again["test_accuracy"] == whole["test_accuracy"]
   names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
@@ -469,7 +470,12 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize(
   "size, file",
-  [(4, "config.json"), (12, "metrics.jsonl"), (500, "checkpoints")],
+  [
+    (4, "config.json"),
+    (8, "parameters.txt"),
+    (16, "metrics.jsonl"),
+    (500, "checkpoints"),
+  ],
 )
 def test_a_full_disk_is_one_last_line_and_leaves_nothing_half(
   main, base, small_disk, size, file
@@ -543,7 +549,8 @@ def test_mode_tune_is_the_protocol_and_mode_train_one_run(main, base, tmp_path):
     (lr, wd) for lr in (1e-3, 1e-2) for wd in (1e-4, 1e-3)
   }
   assert len(summary["test_accuracies"]) == 2
-  assert last_line(done.out).startswith("| vpt_deep | ")
+  assert cells(done.out)[1][0] == "vpt_deep"
+  assert last_line(done.out).endswith(f"--run={tmp_path}/vpt_deep/seed0 IMAGES")
 
 
 def test_a_stopped_search_goes_on_with_the_missing_trials(main, base, tmp_path):
@@ -601,7 +608,8 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   assert "resumed at step" in done.stderr
   result = json.loads((workdir / "result.json").read_text())
   assert result["steps"] == LONG and result["test_accuracy"] > 0.5
-  names = {"config.json", "metrics.jsonl", "checkpoints", "result.json"}
+  names = {"config.json", "metrics.jsonl", "parameters.txt", "checkpoints"}
+  names |= {"result.json"}
   assert {path.name for path in workdir.iterdir()} == names
   run = load_run(workdir)
   image = next(Path(base[1].split("=")[1]).glob("test/ant/*.png"))

@@ -11,6 +11,7 @@ that is gone is missed by the others, and all of them end with one line.
 from collections.abc import Iterator, Mapping
 import contextlib
 import ctypes
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import jax
 
@@ -39,7 +40,7 @@ def is_main_process() -> bool:
   return jax.process_index() == 0
 
 
-def print_once(text: str, *, file: TextIO | None = None) -> None:
+def print_once(text: str, *, file: io.TextIOBase | None = None) -> None:
   """Prints on the first of several processes alone; to `file` or standard output."""
   if is_main_process():
     print(text, file=file, flush=True)

@@ -154,15 +154,28 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
   """
-  path = Path(path)
-  partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   text = json.dumps(_finite(value), indent=2, default=_plain, allow_nan=False)
+  write_text(path, f"{text}\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file that is either complete or not there at all.
+
+  Args:
+    path: the file; one that exists is replaced, and its directory is made.
+    text: all of its content.
+
+  Raises:
+    OSError: the disk is full or read-only; what was there before stays.
+  """
   if not processes.is_main_process():
     return
+  path = Path(path)
+  partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w") as file:
-      file.write(text + "\n")
+      file.write(text)
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)
@@ -173,7 +186,7 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def remove_partial(workdir: str | os.PathLike) -> None:
-  """Removes what `write_json` left half written when its process was killed.
+  """Removes what `write_text` left half written when its process was killed.
 
   Call it where no other process writes to `workdir`.
   """

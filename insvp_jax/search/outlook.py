@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from insvp_jax.data import TaskData
 from insvp_jax.distributed.processes import print_once
-from insvp_jax.logs.writers import duration
+from insvp_jax.logs.progress import duration
 from insvp_jax.train import batches, features, flops
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import Program
@@ -16,6 +16,8 @@ from insvp_jax.train.timing import Timer
 # Of the FLOPs of training on an image, evaluating one takes about half: the gradient
 # with respect to the trainable parameters alone costs another forward pass.
 _EVALUATION = 0.5
+# Seconds. Less is over before it is read.
+_WORTH_TELLING = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,4 +99,5 @@ class Outlook:
     self._is_told = True
     work = sum(work.images * work.flops for work in self._works.values())
     seconds = work / of_method / rate
-    print_once(f"all runs of this search take about {duration(seconds)} at this pace")
+    if seconds >= _WORTH_TELLING:
+      print_once(f"all runs of this search take about {duration(seconds)} at this pace")

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-import csv
 from pathlib import Path
 import statistics
 from typing import Any
@@ -15,9 +14,8 @@ from ml_collections import ConfigDict
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.data import GROUPS, TASKS, check_data
-from insvp_jax.distributed import processes
 from insvp_jax.distributed.processes import print_once
-from insvp_jax.logs.writers import write_json
+from insvp_jax.logs.writers import write_json, write_text
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.search import tables
 from insvp_jax.search import tune as tune_lib
@@ -166,11 +164,8 @@ def format_table(
 
 def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
   """Writes suite.json, table.md and table.csv."""
-  if not processes.is_main_process():
-    return
   table = accuracies(results)
   write_json(workdir / "suite.json", results)
-  (workdir / "table.md").write_text(format_table(table, tasks))
+  write_text(workdir / "table.md", format_table(table, tasks))
   titles, *rows = _rows(table, tasks)
-  with (workdir / "table.csv").open("w", newline="") as file:
-    csv.writer(file, lineterminator="\n").writerows([["method", *titles[1:]], *rows])
+  write_text(workdir / "table.csv", tables.csv_text([["method", *titles[1:]], *rows]))

@@ -38,12 +38,17 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
   hparams = _searched_hparams(summary)
   columns = ("mean", "std", "seeds", "test_accuracies", "val_accuracy", "lr", "wd")
   columns = (*columns, *hparams, "trainable_params", "prompter_params", "train_seconds")
-  file = io.StringIO()
-  writer = csv.writer(file, lineterminator="\n")
-  writer.writerow(("task", "method", *columns))
+  rows: list[tuple] = [("task", "method", *columns)]
   for method, result in summary.items():
     cells = (result.get(name) for name in columns)
-    writer.writerow((task, method, *map(_cell, cells)))
+    rows.append((task, method, *map(_cell, cells)))
+  return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+  """Returns rows, the titles first, as CSV."""
+  file = io.StringIO()
+  csv.writer(file, lineterminator="\n").writerows(rows)
   return file.getvalue()
 
 

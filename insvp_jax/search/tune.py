@@ -25,10 +25,9 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
-from insvp_jax.distributed import processes
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
-from insvp_jax.logs.writers import Writers, write_json
+from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import METHODS, create_method
 from insvp_jax.search import population, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
@@ -95,9 +94,8 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
     write_json(workdir / "summary.json", summary)
-    if processes.is_main_process():
-      (workdir / "table.md").write_text(table)
-      (workdir / "table.csv").write_text(tables.format_csv(task, summary))
+    write_text(workdir / "table.md", table)
+    write_text(workdir / "table.csv", tables.format_csv(task, summary))
   return summary
 
 
@@ -183,7 +181,7 @@ class Search:
     data = self.prepared.data
     num_train = len(data.splits[self.final_split])
     return work_of(
-      self.config,
+      trials.at(self.config, **self.points[0]),
       self.prepared.program,
       data,
       num_trials=len(self.points) if self.has_choice else 0,

@@ -16,7 +16,7 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
-from insvp_jax.models import weights
+from insvp_jax.models.weights.releases import release_of
 from insvp_jax.train import features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
@@ -54,7 +54,7 @@ def shared_text(
 
 def _other_pixels(config: ConfigDict) -> list[str]:
   """Returns a line where the backbone was trained on pixels of another range."""
-  release = weights.release_of(config.backbone.weights or config.backbone.name)
+  release = release_of(config.backbone.weights or config.backbone.name)
   preset = get_preset(config.data.preset)
   if release is None or (release.mean, release.std) == (preset.mean, preset.std):
     return []

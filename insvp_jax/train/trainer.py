@@ -29,7 +29,7 @@ from insvp_jax.distributed import lock, processes
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels
-from insvp_jax.logs.writers import Writers, remove_partial, write_json
+from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
@@ -180,18 +180,17 @@ def train(
     StopSignal().listen(jax.process_count() == 1) as stop,
     _open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
+    remove_partial(workdir)
+    state = checkpointer.restore(state) or state
     if is_alone:
       print_shared(config, prepared)
       print_params(config, prepared)
-    remove_partial(workdir)
-    state = checkpointer.restore(state) or state
     # What the interrupted run counted; {} for a new one.
     progress = checkpointer.progress()
     start_step, timer = int(state.step), Timer.of(progress)
     write_json(workdir / "config.json", config_lib.to_dict(config))
-    if processes.is_main_process():
-      table = report.param_table(config, program)
-      (workdir / "parameters.txt").write_text(f"{table}\n")
+    table = report.param_table(config, program)
+    write_text(workdir / "parameters.txt", f"{table}\n")
 
     with Writers(
       workdir,
