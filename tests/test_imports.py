@@ -17,6 +17,7 @@ import pytest
 
 # A module may import from its own line and from the lines below it.
 LAYERS = (
+  ("cli",),
   ("main",),
   ("tools",),
   ("search",),
