@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from benchmarks import turns
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.models.vit import ViT
+from insvp_jax.search import tables
 
 COPY_MIB = 256
 
@@ -105,14 +106,12 @@ def measure(
 def describe(found: Mapping[str, Any]) -> str:
   """Returns the ceilings as a table."""
   names = list(next(iter(found["products"].values())))
-  lines = [
-    f"| GFLOP/s | {' | '.join(names)} | ceiling |",
-    "|---" * (len(names) + 2) + "|",
-  ]
+  rows = []
   for dtype, rates in found["products"].items():
-    cells = [f"{rates[name]:,.0f}" for name in names]
-    lines.append(f"| {dtype} | {' | '.join(cells)} | {found['gflops'][dtype]:,.0f} |")
-  return "\n".join([*lines, f"copy: {found['copy_gb_s']:,.1f} GB/s, read and written"])
+    numbers = [*(rates[name] for name in names), found["gflops"][dtype]]
+    rows.append([dtype, *(f"{number:,.0f}" for number in numbers)])
+  table = tables.markdown(rows, ["GFLOP/s", *names, "ceiling"])
+  return f"{table}copy: {found['copy_gb_s']:,.1f} GB/s, read and written"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from insvp_jax.methods.ops.conv import choose_form
 from insvp_jax.methods.ops.conv_forms import FORMS
+from insvp_jax.search import tables
 
 
 class Layer(NamedTuple):
@@ -96,13 +97,13 @@ def main() -> None:
   args = parser.parse_args()
   device = jax.devices()[0]
   print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
-  print(f"| convolution | {' | '.join(FORMS)} | auto |")
-  print("|---" * (len(FORMS) + 2) + "|")
+  rows = []
   for layer in LAYERS:
     ms = measure(layer, args.batch_size, args.rounds)
-    cells = " | ".join(f"{ms[form]:.1f}" for form in FORMS)
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
-    print(f"| {layer.name} | {cells} | {choose_form(*shape)} |", flush=True)
+    cells = [f"{ms[form]:.1f}" for form in FORMS]
+    rows.append([layer.name, *cells, choose_form(*shape)])
+  print(tables.markdown(rows, ["convolution", *FORMS, "auto"]), end="")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ costs is the difference. Random weights train as fast as real ones.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import os
 from pathlib import Path
@@ -28,6 +28,7 @@ from PIL import Image
 from insvp_jax.methods import METHODS
 from insvp_jax.methods.insvp import PRESETS
 from insvp_jax.models.classifier import create_backbone
+from insvp_jax.search import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,6 +136,19 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
       yield run(line, workdir, folder / "compiled")
 
 
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the runs of `measure` as a table."""
+  titles = ["compiled programs", "to the first step, s", "to the result, s", "total, s"]
+  rows = []
+  for i, run in enumerate(runs):
+    spent = [f"{run[name]:.1f}" for name in ("to_first_step", "to_result", "total")]
+    # None where one step was all, and where the steps saw features, not images.
+    step, rate = run["step"], run["images_per_second"]
+    speed = [f"{1e3 * step:.1f}" if step else "", f"{rate:,.1f}" if rate else ""]
+    rows.append(["warm" if i else "cold", *spent, *speed])
+  return tables.markdown(rows, [*titles, "ms a step", "images/s"])
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """Runs, prints a table and writes JSON if asked to; returns the runs."""
   on_cpu = jax.default_backend() == "cpu"
@@ -154,16 +168,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   parser.add_argument("flags", nargs="*", help="after --: more flags of the run")
   args = parser.parse_args(argv)
   print(f"{args.backbone}, {args.method}, {args.train_images} images x {args.epochs:g}")
-  print(
-    "| compiled programs | to the first step, s | to the result, s | total, s ", end=""
-  )
-  print("| ms a step | images/s |\n|---|---|---|---|---|---|")
   found = []
-  for i, row in enumerate(measure(args)):
+  for row in measure(args):
     found.append(row)
-    cells = [f"{row[name]:.1f}" for name in ("to_first_step", "to_result", "total")]
-    cells += [f"{1e3 * (row['step'] or 0):.1f}", f"{row['images_per_second']:,.1f}"]
-    print(f"| {'warm' if i else 'cold'} | {' | '.join(cells)} |", flush=True)
+    said = f"run {len(found)} of {args.runs}: {row['total']:.1f} s"
+    print(said, file=sys.stderr, flush=True)
+  print(table(found), end="")
   if args.json:
     Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
   return found

@@ -19,6 +19,7 @@ from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods import METHODS
 from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.search import tables
 from insvp_jax.train import optim, steps
 from insvp_jax.train import state as state_lib
 
@@ -111,17 +112,13 @@ def main() -> None:
   parser.add_argument("--backbone", default="boxed")
   parser.add_argument("--batch_size", type=int, default=8)
   args = parser.parse_args()
-  print(
-    f"| {args.backbone} | forward, MFLOP per image | train step / forward "
-    "| train step / plain ViT forward |"
-  )
-  print("|---|---|---|---|")
-  rows = [(method, {}) for method in METHODS]
-  rows.append(("insvp", {"preset": "release"}))
-  for method, kwargs in rows:
-    numbers = ratio(args.backbone, method, args.batch_size, kwargs)
+  rows = []
+  for method, kwargs in [*((m, {}) for m in METHODS), ("insvp", {"preset": "release"})]:
+    forward, *ratios = ratio(args.backbone, method, args.batch_size, kwargs)
     name = " ".join((method, *kwargs.values()))
-    print("| {} | {:,.0f} | {:.2f} | {:.2f} |".format(name, *numbers), flush=True)
+    rows.append([name, f"{forward:,.0f}", *(f"{number:.2f}" for number in ratios)])
+  titles = [args.backbone, "forward, MFLOP per image", "train step / forward"]
+  print(tables.markdown(rows, [*titles, "train step / plain ViT forward"]), end="")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import tempfile
 import time
 
 from benchmarks.epoch import write_images
+from insvp_jax.search import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # The second task's; the quickstart's digits have 10.
@@ -110,9 +111,9 @@ def main() -> None:
   parser.add_argument("--json", help="write every round there")
   args = parser.parse_args()
   seconds = measure(args.rounds)
-  print(f"| start-up, medians of {args.rounds} rounds | seconds |\n|---|---|")
-  for name, values in seconds.items():
-    print(f"| {name} | {statistics.median(values):.3g} |")
+  rows = [(name, f"{statistics.median(spent):.3g}") for name, spent in seconds.items()]
+  titles = [f"start-up, medians of {args.rounds} rounds", "seconds"]
+  print(tables.markdown(rows, titles), end="")
   if args.json:
     Path(args.json).write_text(json.dumps(seconds, indent=2) + "\n")
 

@@ -31,6 +31,7 @@ from benchmarks.contestant import VARIANTS, Contestant, create_config
 from benchmarks.parts import PARTS
 from benchmarks.yardstick_client import Client, missing
 from insvp_jax.methods import METHODS
+from insvp_jax.search import tables
 from insvp_jax.train import report
 
 MODES = ("train", "eval", "predict")
@@ -130,7 +131,7 @@ def table(found: Mapping[str, Any]) -> str:
   compared = any("ratio" in row for row in rows)
   header = ["step", "images/s", "ms", *shown, "MiB", "GFLOP", "of ceiling"]
   header += ["PyTorch, ms", "speed-up", "PyTorch, MiB"] if compared else []
-  lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+  lines = []
   for mode, by_name in found.items():
     for name, row in by_name.items():
       cells = [f"{mode} {name}", f"{row['images_per_second']:,.1f}"]
@@ -147,8 +148,8 @@ def table(found: Mapping[str, Any]) -> str:
         cells.append("" if mib is None else f"{mib:,.0f}")
       elif compared:
         cells += [""] * 3
-      lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+      lines.append(cells)
+  return tables.markdown(lines, header)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     f"{args.batch_size}, {args.dtype}, medians of {args.rounds} rounds, "
     f"{args.clock} time\n"
   )
-  print(f"{ceilings.describe(found['ceilings'])}\n\n{table(found['steps'])}")
+  print(f"{ceilings.describe(found['ceilings'])}\n\n{table(found['steps'])}", end="")
   if args.json:
     Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
 

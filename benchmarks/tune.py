@@ -17,6 +17,7 @@ import dataclasses
 import json
 from pathlib import Path
 import statistics
+import sys
 import tempfile
 import time
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 
 from insvp_jax.config import defaults
 from insvp_jax.data import ArraySplit, TaskData
-from insvp_jax.search import population, trials, tune
+from insvp_jax.search import population, tables, trials, tune
 from insvp_jax.train import state as state_lib
 from insvp_jax.train import trainer
 
@@ -111,6 +112,17 @@ def compare(
   }
 
 
+def table(found: Sequence[Mapping[str, Any]], title: str) -> str:
+  """Returns what `compare` found of each method as a table."""
+  rows = []
+  for row in found:
+    times = [f"{row['seconds'][way]:.2f}" for way in ("one by one", "together")]
+    speed_up, chunk = f"{row['speed_up']:.2f}", str(row["automatic_chunk"])
+    rows.append([row["method"], *times, speed_up, chunk])
+  titles = [title, "one by one, s", "together, s", "speed-up", "automatic"]
+  return tables.markdown(rows, titles)
+
+
 def main() -> None:
   """Prints one row per method."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -121,18 +133,15 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--json", default="")
   args = parser.parse_args()
-  print(f"| {args.trials} trials of {args.steps} steps, {args.backbone} ", end="")
-  print("| one by one, s | together, s | speed-up | automatic |")
-  print("|---|---|---|---|---|")
-  rows = []
+  found = []
   for method in args.methods.split(","):
     row = compare(method, args.backbone, args.trials, args.steps, args.rounds)
-    rows.append(row)
-    times = [f"{row['seconds'][way]:.2f}" for way in ("one by one", "together")]
-    cells = [method, *times, f"{row['speed_up']:.2f}", str(row["automatic_chunk"])]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    found.append(row)
+    print(f"{method}: speed-up {row['speed_up']:.2f}", file=sys.stderr, flush=True)
+  title = f"{args.trials} trials of {args.steps} steps, {args.backbone}"
+  print(table(found, title), end="")
   if args.json:
-    Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

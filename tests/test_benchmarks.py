@@ -9,6 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from markdown_table import cells
 import numpy as np
 import pytest
 
@@ -40,6 +41,17 @@ def test_gradient_economy(benchmark):
   assert multiple == pytest.approx(1, abs=0.02)
   # Its head reads the mean of all tokens, so there is none to leave out.
   assert of_plain == pytest.approx(1, abs=0.02)
+
+
+def test_gradient_economy_shows_every_method_and_preset(benchmark, monkeypatch, capsys):
+  module = benchmark("gradient_economy")
+  monkeypatch.setattr(module, "ratio", lambda *_: (1234.5, 2.125, 3.0))
+  monkeypatch.setattr(sys, "argv", ["gradient_economy"])
+  module.main()
+  titles, *rows = cells(capsys.readouterr().out)
+  assert titles[0] == "boxed" and "train step / forward" in titles
+  assert [row[0] for row in rows] == [*module.METHODS, "insvp release"]
+  assert rows[0][1:] == ["1,234", "2.12", "3.00"]
 
 
 def train_step_over_plain_forward(module, preset, conv, compiled):
@@ -104,18 +116,24 @@ def test_startup_runs_to_the_first_step_of_a_task_of_other_classes(
   json_path = tmp_path / "startup.json"
   monkeypatch.setattr(sys, "argv", ["startup", "--rounds=1", f"--json={json_path}"])
   module.main()
-  table = capsys.readouterr().out.splitlines()
+  titles, *rows = cells(capsys.readouterr().out)
   found = json.loads(json_path.read_text())
-  assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == list(found)
+  assert titles == ["start-up, medians of 1 rounds", "seconds"]
+  assert [row[0] for row in rows] == list(found) and rows[2][1] == "2"
   assert found["the same again"] == [2.0] and found[list(found)[-1]][0] > 0.1
   assert [cache for cache, _ in given] == ["cache"] * 3
   assert [flags[:1] for _, flags in given] == [(), (), ("--config.task=folder",)]
 
 
 def test_tune_compares_trials_together_with_one_by_one(benchmark):
-  found = benchmark("tune").compare("linear", "boxed", number=2, steps=1, rounds=1)
+  module = benchmark("tune")
+  found = module.compare("linear", "boxed", number=2, steps=1, rounds=1)
   assert found["speed_up"] > 0 and set(found["seconds"]) == {"one by one", "together"}
   assert found["automatic_chunk"] == 2 and found["mib_of_a_member"] > 0
+  titles, row = cells(module.table([found], "2 trials"))
+  shown = dict(zip(titles, row, strict=True))
+  assert (shown["2 trials"], shown["automatic"]) == ("linear", "2")
+  assert shown["speed-up"] == f"{found['speed_up']:.2f}"
 
 
 def test_input_compares_the_stream_with_tf_data(benchmark, monkeypatch):
@@ -137,10 +155,16 @@ def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
   assert found["MiB above"] < 500
 
 
-def test_convolutions(benchmark):
+def test_convolutions(benchmark, monkeypatch, capsys):
   module = benchmark("convolutions")
   layer = module.Layer("tiny", 6, 2, 1, 3, 1, "k")
-  assert set(module.measure(layer, batch_size=1, rounds=1)) == set(module.FORMS)
+  monkeypatch.setattr(module, "LAYERS", (layer,))
+  monkeypatch.setattr(sys, "argv", ["convolutions", "--batch_size=1", "--rounds=1"])
+  module.main()
+  titles, row = cells(capsys.readouterr().out)
+  assert titles == ["convolution", *module.FORMS, "auto"]
+  assert row[0] == "tiny" and row[-1] in module.FORMS
+  assert min(map(float, row[1:-1])) >= 0
 
 
 TINY = ["--backbone=mu/4", "--image_size=16", "--batch_size=4", "--num_classes=5"]
@@ -177,8 +201,9 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
   assert linear["eval"] == linear["predict"]
   insvp = both["train"]["insvp"]["flops"]
   assert insvp > 1.8 * linear["eval"]
-  lines = capsys.readouterr().out.splitlines()
-  assert sum(line.startswith("| train") for line in lines) == 3
+  rows = cells(step.table(both))
+  assert [row[0] for row in rows] == ["step", "train insvp", "train linear"]
+  assert capsys.readouterr().out.endswith(step.table(both))
 
 
 def test_needed_flops_are_those_of_a_hand_count():
@@ -217,7 +242,10 @@ def test_ceilings_of_a_block():
   assert set(found["products"]) == {"float32", "bfloat16"}
   rates = found["products"]["float32"]
   assert found["gflops"]["float32"] == max(rates.values()) > 0
-  assert found["copy_gb_s"] > 0 and "| float32 |" in ceilings.describe(found)
+  titles, *rows = cells(ceilings.describe(found))
+  assert titles == ["GFLOP/s", *rates, "ceiling"]
+  assert [row[0] for row in rows] == ["float32", "bfloat16"]
+  assert found["copy_gb_s"] > 0 and "GB/s" in ceilings.describe(found).splitlines()[-1]
   b16 = ceilings.products(create_backbone("B/16"), 8)
   assert b16["MLP, in"] == ((8 * 197, 768), (768, 3072))
   assert b16["scores"] == ((96, 197, 64), (96, 64, 197))
@@ -288,7 +316,21 @@ def test_epoch_times_a_run_from_its_start_to_its_result(tmp_path, capsys):
   assert found["steps"] == 2 * 12 // 4 and found["test_images"] == 6
   assert found["to_first_step"] + found["to_result"] == pytest.approx(found["total"])
   assert json.loads((tmp_path / "e").read_text()) == [found]
-  assert "| cold |" in capsys.readouterr().out
+  said = capsys.readouterr()
+  titles, row = cells(said.out)
+  assert said.out.endswith(epoch.table([found])) and "run 1 of 1" in said.err
+  assert row[0] == "cold" and titles[-2:] == ["ms a step", "images/s"]
+  # Its steps see features from a cache, and no images.
+  assert found["images_per_second"] is None and float(row[-2]) > 0 and row[-1] == ""
+
+
+def test_epoch_shows_the_rate_where_there_is_one():
+  spent = {"to_first_step": 19.6, "to_result": 31.94, "total": 51.54}
+  known = {**spent, "step": 0.375, "images_per_second": 1171.0}
+  unknown = {**spent, "step": None, "images_per_second": None}
+  _, first, second = cells(epoch.table([known, unknown]))
+  assert first == ["cold", "19.6", "31.9", "51.5", "375.0", "1,171.0"]
+  assert second == ["warm", "19.6", "31.9", "51.5", "", ""]
 
 
 def test_checkpoint_weighs_the_items():
