@@ -122,6 +122,8 @@ def _upward(root: Path) -> list[str]:
     if not part:  # The public face may name anything.
       continue
     for other in sorted(map(_part, imported)):
+      if part == "cli" and not other:  # It names the version.
+        continue
       if level.get(other, -1) < level[part] or other not in ONLY.get(part, level):
         wrong.append(f"{module} imports {other or PACKAGE}")
   return wrong
@@ -195,6 +197,23 @@ def test_configs_import_only_the_schema(root):
         if not known and not any(f"{name}.".startswith(f"{a}.") for a in allowed):
           wrong.append(f"{path.name} imports {name}")
   assert not wrong
+
+
+def test_the_public_names_are_what_they_say(monkeypatch):
+  import insvp_jax
+  from insvp_jax.search import suite
+  from insvp_jax.train import trainer
+
+  names = {name: getattr(insvp_jax, name) for name in insvp_jax.__all__}
+  assert set(names) <= set(dir(insvp_jax))
+  assert "svhn" in names["TASKS"] and "boxed" in names["BACKBONES"]
+  assert "insvp" in names["METHODS"] and names["config"].defaults().is_locked
+  assert names["tune"] is suite.tune
+  # A folder of that name has been imported, and it is the public function all the same.
+  monkeypatch.setattr(trainer, "train", lambda config, workdir, **more: more)
+  assert insvp_jax.train("config", "workdir", test=False) == {"test": False}
+  with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+    insvp_jax.trian  # noqa: B018
 
 
 def test_the_package_imports_nothing_heavy(root):
