@@ -23,6 +23,7 @@ import tempfile
 import time
 from typing import Any
 
+from clu.metrics import Average
 import jax
 import ml_collections
 import numpy as np
@@ -177,7 +178,7 @@ def memory(num_images: int) -> dict[str, float]:
   """Returns MiB before and after evaluating a split, and at the highest."""
   highest = 0.0
 
-  def eval_step(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  def eval_step(batch: dict[str, jax.Array]) -> dict[str, Average]:
     nonlocal highest
     highest = max(highest, resident_mib())
     return count(batch["images"], batch["mask"])
@@ -185,7 +186,8 @@ def memory(num_images: int) -> dict[str, float]:
   @jax.jit
   def count(images, mask):
     real = mask.sum().astype(int)
-    return {"correct": real, "count": real, "loss": images.astype("float32").sum()}
+    total = images.astype("float32").sum()
+    return {"accuracy": Average(real, real), "loss": Average(total, real)}
 
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from clu.metrics import Average
 import jax
 from jaxtyping import Array
 import numpy as np
@@ -12,13 +13,14 @@ _MAX_BATCHES_IN_FLIGHT = 3
 
 
 def evaluate(
-  eval_step: Callable[[dict[str, Array]], dict[str, Array]],
+  eval_step: Callable[[dict[str, Array]], dict[str, Average]],
   batches: Iterable[dict[str, Array]],
 ) -> dict[str, Any]:
   """Returns accuracy and loss over all examples of `batches`.
 
   Args:
-    eval_step: jitted; returns the sums of one padded batch, [] or, of m trials, [m].
+    eval_step: jitted; returns "accuracy" and "loss" of one padded batch: sums and
+      counts, [] or, of m trials, [m].
     batches: padded batches with a mask, from `batches.eval_batches`.
 
   Returns:
@@ -28,24 +30,22 @@ def evaluate(
   Raises:
     ValueError: there is no example to evaluate.
   """
-  sums: list[dict[str, Array]] = []
+  sums: list[dict[str, Average]] = []
   for batch in batches:
     sums.append(eval_step(batch))
     jax.block_until_ready(sums[-_MAX_BATCHES_IN_FLIGHT:][0])
-  # Added up in double precision, on the host.
-  total = {
-    name: sum(np.asarray(each[name], np.float64) for each in sums)
-    for name in ("correct", "count", "loss")
-  }
-  if not np.any(total["count"]):
+  if not sums:
     raise ValueError("evaluation found no example; the split is empty.")
-  # All trials see the same examples.
-  count = float(np.max(total["count"]))
+  # Not by `Average.merge`, whose sums are float32: in double precision, on the host.
+  total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *sums)
+  if not np.all(total["loss"].count):
+    raise ValueError("evaluation found no example; the split is empty.")
   return {
-    "accuracy": _plain(total["correct"] / count),
-    "loss": _plain(total["loss"] / count),
-    "num_correct": _plain(np.asarray(total["correct"]).astype(int)),
-    "num_examples": int(count),
+    "accuracy": _plain(total["accuracy"].compute()),
+    "loss": _plain(total["loss"].compute()),
+    "num_correct": _plain(total["accuracy"].total.astype(int)),
+    # All trials see the same examples.
+    "num_examples": int(np.max(total["accuracy"].count)),
   }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from clu.metrics import Average
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -41,7 +42,7 @@ class StepFunctions:
   """
 
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  evaluate: Callable[..., Metrics]
+  evaluate: Callable[..., dict[str, Average]]
   features: Callable[[Mapping[str, Any], Batch], Array]
   make_batch: Callable[..., Batch]
 
@@ -186,7 +187,7 @@ def update_params(
 
 def create_eval_step(
   model: PromptedClassifier, *, preset: preprocess.Preset
-) -> Callable[..., Metrics]:
+) -> Callable[..., dict[str, Average]]:
   """Returns `eval_step(params, batch, hparams=None) -> sums over unmasked examples`.
 
   The sums are `correct` and `count` (int32) and `loss` (float32, in nats); padding
@@ -195,7 +196,7 @@ def create_eval_step(
 
   def eval_step(
     params: Mapping[str, Any], batch: Batch, hparams: Mapping[str, Any] | None = None
-  ) -> Metrics:
+  ) -> dict[str, Average]:
     variables = _variables(params, hparams)
     if "features" in batch:
       logits = model.apply(variables, batch["features"], method="classify")
@@ -203,13 +204,12 @@ def create_eval_step(
       logits = model.apply(variables, _eval_images(model, preset, batch))
     targets = losses.targets(batch["labels"], model.head.num_classes)
     is_real = batch["mask"] > 0
-    correct = (jnp.argmax(logits, axis=-1) == batch["labels"]) & is_real
-    nats = jnp.where(is_real, losses.cross_entropy(logits, targets), 0.0)
-    return {
-      "correct": jnp.sum(correct.astype(jnp.int32)),
-      "count": jnp.sum(is_real.astype(jnp.int32)),
-      "loss": jnp.sum(nats),
+    of_example = {
+      "accuracy": jnp.argmax(logits, axis=-1) == batch["labels"],
+      "loss": losses.cross_entropy(logits, targets),
     }
+    average = Average.from_model_output
+    return {name: average(x, mask=is_real) for name, x in of_example.items()}
 
   return eval_step
 

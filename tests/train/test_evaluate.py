@@ -1,5 +1,6 @@
 """Every example counts exactly once, whatever the batch size."""
 
+from clu.metrics import Average
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -19,6 +20,14 @@ def numbered_split(number):
   return ArraySplit(images, np.arange(number, dtype=np.int32) % 5)
 
 
+def averages(correct, nats, count):
+  """Returns what an eval step does, from its sums."""
+  return {
+    "accuracy": Average(total=jnp.int32(correct), count=jnp.int32(count)),
+    "loss": Average(total=jnp.float32(nats), count=jnp.int32(count)),
+  }
+
+
 def counting_step(seen, right):
   """Returns an eval step that is right about the examples numbered in `right`."""
 
@@ -26,11 +35,8 @@ def counting_step(seen, right):
     real = np.asarray(batch["mask"]) > 0
     numbers = np.asarray(batch["images"])[real, 0, 0, 0]
     seen.extend(numbers.tolist())
-    return {
-      "correct": jnp.int32(np.isin(numbers, list(right)).sum()),
-      "count": jnp.int32(real.sum()),
-      "loss": jnp.float32(numbers.sum()),
-    }
+    correct = np.isin(numbers, list(right)).sum()
+    return averages(correct, jnp.float32(numbers.sum()), real.sum())
 
   return eval_step
 
@@ -55,11 +61,7 @@ def test_on_four_devices_the_counts_are_the_same(mesh, number, batch_size):
   def eval_step(batch):
     real = batch["mask"] > 0
     right = (batch["labels"] == 0) & real
-    return {
-      "correct": jnp.sum(right.astype(jnp.int32)),
-      "count": jnp.sum(real.astype(jnp.int32)),
-      "loss": jnp.sum(batch["mask"]),
-    }
+    return averages(jnp.sum(right), jnp.sum(batch["mask"]), jnp.sum(real))
 
   rows = mesh_lib.batch_sharding(mesh)
   step = jax.jit(eval_step, in_shardings=(rows,))
@@ -81,11 +83,8 @@ def test_several_trials_are_evaluated_at_once():
   def eval_step(batch):
     real = batch["mask"] > 0
     right = (batch["labels"] == jnp.arange(2)[:, None]) & real
-    return {
-      "correct": jnp.sum(right.astype(jnp.int32), axis=1),
-      "count": jnp.full(2, jnp.sum(real.astype(jnp.int32))),
-      "loss": jnp.array([1.0, 2.0]) * jnp.sum(batch["mask"]),
-    }
+    nats = jnp.array([1.0, 2.0]) * jnp.sum(batch["mask"])
+    return averages(jnp.sum(right, axis=1), nats, jnp.full(2, jnp.sum(real)))
 
   batches = pipeline.eval_batches(numbered_split(6), batch_size=4)
   result = evaluate(eval_step, batches)
