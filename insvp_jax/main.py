@@ -260,12 +260,18 @@ def _exit_for_bad_input(message: str) -> NoReturn:
 
 
 def _cache_compiled_programs() -> None:
-  """Keeps compiled programs on disk, so that the second start is quick."""
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    return
+  """Keeps compiled programs on disk, so that the second start is quick.
+
+  What the user has set by JAX's own variables stays.
+  """
   import jax
 
-  jax.config.update("jax_compilation_cache_dir", str(paths.cache_dir("jax")))
+  for name, value in {
+    "jax_compilation_cache_dir": str(paths.compiled_dir()),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+  }.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 def _usage() -> str:

@@ -1,7 +1,10 @@
 """Where files lie that belong to no run: caches, and the configs of the package."""
 
+import hashlib
 import os
 from pathlib import Path
+import platform
+import re
 
 import platformdirs
 
@@ -16,6 +19,21 @@ def cache_dir(kind: str = "") -> Path:
   """
   base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("insvp_jax")
   return Path(base).expanduser() / kind
+
+
+def compiled_dir() -> Path:
+  """Returns the folder of compiled programs for processors like this one's.
+
+  What XLA compiled for one kind of processor may crash on another, and machines may
+  share the folder of caches.
+  """
+  features = ""
+  # Linux; elsewhere the kind of machine has to do.
+  if (cpu_info := Path("/proc/cpuinfo")).is_file():
+    found = re.search(r"^(?:flags|Features)\b.*", cpu_info.read_text(), re.M)
+    features = found[0] if found else ""
+  text = f"{platform.machine()} {platform.processor()} {features}"
+  return cache_dir("jax") / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def configs_dir() -> Path:
