@@ -6,6 +6,7 @@ tools in `insvp_jax.tools`, each with a `--help` of its own.
 
 from collections.abc import Sequence
 import importlib
+import re
 import sys
 
 import insvp_jax
@@ -14,7 +15,7 @@ import insvp_jax
 COMMANDS = {
   "train": ("train what a config says: a run, or a search and its final runs", ""),
   "tune": ("search for lr and wd on val, then train the final runs", ""),
-  "plan": ("print the memory and FLOPs of a run before it is started", ""),
+  "plan": ("print what a run needs, here or on --devices=8", ""),
   "predict": ("print a run's predictions for images", "predict"),
   "evaluate": ("print a run's accuracy on the splits of its task", "evaluate"),
   "visualize": ("draw the prompts of a run", "visualize"),
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: each needs other libraries.
     module = importlib.import_module(f"insvp_jax.tools.{tool}")
     return module.main(flags, prog=f"insvp {name}")
+  if name == "plan":
+    flags = [re.sub("^--?devices=", "--plan=", flag) for flag in flags]
   from insvp_jax import main as trainer_main
 
-  trainer_main.run(["insvp " + name, *_FLAGS[name], *flags])
+  trainer_main.run([f"insvp {name}", *_FLAGS[name], *flags])
   return 0

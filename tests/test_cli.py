@@ -37,6 +37,9 @@ def test_training_is_main(monkeypatch, name, flags):
   monkeypatch.setattr(main, "run", seen.append)
   assert cli.main([name, "--config=vtab"]) == 0
   assert seen == [[f"insvp {name}", *flags, "--config=vtab"]]
+  if name == "plan":
+    cli.main(["plan", "--devices=8"])
+    assert seen[-1] == ["insvp plan", "--plan", "--plan=8"]
 
 
 @pytest.mark.parametrize("name", [n for n, (_, tool) in cli.COMMANDS.items() if tool])

@@ -1,13 +1,27 @@
-"""The README's commands are ones that work, and its first snippet runs."""
+"""The README's commands and snippets run as they stand there; docs name what is."""
 
 import importlib.util
 import json
 import re
 import shlex
+import shutil
 
+from main_driver import Driver
+import numpy as np
+from PIL import Image
 import pytest
+from test_suite import write_noah
+from tfds_fixtures import prepare_cifar
+from tiny_commands import BACKBONE, flags_of, make_place
+from tiny_training import SIZE
 
+from insvp_jax import cli, paths
+from insvp_jax.data import GROUPS
 from insvp_jax.models.weights.releases import ASSETS
+
+TOOLS = [name for name, (_, tool) in cli.COMMANDS.items() if tool]
+# The tests of launch/ and of the wheel run these.
+ELSEWHERE = ("pip install .", "bash launch/local.sh", "bash launch/test.sh")
 
 
 @pytest.fixture(scope="module")
@@ -15,88 +29,144 @@ def readme(root):
   return (root / "README.md").read_text()
 
 
-def blocks(readme, language):
-  return re.findall(rf"```{language}\n(.*?)```", readme, re.S)
+def blocks(text, language):
+  return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def commands(readme):
+def commands(text):
   """Yields each command as a list of words, continued lines joined."""
-  for block in blocks(readme, "bash"):
+  for block in blocks(text, "bash"):
     for line in block.replace("\\\n", " ").splitlines():
       words = shlex.split(line, comments=True)
       if words:
         yield words
 
 
-def config_of(root, words):
-  """Returns the config of a command with its overrides applied, strictly."""
-  flags = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
-  path, _, arg = flags.pop("config").partition(":")
-  spec = importlib.util.spec_from_file_location("readme_config", root / path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(arg) if arg else module.get_config()
-  for key, value in flags.items():
-    if key.startswith("config."):
-      section, _, field = key.removeprefix("config.").rpartition(".")
-      node = config[section] if section else config
-      assert field in node, f"the README sets config.{section}.{field}, which is not"
-      if isinstance(node[field], tuple):
-        assert value.startswith("("), f"{key}={value} is no tuple"
-  return config
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+  """A folder with all that the README's commands name, but small."""
+  place = make_place(tmp_path_factory.mktemp("readme"))
+  shutil.make_archive(str(place / "photos"), "zip", place / "images")
+  shutil.copytree(place / "images" / "test", place / "new_photos")
+  for task in GROUPS["specialized"]:
+    write_noah(place / "vtab-1k", task, number_of_classes=2)
+  return place
 
 
-def test_every_training_command_names_a_config_and_its_keys(root, readme):
-  found = [w for w in commands(readme) if any("--config=" in x for x in w)]
-  assert len(found) >= 5
-  for words in found:
-    launcher = " ".join(words[:3])
-    assert launcher.startswith(
-      ("python -m insvp_jax.main", "bash launch/local.sh --config=")
-    ), launcher
-    config_of(root, words)
+def small(words, place):
+  """Returns the flags that make a run of a command a matter of seconds."""
+  flags = flags_of(
+    backbone__name="mu/4",
+    backbone__weights=place / "backbone0.npz",
+    **{f"backbone__{name}": size for name, size in BACKBONE.items()},
+    data__cache_dir="off",
+    image_size=SIZE,
+    batch_size=4,
+    total_steps=2,
+    optim__warmup_epochs=0.0,
+    tensorboard=False,
+  )
+  if "--mode=train" in words:
+    return flags
+  # Nothing to choose, one final run: searches have tests of their own.
+  return flags + flags_of(tune__lr="()", tune__wd="()", tune__seeds="(0,)")
 
 
-def test_every_tool_and_script_exists(root, readme):
-  for words in commands(readme):
-    if words[:2] == ["python", "-m"]:
-      assert importlib.util.find_spec(words[2]), words
-    elif words[0] in ("bash", "python"):
-      assert (root / words[1]).is_file(), words
-  for path in re.findall(r"\]\(([\w/.]+)\)", readme):
-    assert (root / path).exists(), path
+def test_every_command_runs(readme, sandbox, capsys, monkeypatch):
+  pytest.importorskip("tensorflow_datasets")
+  prepare_cifar(sandbox / "tfds")
+  monkeypatch.chdir(sandbox)
+  monkeypatch.setenv("INSVP_CACHE", str(sandbox / "cache"))
+  seen = []
+  with Driver(sandbox) as driver:
+    for words in commands(readme):
+      line = " ".join(words)
+      if line.startswith(ELSEWHERE):
+        continue
+      assert words[0] == "insvp", line
+      seen.append(words[1])
+      if words[1] in TOOLS:
+        status = cli.main(words[1:])
+        printed = capsys.readouterr()
+        assert status == 0 and printed.out, (line, printed)
+      else:
+        done = driver.run(*words[2:], *small(words, sandbox))
+        assert done.status == 0, (line, done.err)
+        last = done.out.splitlines()[-1]
+        assert last.startswith("next     ") or "--print_config" in words, line
+  assert set(seen) == {"train", "predict", "visualize", "evaluate", "prepare"}
 
 
-def test_the_tools_take_the_flags_that_the_readme_gives(readme, capsys):
-  for words in commands(readme):
-    if words[:2] != ["python", "-m"] or ".tools." not in words[2]:
-      continue
-    module = importlib.import_module(words[2])
-    with pytest.raises(SystemExit):
-      module.main(["--help"])
-    usage = capsys.readouterr().out
-    for word in words[3:]:
-      if word.startswith("--"):
-        assert word.split("=")[0] in usage, word
+def test_the_snippets_run(readme, tmp_path, monkeypatch):
+  from insvp_jax import config as config_lib
 
-
-def test_the_first_snippet_runs(readme):
+  first, second = blocks(readme, "python")
   scope = {}
-  exec(blocks(readme, "python")[0], scope)
+  exec(first, scope)
   assert scope["logits"].shape == (2, 10)
   assert set(scope["params"]) == {"backbone", "prompter", "head"}
 
+  def defaults(defaults=config_lib.defaults):
+    config = defaults()
+    config.method, config.total_steps, config.tensorboard = "linear", 2, False
+    return config
 
-def test_the_run_snippet_uses_what_a_run_has(readme):
-  from insvp_jax.run import Run
+  monkeypatch.setattr(config_lib, "defaults", defaults)
+  monkeypatch.chdir(tmp_path)
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("photo.png")
+  exec(second, scope)
+  assert scope["run"].params["head"] and scope["result"]["test_accuracy"] > 0
 
-  used = re.findall(r"^run\.(\w+)", blocks(readme, "python")[1], re.M)
-  known = {*dir(Run), *Run.__dataclass_fields__}
-  assert len(used) == 4 and set(used) <= known
+
+def config_of(words):
+  """Returns the config of a command with its overrides' keys looked up."""
+  flags = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+  name, _, arg = flags.pop("config").partition(":")
+  path = paths.configs_dir() / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
+  spec = importlib.util.spec_from_file_location("documented_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(arg)
+  for key in flags:
+    if key.startswith("config."):
+      section, _, field = key.removeprefix("config.").rpartition(".")
+      node = config[section] if section else config
+      assert field in node, f"config.{section}.{field} is set, which is not"
+  return config
 
 
-def test_the_accuracy_of_the_backbone_is_the_recorded_one(readme):
+@pytest.mark.parametrize("name", ["data", "training", "measured", "architecture"])
+def test_the_docs_name_commands_flags_and_files_that_are_there(root, name, capsys):
+  text = (root / "docs" / f"{name}.md").read_text()
+  for words in commands(text):
+    if words[0] != "insvp":
+      continue
+    if words[1] not in TOOLS:
+      config_of(words[2:])
+      continue
+    with pytest.raises(SystemExit):
+      cli.main([words[1], "--help"])
+    usage = capsys.readouterr().out
+    for word in words[2:]:
+      if word.startswith("--"):
+        assert word.split("=")[0] in usage, word
+  for module in re.findall(r"python -m ([\w.]+)", text):
+    assert importlib.util.find_spec(module), module
+  for path in re.findall(r"\]\(([\w/.]+)\)", text):
+    assert (root / "docs" / path).exists(), path
+
+
+def test_the_links_of_the_readme_lead_somewhere(root, readme):
+  for path in re.findall(r"\]\(([\w/.]+)\)", readme):
+    assert (root / path).exists(), path
+  # Two minutes of reading.
+  prose = re.sub(r"```.*?```", "", readme, flags=re.S)
+  assert len(prose.split()) < 750
+
+
+def test_the_accuracy_of_the_backbone_is_the_recorded_one(root):
   described = json.loads((ASSETS / "boxed.json").read_text())
-  assert f"{100 * described['test_accuracy']:.2f}% test accuracy" in " ".join(
-    readme.split()
+  measured = (root / "docs" / "measured.md").read_text()
+  assert f"reached {100 * described['test_accuracy']:.2f}% on CIFAR-10" in " ".join(
+    measured.split()
   )
