@@ -33,14 +33,7 @@ QUICKLY_COMPILED = {
   *("test_attention", "test_batches", "test_classifier", "test_dropout"),
   *("test_evaluate_tool", "test_features", "test_golden_methods", "test_insvp"),
   *("test_notebook", "test_population", "test_readme", "test_run", "test_steps"),
-  *(
-    "test_readme",
-    "test_stored_runs",
-    "test_suite",
-    "test_trainer",
-    "test_tune",
-    "test_vpt",
-  ),
+  *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),
 }
 
 
