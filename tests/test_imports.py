@@ -29,12 +29,12 @@ LAYERS = (
   ("config_checks",),
   ("config",),
   ("methods",),
-  ("errors", "paths", "trees"),
+  ("errors", "files", "paths", "trees"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
-  "data": {"data", "config", "paths", "trees"},
-  "models": {"models", "methods", "paths", "trees"},
+  "data": {"data", "config", "files", "paths", "trees"},
+  "models": {"models", "methods", "files", "paths", "trees"},
   "methods": {"methods", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),
