@@ -1,16 +1,21 @@
 """Backbone files: every layout in and out, known names, and every way to fail."""
 
 import concurrent.futures
+import gc
 import hashlib
 import http.server
 import io
 import json
+import os
 import pickle
 import re
 import socket
+import struct
 import sys
 import threading
 import time
+import tracemalloc
+import warnings
 import zipfile
 
 from absl import logging
@@ -382,12 +387,6 @@ def _npz_bytes(leaves):
   return buffer.getvalue()
 
 
-def _flip(data):
-  # One byte in the middle of an array's values: the zip's checksum notices.
-  middle = len(data) // 2
-  return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
-
-
 def _zip_of(name, content):
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, "w") as archive:
@@ -410,7 +409,6 @@ def _npy_bytes():
     (lambda data: _npy_bytes(), "not an .npz"),
     (lambda data: data[: len(data) // 2], "truncated"),
     (lambda data: data[:-10], "truncated"),
-    (_flip, "damaged"),
     (lambda data: _zip_of("archive/data.pkl", b"x"), "PyTorch"),
     (lambda data: _zip_of("embedding/kernel.npy", b"x" * 40), "cannot be read"),
     (lambda data: _npz_bytes({"a": np.ones(2)}), "holds no ViT.*It starts with: a"),
@@ -427,6 +425,17 @@ def test_not_a_backbone_file(tmp_path, make, expected):
   assert str(path) in str(caught.value)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path, leaves):
+  path = tmp_path / "x.npz"
+  write(path, leaves)
+  data = bytearray(path.read_bytes())
+  # The zip's checksum notices, also where the number would be a good one.
+  data[data.index(leaves["cls"].tobytes())] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match="damaged"):
+    load(path, make_vit())
+
+
 def test_pickled_members_are_refused(tmp_path, leaves):
   array = np.empty(1, object)
   array[0] = Bomb()
@@ -434,6 +443,62 @@ def test_pickled_members_are_refused(tmp_path, leaves):
   np.savez(path, **(leaves | {"cls": array}), allow_pickle=True)
   with pytest.raises(ValueError, match="pickled"):
     load(path, make_vit())
+
+
+def _claim(path, name, shape, leaves):
+  """Writes a file in which one leaf claims a shape that it has not room for."""
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    for leaf_name, leaf in leaves.items():
+      stream = io.BytesIO()
+      np.save(stream, leaf)
+      data = stream.getvalue()
+      if leaf_name == name:
+        text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n"
+        data = b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode()
+      archive.writestr(f"{leaf_name}.npy", data)
+
+
+@pytest.mark.parametrize("name", ["cls", "embedding/kernel", "pos_embedding"])
+@pytest.mark.parametrize("shape", [(2**40,), (1, 1, 2**40), (-1, 1, 8), (2**40, 1, 8)])
+def test_a_header_of_terabytes_is_an_error_at_once(tmp_path, leaves, name, shape):
+  _claim(tmp_path / "x.npz", name, shape, leaves)
+  with pytest.raises(ValueError, match="x.npz cannot be read as an .npz file"):
+    load(tmp_path / "x.npz", make_vit())
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "expected"),
+  [
+    ("cls", (1, 1, 2**26), r"cls is \(1, 1, 67108864\) in the file, \(1, 1, 8\) in"),
+    ("pos_embedding", (1, 17, 2**21), r"pos_embedding is .* in the file"),
+    ("pos_embedding", (1, 2**22, 8), r"pos_embedding is .*expected \(1, n, width\)"),
+    ("embedding/kernel", (4, 4, 3, 2**20), "does not fit the model"),
+    ("Transformer/encoderblock_0/LayerNorm_0/scale", (2**26,), "of another shape"),
+    ("more", (2**26,), "that only the file has: more"),
+  ],
+)
+def test_what_does_not_fit_is_not_unpacked(tmp_path, leaves, name, shape, expected):
+  # A quarter of a gigabyte, which a file of some 100 kB holds.
+  large = {name: np.broadcast_to(np.float32(0), shape)}
+  np.savez_compressed(tmp_path / "x.npz", **leaves | large)
+  tracemalloc.start()
+  with pytest.raises(ValueError, match=expected):
+    load(tmp_path / "x.npz", make_vit())
+  assert tracemalloc.get_traced_memory()[1] < 2**25
+  tracemalloc.stop()
+
+
+def test_a_stack_of_too_many_blocks_is_an_error_at_once(tmp_path, leaves):
+  stacked = {"Transformer/encoderblock/LayerNorm_0/scale": np.zeros((10**6, 0))}
+  np.savez(tmp_path / "x.npz", **leaves | stacked)
+  with pytest.raises(ValueError, match="x.npz: .* expected at most 1000 blocks"):
+    load(tmp_path / "x.npz", make_vit())
+
+
+def test_only_files_are_read(tmp_path):
+  os.mkfifo(tmp_path / "x.npz")
+  with pytest.raises(ValueError, match="x.npz is a pipe"):
+    npz.read_vit(tmp_path / "x.npz")
 
 
 # Writing
@@ -589,6 +654,11 @@ def server(monkeypatch):
     yield server
     server.shutdown()
     thread.join()
+  # The answer to a download that failed is closed by the garbage collector alone, which
+  # would warn of it in whichever test it happens to run.
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)
+    gc.collect()
 
 
 @pytest.fixture

@@ -21,6 +21,9 @@ from insvp_jax.models.weights.downloads import atomic_file, resolve
 from insvp_jax.models.weights.releases import Release, release_of
 from insvp_jax.models.weights.report import LoadReport, abbreviate
 
+# A grid of 256 x 256 patches, and the class token's entry.
+_MAX_POSITIONS = 2**16 + 1
+
 
 def load_backbone(
   path_or_name: str | os.PathLike[str],
@@ -58,15 +61,24 @@ def load_backbone(
   """
   vit = getattr(model, "backbone", model)
   path = resolve(path_or_name, cache_dir)
-  file = npz.read_vit(path)
   release = release_of(path_or_name) or release_of(path)
-  leaves, skipped = dict(file.leaves), dict(file.skipped)
-  try:
-    changed = _fit_positions(leaves, skipped, vit, release)
-    missing = _fit_leaves(leaves, skipped, vit, allow_missing, allow_unused)
-  except ValueError as error:
-    fields = _describe_fields(npz.fields(file.leaves), vit)
-    raise ValueError(f"{path} does not fit the model: {error} {fields}") from error
+
+  expected = _expected_shapes(vit)
+
+  def fit(file: npz.VitFile, shapes_only: bool) -> tuple[dict, dict, dict, list[str]]:
+    leaves, skipped = dict(file.leaves), dict(file.skipped)
+    try:
+      changed = _fit_positions(leaves, skipped, vit, release, shapes_only)
+      missing = _fit_leaves(leaves, skipped, vit, expected, allow_missing, allow_unused)
+    except ValueError as error:
+      fields = _describe_fields(npz.fields(file.leaves), vit)
+      raise ValueError(f"{path} does not fit the model: {error} {fields}") from error
+    return leaves, skipped, changed, missing
+
+  # The shapes first: what the model has no place for is not read.
+  fit(npz.read_vit(path, shapes_only=True), True)
+  file = npz.read_vit(path)
+  leaves, skipped, changed, missing = fit(file, False)
   load_report = LoadReport(
     path=str(path),
     layout=file.layout,
@@ -145,6 +157,7 @@ def _fit_positions(
   skipped: dict[str, str],
   vit: ViT,
   release: Release | None,
+  shapes_only: bool,
 ) -> dict[str, str]:
   """Fits the position embedding to the model, in place.
 
@@ -154,6 +167,7 @@ def _fit_positions(
     skipped: name in the file -> why it was left out; added to here.
     vit: the model.
     release: of the file; some have a fixed position embedding that is not in the file.
+    shapes_only: compute no values.
 
   Returns:
     name -> how the file's values were changed.
@@ -166,20 +180,29 @@ def _fit_positions(
     changed["pos_embedding"] = "fixed sines and cosines, not in the file"
   if pos_embedding is None:
     return changed
-  if pos_embedding.ndim != 3 or pos_embedding.shape[0] != 1:
-    raise ValueError(f"pos_embedding is {pos_embedding.shape}, expected (1, n, width).")
+  shape = pos_embedding.shape
+  if len(shape) != 3 or shape[0] != 1 or shape[1] > _MAX_POSITIONS:
+    raise ValueError(
+      f"pos_embedding is {shape}, expected (1, n, width) with n of at most "
+      f"{_MAX_POSITIONS}."
+    )
   cls_position, pos_embedding = positions.split_positions(pos_embedding)
   if cls_position is not None and vit.pool != "tok":
     skipped["pos_embedding[0]"] = _other_pool("a class token", vit)
   elif cls_position is not None and "cls" in leaves:
-    leaves["cls"] = leaves["cls"] + cls_position
+    if not shapes_only:
+      leaves["cls"] = leaves["cls"] + cls_position
     changed["cls"] = "entry 0 of the position embedding was added"
   old, new = math.isqrt(pos_embedding.shape[1]), vit.image_size // vit.patch_size
-  leaves["pos_embedding"] = positions.resample_positions(pos_embedding, new)
+  if shapes_only:
+    resampled = np.broadcast_to(np.float32(0), (1, new * new, shape[2]))
+  else:
+    resampled = positions.resample_positions(pos_embedding, new)
+  leaves["pos_embedding"] = resampled
   if old != new:
-    resampled = f"resampled from {old} x {old} to {new} x {new} patches"
+    text = f"resampled from {old} x {old} to {new} x {new} patches"
     before = changed.get("pos_embedding")
-    changed["pos_embedding"] = f"{before}, {resampled}" if before else resampled
+    changed["pos_embedding"] = f"{before}, {text}" if before else text
   return changed
 
 
@@ -187,6 +210,7 @@ def _fit_leaves(
   leaves: dict[str, np.ndarray],
   skipped: dict[str, str],
   vit: ViT,
+  expected: Mapping[str, tuple[int, ...]],
   allow_missing: Sequence[str],
   allow_unused: Sequence[str],
 ) -> list[str]:
@@ -198,7 +222,6 @@ def _fit_leaves(
   Raises:
     ValueError: the file lacks other leaves, or holds unknown ones or other shapes.
   """
-  expected = _expected_shapes(vit)
   actual, wanted = leaves[npz.EMBEDDING].shape, expected[npz.EMBEDDING]
   if actual[:2] != wanted[:2]:
     raise ValueError(

@@ -16,10 +16,11 @@ from pathlib import Path
 import re
 from typing import Any
 import zipfile
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
+
+from insvp_jax import files
 
 # Where a file may keep the ViT: bare, in a training state, in a two-tower model,
 # or in the parameter tree of this package.
@@ -43,15 +44,8 @@ _OLD_MAP_HEAD = re.compile(
   r"(probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(/.*)?"
 )
 _HEADS = ("head", "pre_logits")
-# What zipfile and NumPy raise on a damaged or pickled member.
-_READ_ERRORS = (
-  ValueError,
-  EOFError,
-  OSError,
-  NotImplementedError,
-  zipfile.BadZipFile,
-  zlib.error,
-)
+# More blocks than any ViT has.
+_MAX_DEPTH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +63,13 @@ class VitFile:
   layout: str
 
 
-def read_vit(path: str | os.PathLike[str]) -> VitFile:
+def read_vit(path: str | os.PathLike[str], *, shapes_only: bool = False) -> VitFile:
   """Reads the ViT in an `.npz` file of any of the three layouts.
+
+  Args:
+    path: the file.
+    shapes_only: read the headers alone. The leaves are zeros then, which take no
+      memory, whatever size the headers claim.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -90,11 +89,14 @@ def read_vit(path: str | os.PathLike[str]) -> VitFile:
       stored_names[name] = stored_name
   new_names = {name: _big_vision_name(old) for name, old in stored_names.items()}
   _check_unique(new_names, path)
-  arrays = _read_arrays(path, list(stored_names))
+  arrays = _read_arrays(path, list(stored_names), shapes_only)
   leaves = {new_names[name]: array for name, array in arrays.items()}
   if any(name.startswith(_STACKED) for name in leaves):
     layout = "big_vision's names, stacked blocks"
-    leaves = unroll(leaves)
+    try:
+      leaves = unroll(leaves)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
   elif new_names != stored_names:
     layout = "the original release's names"
   else:
@@ -104,8 +106,9 @@ def read_vit(path: str | os.PathLike[str]) -> VitFile:
 
 def _member_names(path: Path) -> list[str]:
   """Returns the names of the arrays in an `.npz` file."""
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(f"there is no file {path}.")
+  files.check_regular(path)
   with open(path, "rb") as file:
     start = file.read(64)
   if not start.startswith(b"PK"):
@@ -116,7 +119,7 @@ def _member_names(path: Path) -> list[str]:
   try:
     with zipfile.ZipFile(path) as archive:
       members = archive.namelist()
-  except _READ_ERRORS as error:
+  except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
     raise _damaged_error(path, error) from error
   others = [name for name in members if not name.endswith(".npy")]
   if others or not members:
@@ -163,27 +166,35 @@ def _check_unique(new_names: dict[str, str], path: Path) -> None:
     names[new_name] = name
 
 
-def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+def _read_arrays(
+  path: Path, names: list[str], shapes_only: bool
+) -> dict[str, np.ndarray]:
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in names}
-    # NumPy returns a member as bytes if it does not look like an array.
-    for name, array in arrays.items():
-      if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name!r} is no array")
-  except _READ_ERRORS as error:
+    if not shapes_only:
+      arrays = files.read_npz(path, names)
+    else:
+      headers = files.npz_headers(path)
+      arrays = {
+        name: np.broadcast_to(np.zeros((), headers[name].dtype), headers[name].shape)
+        for name in names
+      }
+  except (ValueError, OSError) as error:
     raise _damaged_error(path, error) from error
-  return {name: _to_float32(array, name, path) for name, array in arrays.items()}
+  return {
+    name: _to_float32(array, name, path, shapes_only) for name, array in arrays.items()
+  }
 
 
 def _damaged_error(path: Path, error: Exception) -> ValueError:
   return ValueError(
-    f"{path} cannot be read as an .npz file ({type(error).__name__}: {error}). It is "
-    "truncated, damaged or pickled; get it again. Nothing is ever unpickled."
+    f"{path} cannot be read as an .npz file ({error}). It is truncated, damaged or "
+    "pickled; get it again. Nothing is ever unpickled."
   )
 
 
-def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+def _to_float32(
+  array: np.ndarray, name: str, path: Path, shapes_only: bool
+) -> np.ndarray:
   if array.dtype == np.dtype("V2"):
     # NumPy's file format has no name for bfloat16 and stores two raw bytes.
     array = array.view(jnp.bfloat16)
@@ -191,6 +202,8 @@ def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
     raise ValueError(
       f"{name!r} in {path} is {array.dtype}, expected a float type or bfloat16."
     )
+  if shapes_only:
+    return np.broadcast_to(np.float32(0), array.shape)
   array = array.astype(np.float32, copy=False)
   if not np.isfinite(array).all():
     raise ValueError(
@@ -205,10 +218,16 @@ def unroll(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   Leaves outside the blocks, and blocks that are not stacked, are kept.
 
   Raises:
-    ValueError: the leaves are stacks of different depths, or in both layouts.
+    ValueError: the leaves are stacks of different depths, too deep, or in both layouts.
   """
   stacked = {n: leaf for n, leaf in leaves.items() if n.startswith(_STACKED)}
   depths = {name: np.shape(leaf)[:1] for name, leaf in stacked.items()}
+  if too_deep := [n for n, depth in depths.items() if depth > (_MAX_DEPTH,)]:
+    shape = np.shape(leaves[too_deep[0]])
+    raise ValueError(
+      f"{too_deep[0]} is {shape}, expected at most {_MAX_DEPTH} blocks on its first "
+      "axis."
+    )
   if len(set(depths.values())) > 1 or () in depths.values():
     shapes = ", ".join(f"{name} {np.shape(leaves[name])}" for name in list(depths)[:4])
     raise ValueError(f"stacked blocks of different depths: {shapes}.")
