@@ -10,6 +10,7 @@ and takes a flipped bit for data, where an `.npz` has checksums.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import hashlib
 import json
 import os
@@ -22,14 +23,18 @@ import zipfile
 from absl import logging
 import numpy as np
 
-from insvp_jax import paths
+from insvp_jax import files, paths
 from insvp_jax.data import decode
 from insvp_jax.data.splits import ArraySplit, TaskData
 
 # Raise it when decoding or splitting changes: old files are then ignored.
-_FORMAT = 1
+_FORMAT = 2
 # Larger sets are not cached.
 _MAX_BYTES = 2**30
+# Names of classes and the like, in bytes.
+_MAX_META = 2**26
+# The array that names all others.
+_NAMES = "_names"
 # Sets that are read faster are not cached, unless the user names a folder.
 _MIN_SECONDS = 2.0
 # No writer takes that long: an older unfinished file is a killed writer's.
@@ -64,7 +69,7 @@ def cached_split(
     return {"images": split.images, "labels": split.labels}
 
   def unpack(stored: Mapping[str, np.ndarray]) -> ArraySplit:
-    return ArraySplit(stored["images"], stored["labels"])
+    return _split(stored["images"], stored["labels"])
 
   return _load_or_make(key, read, pack, unpack, cache_dir)
 
@@ -96,10 +101,13 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
   path = folder / f"{digest}.npz"
   if path.exists():
     try:
-      # Opened here, because np.load leaves a damaged file open.
-      with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        return unpack({name: stored[name] for name in stored.files})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      arrays = dict(files.read_npz(path, max_bytes=_MAX_BYTES + _MAX_META))
+      # The archive's directory has no checksum: a member may be lost.
+      if sorted(arrays) != sorted([*arrays.pop(_NAMES, ()), _NAMES]):
+        raise ValueError(f"it holds {', '.join(arrays)} alone")
+      return unpack(arrays)
+    except Exception as error:
+      # Whatever is wrong with it: the source has the data.
       logging.warning("the cached data %s are damaged, read anew: %s", path, error)
   start = time.monotonic()
   made = make()
@@ -119,9 +127,11 @@ def file_fingerprint(path: Path) -> list[Any]:
   For zip archives (`.zip`, `.npz`) it holds the checksums of the members, so that a
   copy or a touch changes nothing; for other files the size and the time of change.
   """
-  if zipfile.is_zipfile(path):
-    with zipfile.ZipFile(path) as archive:
-      return [[i.filename, i.CRC, i.file_size] for i in archive.infolist()]
+  # What only looks like an archive is a file like others.
+  with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError):
+    if zipfile.is_zipfile(path):
+      with zipfile.ZipFile(path) as archive:
+        return [[i.filename, i.CRC, i.file_size] for i in archive.infolist()]
   status = path.stat()
   return [path.name, status.st_size, status.st_mtime_ns]
 
@@ -146,11 +156,19 @@ def _unpack_task(stored: Mapping[str, np.ndarray]) -> TaskData:
   """Returns the task that `_pack_task` stored."""
   meta = json.loads(str(stored["meta"]))
   splits = {
-    name: ArraySplit(stored[f"{name}_images"], stored[f"{name}_labels"])
+    name: _split(stored[f"{name}_images"], stored[f"{name}_labels"])
     for name in meta.pop("split_names")
   }
   class_names = tuple(meta.pop("class_names"))
   return TaskData(class_names=class_names, splits=splits, **meta)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> ArraySplit:
+  """Returns a split of stored arrays after checking their form."""
+  forms = (images.dtype, images.ndim, labels.dtype, labels.shape)
+  if forms != (np.uint8, 4, np.int32, images.shape[:1]):
+    raise ValueError(f"images are {images.shape}, labels {labels.shape}")
+  return ArraySplit(images, labels)
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]):
@@ -160,7 +178,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]):
   handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
   try:
     with os.fdopen(handle, "wb") as file:
-      np.savez(file, **arrays)
+      np.savez(file, **arrays, **{_NAMES: np.array(sorted(arrays))})
       # On disk before the rename: a power cut must not leave a good name on no data.
       file.flush()
       os.fsync(file.fileno())

@@ -68,7 +68,7 @@ def _read_list(path: Path) -> dict[str, Any]:
   try:
     text = path.read_text(encoding="utf-8")
     members = json.loads(text, object_pairs_hook=note_repeated)
-  except (ValueError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is no JSON: {error}. Copy it anew.") from error
   if repeated:
     raise ValueError(f"{path} holds {repeated[0]!r} more than once; keep one entry.")

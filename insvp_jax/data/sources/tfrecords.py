@@ -346,7 +346,8 @@ def _record_start(path: Path, number: int) -> tuple[int, int]:
   ):
     # Only the lengths are read, and so only their pages of the file.
     for i in range(number):
-      if position >= size:
+      # The file may end within a length, too.
+      if position + _LENGTH.size > size:
         return position, i
       (length,) = _LENGTH.unpack_from(data, position)
       position += length + _HEADER + _FOOTER
