@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 import io
 from pathlib import Path
+import struct
 import zipfile
+import zlib
 
 import ml_collections
 import numpy as np
@@ -83,3 +85,77 @@ def write_zip(path: Path, content: Mapping[str, bytes | None]) -> Path:
       else:
         archive.writestr(name, data)
   return path
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+  """Returns a chunk of a PNG file."""
+  crc = struct.pack(">I", zlib.crc32(kind + body))
+  return struct.pack(">I", len(body)) + kind + body + crc
+
+
+def deep_png(values: np.ndarray, *chunks: bytes) -> bytes:
+  """Returns uint16 [h, w, c] as a PNG file, which PIL writes of grey only."""
+  height, width, channels = values.shape
+  colours = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+  header = struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
+  rows = values.astype(">u2").reshape(height, -1).view(np.uint8)
+  filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)
+  body = png_chunk(b"IDAT", zlib.compress(filtered.tobytes()))
+  start = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+  return start + b"".join(chunks) + body + png_chunk(b"IEND", b"")
+
+
+def tiff(
+  data: bytes,
+  width: int,
+  height: int,
+  bits: tuple[int, ...],
+  *,
+  order: str = "<",
+  compressed: bool = False,
+  more: tuple[tuple[int, int, int, int], ...] = (),
+) -> bytes:
+  """Returns a TIFF file.
+
+  Args:
+    data: its pixels, as they are stored.
+    width: in pixels.
+    height: in pixels.
+    bits: of a value of each channel.
+    order: of the bytes, as `struct` has it.
+    compressed: whether by Deflate.
+    more: further tags: (number, type, count, value).
+  """
+  data = zlib.compress(data) if compressed else data
+  channels = len(bits)
+  short, long = 3, 4
+  table = 8 + len(data)
+  of_bits = (258, short, channels, bits[0])
+  if channels > 2:
+    of_bits = (258, short, channels, 0)  # where they are is known below
+  entries = [
+    (256, short, 1, width),
+    (257, short, 1, height),
+    of_bits,
+    (259, short, 1, 8 if compressed else 1),
+    (262, short, 1, 2 if channels > 2 else 1),
+    (273, long, 1, 8),
+    (277, short, 1, channels),
+    (278, short, 1, height),
+    (279, long, 1, len(data)),
+    *more,
+  ]
+  if channels == 4:
+    entries.append((338, short, 1, 2))
+  out = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, table) + data
+  out += struct.pack(f"{order}H", len(entries))
+  end = table + 2 + 12 * len(entries) + 4
+  for tag, kind, count, value in sorted(entries):
+    wide = kind == long or kind > 4 or count > 4
+    if tag == 258 and channels > 2:
+      wide, value = True, end
+    packed = struct.pack(
+      f"{order}I" if wide else f"{order}HH", *((value,) if wide else (value, 0))
+    )
+    out += struct.pack(f"{order}HHI", tag, kind, count) + packed
+  return out + bytes(4) + struct.pack(f"{order}{channels}H", *bits)

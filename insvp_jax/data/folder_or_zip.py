@@ -12,7 +12,8 @@ from pathlib import Path
 import stat
 from typing import Any
 import zipfile
-import zlib
+
+from insvp_jax import files
 
 # The end of messages about what config.data.root should be.
 EXPECTED = (
@@ -39,11 +40,15 @@ class FileTree(abc.ABC):
     """Returns the names of all (files, folders) except hidden ones."""
 
   @abc.abstractmethod
-  def read(self, name: str) -> bytes:
+  def read(self, name: str, max_bytes: int = files.MAX_TEXT_BYTES) -> bytes:
     """Returns a file's content; safe to call from several threads.
 
+    Args:
+      name: of the file.
+      max_bytes: the most that is read, config.data.max_file_mb for images.
+
     Raises:
-      ValueError: if the file cannot be read.
+      ValueError: if the file cannot be read, is no regular file, or is larger.
     """
 
   @abc.abstractmethod
@@ -128,9 +133,9 @@ class _Folder(FileTree):
       f"config.data.root: cannot read the folder {error.filename} ({error.strerror})."
     ) from error
 
-  def read(self, name: str) -> bytes:
+  def read(self, name: str, max_bytes: int = files.MAX_TEXT_BYTES) -> bytes:
     try:
-      return (self.path / name).read_bytes()
+      return files.read_bytes(self.path / name, max_bytes)
     except OSError as error:
       raise ValueError(
         f"cannot read {self.full_path(name)} ({error.strerror})."
@@ -195,19 +200,20 @@ class _Zip(FileTree):
         files.append(name)
     return files, sorted(folders)
 
-  def read(self, name: str) -> bytes:
+  def read(self, name: str, max_bytes: int = files.MAX_TEXT_BYTES) -> bytes:
+    info = self._members[name]
+    # No more than this is unpacked, whatever else the member holds.
+    files.check_size(self.full_path(name), info.file_size, max_bytes)
     try:
-      return self._archive.read(self._members[name])
+      return self._archive.read(info)
+    except NotImplementedError as error:
+      raise ValueError(f"{self.full_path(name)} is damaged: {error}.") from error
     except RuntimeError as error:  # the member is encrypted
       raise ValueError(f"cannot read {self.full_path(name)}: {error}.") from error
-    except (
-      zipfile.BadZipFile,
-      zlib.error,
-      OSError,
-      EOFError,
-      NotImplementedError,
-    ) as error:
-      raise ValueError(f"{self.full_path(name)} is damaged: {error}.") from error
+    except Exception as error:
+      # zipfile and the decompressors raise whatever they stumble over.
+      reason = str(error) or type(error).__name__
+      raise ValueError(f"{self.full_path(name)} is damaged: {reason}.") from error
 
   def full_path(self, name: str) -> str:
     return f"{self.path}/{name}"

@@ -31,6 +31,8 @@ from insvp_jax.data.tasks import Task
 # The most decoded images that wait to be used, in bytes and in number.
 _AHEAD_BYTES = 2**26
 _AHEAD = 256
+# Files of a set that are looked at for 16-bit values, where none was decoded.
+_LOOKED_AT = 32
 # The most files that wait where only an image's size is read of each.
 _AHEAD_HEADERS = 32
 
@@ -45,6 +47,8 @@ class ImageFiles:
     labels: class indices in [0, k).
     advice: what to do about a file that does not decode; ends the error's message.
     square: whether all images are known to be resized to squares.
+    options: how the files are decoded. Lists of one set share them, so that what is
+      found of its 16-bit images is found of the whole set.
   """
 
   root: str
@@ -52,6 +56,9 @@ class ImageFiles:
   labels: Int32[np.ndarray, "n"]
   advice: str = "Copy the file anew."
   square: bool = False
+  options: decode.DecodeOptions = dataclasses.field(
+    default_factory=decode.DecodeOptions
+  )
 
   def __len__(self) -> int:
     """Returns the number of files, n."""
@@ -72,12 +79,17 @@ class ImageFiles:
     size = preset.stored_size(image_size)
     # Open for a moment: `_read` opens the root itself whenever the split is read.
     with open_folder_or_zip(self.root) as root:
-      stamp = json.dumps(root.fingerprint(self.names))
+      # The limits decide which images can be read.
+      limits = [self.options.max_pixels, self.options.max_bytes]
+      stamp = json.dumps([root.fingerprint(self.names), limits])
       sizes = root.sizes(self.names)
     # The digest is the same for a folder, an archive of it and a copy elsewhere: it
     # holds names below the files' common prefix and sizes, but no times.
     start = len(os.path.commonprefix(self.names))
     sha = hashlib.sha256(f"{preset.resize} {size}".encode())
+    # Runs that are older than this setting keep their digests.
+    if self.options.max_16bit:
+      sha.update(f" {self.options.max_16bit}".encode())
     sha.update(json.dumps([[name[start:] for name in self.names], sizes]).encode())
     sha.update(np.ascontiguousarray(self.labels))
     return StreamSplit(
@@ -108,11 +120,15 @@ def _decoder(
   def decode_at(position: int) -> np.ndarray:
     name = images.names[position]
     try:
-      pixels = decode.decode_image(root.read(name), root.full_path(name))
+      data = root.read(name, images.options.max_bytes)
+      pixels = decode.decode_image(data, root.full_path(name), images.options)
     except ValueError as error:
       reason = str(error).rstrip(".")
       raise ValueError(f"{reason}. {images.advice}".rstrip()) from error
-    return resize(pixels)
+    try:
+      return resize(pixels)
+    except ValueError as error:
+      raise ValueError(f"{root.full_path(name)}: {error} {images.advice}") from error
 
   return decode_at
 
@@ -204,7 +220,7 @@ def find_squares(
 
   def find() -> dict[str, np.ndarray]:
     with open_folder_or_zip(images.root) as root:
-      check = functools.partial(_becomes_square, root, stream.size)
+      check = functools.partial(_becomes_square, root, images.options, stream.size)
       checks = prefetch.ordered_map(check, images.names, ahead=_AHEAD_HEADERS)
       # `all` stops at the first elongated image; closing ends the threads then.
       with contextlib.closing(checks):
@@ -215,11 +231,13 @@ def find_squares(
   return dataclasses.replace(images, square=bool(square))
 
 
-def _becomes_square(root: FileTree, size: int, name: str) -> bool:
+def _becomes_square(
+  root: FileTree, options: decode.DecodeOptions, size: int, name: str
+) -> bool:
   """Returns whether resizing the shorter side to `size` makes the image a square."""
   try:
-    with decode.open_image(root.read(name), name) as image:
-      return size * max(image.size) // min(image.size) == size
+    sides = decode.image_size(root.read(name, options.max_bytes), name, options)
+    return size * max(sides) // min(sides) == size
   except ValueError:
     return True  # the error of decoding it later says what is wrong
 
@@ -253,7 +271,27 @@ def load_or_stream_lists(
   train = lists["train"]
   lists["train_val"] = concatenate(train, lists["val"]) if "val" in lists else train
   streams = {name: part.stream(preset, image_size) for name, part in lists.items()}
-  return load_or_stream_all(streams, data_config, preset, decoded)
+  loaded = load_or_stream_all(streams, data_config, preset, decoded)
+  _warn_of_unused_bits(train)
+  return loaded
+
+
+def _warn_of_unused_bits(images: ImageFiles) -> None:
+  """Warns once of a set whose 16-bit images leave the upper bits unused.
+
+  Where none was decoded, because images are cached or are decoded as they are read,
+  some are looked at.
+  """
+  if not images.options.range_16bit.count:
+    step = max(1, len(images) // _LOOKED_AT)
+    with open_folder_or_zip(images.root) as root:
+      for name in images.names[::step]:
+        with contextlib.suppress(ValueError):  # which is told where it is read
+          data = root.read(name, images.options.max_bytes)
+          if decode.may_be_16bit(data):
+            decode.decode_image(data, name, images.options)
+  if unused := images.options.unused_bits():
+    logging.warning("%s: %s", images.root, unused)
 
 
 def task_data(
@@ -280,6 +318,8 @@ def task_data(
   for warning in task.unpublished_sizes(sizes, data_config.subset):
     logging.warning("%s", warning)
   preset = preprocess.get_preset(data_config.preset)
+  options = decode.DecodeOptions.from_config(data_config)
+  lists = {n: dataclasses.replace(part, options=options) for n, part in lists.items()}
   return TaskData(
     task.name,
     tuple(class_names),

@@ -1,14 +1,15 @@
 import io
+import os
 import struct
 import sys
 import zlib
 
-from data_fixtures import encode
+from data_fixtures import deep_png, encode, png_chunk, tiff
 import numpy as np
 from PIL import Image, features
 import pytest
 
-from insvp_jax.data import decode
+from insvp_jax.data import decode, metadata
 
 # Left half red, right half blue.
 _TWO = np.zeros((8, 16, 3), np.uint8)
@@ -241,12 +242,8 @@ def test_files_that_are_no_images_are_named():
 
 
 def test_a_decompression_bomb_is_named():
-  def chunk(kind, body):
-    crc = struct.pack(">I", zlib.crc32(kind + body))
-    return struct.pack(">I", len(body)) + kind + body + crc
-
   header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-  data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+  data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"")
   with pytest.raises(ValueError, match="bomb.png has suspiciously many pixels"):
     decode.decode_image(data, "bomb.png")
   # The same for the headers of the newer formats: height and width follow a mark.
@@ -284,9 +281,343 @@ def test_read_names_a_missing_file(tmp_path):
   np.testing.assert_array_equal(decode.read_image(tmp_path / "a.png"), _TWO)
   with pytest.raises(FileNotFoundError, match="no image file .*b.png"):
     decode.read_image(tmp_path / "b.png")
+  os.mkfifo(tmp_path / "c.png")
+  with pytest.raises(ValueError, match=r"c.png is a pipe \(FIFO\), expected a file"):
+    decode.read_image(tmp_path / "c.png")
+  (tmp_path / "d.png").symlink_to("/dev/zero")
+  with pytest.raises(ValueError, match=r"d.png is a device, expected a file"):
+    decode.read_image(tmp_path / "d.png")
+  with (tmp_path / "e.png").open("wb") as file:
+    file.truncate(2**40)  # which takes no room
+  with pytest.raises(ValueError, match=r"e.png has 1048576.0 MiB, .*data.max_file_mb"):
+    decode.read_image(tmp_path / "e.png")
 
 
 def test_the_content_counts_not_the_name():
   stream = io.BytesIO()
   Image.fromarray(_TWO).save(stream, "PNG")
   np.testing.assert_array_equal(decode.decode_image(stream.getvalue(), "x.jpg"), _TWO)
+
+
+# --- Metadata that do not parse.
+
+
+def _exif(orientation=6, **others):
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010E] = orientation, "x" * 40
+  for tag, value in others.items():
+    exif[int(tag[1:])] = value
+  return exif.tobytes()
+
+
+def _segment(marker, body):
+  return struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body
+
+
+def _blocks(side=16):
+  return np.repeat(np.repeat(_FOUR, side, axis=0), 2 * side, axis=1)
+
+
+_BROKEN_JPEG = {
+  "an exif of noise": _segment(0xE1, b"Exif\0\0" + bytes(range(1, 90))),
+  "an exif that points outside": _segment(
+    0xE1, b"Exif\0\0MM\0*" + struct.pack(">I", 2**32 - 9)
+  ),
+  "an exif with too many tags": _segment(
+    0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 65535)
+  ),
+  "half of JFIF": _segment(0xE0, b"JFIF"),
+  "half of Adobe's": _segment(0xEE, b"Adobe"),
+  "a profile in pieces": _segment(0xE2, b"ICC_PROFILE\0"),
+  "an index of pictures": _segment(0xE2, b"MPF\0II*\0" + b"\xff" * 30),
+  "Photoshop's": _segment(0xED, b"Photoshop 3.0\x008BIM" + b"\xff" * 9),
+  "xmp": _segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"\xff<" * 20),
+}
+
+
+@pytest.mark.parametrize("name", _BROKEN_JPEG)
+def test_jpeg_metadata_do_not_decide(name):
+  data = encode(Image.fromarray(_blocks()), "JPEG", quality=95)
+  broken = data[:2] + _BROKEN_JPEG[name] + data[2:]
+  np.testing.assert_array_equal(_decode(broken), _decode(data))
+  # Truncated pixels are an error still.
+  with pytest.raises(ValueError, match="x does not decode"):
+    _decode(broken[:-30])
+
+
+_BOMB = zlib.compress(bytes(2_000_000))
+_BROKEN_PNG = {
+  "text that unpacks to megabytes": png_chunk(b"zTXt", b"a\0\0" + _BOMB),
+  "international, too": png_chunk(b"iTXt", b"a\0\1\0\0\0" + _BOMB),
+  "text in no code": png_chunk(b"zTXt", b"a\0\x07" + _BOMB[:9]),
+  "a profile that does not unpack": png_chunk(b"iCCP", b"a\0\0\xff\xff\xff"),
+  "a profile in another code": png_chunk(b"iCCP", b"a\0\x09" + _BOMB),
+  "half a chunk": png_chunk(b"pHYs", b"\0\1"),
+  "half of a chroma": png_chunk(b"cHRM", b"\0\1\2"),
+  "an exif of noise": png_chunk(b"eXIf", bytes(range(1, 90))),
+  "a wrong checksum": png_chunk(b"tEXt", b"a\0b")[:-1] + b"\0",
+  "an animation of no frames": png_chunk(b"acTL", bytes(8)),
+}
+
+
+@pytest.mark.parametrize("name", _BROKEN_PNG)
+def test_png_metadata_do_not_decide(name):
+  data = encode(Image.fromarray(_blocks()), "PNG")
+  header = data.index(b"IDAT") - 4
+  broken = data[:header] + _BROKEN_PNG[name] + data[header:]
+  np.testing.assert_array_equal(_decode(broken), _blocks())
+  end = data.index(b"IEND") - 4
+  behind = data[:end] + _BROKEN_PNG[name] + data[end:]
+  np.testing.assert_array_equal(_decode(behind), _blocks())
+
+
+@pytest.mark.parametrize("file_format", ["WEBP", "AVIF", "HEIF"])
+@pytest.mark.parametrize("kind", ["exif", "xmp", "icc_profile"])
+def test_metadata_of_newer_formats_do_not_decide(file_format, kind, monkeypatch):
+  picture = Image.fromarray(_blocks())
+  data = _encode(picture, file_format)
+  block = bytes(range(255, 150, -1))
+  options = {kind: b"Exif\0\0MM\0*" + block if kind == "exif" else block}
+  if file_format == "AVIF" and kind == "exif":
+    # PIL reads what it writes, so it is spoilt then.
+    sound = _encode(picture, file_format, exif=_exif(1))
+    at = sound.index(b"MM\0*")
+    broken = sound[: at + 8] + block[:16] + sound[at + 24 :]
+  else:
+    broken = _encode(picture, file_format, **options)
+  np.testing.assert_array_equal(_decode(broken), _decode(data))
+
+
+def test_tiff_tags_that_do_not_parse():
+  grey = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
+  for order in "<>":
+    for compressed in (False, True):
+      made = [
+        tiff(grey.tobytes(), 8, 6, (8,), order=order, compressed=compressed, more=more)
+        for more in (
+          ((34665, 4, 1, 2**31),),  # where EXIF is
+          ((34675, 7, 2**30, 2**31),),  # a profile
+          ((700, 1, 2**20, 9), (305, 2, 2**20, 2**20)),  # XMP, the software
+          ((282, 2, 4, 0), (283, 2, 4, 0), (296, 3, 1, 3)),  # a resolution of text
+        )
+      ]
+      for data in made:
+        np.testing.assert_array_equal(_decode(data)[..., 0], grey)
+
+
+def test_resolutions_of_jpeg_2000_do_not_decide():
+  data = encode(Image.fromarray(_blocks()), "JPEG2000")
+  at = data.index(b"jp2h") - 4
+  (size,) = struct.unpack_from(">I", data, at)
+  bad = struct.pack(">I4sI4s", 16, b"res ", 3, b"resc")
+  broken = data[: at + size] + bad + data[at + size :]
+  broken = broken[:at] + struct.pack(">I", size + len(bad)) + broken[at + 4 :]
+  text = struct.pack(">I4s", 12, b"xml ") + b"\xff" * 4
+  for data_of_it in (broken, data[:at] + text + data[at:]):
+    np.testing.assert_array_equal(_decode(data_of_it), _decode(data))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_orientation_is_used_where_it_can_be_read(file_format, orientation):
+  # A tag behind it points outside of the block, and is the last one.
+  exif = bytearray(_exif(orientation, _305="software"))
+  at = exif.index(struct.pack(">H", 305))
+  assert exif[6:8] == b"MM"
+  exif[at + 4 : at + 12] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+  picture, options = Image.fromarray(_blocks()), {}
+  if file_format == "WEBP":
+    options = {"lossless": True}
+  expected = _upright(_decode(encode(picture, file_format, **options)), orientation)
+  for block in (bytes(exif), bytes(exif[: at + 6])):
+    data = encode(picture, file_format, exif=_exif(1), **options)
+    if file_format == "JPEG":
+      sound = encode(picture, "JPEG")
+      data = sound[:2] + _segment(0xE1, block) + sound[2:]
+      # What the decoder stumbles over beside it changes nothing.
+      other = data[:2] + _BROKEN_JPEG["half of JFIF"] + data[2:]
+      np.testing.assert_array_equal(_decode(other), expected)
+    elif file_format == "PNG":
+      sound = encode(picture, "PNG")
+      end = sound.index(b"IDAT") - 4
+      chunk = png_chunk(b"eXIf", block.removeprefix(b"Exif\0\0"))
+      data = sound[:end] + chunk + sound[end:]
+      other = data[:end] + _BROKEN_PNG["half a chunk"] + data[end:]
+      np.testing.assert_array_equal(_decode(other), expected)
+    else:
+      start = data.index(b"EXIF") - 0
+      body = block + b"\0" * (len(block) % 2)
+      data = data[:start] + b"EXIF" + struct.pack("<I", len(block)) + body
+      data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    np.testing.assert_array_equal(_decode(data), expected)
+
+
+def test_an_orientation_that_is_none_is_ignored():
+  assert metadata.orientation(_exif(6)) == 6
+  for block in (b"", b"II", b"II*\0", _exif(9), _exif(0), b"\0" * 50, _exif(6)[:20]):
+    assert metadata.orientation(block) == 1
+  jpeg = encode(Image.fromarray(_blocks()), "JPEG")
+  for value in (0, 9, 300):
+    data = encode(Image.fromarray(_blocks()), "JPEG", exif=_exif(value))
+    np.testing.assert_array_equal(_decode(data), _decode(jpeg))
+
+
+def test_metadata_are_left_out_only_where_the_decoder_fails(monkeypatch):
+  monkeypatch.setattr(metadata, "without_metadata", None)
+  for file_format in ("JPEG", "PNG", "WEBP", "TIFF"):
+    _decode(encode(Image.fromarray(_blocks()), file_format, exif=_exif(1)))
+
+
+# --- 16 bits.
+
+
+def _values(channels, highest=4095):
+  values = np.random.default_rng(0).integers(0, highest + 1, (6, 8, channels))
+  values[0, 0] = highest
+  return values.astype(np.uint16)
+
+
+def _levels(values, white):
+  return np.rint(np.broadcast_to(values, (*values.shape[:2], 3)) / white * 255)
+
+
+def _deep_files(values):
+  """Yields 16-bit files of the values, of all kinds."""
+  height, width, channels = values.shape
+  yield deep_png(values)
+  for order in "<>":
+    for compressed in (False, True):
+      data, bits = values.astype(f"{order}u2").tobytes(), (16,) * channels
+      yield tiff(data, width, height, bits, order=order, compressed=compressed)
+  if channels == 1:
+    yield b"P5\n8 6\n65535\n" + values.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("white", [1023, 4095, 16383])
+def test_the_range_of_16_bit_values_can_be_set(channels, white):
+  values = _values(channels, white)
+  for data in _deep_files(values):
+    options = decode.DecodeOptions(max_16bit=white)
+    image = decode.decode_image(data, "x", options)
+    np.testing.assert_array_equal(image, _levels(values, white))
+    assert not options.unused_bits()
+    options = decode.DecodeOptions()
+    decode.decode_image(data, "x", options)
+    expected = f"set config.data.max_16bit={white} ({white.bit_length()} bits)"
+    assert expected in options.unused_bits()
+    # White is what no value is above.
+    low = decode.DecodeOptions(max_16bit=white // 4)
+    with pytest.raises(ValueError, match=f"{white}, but config.data.max_16bit says"):
+      decode.decode_image(data, "x", low)
+
+
+def test_alpha_and_turns_of_16_bit_colours():
+  options = decode.DecodeOptions(max_16bit=4095)
+  values = _values(4)
+  values[..., 3] = 65535
+  values[0, :3, 3] = 0
+  expected = _levels(values[..., :3], 4095)
+  expected[0, :3] = 255
+  image = decode.decode_image(deep_png(values), "x", options)
+  np.testing.assert_array_equal(image, expected)
+  data = values.astype("<u2").tobytes()
+  data = tiff(data, 8, 6, (16,) * 4, more=((274, 3, 1, 6),))
+  image = decode.decode_image(data, "x", options)
+  np.testing.assert_array_equal(image, np.rot90(expected, -1))
+  # Of grey with alpha PIL tells the high bytes alone.
+  grey = decode.decode_image(deep_png(values[..., 2:]), "x", options)
+  assert np.abs(grey - _levels(values[..., 2:3], 4095))[1:].max() <= 16
+
+
+def test_a_range_that_the_file_tells_is_used():
+  options = decode.DecodeOptions(max_16bit=255)
+  values = _values(1)
+  packed = b"".join(
+    bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
+    for a, b in values.astype(int).reshape(-1, 2).tolist()
+  )
+  files = [
+    tiff(packed, 8, 6, (12,)),
+    b"P5\n8 6\n4095\n" + values.astype(">u2").tobytes(),
+    b"P2\n8 6\n4095\n" + " ".join(map(str, values.reshape(-1).tolist())).encode(),
+  ]
+  for data in files:
+    image = decode.decode_image(data, "x", options)
+    np.testing.assert_array_equal(image, _levels(values, 4095))
+  assert not options.range_16bit.count
+  colours = _values(3)
+  data = b"P6\n8 6\n4095\n" + colours.astype(">u2").tobytes()
+  image = decode.decode_image(data, "x", options)
+  np.testing.assert_array_equal(image, _levels(colours, 4095))
+
+
+def test_what_is_said_of_unused_bits():
+  options = decode.DecodeOptions()
+  assert not options.unused_bits()
+  decode.decode_image(deep_png(_values(1) * 0), "x", options)
+  assert not options.unused_bits()  # nothing but black
+  decode.decode_image(deep_png(_values(1, 4095)), "x", options)
+  decode.decode_image(deep_png(_values(3, 900)), "x", options)
+  assert options.unused_bits().startswith(
+    "no value of the 3 16-bit images that were read is above 4095, so"
+  )
+  assert options.unused_bits().endswith("=4095 (12 bits) or 16383 (14 bits)")
+  # Values that were moved up are dark, and no mistake.
+  moved = decode.DecodeOptions()
+  decode.decode_image(deep_png(_values(1, 500) * 16), "x", moved)
+  assert not moved.unused_bits()
+  # One image of the full range is enough.
+  decode.decode_image(deep_png(_values(1, 40_000)), "x", options)
+  assert not options.unused_bits()
+
+
+def test_options_come_from_a_stored_config_too():
+  assert decode.DecodeOptions.from_config({}) == decode.DecodeOptions()
+  stored = {"max_16bit": 4095, "max_pixels": 9, "max_file_mb": 1, "root": "x"}
+  assert decode.DecodeOptions.from_config(stored) == decode.DecodeOptions(
+    9, 2**20, 4095
+  )
+
+
+# --- Sizes.
+
+
+def test_the_largest_image_can_be_set(monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+  data = encode(Image.fromarray(_blocks()), "PNG")  # 32 x 64
+  small = decode.DecodeOptions(max_pixels=2047)
+  with pytest.raises(ValueError) as found:
+    decode.decode_image(data, "x.png", small)
+  assert str(found.value) == (
+    "x.png has suspiciously many pixels (a decompression bomb?): 2048, "
+    "config.data.max_pixels is 2047. Store it smaller, leave it out, or set "
+    "--config.data.max_pixels=2048."
+  )
+  # PIL's limit for the process does not stand in the way.
+  image = decode.decode_image(data, "x", decode.DecodeOptions(max_pixels=2048))
+  np.testing.assert_array_equal(image, _blocks())
+
+
+def test_no_memory_is_an_error_that_names_the_file(monkeypatch):
+  def full(self):
+    raise MemoryError
+
+  data = encode(Image.fromarray(_TWO), "BMP")
+  monkeypatch.setattr(Image.Image, "load", full)
+  with pytest.raises(ValueError, match="x does not decode: .* memory for its 16 x 8"):
+    _decode(data)
+
+
+def test_large_images_are_converted_in_parts_alike(monkeypatch):
+  alpha = Image.fromarray(_blocks())
+  alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+  files = [encode(alpha, "PNG"), encode(Image.fromarray(_blocks()), "PNG")]
+  files += [encode(alpha.quantize(9), "PNG", transparency=3)]
+  files += [deep_png(_values(1)), deep_png(_values(3)), deep_png(_values(4))]
+  options = decode.DecodeOptions(max_16bit=4095)
+  files_options = [(data, options) for data in files]
+  before = [decode.decode_image(data, "x", o) for data, o in files_options]
+  monkeypatch.setattr(decode, "_PIXELS_AT_ONCE", 24)
+  for (data, o), expected in zip(files_options, before, strict=True):
+    np.testing.assert_array_equal(decode.decode_image(data, "x", o), expected)
