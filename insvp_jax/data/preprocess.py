@@ -139,6 +139,23 @@ def get_preset(name: str) -> Preset:
 
 # --- On the host: from decoded pixels to the stored square.
 
+# The most pixels that a resize may make, and hold between its two directions. It takes
+# an image 100 times as long as wide to come near it.
+_MAX_RESIZED, _MAX_BETWEEN = 2**25, 2**26
+
+
+def _check_elongated(height: int, width: int, rows: int, columns: int) -> None:
+  """Checks that a resize to rows x columns takes little memory.
+
+  Raises:
+    ValueError: the image is so elongated that it does not.
+  """
+  if rows * columns > _MAX_RESIZED or height * columns > _MAX_BETWEEN:
+    raise ValueError(
+      f"an image of {width} x {height} pixels is too elongated to be resized to "
+      f"{columns} x {rows}; cut it into pieces, or leave it out."
+    )
+
 
 def resize_tf1(
   images: UInt8[np.ndarray, "*n h w c"], height: int, width: int
@@ -158,6 +175,11 @@ def resize_tf1(
   """
   top, bottom, y_weight = _taps(images.shape[-3], height)
   left, right, x_weight = _taps(images.shape[-2], width)
+  # Rows that no output row looks at need not be interpolated.
+  if images.shape[-3] > 4 * height:
+    rows, positions = np.unique([top, bottom], return_inverse=True)
+    images = np.take(images, rows, -3)
+    top, bottom = positions.reshape(2, -1)
   # TF interpolates along x in both rows, then along y; the order decides the last bit.
   # Converting to float after the selection spares the pixels that a strong reduction
   # never looks at.
@@ -194,6 +216,7 @@ def resize_antialias(
   """Resizes as PIL's BILINEAR (and torchvision's Resize on PIL images) does."""
   from PIL import Image
 
+  _check_elongated(*image.shape[:2], height, width)
   resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
   return np.asarray(resized)
 

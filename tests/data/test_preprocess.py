@@ -1,4 +1,6 @@
 import dataclasses
+import re
+import tracemalloc
 
 from data_fixtures import pixels
 from hypothesis import given
@@ -185,3 +187,31 @@ def test_evaluation_sees_what_torchvisions_center_crop_sees(image_size, extra, l
   top, left = (int(round((side - image_size) / 2)) for side in (height, width))
   expected = image[top : top + image_size, left : left + image_size]
   np.testing.assert_array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("height", [8, 31, 33, 300])
+def test_tf1_reads_the_same_rows_of_tall_images(height):
+  image = _noise(height, 5, 3)
+  tall = preprocess.resize_tf1(image, 8, 6)
+  # Of two images side by side, as of one with leading axes.
+  both = preprocess.resize_tf1(np.stack([image, image]), 8, 6)
+  np.testing.assert_array_equal(both[1], tall)
+  top, bottom, weight = preprocess._taps(height, 8)
+  columns = preprocess.resize_tf1(image, height, 6)
+  expected = columns[top] + (columns[bottom] - columns[top]) * weight[:, None, None]
+  np.testing.assert_array_equal(tall, expected)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("shape", [(1, 3_000_000, 3), (3_000_000, 1, 3)])
+def test_elongated_images_take_little_memory(name, shape):
+  preset = preprocess.get_preset(name)
+  image = np.broadcast_to(np.uint8(7), shape)
+  tracemalloc.start()
+  try:
+    square = preprocess.resize(preset, image, 32)
+    assert (square == 7).all()
+  except ValueError as error:
+    assert re.search("an image of .* is too elongated to be resized to", str(error))
+  assert tracemalloc.get_traced_memory()[1] < 2**28
+  tracemalloc.stop()
