@@ -17,7 +17,10 @@ import time
 
 import filelock
 
+from insvp_jax import files
+
 LOCK_FILE = ".lock"
+_MAX_BYTES = 2**16  # who owns it takes a hundred
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -33,13 +36,15 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
     workdir: made if need be.
 
   Raises:
-    ValueError: another process that lives owns it.
+    ValueError: another process that lives owns it, or the lock is a link or no file.
     OSError: the workdir cannot be written to.
   """
   path = Path(workdir) / LOCK_FILE
   with contextlib.ExitStack() as stack:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
+      # To lock a file empties it.
+      files.check_writable_in_place(path)
       stack.enter_context(_locked(path))
       _write_owner(path)
     except OSError as error:
@@ -94,17 +99,20 @@ def _write_owner(path: Path) -> None:
 def _read_owner(path: Path) -> dict[str, str | int]:
   """Returns host, pid and start of who owns the lock; {} if that cannot be read."""
   try:
-    owner = json.loads(path.read_bytes())
+    owner = files.parse_json(files.read_bytes(path, _MAX_BYTES))
   except (OSError, ValueError):
     return {}
-  return owner if isinstance(owner, dict) else {}
+  known = owner.items() if isinstance(owner, dict) else ()
+  return {key: value for key, value in known if isinstance(value, str | int)}
 
 
 def _describe(owner: dict[str, str | int]) -> str:
-  return (
-    f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, "
-    f"started {owner.get('started', '?')}"
+  # In one line of moderate length, whatever they are.
+  pid, host, started = (
+    " ".join(str(owner.get(key, "?")).split())[:80]
+    for key in ("pid", "host", "started")
   )
+  return f"process {pid} on {host}, started {started}"
 
 
 def _warn(text: str) -> None:

@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+from insvp_jax import files
+
 
 class AppendedFile:
   """Each record is there in full or not at all."""
 
   def __init__(self, path: Path, size: int = 0):
-    """Opens the file for appending, cut to `size` bytes."""
+    """Opens the file for appending, cut to `size` bytes.
+
+    Raises:
+      ValueError: to write to it would change another file, or it is none.
+    """
+    files.check_writable_in_place(path)
     self._path, self._size = path, size
     # Unbuffered: what was written is there even if the process is killed, and
     # nothing is left to be written when the file is closed.

@@ -16,6 +16,7 @@ from typing import Any
 from jaxtyping import UInt8
 import numpy as np
 
+from insvp_jax import files
 from insvp_jax.distributed import processes
 from insvp_jax.logs import progress
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
@@ -167,6 +168,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
+    ValueError: the file is a link, or none.
   """
   if not processes.is_main_process():
     return
@@ -174,6 +176,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
+    files.check_replaceable(path)
     with partial.open("w") as file:
       file.write(text)
       file.flush()
@@ -192,18 +195,20 @@ def remove_partial(workdir: str | os.PathLike) -> None:
   """
   if processes.is_main_process():
     for partial in Path(workdir).glob(f".*{PARTIAL}"):
-      partial.unlink(missing_ok=True)
+      if not partial.is_dir():
+        partial.unlink(missing_ok=True)
 
 
 def _kept_lines(path: Path, start_step: int, start_lines: int | None) -> list[bytes]:
   """Returns the lines that were there when `start_step` was saved."""
   kept: list[bytes] = []
+  files.check_writable_in_place(path)
   if not start_step or not path.exists():
     return kept
   for line in path.read_bytes().splitlines(keepends=True)[:start_lines]:
     # A crash of the machine may have left half a line.
     try:
-      if json.loads(line)["step"] > start_step or not line.endswith(b"\n"):
+      if files.parse_json(line)["step"] > start_step or not line.endswith(b"\n"):
         break
     except (ValueError, TypeError, KeyError):
       break

@@ -121,3 +121,45 @@ def test_a_full_disk_leaves_nothing_locked(tmp_path, monkeypatch):
       pass
   with lock.hold(tmp_path):
     pass
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path, kind):
+  other, workdir = tmp_path / "other", tmp_path / "run"
+  workdir.mkdir()
+  other.write_text("precious")
+  path = workdir / lock.LOCK_FILE
+  if kind == "link":
+    path.symlink_to(other)
+  elif kind == "dangling":
+    path.symlink_to(tmp_path / "nowhere")
+  elif kind == "hard link":
+    os.link(other, path)
+  elif kind == "pipe":
+    os.mkfifo(path)
+  else:
+    path.mkdir()
+  with (
+    pytest.raises(ValueError, match=r"\.lock (is a|has 2 names).*another workdir"),
+    lock.hold(workdir),
+  ):
+    pass
+  assert other.read_text() == "precious"
+  assert not (tmp_path / "nowhere").exists() and os.path.lexists(path)
+
+
+def test_the_workdir_itself_may_be_a_link(tmp_path):
+  (tmp_path / "scratch").mkdir()
+  (tmp_path / "run").symlink_to("scratch")
+  with lock.hold(tmp_path / "run"):
+    assert (tmp_path / "scratch" / lock.LOCK_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+  "before", ['{"host": ["x"]}', "[" * 10**5, '{"host": "a\\nb"}']
+)
+def test_an_odd_lock_that_nobody_holds_is_taken(tmp_path, before, capsys):
+  (tmp_path / lock.LOCK_FILE).write_text(before)
+  with lock.hold(tmp_path):
+    pass
+  assert capsys.readouterr().err.count("\n") <= 1

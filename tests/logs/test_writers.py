@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -299,3 +300,51 @@ def test_tensorboard_shows_texts_and_images(tmp_path):
   with Writers(tmp_path, total_steps=1, tensorboard=False) as found:
     assert not found.shows_images
     found.images(1, {"prompts/0": pixels})
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_metrics_that_are_not_ours_are_left_alone(tmp_path, kind, start_step):
+  other, path = tmp_path / "other", tmp_path / "run" / "metrics.jsonl"
+  path.parent.mkdir()
+  other.write_text("precious")
+  make = {
+    "link": lambda: path.symlink_to(other),
+    "dangling": lambda: path.symlink_to(tmp_path / "nowhere"),
+    "hard link": lambda: path.hardlink_to(other),
+    "pipe": lambda: os.mkfifo(path),
+    "folder": lambda: path.mkdir(),
+  }
+  make[kind]()
+  with pytest.raises(ValueError, match=r"metrics.jsonl (is a|has 2 names).*workdir"):
+    write_steps(path.parent, [1], start_step=start_step)
+  assert other.read_text() == "precious"
+  assert not (tmp_path / "nowhere").exists() and os.path.lexists(path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_files_that_are_not_ours_are_not_replaced(tmp_path, kind):
+  other, path = tmp_path / "other", tmp_path / "run" / "result.json"
+  path.parent.mkdir()
+  other.write_text("precious")
+  make = {"link": lambda: path.symlink_to(other), "pipe": lambda: os.mkfifo(path)}
+  make.get(kind, path.mkdir)()
+  with pytest.raises(ValueError, match=r"result.json is a .*another workdir"):
+    write_json(path, {"accuracy": 1})
+  assert other.read_text() == "precious"
+  assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_the_workdir_itself_may_be_a_link(tmp_path):
+  (tmp_path / "scratch").mkdir()
+  (tmp_path / "run").symlink_to("scratch")
+  write_steps(tmp_path / "run", [1, 2])
+  write_json(tmp_path / "run" / "result.json", {})
+  assert len(lines(tmp_path / "scratch")) == 2
+
+
+def test_a_line_of_any_depth_ends_what_is_kept(tmp_path):
+  file = tmp_path / "metrics.jsonl"
+  file.write_text('{"step": 1}\n' + "[" * 10**5 + '\n{"step": 2}\n')
+  write_steps(tmp_path, [3], start_step=2)
+  assert [line["step"] for line in lines(tmp_path)] == [1, 3]
