@@ -32,6 +32,8 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
+  Damaged,
+  is_step,
   newest_good,
   quieten_orbax,
   read_arrays,
@@ -198,10 +200,13 @@ class Checkpointer:
     adapter = read_arrays(checkpoint, "adapter", {n: flat[n] for n in self._stored})
     rest = read_arrays(checkpoint, "optimizer", flatten_rest(state))
     progress = read_json(checkpoint, "progress")
+    step = progress.get("step")
+    if not isinstance(step, int) or not 0 <= step < 2**31:
+      raise Damaged(f"{checkpoint} is damaged: its progress has the step {step!r}.")
     return state.replace(
-      step=jax.device_put(np.int32(progress["step"]), sharding_of(state.step)),
+      step=jax.device_put(np.int32(step), sharding_of(state.step)),
       params=trees.unflatten({**flat, **adapter}),
-      rng=decode_key(progress["rng"], state.rng, checkpoint),
+      rng=decode_key(progress.get("rng"), state.rng, checkpoint),
       **unflatten_rest(rest, state),
     )
 
@@ -266,7 +271,7 @@ class Checkpointer:
     """Removes what was half written and raises one clear line."""
     step, self._pending = self._pending, None
     self._remove_partial()
-    good = [int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdigit()]
+    good = [int(p.name) for p in self.directory.glob("[0-9]*") if is_step(p.name)]
     last = f"step {max(good)}" if good else "none"
     cause = reason if isinstance(reason, Exception) else None
     raise OSError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import hashlib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 import re
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from insvp_jax import files
+
 T = TypeVar("T")
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -28,6 +31,8 @@ JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
 # What older checkpoints hold and nothing needs: the optimizer counted updates for the
 # lr schedule, which is a function of the step.
 OBSOLETE = r"opt_state/.*/count"
+# How many times smaller than in memory large arrays may be on disk.
+_MOST_SHRUNK = 200
 # The most runs that the error about a folder of runs lists.
 _MOST_LISTED = 20
 
@@ -59,8 +64,14 @@ def find_steps(path: str | os.PathLike) -> list[Path]:
 
 def _steps_in(folder: Path) -> list[Path]:
   """Returns the directories of the steps in a folder, newest first."""
-  steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()]
+  steps = [p for p in folder.glob("*") if is_step(p.name) and p.is_dir()]
   return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+def is_step(name: str) -> bool:
+  """Returns whether a file's name is a number, and so that of a checkpoint."""
+  # Not str.isdigit, which takes "²" for a digit, too.
+  return re.fullmatch("[0-9]+", name) is not None
 
 
 def _not_a_run(path: Path) -> FileNotFoundError:
@@ -100,8 +111,8 @@ def _facts(run: Path) -> str:
     meta = read_json(_steps_in(run / FOLDER)[0], "meta")
     facts = [str(meta[key]) for key in ("task", "method") if key in meta]
     if (run / "result.json").is_file():
-      accuracy = _load_json(run / "result.json").get("test_accuracy")
-      if accuracy is not None:
+      accuracy = load_json(run / "result.json").get("test_accuracy")
+      if isinstance(accuracy, float | int):
         facts.append(f"test accuracy {100 * accuracy:.2f}%")
   except Damaged:
     return ": damaged"
@@ -151,9 +162,16 @@ def verify(where: Path) -> None:
   # Those of other versions have none; reading still checks then.
   if not (where / CHECKSUMS).exists():
     return
-  for name, (size, sha256) in _load_json(where / CHECKSUMS).items():
-    file = where / name
-    if not file.is_file():
+  for name, entry in load_json(where / CHECKSUMS).items():
+    if not isinstance(entry, list) or len(entry) != 2:
+      raise Damaged(
+        f"{where / CHECKSUMS} is damaged: of {name} it holds {short(entry)}, expected "
+        "size and sha256."
+      )
+    (size, sha256), file = entry, where / name
+    # Files of the checkpoint, whatever the list says.
+    outside = Path(name).is_absolute() or ".." in Path(name).parts
+    if outside or not file.is_file():
       raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
     if file.stat().st_size != size:
       raise Damaged(
@@ -173,7 +191,7 @@ def read_json(where: Path, item: str) -> dict[str, Any]:
   Raises:
     Damaged: it is missing or unreadable.
   """
-  return _load_json(where / item / JSON_FILE)
+  return load_json(where / item / JSON_FILE)
 
 
 def read_arrays(
@@ -199,6 +217,7 @@ def read_arrays(
   if expected is not None and not expected:
     return {}
   stored = _read_item(where, item, None)
+  _check_claims(where / item, stored)
   target = {
     name: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding or sharding_of(None)
@@ -236,6 +255,25 @@ def _read_item(where: Path, item: str, target: Mapping[str, Any] | None) -> Any:
     raise Damaged(
       f"{item!r} of the checkpoint {where} cannot be read: {reason_of(error)}."
     ) from error
+
+
+def _check_claims(folder: Path, stored: Mapping[str, Any]) -> None:
+  """Checks that arrays are not far larger than the files that hold them.
+
+  Raises:
+    Damaged: they are, or are no arrays.
+  """
+  try:
+    claimed = sum(math.prod(x.shape) * x.dtype.itemsize for x in stored.values())
+  except (AttributeError, TypeError) as error:
+    raise Damaged(f"{folder} cannot be read: it holds more than arrays.") from error
+  on_disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+  # Zeros of an optimizer's state shrink to next to nothing; trained weights do not.
+  if claimed > max(2**30, _MOST_SHRUNK * on_disk):
+    raise Damaged(
+      f"{folder} cannot be read: its arrays claim {claimed} bytes, in files of "
+      f"{on_disk}."
+    )
 
 
 def check_leaves(
@@ -297,14 +335,19 @@ def sharding_of(leaf: Any) -> jax.sharding.Sharding:
 def write_checksums(where: Path) -> None:
   """Writes size and sha256 of every file of a checkpoint's items beside them."""
   # The files beside the items are Orbax's, written last, and read by nobody here.
-  files = sorted(p for p in where.glob("*/**/*") if p.is_file())
-  sums = {str(p.relative_to(where)): [p.stat().st_size, _sha256(p)] for p in files}
+  written = sorted(p for p in where.glob("*/**/*") if p.is_file())
+  sums = {str(p.relative_to(where)): [p.stat().st_size, _sha256(p)] for p in written}
   (where / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+  """Returns the object in a JSON file of a run, such as result.json.
+
+  Raises:
+    Damaged: it is missing, unreadable, or no JSON object.
+  """
   try:
-    value = json.loads(path.read_text())
+    value = files.parse_json(files.read_bytes(path))
   except (OSError, ValueError) as error:
     raise Damaged(f"{path} cannot be read: {reason_of(error)}.") from error
   if not isinstance(value, dict):

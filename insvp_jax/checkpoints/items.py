@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import trees
-from insvp_jax.checkpoints.files import sharding_of
+from insvp_jax.checkpoints.files import Damaged, sharding_of, short
 
 ALWAYS_STORED = r"(prompter|head)/.*"
 
@@ -56,7 +56,7 @@ def encode_key(key: jax.Array) -> dict[str, Any]:
   return {"impl": str(jax.random.key_impl(key)), "data": data.tolist()}
 
 
-def decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
+def decode_key(stored: Any, like: Any, where: Path) -> jax.Array:
   """Returns the key that `encode_key` was given.
 
   Args:
@@ -65,11 +65,17 @@ def decode_key(stored: Mapping[str, Any], like: Any, where: Path) -> jax.Array:
     where: the checkpoint, for the message.
 
   Raises:
+    Damaged: there is no key in it.
     ValueError: it is of another kind or shape.
   """
-  # Numbers, unlike keys, can be put on devices of which this process owns a part.
-  data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
-  key = jax.random.wrap_key_data(data, impl=stored["impl"])
+  try:
+    # Numbers, unlike keys, can be put on devices of which this process owns a part.
+    data = jax.device_put(np.asarray(stored["data"], np.uint32), sharding_of(like))
+    key = jax.random.wrap_key_data(data, impl=stored["impl"])
+  except (TypeError, ValueError, KeyError, OverflowError) as error:
+    raise Damaged(
+      f"{where} is damaged: its progress has the random key {short(stored)}."
+    ) from error
   if key.dtype != like.dtype or key.shape != like.shape:
     raise ValueError(
       f"the random key of the checkpoint {where} is {key.dtype}{list(key.shape)}, "

@@ -442,3 +442,72 @@ def test_a_write_that_fails_midway_leaves_nothing_behind(tmp_path, root):
   assert "step 3" in done.stdout
   assert os.listdir(tmp_path / "checkpoints") == ["3"]
   files.verify(tmp_path / "checkpoints" / "3")
+
+
+@pytest.mark.parametrize(
+  "entry", [3, [], [1, 2, 3], {"a": 1}, "xy", None, ["x", 7], [[], []], [1e400, 0]]
+)
+def test_a_list_of_checksums_that_is_none_is_damage(saved, tmp_path, entry):
+  source, mask, state = saved
+  where = tmp_path / "checkpoints" / "3"
+  shutil.copytree(source, where)
+  sums = json.loads((where / "checksums.json").read_text())
+  sums[next(iter(sums))] = entry
+  (where / "checksums.json").write_text(json.dumps(sums))
+  with pytest.raises(files.Damaged) as found:
+    restore(tmp_path, mask, state)
+  assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "/dev/zero", "fifo"])
+def test_checksums_name_files_of_the_checkpoint(saved, tmp_path, name):
+  source, _, _ = saved
+  where = tmp_path / "checkpoints" / "3"
+  shutil.copytree(source, where)
+  (tmp_path / "secret").write_text("x")
+  os.mkfifo(where / "fifo")
+  (where / "checksums.json").write_text(json.dumps({name: [1, "a"]}))
+  with pytest.raises(files.Damaged, match=f"{name} is missing"):
+    files.verify(where)
+
+
+@pytest.mark.parametrize(
+  "progress", [{}, {"step": "3"}, {"step": 2**40}, {"step": 3}, {"step": 3, "rng": {}}]
+)
+def test_progress_that_is_none_is_damage(saved, tmp_path, progress):
+  source, mask, state = saved
+  where = tmp_path / "checkpoints" / "3"
+  shutil.copytree(source, where)
+  # As in runs of versions without checksums.
+  (where / "checksums.json").unlink()
+  (where / "progress" / "metadata").write_text(json.dumps(progress))
+  with pytest.raises(files.Damaged, match="its progress has the"):
+    restore(tmp_path, mask, state)
+
+
+def test_arrays_that_claim_far_more_than_their_files_are_damage(saved, monkeypatch):
+  source, _, _ = saved
+  claimed = {"head/kernel": jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)}
+  monkeypatch.setattr(files, "_read_item", lambda *_: claimed)
+  with pytest.raises(files.Damaged, match="its arrays claim 4398046511104 bytes"):
+    files.read_arrays(Path(source), "adapter")
+
+
+def test_only_plain_numbers_are_steps(tmp_path):
+  for name in ("3", "²", "x", "١", "-1", "4.damaged"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  assert [path.name for path in find_steps(tmp_path)] == ["3"]
+
+
+def test_json_files_of_a_run_are_read_whole_or_are_damage(tmp_path):
+  path = tmp_path / "result.json"
+  path.write_text('{"a": 1}')
+  assert files.load_json(path) == {"a": 1}
+  for text in ("[" * 10**5, "[]", "nul", "\xff", ""):
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(files.Damaged, match="result.json (cannot be read|holds a)"):
+      files.load_json(path)
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(files.Damaged, match="result.json is a pipe"):
+    files.load_json(path)
