@@ -172,11 +172,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
   parser.add_argument(
     "--task", nargs="+", help="names of tasks or groups (vtab, fgvc, ...), or all"
   )
-  parser.add_argument("--data_dir", default="", help="TFDS's folder")
-  parser.add_argument("--root", default="", help="folder or .zip of image files")
-  parser.add_argument("--lists", default="", help="folder of VPT's lists")
+  # None: TFDS's own folder, or none; an empty value is most often a variable not set.
+  parser.add_argument("--data_dir", help="TFDS's folder")
+  parser.add_argument("--root", help="folder or .zip of image files")
+  parser.add_argument("--lists", help="folder of VPT's lists")
   parser.add_argument("--subset", default="", help="which training images")
-  parser.add_argument("--manual_dir", default="", help="of files fetched by hand")
+  parser.add_argument("--manual_dir", help="of files fetched by hand")
   action = parser.add_mutually_exclusive_group()
   action.add_argument("--check", action="store_true", help="report, download nothing")
   action.add_argument(
@@ -194,22 +195,39 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
   return parser
 
 
+def _checked_folder(flag: str, path: str | None) -> str:
+  """Returns the folder that a flag names, "" for none, after checking it."""
+  from insvp_jax import config_checks
+
+  if path is None:
+    return ""
+  expected = "a folder or a .zip archive" if flag == "root" else "a folder"
+  if not path.strip():
+    raise ValueError(f"--{flag} is empty, expected {expected}; or leave it out.")
+  config_checks.check_folder(f"--{flag}", path)
+  place = Path(path).expanduser()
+  # TFDS makes its own.
+  if flag != "data_dir" and not place.exists():
+    raise FileNotFoundError(f"--{flag} is {path!r}, but there is nothing.")
+  # What there is of it: folders, or an archive at its end.
+  there = next((p for p in (place, *place.parents) if p.exists()), place)
+  is_archive = flag == "root" and there == place and there.is_file()
+  if there.exists() and not there.is_dir() and not is_archive:
+    raise ValueError(
+      f"--{flag} is {path!r}, but {there} is no folder; expected {expected}."
+    )
+  return str(path)
+
+
 def _report(args: argparse.Namespace, tasks: Sequence[Any]) -> bool:
   """Prepares and reports all tasks; returns whether they are ready."""
-  from insvp_jax import config_checks
   from insvp_jax.data import availability
 
-  config_checks.check_folder("--data_dir", args.data_dir)
-  for flag in ("root", "lists", "manual_dir"):
-    path = getattr(args, flag)
-    config_checks.check_folder(f"--{flag}", path)
-    if path and not Path(path).expanduser().exists():
-      raise FileNotFoundError(f"--{flag} is {path!r}, but there is nothing.")
+  flags = ("data_dir", "root", "lists", "manual_dir")
+  places = {flag: _checked_folder(flag, getattr(args, flag)) for flag in flags}
   for task in tasks:
     task.subset(args.subset)
-  places = availability.Locations(
-    args.data_dir, args.root, args.lists, args.subset, args.manual_dir
-  )
+  places = availability.Locations(**places, subset=args.subset)
   statuses, errors = [], {}
   for task in tasks:
     if args.check:

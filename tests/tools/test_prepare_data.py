@@ -765,3 +765,22 @@ def test_sizes_of_keys_hold_the_published_splits():
         name,
         split,
       )
+
+
+@pytest.mark.parametrize("more", [[], ["--check"]])
+@pytest.mark.parametrize("flag", ["data_dir", "root", "lists", "manual_dir"])
+def test_a_folder_that_is_none_is_named(flag, more, no_download, tmp_path, capsys):
+  file = tmp_path / "file"
+  file.write_text("")
+  values = {"": "empty", " ": "empty", f"{file}": f"{file} is no folder"}
+  if flag == "data_dir":
+    values[f"{file}/below"] = f"{file} is no folder"
+  if flag == "root":
+    del values[f"{file}"]
+    values["/dev/null"] = "/dev/null is no folder"
+  for value, expected in values.items():
+    status = prepare_data.main(["--task=svhn", *more, f"--{flag}={value}"])
+    said = capsys.readouterr()
+    assert status == 2 and not said.out
+    assert said.err.startswith(f"insvp_jax: --{flag} is ") and expected in said.err
+    assert said.err.count("\n") == 1
