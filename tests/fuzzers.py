@@ -1,0 +1,522 @@
+"""What a damaged file may do: give its content, or be one clear error.
+
+Each fuzzer makes a damaged input of a seed and reads it. `test_fuzz.py` runs a few
+seeds of each. For many more: python tests/fuzzers.py NAME FIRST COUNT.
+"""
+
+from collections.abc import Callable
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from unittest import mock
+import zipfile
+import zlib
+
+from absl import logging
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from insvp_jax import errors, files
+from insvp_jax.checkpoints import files as checkpoint_files
+from insvp_jax.data import cache, decode, folder_or_zip, vpt_lists
+from insvp_jax.data.sources import cifar_npz, tfrecords
+from insvp_jax.data.splits import ArraySplit, TaskData
+from insvp_jax.distributed import lock
+from insvp_jax.logs import writers
+from insvp_jax.models import weights
+from insvp_jax.models.vit import ViT
+
+# Seconds and bytes that a small input may take.
+MAX_SECONDS, MAX_BYTES = 5.0, 2**30
+_NUMBERS = (0, 1, 2, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
+
+
+# --- Making damaged inputs.
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+  """Returns the bytes with some changed, left out, put in, or made large numbers."""
+  out = bytearray(data)
+  for _ in range(rng.choice((1, 1, 2, 3, 8))):
+    # Headers come first, directories last.
+    place = rng.choice((rng.random(), rng.random() ** 4, 1 - rng.random() ** 4))
+    at, kind = int(place * len(out)), rng.randrange(8)
+    if kind < 2 and at < len(out):
+      out[at] = rng.randrange(256)
+    elif kind == 2 and at < len(out):
+      out[at] ^= 1 << rng.randrange(8)
+    elif kind == 3:
+      del out[at : at + rng.choice((1, 4, 32))]
+    elif kind == 4:
+      out[at:at] = rng.randbytes(rng.choice((1, 4, 32)))
+    elif kind == 5:
+      packing = rng.choice(("<I", ">I", "<Q", ">Q"))
+      number = struct.pack(packing, rng.choice(_NUMBERS))
+      out[at : at + len(number)] = number
+    elif kind == 6:
+      out[at : at + rng.choice((1, 4, 32))] = out[at // 2 :][: rng.choice((1, 4, 32))]
+    elif rng.random() < 0.2:
+      del out[at:]
+  return bytes(out)
+
+
+def random_json(rng: random.Random, depth: int = 0):
+  """Returns any JSON value, also ones that are legal but odd."""
+  kind = rng.randrange(10 if depth < 3 else 8)
+  if kind < 2:
+    return rng.choice((None, True, False))
+  if kind < 4:
+    return rng.choice((0, -1, 3, 2**31, 2**70, 10**400, 1.5, math.nan, math.inf, 1e999))
+  if kind < 8:
+    odd = ("", "x", "../x", "/dev/zero", "\ud800", "a\nb", "é" * 9, "0" * 64, "\0")
+    return rng.choice(odd)
+  if kind == 8:
+    return [random_json(rng, depth + 1) for _ in range(rng.randrange(4))]
+  return {str(rng.randrange(9)): random_json(rng, depth + 1) for _ in range(3)}
+
+
+def damaged_json(value, rng: random.Random) -> bytes:
+  """Returns the text of a value of which one part is another, or that is damaged."""
+  kind = rng.randrange(8)
+  if kind == 0:
+    return b"[" * 100_000
+  if kind < 4:
+    value = _replaced(value, rng)
+  text = json.dumps(value).encode()
+  return text if kind < 4 else mutate(text, rng)
+
+
+def _replaced(value, rng: random.Random):
+  if rng.random() < 0.3 or not isinstance(value, dict | list) or not value:
+    return random_json(rng)
+  changed = value.copy()
+  key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+  changed[key] = _replaced(value[key], rng)
+  return changed
+
+
+def _noise(height: int = 24, width: int = 32) -> Image.Image:
+  rng = np.random.default_rng(0)
+  blocks = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+  return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
+
+
+def _encoded(image: Image.Image, file_format: str, **options) -> bytes:
+  stream = io.BytesIO()
+  image.save(stream, file_format, **options)
+  return stream.getvalue()
+
+
+def _exif(orientation: int = 6) -> bytes:
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010E], exif[0x011A] = orientation, "x" * 40, 72.0
+  exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+  return exif.tobytes()
+
+
+def _formats() -> list[str]:
+  formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"]
+  with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    formats.append("HEIF")
+  return formats
+
+
+class _Kept(dict):
+  """Inputs that are made once."""
+
+  def __call__(self, key, make: Callable):
+    if key not in self:
+      self[key] = make()
+    return self[key]
+
+
+_KEPT = _Kept()
+
+
+def sample_images() -> list[bytes]:
+  """Returns a small file of every format and mode that are read."""
+  two = _noise()
+  deep = Image.fromarray(np.asarray(two.convert("L")).astype(np.uint16) * 16)
+  images = [_encoded(two, name) for name in _formats()]
+  images += [_encoded(two.convert("RGBA"), n) for n in ("PNG", "WEBP", "TIFF", "AVIF")]
+  images += [_encoded(two.quantize(8), n) for n in ("PNG", "GIF", "TIFF", "BMP")]
+  images += [_encoded(deep, n) for n in ("PNG", "TIFF", "JPEG2000", "PPM")]
+  images += [_encoded(two.convert("CMYK"), n) for n in ("JPEG", "TIFF")]
+  images += [_encoded(two, "TIFF", compression=c) for c in ("tiff_lzw", "jpeg")]
+  images.append(_encoded(two, "JPEG", progressive=True, exif=_exif()))
+  images.append(_encoded(two, "GIF", save_all=True, append_images=[two.rotate(180)]))
+  images.append(_encoded(two, "PNG", save_all=True, append_images=[two.rotate(180)]))
+  return images
+
+
+# --- The fuzzers. Each takes a seed and raises where something is wrong.
+
+
+class Found(AssertionError):
+  """What a fuzzer was looking for."""
+
+
+@contextlib.contextmanager
+def _clear_errors():
+  """Lets pass what this package raises in one line; the rest is found."""
+  try:
+    yield
+  except errors.INPUT_ERRORS as error:
+    if not errors.is_ours(error) or "\n" in errors.one_line(error):
+      raise Found(f"no error of this package: {error!r}") from error
+
+
+def image_bytes(seed: int) -> None:
+  """Damaged files of every format decode, or are an error that names them."""
+  rng = random.Random(seed)
+  options = decode.DecodeOptions(
+    max_16bit=rng.choice((0, 0, 255, 4095)), max_pixels=2**22
+  )
+  data = mutate(rng.choice(_KEPT("images", sample_images)), rng)
+  with _clear_errors():
+    try:
+      pixels = decode.decode_image(data, "x", options)
+    except ValueError as error:
+      assert str(error).startswith("x "), str(error)
+      raise
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size
+
+
+def _with_metadata(rng: random.Random) -> tuple[str, bytes]:
+  """Returns (format, file) of a sound picture with metadata that may be damaged."""
+  kind = rng.choice(("exif", "exif", "icc_profile", "xmp", "chunk", "segment"))
+  block = _exif() if kind == "exif" else rng.randbytes(rng.randrange(1, 200))
+  block, two = mutate(block, rng) or b"x", _noise()
+  if kind == "chunk":
+    names = "tEXt zTXt iTXt iCCP pHYs gAMA cHRM sRGB tIME bKGD sBIT acTL fcTL eXIf hIST"
+    name = rng.choice(names.split()).encode()
+    zeros = zlib.compress(bytes(2_000_000))
+    forms = (block, b"a\0\0" + zlib.compress(block), b"a\0\0" + block, b"a\0\0" + zeros)
+    info = PngImagePlugin.PngInfo()
+    info.add(name, body := rng.choice((*forms, b"a\0\1\0\0\0" + block)))
+    data = _encoded(two, "PNG", pnginfo=info)
+    if rng.random() < 0.2 and name in data:  # another checksum
+      end = data.index(name) + 4 + len(body)
+      data = data[:end] + rng.randbytes(4) + data[end + 4 :]
+    return "PNG", data
+  formats = [name for name in _formats() if name in ("JPEG", "PNG", "WEBP", "AVIF")]
+  file_format = "JPEG" if kind == "segment" else rng.choice(formats)
+  if file_format == "JPEG":
+    starts = (b"", b"JFIF\0", b"Exif\0\0", b"ICC_PROFILE\0", b"MPF\0", b"JFXX\0")
+    start = b"Exif\0\0" if kind == "exif" else rng.choice(starts)
+    marker = 0xE1 if kind == "exif" else rng.choice((0xE0, 0xE1, 0xE2, 0xED, 0xFE))
+    body = start + block
+    segment = struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body
+    data = _encoded(two, "JPEG")
+    return "JPEG", data[:2] + segment + data[2:]
+  if kind == "exif":
+    block = b"Exif\0\0" + block
+  try:
+    return file_format, _encoded(two, file_format, **{kind: block})
+  except Exception:  # PIL reads some of what it writes
+    return file_format, _encoded(two, file_format)
+
+
+def image_metadata(seed: int) -> None:
+  """Sound pixels decode whatever the metadata hold, turned or not."""
+  file_format, data = _with_metadata(random.Random(seed))
+  expected = _KEPT(
+    file_format, lambda: decode.decode_image(_encoded(_noise(), file_format), "x")
+  )
+  try:
+    pixels = decode.decode_image(data, "x")
+  except ValueError as error:
+    raise Found(f"{file_format} does not decode: {error}") from error
+  turned = [f(np.rot90(expected, n)) for n in range(4) for f in (np.array, np.fliplr)]
+  assert any(np.array_equal(pixels, other) for other in turned), file_format
+
+
+def _zip(compression: int) -> bytes:
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, "w", compression) as archive:
+    for i in range(3):
+      archive.writestr(f"train/c{i % 2}/{i}.txt", b"content" * 30)
+    archive.comment = b"c"
+  return stream.getvalue()
+
+
+def zip_directory(seed: int) -> None:
+  """A damaged archive is an error, or its members are, or give their content."""
+  rng = random.Random(seed)
+  kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+  data = mutate(_zip(rng.choice((*kinds, zipfile.ZIP_LZMA))), rng)
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "x.zip"
+    path.write_bytes(data)
+    with _clear_errors(), folder_or_zip.open_folder_or_zip(str(path)) as root:
+      names, _ = root.entries()
+      assert len(root.sizes(names)) == len(names)
+      json.dumps(root.fingerprint(names))
+      for name in names:
+        with _clear_errors():
+          assert isinstance(root.read(name, 2**20), bytes)
+  # Files that end in an archive's directory are told apart from archives.
+  _with_file(data, cache.file_fingerprint)
+
+
+def _with_file(data: bytes, read: Callable[[Path], object], name: str = "x") -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / name
+    path.write_bytes(data)
+    with _clear_errors():
+      read(path)
+
+
+def _npz(**arrays) -> bytes:
+  stream = io.BytesIO()
+  np.savez(stream, **arrays)
+  return stream.getvalue()
+
+
+def _npz_with_header(data: bytes, rng: random.Random) -> bytes:
+  """Returns an `.npz` file, whose checksums fit, with other claims in a header."""
+  shapes = (
+    "(3, 4)",
+    "(4, 3)",
+    "(1099511627776,)",
+    "(-1, 12)",
+    "(2**40,)",
+    "()",
+    "(0,)",
+  )
+  dtypes = ("'<f4'", "'|O'", "'<f8'", "'|V2'", "'<U9999999'", "[('a', '<f4')]", "'x'")
+  stream, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(data))
+  chosen = rng.choice(source.namelist())
+  with zipfile.ZipFile(stream, "w", rng.choice((0, 8))) as archive:
+    for name in source.namelist():
+      body = source.read(name)
+      if name == chosen:
+        length = 10 + int.from_bytes(body[8:10], "little")
+        order = rng.choice(("True", "False", "0"))
+        text = (
+          f"{{'descr': {rng.choice(dtypes)}, 'fortran_order': {order}, 'shape': "
+          f"{rng.choice(shapes)}, }}"
+        )
+        header = text.encode().ljust(118)[:117] + b"\n"
+        major = rng.choice((1, 1, 1, 2, 3, 9))
+        size = struct.pack("<H" if major == 1 else "<I", len(header))
+        body = b"\x93NUMPY" + bytes([major, 0]) + size + header + body[length:]
+      archive.writestr(name, mutate(body, rng) if rng.random() < 0.1 else body)
+  return stream.getvalue()
+
+
+def _damaged_npz(data: bytes, rng: random.Random) -> bytes:
+  return _npz_with_header(data, rng) if rng.random() < 0.5 else mutate(data, rng)
+
+
+def npz_arrays(seed: int) -> None:
+  """An `.npz` file gives arrays or an error, whatever its headers claim."""
+  rng = random.Random(seed)
+  data = _npz(a=np.ones((3, 4), np.float32), b=np.array(["x", "yz"]), c=np.ones(3))
+  data = _damaged_npz(data, rng)
+
+  def read(path: Path) -> None:
+    headers = files.npz_headers(path)
+    assert {k: v.shape for k, v in files.read_npz(path).items()} == {
+      name: header.shape for name, header in headers.items()
+    }
+
+  _with_file(data, read)
+
+
+def npz_backbone(seed: int) -> None:
+  """So does a backbone's."""
+  rng = random.Random(seed)
+  fields = {"width": 4, "depth": 1, "mlp_dim": 4, "num_heads": 1, "patch_size": 4}
+  vit = ViT(image_size=8, **fields)
+
+  def leaves() -> bytes:
+    from insvp_jax.models.weights import load
+
+    return _npz(
+      **{n: np.ones(s, np.float32) for n, s in load._expected_shapes(vit).items()}
+    )
+
+  data = _damaged_npz(_KEPT("leaves", leaves), rng)
+  with mock.patch.object(
+    weights.load,
+    "_expected_shapes",
+    lambda _, f=weights.load._expected_shapes: _KEPT("shapes", lambda: f(vit)),
+  ):
+    _with_file(data, lambda path: weights.load_backbone(path, vit), "x.npz")
+
+
+def npz_images(seed: int) -> None:
+  """So does one of JPEG files."""
+  from insvp_jax.data import preprocess
+
+  rng = random.Random(seed)
+  jpeg = np.frombuffer(_encoded(_noise(8, 8), "JPEG"), np.uint8)
+  arrays = {
+    "jpeg": np.tile(jpeg, 2),
+    "offsets": np.arange(3) * len(jpeg),
+    "labels": np.arange(2),
+    "class_names": np.array(["a", "b"]),
+  }
+  if rng.random() < 0.5:
+    name = rng.choice(list(arrays))
+    others = (np.array([2**40, -1]), np.zeros((2, 2)), np.array(3), np.array([]))
+    arrays[name] = rng.choice((*others, np.array(["x"]), arrays["labels"][:1]))
+  data = _npz(**arrays)
+  data = data if rng.random() < 0.3 else _damaged_npz(data, rng)
+  preset, options = preprocess.get_preset("vtab"), decode.DecodeOptions()
+  _with_file(data, lambda path: cifar_npz._read(path, preset, 8, options))
+
+
+def cached_data(seed: int) -> None:
+  """Whatever a file of the cache holds, the data are those of the source."""
+  rng = random.Random(seed)
+  labels = np.arange(2, dtype=np.int32)
+  task = TaskData(
+    "t", ("a", "b"), {"train": ArraySplit(np.ones((2, 4, 4, 3), np.uint8), labels)}
+  )
+  index = {"offset": np.arange(3), "names": np.array(["a", "b", "c"])}
+  cases = (
+    (cache.cached_task, lambda: task, lambda got: got.splits["train"].images),
+    (cache.cached_split, lambda: task.splits["train"], lambda got: got.images),
+    (cache.cached_arrays, lambda: index, lambda got: got["offset"]),
+  )
+  cached, make, pixels = rng.choice(cases)
+  with tempfile.TemporaryDirectory() as folder:
+    expected = pixels(cached({}, make, folder))
+    (path,) = Path(folder).iterdir()
+    # Changes that fit the checksums are nobody's accident.
+    path.write_bytes(mutate(path.read_bytes(), rng))
+    logging.set_verbosity(logging.ERROR)
+    got = pixels(cached({}, make, folder))
+    assert np.array_equal(got, expected), "other data"
+
+
+def record_starts(seed: int) -> None:
+  """The lengths in a TFRecord file may be anything."""
+  rng = random.Random(seed)
+  record = struct.pack("<Q", 20) + bytes(4 + 20 + 4)
+  data = mutate(record * 3, rng)
+
+  def read(path: Path) -> None:
+    position, number = tfrecords._record_start(path, 3)
+    assert position >= 0 and 0 <= number <= 3
+
+  _with_file(data, read)
+
+
+def checksums(seed: int) -> None:
+  """Lists of checksums, and the description beside them."""
+  rng = random.Random(seed)
+  with tempfile.TemporaryDirectory() as folder:
+    where = Path(folder) / "3"
+    for item in ("adapter", "progress", "meta"):
+      (where / item).mkdir(parents=True)
+      (where / item / checkpoint_files.JSON_FILE).write_text('{"step": 3}')
+    checkpoint_files.write_checksums(where)
+    file = where / checkpoint_files.CHECKSUMS
+    file.write_bytes(damaged_json(json.loads(file.read_text()), rng))
+    with _clear_errors():
+      checkpoint_files.verify(where)
+    meta = where / "meta" / checkpoint_files.JSON_FILE
+    meta.write_bytes(damaged_json({"config": {"seed": 1}, "classes": ["a"]}, rng))
+    with _clear_errors():
+      assert isinstance(checkpoint_files.read_json(where, "meta"), dict)
+
+
+def run_files(seed: int) -> None:
+  """config.json and result.json."""
+  value = {"test_accuracy": 0.5, "config": {"data": {"root": "x"}}, "names": ["a", "b"]}
+  data = damaged_json(value, random.Random(seed))
+  _with_file(data, checkpoint_files.load_json)
+
+
+def metrics_lines(seed: int) -> None:
+  """Of metrics.jsonl whole lines up to a step are kept."""
+  rng = random.Random(seed)
+  lines = [damaged_json({"step": i, "loss": 1.5}, rng) for i in range(2)]
+  lines.insert(rng.randrange(3), b'{"step": 0}')
+  data = rng.choice((b"\n", b"\r\n", b"")).join(lines) + rng.choice((b"\n", b""))
+
+  def read(path: Path) -> None:
+    kept = writers._kept_lines(path, 5, rng.choice((None, 0, 2)))
+    assert data.startswith(b"".join(kept))
+    assert all(json.loads(line)["step"] <= 5 for line in kept)
+
+  _with_file(data, read)
+
+
+def lock_files(seed: int) -> None:
+  """Whatever a lock file holds, a workdir that nobody has is free."""
+  rng = random.Random(seed)
+  data = damaged_json({"host": "h", "pid": 3, "started": "2020"}, rng)
+  with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / lock.LOCK_FILE).write_bytes(data)
+    with contextlib.redirect_stderr(io.StringIO()) as said, lock.hold(folder):
+      pass
+    assert said.getvalue().count("\n") <= 1, said.getvalue()
+
+
+def split_lists(seed: int) -> None:
+  """JSON lists of splits."""
+  rng = random.Random(seed)
+  good = {"a/1.jpg": 1, "a/2.jpg": 1, "b/1.jpg": "2"}
+  with tempfile.TemporaryDirectory() as folder:
+    for name in ("train", "val"):
+      members = {f"{name}/{key}": value for key, value in good.items()}
+      if rng.random() < 0.7:
+        members = dict.fromkeys(members, rng.choice((1, "1", 2**70)))
+      (Path(folder) / f"{name}.json").write_bytes(damaged_json(members, rng))
+    with _clear_errors():
+      lists = vpt_lists.read_lists(folder, ("train", "val"))
+      vpt_lists.labels_of_lists(lists, rng.choice((1, 2)), folder)
+
+
+FUZZERS = (
+  *(image_bytes, image_metadata, zip_directory, npz_arrays, npz_backbone, npz_images),
+  *(cached_data, record_starts, checksums, run_files, metrics_lines, lock_files),
+  split_lists,
+)
+
+
+def _main(name: str, first: int, count: int) -> None:
+  """Runs many seeds of a fuzzer, and prints what is found."""
+  fuzzer = next(fuzzer for fuzzer in FUZZERS if fuzzer.__name__ == name)
+  fuzzer(first)  # What is made once takes time.
+  resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+  num_found, slowest = 0, 0.0
+  highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  for seed in range(first, first + count):
+    start = time.monotonic()
+    try:
+      fuzzer(seed)
+    except Exception:
+      num_found += 1
+      if num_found <= 5:
+        print(f"{name} {seed}:", traceback.format_exc(limit=-4))
+    seconds = time.monotonic() - start
+    slowest = max(slowest, seconds)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if seconds > MAX_SECONDS or (rss - highest) * 1024 > MAX_BYTES // 4:
+      print(f"{name} {seed}: {seconds:.1f} s, {rss / 1024:.0f} MiB", flush=True)
+    highest = max(highest, rss)
+  print(
+    f"{name}: {count} examples, {num_found} found, slowest {slowest:.2f} s, at most "
+    f"{highest / 1024:.0f} MiB"
+  )
+
+
+if __name__ == "__main__":
+  _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
