@@ -21,7 +21,6 @@ from unittest import mock
 import zipfile
 import zlib
 
-from absl import logging
 import numpy as np
 from PIL import Image, PngImagePlugin
 
@@ -399,8 +398,8 @@ def cached_data(seed: int) -> None:
     (path,) = Path(folder).iterdir()
     # Changes that fit the checksums are nobody's accident.
     path.write_bytes(mutate(path.read_bytes(), rng))
-    logging.set_verbosity(logging.ERROR)
-    got = pixels(cached({}, make, folder))
+    with mock.patch.object(cache.logging, "warning"):
+      got = pixels(cached({}, make, folder))
     assert np.array_equal(got, expected), "other data"
 
 

@@ -358,9 +358,9 @@ def _count_decodes(monkeypatch):
   """Returns a list that grows by the name of each file that is decoded."""
   decoded, original = [], decode.decode_image
 
-  def counted(data, name):
+  def counted(data, name, *options):
     decoded.append(name)
-    return original(data, name)
+    return original(data, name, *options)
 
   monkeypatch.setattr(decode, "decode_image", counted)
   return decoded
