@@ -9,6 +9,7 @@ says". `config_checks` says which values are right.
 from collections.abc import Collection, Mapping
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -72,6 +73,8 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.data_dir": ("", "where TFDS has its data sets; empty: its default"),
   "data.subset": ("", "which training images; empty: the task's first choice"),
   "data.lists": ("", "folder of VPT-style train.json, val.json and test.json"),
+  "data.duplicates": ("warn", "pictures in two splits or classes: warn, drop or error"),
+  "data.splits_json": ("", "a run's splits.json, in place of splits that are drawn"),
   "data.resident_mb": (1024, "MiB; larger splits stay in their files and are streamed"),
   # The optimizer of the trainable parameters, and its schedule.
   "optim.name": ("adamw", "adamw or sgd"),
@@ -92,6 +95,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "optim.lr_scale_by_batch": (0, "multiply lr by images per update / this; 0: do not"),
   # Targets and the mixing of images.
   "loss.label_smoothing": (0.0, "share of a target that is spread over all classes"),
+  "loss.class_weights": (False, "weigh the loss so that all classes count alike"),
   "loss.mixup_alpha": (0.0, "alpha of mixup's Beta distribution; 0: no mixup"),
   "loss.cutmix_alpha": (0.0, "alpha of cutmix's Beta distribution; 0: no cutmix"),
   "loss.mix_prob": (0.5, "probability that a batch is mixed at all"),
@@ -118,10 +122,10 @@ _VIT_FIELDS = (
 MAY_CHANGE = (
   r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"prompt_images|profile|keep_checkpoints|"
-  r"data/(root|cache_dir|data_dir|lists)|backbone/(weights|remat|fsdp)"
+  r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
-PER_HOST = r"data/(root|cache_dir|data_dir|lists)|backbone/weights"
+PER_HOST = r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/weights"
 
 
 def _method_keys() -> dict[str, tuple[Any, str]]:
@@ -238,6 +242,16 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   if isinstance(config, ConfigDict):
     config = config.to_dict()
   return json.loads(json.dumps(config))
+
+
+def stored(config: ConfigDict) -> dict[str, Any]:
+  """Returns `to_dict` with whole paths: a run may be read again from elsewhere."""
+  values = to_dict(config)
+  for name in ("root", "data_dir", "lists", "splits_json"):
+    path = values["data"][name]
+    if path and "://" not in path:
+      values["data"][name] = os.path.abspath(os.path.expanduser(path))
+  return values
 
 
 def difference(

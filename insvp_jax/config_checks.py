@@ -56,6 +56,11 @@ def validate(config: ConfigDict) -> None:
         f"config.optim.no_decay has {pattern!r}, expected regular expressions over "
         f"parameter names: {error}."
       ) from error
+  if config.data.duplicates not in ("warn", "drop", "error"):
+    raise ValueError(
+      f"config.data.duplicates is {config.data.duplicates!r}, expected 'warn', 'drop' "
+      "or 'error'."
+    )
   if config.backbone.init not in ("default", "mimetic"):
     raise ValueError(
       f"config.backbone.init is {config.backbone.init!r}, expected 'default' or "

@@ -50,6 +50,8 @@ __all__ = [
   "load_data",
 ]
 
+# The lists of files of one's own images, in the workdir of a run.
+SPLITS_FILE = "splits.json"
 # Prints the table of tasks.
 LIST_COMMAND = "insvp prepare --list"
 # Tasks that are no rows of `TASKS`, and how they are loaded.

@@ -172,6 +172,8 @@ class TaskData:
     skipped: number of unreadable images that were left out (see `skip_corrupt`).
     source: what was read, with its version; stored with the result.
     final_split: the split that the final model of the task's protocol is trained on.
+    files: of one's own images, for each split (names of its files relative to the root,
+      their labels), which is stored with a run.
   """
 
   name: str
@@ -180,6 +182,9 @@ class TaskData:
   skipped: int = 0
   source: str = ""
   final_split: str = "train_val"
+  files: Mapping[str, tuple[Sequence[str], np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     """Checks that labels are class indices and that no split is empty."""

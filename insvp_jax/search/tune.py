@@ -209,6 +209,7 @@ class Search:
     return {
       "mean": statistics.mean(accuracies) if accuracies else None,
       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+      "balanced_mean": _balanced_mean(results),
       "test_accuracies": accuracies,
       "seeds": [result["seed"] for result in results],
       **chosen,
@@ -302,6 +303,14 @@ class Search:
       print_once(f"seed {seed}: {report.result_line(result)}")
       results.append(result)
     return results
+
+
+def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
+  """Returns the mean balanced accuracy; None where the test classes are of one size."""
+  by_class = [result.get("test_by_class") for result in results]
+  if not all(each and each["imbalance"] > report.UNBALANCED for each in by_class):
+    return None
+  return statistics.mean(each["balanced_accuracy"] for each in by_class)
 
 
 def train_trials(

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import sys
-from typing import Any
 
 from insvp_jax import errors
 
@@ -67,45 +66,3 @@ def find_images(paths: Sequence[str]) -> list[Path]:
       )
     images.extend(in_folder)
   return images
-
-
-def task_data(run: Any) -> Any:
-  """Returns the `TaskData` of the run's task; its data have to be where they were.
-
-  Raises:
-    ValueError, FileNotFoundError: the data cannot be read; see the message.
-  """
-  from ml_collections import ConfigDict
-
-  from insvp_jax.data import load_data
-
-  config = run.meta["config"]
-  size = run.model.backbone.image_size
-  return load_data(config["task"], ConfigDict(config["data"]), size)
-
-
-def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
-  """Returns random test images of the run's task, with their class names.
-
-  Args:
-    run: from `load_run`; its data have to be where they were.
-    count: how many images, drawn without replacement.
-    seed: of the draw.
-
-  Returns:
-    uint8 images [b, h, w, 3] and the names of their classes. They are of the split
-    "test" or, in a task without one, of "val" or "train".
-
-  Raises:
-    ValueError, FileNotFoundError: the data cannot be read; see the message.
-  """
-  import numpy as np
-
-  from insvp_jax.data import splits
-
-  data = task_data(run)
-  name = next(name for name in ("test", "val", "train") if name in data.splits)
-  split = data.splits[name]
-  rng = np.random.default_rng(seed)
-  sample = splits.to_memory(split, rng.permutation(len(split))[:count])
-  return sample.images, [data.class_names[label] for label in sample.labels]

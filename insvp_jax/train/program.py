@@ -16,7 +16,7 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.train import optim, steps
+from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
 
 
@@ -136,6 +136,8 @@ def create_program(
   num_train: int,
   mesh: jax.sharding.Mesh,
   hparams: tuple[str, ...] = (),
+  *,
+  class_counts: np.ndarray | None = None,
 ) -> Program:
   """Builds model, mask, optimizer and steps; runs and compiles nothing.
 
@@ -146,6 +148,8 @@ def create_program(
     mesh: where the batches will lie.
     hparams: fields of the method that come with the state instead of being compiled
       into the steps; names of its `HPARAMS`.
+    class_counts: training images of each class, int [k], which `loss.class_weights`
+      asks for; None where nothing will be trained.
 
   Raises:
     ValueError: something in the config does not fit; see the message.
@@ -159,6 +163,9 @@ def create_program(
     config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   optimizer = optim.create_optimizer(config.optim, shapes, mask)
+  weights = None
+  if config.loss.class_weights and class_counts is not None:
+    weights = losses.class_weights(class_counts)
   return Program(
     model=model,
     mask=mask,
@@ -170,7 +177,12 @@ def create_program(
     mesh=mesh,
     state_sharding=state_lib.create_sharding(shapes, mask, mesh),
     functions=steps.create_step_functions(
-      sharding_lib.unshard_in_use(model, mesh), optimizer, schedule, mask, config
+      sharding_lib.unshard_in_use(model, mesh),
+      optimizer,
+      schedule,
+      mask,
+      config,
+      weights,
     ),
     hparams=hparams,
   )

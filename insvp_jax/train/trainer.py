@@ -23,8 +23,9 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.checkpoints.checkpointer import Checkpointer
-from insvp_jax.data import TaskData, load_data
+from insvp_jax.data import SPLITS_FILE, TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.data.sources import stored_splits
 from insvp_jax.distributed import lock, processes
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
@@ -120,8 +121,15 @@ def prepare(
       f"the task {data.name!r} has no split {split!r}, only "
       f"{', '.join(data.splits)}; set config.data.train_split to one of them."
     )
-  num_train = len(data.splits[split])
-  program = create_program(config, data.num_classes, num_train, mesh, hparams)
+  labels = data.splits[split].labels
+  program = create_program(
+    config,
+    data.num_classes,
+    len(labels),
+    mesh,
+    hparams,
+    class_counts=np.bincount(labels, minlength=data.num_classes),
+  )
   if like:
     return dataclasses.replace(like, program=program)
   loaded: list[str] = []
@@ -188,7 +196,10 @@ def train(
     # What the interrupted run counted; {} for a new one.
     progress = checkpointer.progress()
     start_step, timer = int(state.step), Timer.of(progress)
-    write_json(workdir / "config.json", config_lib.to_dict(config))
+    write_json(workdir / "config.json", config_lib.stored(config))
+    if data.files:
+      lists = stored_splits.to_json(data.class_names, data.files)
+      write_json(workdir / SPLITS_FILE, lists)
     table = report.param_table(config, program)
     write_text(workdir / "parameters.txt", f"{table}\n")
 

@@ -10,7 +10,7 @@ from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import tools
 from insvp_jax.run import load_run
-from insvp_jax.tools import evaluate, export, predict, prepare_data, visualize
+from insvp_jax.tools import evaluate, export, predict, prepare_data, run_data, visualize
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +175,10 @@ def test_without_images_the_task_is_shown(workdir, tmp_path):
   run = load_run(workdir)
   data = {"preset": "vtab", "split_seed": 0}
   run.meta["config"]["data"] = data
-  images, labels = tools.task_images(run, 4)
+  images, labels = run_data.sample_images(run, 4)
   assert images.shape == (4, SIZE, SIZE, 3) and images.dtype == np.uint8
   assert set(labels) <= set("0123456789")
-  again, _ = tools.task_images(run, 4)
+  again, _ = run_data.sample_images(run, 4)
   np.testing.assert_array_equal(images, again)
   output = tmp_path / "digits.pdf"
   visualize.save_figure(visualize.prompt_figure(run, images, labels=labels), output)

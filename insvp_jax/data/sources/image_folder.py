@@ -15,9 +15,17 @@ import ml_collections
 import numpy as np
 
 from insvp_jax import trees
-from insvp_jax.data import cache, decode, image_files, load_or_stream, preprocess
+from insvp_jax.data import (
+  cache,
+  decode,
+  duplicates,
+  image_files,
+  load_or_stream,
+  preprocess,
+)
 from insvp_jax.data.folder_or_zip import EXPECTED, FileTree, open_folder_or_zip
 from insvp_jax.data.image_files import ImageFiles
+from insvp_jax.data.sources import stored_splits
 from insvp_jax.data.splits import ArraySplit, TaskData
 from insvp_jax.data.subsets import stratified_parts
 
@@ -64,7 +72,10 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   preset = preprocess.get_preset(data_config.preset)
   # Open for a moment: splits open the root themselves whenever they are read.
   with open_folder_or_zip(data_config.root) as root:
-    layout = find_layout(root)
+    if data_config.splits_json:
+      layout = Layout(*stored_splits.read(root, data_config.splits_json))
+    else:
+      layout = find_layout(root)
   advice = "" if data_config.skip_corrupt else _ADVICE
   lists = {}
   for split, members in layout.splits.items():
@@ -80,6 +91,8 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
         f"readable images: all of its files were skipped as corrupt."
       )
   fractions = {"val": data_config.val_fraction, "test": data_config.test_fraction}
+  if data_config.splits_json:
+    fractions = {}
   parts = _draw_missing_splits(
     readable, fractions, data_config.split_seed, layout.class_names
   )
@@ -94,6 +107,16 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     for name, (on_disk, positions) in parts.items()
     if on_disk in decoded
   }
+  kept = duplicates.check(
+    part_arrays,
+    {name: part_lists[name].names for name in part_arrays},
+    data_config.duplicates,
+    str(root.path),
+  )
+  for name, positions in kept.items():
+    if len(positions) < len(part_lists[name]):
+      part_lists[name] = part_lists[name].take(positions)
+      part_arrays[name] = part_arrays[name].take(positions)
   splits = image_files.load_or_stream_lists(
     part_lists, data_config, preset, image_size, part_arrays
   )
@@ -101,7 +124,8 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   splits["train_val"] = splits.pop("train_val")
   skipped = sum(len(lists[split]) - len(readable[split]) for split in lists)
   source = f"images of {root.path}"
-  return TaskData(root.name, layout.class_names, splits, skipped, source)
+  files = {name: (images.names, images.labels) for name, images in part_lists.items()}
+  return TaskData(root.name, layout.class_names, splits, skipped, source, files=files)
 
 
 def _decode_small_splits(
