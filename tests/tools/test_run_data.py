@@ -146,6 +146,7 @@ def test_noise_stays_noise_after_a_photo_was_added(
   # The same for a set with a test folder, of which a class is renamed.
   shutil.rmtree(tmp_path / "run")
   train(tmp_path / "named", tmp_path / "run")
+  capsys.readouterr()
   (tmp_path / "named/test/cat").rename(tmp_path / "named/test/zebra")
   out, errors = evaluated(tmp_path, capsys, status=2)
   assert out == [] and "test/cat/" in errors[0]
