@@ -215,14 +215,40 @@ class TaskData:
       sha.update(f"{name} {self.splits[name].digest}".encode())
     return sha.hexdigest()
 
+  def class_counts(self, most: int = 20) -> str:
+    """Returns a line with the number of images of each class in each split.
+
+    Args:
+      most: of how many classes; of more, the smallest, median and largest number.
+    """
+    names = [name for name in ("train", "val", "test") if name in self.splits]
+    names = names or list(self.splits)
+    counts = {
+      name: np.bincount(self.splits[name].labels, minlength=self.num_classes)
+      for name in names
+    }
+    if self.num_classes <= most:
+      rows = zip(self.class_names, *counts.values(), strict=True)
+      numbers = ", ".join(f"{name} {'/'.join(map(str, row))}" for name, *row in rows)
+      return f"images of each class ({'/'.join(names)}): {numbers}"
+    ranges = []
+    for name, of_class in counts.items():
+      low, high = int(of_class.argmin()), int(of_class.argmax())
+      ranges.append(
+        f"{name} {of_class[low]} ({self.class_names[low]}), {np.median(of_class):g}, "
+        f"{of_class[high]} ({self.class_names[high]})"
+      )
+    return f"images of the smallest, median and largest class: {'; '.join(ranges)}"
+
   def summary(self) -> str:
-    """Returns one line: name, number of classes, sizes of the splits, skipped files."""
+    """Returns two lines: classes, sizes of splits, skipped files; `class_counts`."""
     sizes = ", ".join(
       f"{name} {len(split)}" + (" (streamed)" if isinstance(split, StreamSplit) else "")
       for name, split in self.splits.items()
     )
     skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
-    return f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+    first = f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+    return f"{first}\n{self.class_counts()}"
 
 
 def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:

@@ -44,7 +44,10 @@ def test_the_splits_on_disk_are_kept(tmp_path):
   root = fixtures.write_folder(tmp_path / "pets", fixtures.numbered_files(_SPLIT))
   data = _load(root)
   assert data.name == "pets" and data.class_names == ("cat", "dog")
-  assert data.summary() == "pets: 2 classes, train 7, val 3, test 4, train_val 10"
+  assert data.summary().splitlines() == [
+    "pets: 2 classes, train 7, val 3, test 4, train_val 10",
+    "images of each class (train/val/test): cat 4/2/2, dog 3/1/2",
+  ]
   assert _numbers(data.splits["train"]) == [0, 1, 2, 3, 4, 5, 6]
   assert data.splits["train"].labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert _numbers(data.splits["val"]) == [7, 8, 9]
