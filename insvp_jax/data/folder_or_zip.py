@@ -377,7 +377,9 @@ def _stored_names(infos: Iterable[zipfile.ZipInfo]) -> list[str]:
   names: list[str] = []
   unmarked: dict[int, bytes] = {}
   for info in infos:
-    name = info.orig_filename.split("\0")[0]
+    name = info.orig_filename
+    if "\0" in name:
+      name = name.split("\0")[0]
     if not (info.flag_bits & 0x800 or name.isascii()):
       # What zipfile took for the characters of code page 437, one for each byte.
       raw = name.encode("cp437")
@@ -429,6 +431,9 @@ def _unicode_name(info: zipfile.ZipInfo) -> str:
 
 def _within_root(name: str) -> str | None:
   """Returns a member's name without "." and ".." in it; None if it leaves the root."""
+  # Nearly all names; this is called for each.
+  if "//" not in name and "/." not in name and not name.startswith(("/", ".")):
+    return name.rstrip("/")
   parts: list[str] = []
   for part in name.split("/"):
     if part == "..":
@@ -455,7 +460,7 @@ class _Zip(FileTree):
       name = _within_root(stored)
       if name is None:
         self._left_out.setdefault(OUTSIDE, []).append(stored)
-      elif name.count("/") > _MAX_DEPTH:
+      elif len(name) > _MAX_DEPTH and name.count("/") > _MAX_DEPTH:
         self._left_out.setdefault(TOO_DEEP, []).append(name)
       elif stored.endswith("/"):
         self._folders.add(name)

@@ -112,6 +112,32 @@ def test_one_line_counts_and_names_by_reason(tmp_path, archive, caplog):
   assert record.message.count(" (") == 3
 
 
+_FILES = {
+  **{name: png(pixels(3)) for name in ("1.png", "2", "3.jfif", "4.bin", ".5.png")},
+  **{name: b"text" for name in ("6.txt", "7", ".8")},
+}
+_SYSTEM_FILES = ("._9.png", "Thumbs.db", "desktop.ini")
+_NAMES = st.sampled_from([*_FILES, *_SYSTEM_FILES])
+_FOLDERS = st.sampled_from(["", "a/", "a/b/", "c/", "\u732b/"])
+
+
+@hypothesis.given(st.sets(st.tuples(_FOLDERS, _NAMES).map("".join)))
+@hypothesis.settings(max_examples=60)
+def test_every_file_is_used_or_counted(tmp_path_factory, names):
+  root = tmp_path_factory.mktemp("x")
+  content = {name: _FILES.get(name.split("/")[-1], b"x") for name in names}
+  for path in (
+    fixtures.write_folder(root, content),
+    fixtures.write_zip(tmp_path_factory.mktemp("y") / "y.zip", content),
+  ):
+    found = _found(path)
+    told = [
+      *found.images,
+      *(name for names in found.left_out.values() for name in names),
+    ]
+    assert sorted(told) == sorted(n for n in names if not n.endswith(_SYSTEM_FILES))
+
+
 def test_a_known_ending_is_an_image_whatever_is_in_it(tmp_path):
   root = fixtures.write_folder(tmp_path, {**_SET, "a/x.jfif": b"", "b/y.jpe": b"text"})
   with pytest.raises(ValueError, match="x.jfif is empty"):

@@ -581,9 +581,19 @@ def _check_sub_folders(folders: _Folders, prefix: str) -> None:
   """Checks that the folders to be classes do not hold the classes.
 
   Raises:
-    ValueError: if all of them, or nearly all, hold the same sub-folders.
+    ValueError: if all of them, or nearly all, hold the same sub-folders, or if one
+      holds its neighbours once more.
   """
   filled = folders.filled(prefix)
+  for name in filled:
+    again = sorted(set(filled) & set(folders.filled(f"{prefix}{name}/")))
+    if len(again) > 1:
+      raise ValueError(
+        f"{folders.place(prefix)} holds {_some(again)}, and so does "
+        f"{printable(name)} in it, which would be a class. If the set is there twice, "
+        f"remove {folders.place(f'{prefix}{name}/')}; if not, give its folders others' "
+        f"names."
+      )
   counts = Counter(
     inner
     for name in filled
@@ -625,7 +635,9 @@ def _files_by_class(folders: _Folders, split: str, prefix: str) -> dict[str, lis
     hint = f" {num_loose} images lie there without a class folder." if num_loose else ""
     left_out = image_kinds.left_out_line(folders.left_out)
     hint += f" The set has {left_out}." if left_out else ""
-    raise ValueError(f"no class folders in {place}.{hint} In it, <class>/<image>.")
+    hint += " In it, <class>/<image>."
+    hint += "" if split == "train" else " Move it away if its images have no labels."
+    raise ValueError(f"no class folders in {place}.{hint}")
   members = {}
   for name, same in folders_of.items():
     inside = [f"{prefix}{folder}/" for folder in same]
