@@ -11,6 +11,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
+from insvp_jax.data import image_kinds
 from insvp_jax.data.folder_or_zip import FileTree
 
 _NAMES = ("train", "val", "test")
@@ -81,7 +82,7 @@ def read(
 
 def _check_there(root: FileTree, listed: Sequence[str], path: str) -> None:
   """Checks that the files are there; says how many others there are."""
-  there = set(root.entries()[0])
+  there = set(image_kinds.find_images(root).images)
   missing = [name for name in listed if name not in there]
   if missing:
     raise FileNotFoundError(
@@ -90,4 +91,6 @@ def _check_there(root: FileTree, listed: Sequence[str], path: str) -> None:
       "another folder (insvp evaluate --root=...)."
     )
   if others := len(there) - len(set(listed)):
-    logging.warning("%s: %d files are not in %s, and left out", root.path, others, path)
+    logging.warning(
+      "%s: %d images are not in %s, and left out", root.path, others, path
+    )
