@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
 import sys
+from typing import Any
 
 from insvp_jax import errors
 
