@@ -293,7 +293,9 @@ class Checkpointer:
     differences = []
     if "config" in self._meta:
       config, stored_config = self._meta["config"], stored.get("config", {})
-      differences.append(config_lib.difference(config, stored_config))
+      if not config_lib.prolongs(config, stored_config):
+        differences.append(config_lib.difference(config, stored_config))
+        differences.append(config_lib.why_not_longer(config, stored_config))
     backbone, before = self._meta.get("backbone", {}), stored.get("backbone", {})
     # Random weights have the seed they were drawn from in place of a file's digest.
     if any(backbone.get(key) != before.get(key) for key in ("sha256", "seed", "init")):

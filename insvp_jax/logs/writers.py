@@ -174,7 +174,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w") as file:
+    # Names of files that are no text in any encoding are spelt.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())

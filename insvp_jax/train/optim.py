@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from insvp_jax import trees
@@ -152,13 +153,14 @@ def check_optim(optim: Config) -> None:
 
 
 _NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number >= 0")
-_BELOW_ONE = (lambda value: 0 <= value < 1, "in [0, 1)")
+# As float32, in which the optimizer computes: 1 - 1e-9 is 1 there.
+_BELOW_ONE = (lambda value: 0 <= value < 1 and np.float32(value) < 1, "in [0, 1)")
 _RANGES = {
   "lr": _NOT_NEGATIVE,
   "wd": _NOT_NEGATIVE,
   "b1": _BELOW_ONE,
   "b2": _BELOW_ONE,
-  "eps": (lambda value: 0 < value < float("inf"), "a number > 0"),
+  "eps": (lambda value: 1e-37 < value < float("inf"), "a number > 0 in float32"),
   "momentum": _BELOW_ONE,
   "warmup_epochs": _NOT_NEGATIVE,
   "warmup_steps": _NOT_NEGATIVE,
