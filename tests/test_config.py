@@ -369,6 +369,13 @@ def test_where_files_are_is_each_hosts_own():
   assert config_lib.shared_settings(first) != config_lib.shared_settings(second)
 
 
+def test_a_workdir_is_text():
+  config_checks.check_workdir("r\u00f6uns")
+  # What bytes that are none become.
+  with pytest.raises(ValueError, match=r"is no text in utf-8, expected .*C\.UTF-8"):
+    config_checks.check_workdir("r\udcc3uns")
+
+
 @pytest.mark.parametrize("value", ["10", "0:3", "5:4", "a:b", "-1:2", "1:2:3", "10:"])
 def test_profile_wants_a_range_of_steps(value):
   config = defaults()

@@ -59,6 +59,20 @@ def test_compiled_programs_are_not_kept_where_no_folder_can_be(
   assert not said or said.startswith("note: compiled programs are not kept: ")
 
 
+def test_a_run_is_in_float32_whatever_jax_is_told(capsys):
+  with pytest.MonkeyPatch.context() as patch:
+    seen = {}
+    patch.setattr(jax.config, "update", seen.__setitem__)
+    with jax.enable_x64():
+      main._use_float32()
+    said = capsys.readouterr().err
+    assert seen == {"jax_enable_x64": False}
+    assert said == "note: JAX_ENABLE_X64 is ignored: all is computed in float32\n"
+    seen.clear()
+    main._use_float32()
+    assert not seen and capsys.readouterr().err == ""
+
+
 def test_another_processor_has_another_cache(monkeypatch):
   here = paths.compiled_dir()
   assert paths.compiled_dir() == here

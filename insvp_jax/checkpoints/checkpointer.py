@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
-from insvp_jax import trees
+from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
   newest_good,
@@ -83,7 +83,9 @@ class Checkpointer:
     Raises:
       OSError: the directory cannot be written to.
       TypeError: `meta` holds something that JSON cannot.
+      ValueError: the path is no text.
     """
+    config_checks.check_workdir(workdir)
     quieten_orbax()
     self.directory = Path(workdir).absolute() / FOLDER
     self._stored = stored_names(mask)

@@ -394,5 +394,6 @@ def _finished_result(
   digest = report.data_digest(config, prepared.data)
   is_same &= result.get("data_sha256") == digest
   # A run that is being prolonged has the new config already, and the old result.
-  is_same &= result["steps"] == prepared.program.total_steps
+  total_steps = prepared.program.total_steps
+  is_same &= result.get("steps", total_steps) == total_steps
   return result if is_same and not config_lib.difference(config, stored) else None

@@ -153,6 +153,12 @@ def create_program(
   Raises:
     ValueError: something in the config does not fit; see the message.
   """
+  if jax.config.jax_enable_x64:
+    # Its random numbers are others, so the same seed would be another run.
+    raise ValueError(
+      "JAX computes in 64 bits here, but everything of a run is float32: unset "
+      "JAX_ENABLE_X64, or call jax.config.update('jax_enable_x64', False)."
+    )
   if config.batch_size == 0:
     config.batch_size = config_lib.automatic_batch_size(num_train, mesh.size)
     if config.batch_size < config_lib.LARGEST_AUTOMATIC_BATCH:

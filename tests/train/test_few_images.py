@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -40,7 +41,7 @@ def test_few_images_of_each_class_train_as_they_are(
 ):
   root = write_shots(tmp_path / "images", shots)
   create_mesh = trainer.mesh_lib.create_mesh
-  devices = trainer.jax.devices()[:1]
+  devices = jax.devices()[:1]
   monkeypatch.setattr(
     trainer.mesh_lib, "create_mesh", lambda fsdp: create_mesh(devices, fsdp=fsdp)
   )
@@ -74,6 +75,12 @@ def test_each_of_several_devices_gets_an_image(mesh):
   config.batch_size = 0
   with pytest.raises(ValueError, match="3 images, fewer than the 4 devices"):
     program_lib.create_program(config, 3, 3, mesh)
+
+
+def test_in_64_bits_the_same_seed_would_be_another_run(mesh):
+  config = tiny_config("linear")
+  with jax.enable_x64(), pytest.raises(ValueError, match="unset JAX_ENABLE_X64"):
+    program_lib.create_program(config, 3, 24, mesh)
 
 
 def longer_config(**changes):
