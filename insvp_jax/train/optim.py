@@ -31,11 +31,20 @@ def peak_lr(optim: Config, batch_size: int) -> float:
     optim: the config section. `lr_scale_by_batch` > 0 multiplies lr by
       (images per update) / lr_scale_by_batch.
     batch_size: images per train step, over all devices.
+
+  Raises:
+    ValueError: float32 does not hold it.
   """
   if optim["lr_scale_by_batch"] <= 0:
     return float(optim["lr"])
   images_per_update = batch_size * optim["accumulate_steps"]
-  return float(optim["lr"]) * (images_per_update / optim["lr_scale_by_batch"])
+  lr = float(optim["lr"]) * (images_per_update / optim["lr_scale_by_batch"])
+  if lr > 3.4e38:
+    raise ValueError(
+      f"optim.lr is {optim['lr']:g}, which optim.lr_scale_by_batch="
+      f"{optim['lr_scale_by_batch']} makes {lr:g}; lower it."
+    )
+  return lr
 
 
 def create_schedule(
