@@ -210,7 +210,9 @@ class TaskData:
     Args:
       names: names of splits, e.g. those that a run reads; others are left out.
     """
-    sha = hashlib.sha256("\n".join(self.class_names).encode())
+    # Names of folders may be bytes that are no text.
+    classes = "\n".join(self.class_names).encode("utf-8", "surrogatepass")
+    sha = hashlib.sha256(classes)
     for name in sorted(set(names) & set(self.splits)):
       sha.update(f"{name} {self.splits[name].digest}".encode())
     return sha.hexdigest()

@@ -93,7 +93,9 @@ class Writers:
   def text(self, name: str, text: str) -> None:
     """Shows a text, Markdown, in TensorBoard."""
     if self._events:
-      self._events.text(0, name, text)
+      # Names of files that are no text in any encoding are spelt.
+      spelt = text.encode("utf-8", "backslashreplace").decode()
+      self._events.text(0, name, spelt)
 
   def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
     """Shows images in TensorBoard, by name."""
@@ -174,7 +176,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w") as file:
+    # Names of files that are no text in any encoding are spelt.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())

@@ -43,7 +43,9 @@ def test_the_digest_sees_classes_images_and_labels():
   assert digest() == digest() == digest(names=("train", "not there"))
   others = [digest(("a", "c")), digest(labels=(1, 0)), digest(shift=1)]
   others += [digest(names=()), digest(split="val", names=("val",))]
-  assert len({digest(), *others}) == 6
+  # Bytes that are no text, as a file system has them.
+  others.append(digest(("a", "\udcff")))
+  assert len({digest(), *others}) == 7
 
 
 def test_unknown_tasks_and_sizes_are_named():

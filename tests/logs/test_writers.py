@@ -233,6 +233,13 @@ def test_a_place_that_cannot_be_written(tmp_path):
     write_json(tmp_path / "file" / "result.json", {})
 
 
+def test_files_are_utf_8_and_take_names_that_are_no_text(tmp_path):
+  writers.write_text(tmp_path / "table.md", "\u00b1 \udcff")
+  assert (tmp_path / "table.md").read_bytes() == b"\xc2\xb1 \\udcff"
+  with Writers(tmp_path, total_steps=1) as files:
+    files.text("config", "caf\u00e9 \udcff")
+
+
 def test_durations():
   given_seconds = [0, 59.6, 61, 3600, 36_061]
   assert [progress.duration(s) for s in given_seconds] == [
