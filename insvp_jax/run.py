@@ -311,7 +311,7 @@ def _read_result(checkpoint: Path) -> dict[str, Any] | None:
   if checkpoint.parent.name != FOLDER:
     return None
   file = checkpoint.parents[1] / "result.json"
-  return json.loads(file.read_text()) if file.is_file() else None
+  return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:

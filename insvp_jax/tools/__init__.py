@@ -33,6 +33,7 @@ def run_tool(main: Callable[[], None]) -> int:
   one line on stderr, and what the error's notes list, and status 2. Other errors are
   bugs and keep their traceback.
   """
+  errors.print_anything()
   try:
     main()
   except errors.INPUT_ERRORS as error:

@@ -166,6 +166,8 @@ def train(
     Stopped: SIGINT or SIGTERM came; a checkpoint was written.
     OSError: the disk is full or read-only.
   """
+  # Preparing it writes what it leaves open, such as an automatic batch size.
+  config = config.copy_and_resolve_references()
   is_alone = prepared is None
   prepared = prepared or prepare(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
@@ -217,6 +219,9 @@ def train(
         writers.log(report.run_text(config, program, data))
       writers.text("config", report.config_table(config))
 
+      if start_step < program.total_steps and processes.is_main_process():
+        # That of a shorter run, which goes on.
+        (workdir / "result.json").unlink(missing_ok=True)
       state = train_loop(
         config,
         prepared,

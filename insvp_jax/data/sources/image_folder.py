@@ -668,6 +668,8 @@ def _what_lies_in(folders: _Folders, prefix: str) -> str:
 
 def _class_name(folder: str) -> str:
   """Returns the name of a folder's class, which every terminal can show."""
+  # In a locale that is not UTF-8, Python hands out the bytes of other names.
+  folder = folder.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
   # macOS decomposes accents: the same name has to be the same class everywhere.
   return printable(unicodedata.normalize("NFC", folder))
 
