@@ -187,7 +187,13 @@ def memory(num_images: int) -> dict[str, float]:
   def count(images, mask):
     real = mask.sum().astype(int)
     total = images.astype("float32").sum()
-    return {"accuracy": Average(real, real), "loss": Average(total, real)}
+    accuracy = Average(real, real)
+    by_class = Average(real[None], real[None])
+    return {
+      "accuracy": accuracy,
+      "loss": Average(total, real),
+      "class_accuracy": by_class,
+    }
 
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)

@@ -10,6 +10,7 @@ import re
 import sys
 
 import insvp_jax
+from insvp_jax import errors
 
 # What each command does, and for a tool its module.
 COMMANDS = {
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: the words after `insvp`; None is those of this process.
   """
+  errors.print_anything()
   name, *flags = list(sys.argv[1:] if argv is None else argv) or ["--help"]
   if name in ("-h", "--help", "-help", "help"):
     print(usage())

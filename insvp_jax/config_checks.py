@@ -1,14 +1,14 @@
 """What can be checked of a configuration before any data or device is touched."""
 
-import math
+import os
+from pathlib import Path
 import re
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
-import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax import trees
 
 
 def validate(config: ConfigDict) -> None:
@@ -17,18 +17,9 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ValueError: names the key, its value and what is expected.
   """
-  known = trees.flatten(config_lib.defaults().to_dict())
-  missing = [name for name in known if not _has(config, name)]
-  if missing:
-    raise ValueError(
-      f"the config lacks {', '.join(sorted(missing)).replace('/', '.')}; start it from "
-      "insvp_jax.config.defaults()."
-    )
-  for key, low, high in _RANGES:
-    value = _get(config, key)
-    if not low <= value < math.inf or value > high:
-      expected = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-      raise ValueError(f"config.{key} is {value}, expected {expected}.")
+  check_keys(config)
+  for key, (default, _) in config_lib.keys().items():
+    _check_value(key, _get(config, key), default)
   if config.total_steps == 0 and config.total_epochs == 0:
     raise ValueError(
       f"config.total_epochs is {config.total_epochs} and config.total_steps is 0; one "
@@ -41,6 +32,7 @@ def validate(config: ConfigDict) -> None:
     )
   for key in ("root", "data_dir", "cache_dir", "lists"):
     check_folder(f"config.data.{key}", config.data[key])
+  _check_home("config.backbone.weights", config.backbone.weights)
   config_lib.profile_steps(config)
   _check_tune(config.tune)
   if config.tune.select != "val":
@@ -56,6 +48,11 @@ def validate(config: ConfigDict) -> None:
         f"config.optim.no_decay has {pattern!r}, expected regular expressions over "
         f"parameter names: {error}."
       ) from error
+  if config.data.duplicates not in ("warn", "drop", "error"):
+    raise ValueError(
+      f"config.data.duplicates is {config.data.duplicates!r}, expected 'warn', 'drop' "
+      "or 'error'."
+    )
   if config.backbone.init not in ("default", "mimetic"):
     raise ValueError(
       f"config.backbone.init is {config.backbone.init!r}, expected 'default' or "
@@ -74,16 +71,93 @@ def validate(config: ConfigDict) -> None:
       )
 
 
+def check_keys(config: ConfigDict) -> None:
+  """Checks that a config has every key.
+
+  Raises:
+    ValueError: it lacks some.
+  """
+  missing = sorted(key for key in config_lib.keys() if not _has(config, key))
+  if missing:
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    raise ValueError(
+      f"the config lacks {', '.join(missing[:5])}{more}; start it from "
+      "insvp_jax.config.defaults()."
+    )
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+  """Checks the type of a key's value, and that the number is one it can become.
+
+  Args:
+    key: such as "optim.lr".
+    value: of it.
+    default: of it; a type for a None that takes values of that type.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  kind = default if isinstance(default, type) else type(default)
+  if value is None and isinstance(default, type):
+    return
+  types, expected = _KINDS[kind]
+  if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f"config.{key} is {_shown(value)}, expected {expected}.")
+  if kind in (int, float):
+    low, high = _RANGES.get(key, _RANGE_OF_KIND[kind])
+    _check_number(f"config.{key} is", value, kind, low, high)
+
+
+def _check_number(
+  text: str, value: float | int, kind: type, low: float | int, high: float | int
+) -> None:
+  """Checks that a number is in a range, also as the float32 that it becomes.
+
+  Args:
+    text: how the message begins.
+    value: the number.
+    kind: int or float.
+    low: the lowest allowed value.
+    high: the highest one.
+
+  Raises:
+    ValueError: it is not.
+  """
+  # Not a chain of math.isnan: NaN fails every comparison.
+  if not low <= value <= high:
+    largest = config_lib.MAX_INT if kind is int else _LARGEST
+    bounds = f"in [{low:.10g}, {high:.10g}]"
+    if high == largest:
+      bounds = f"at least {low:.10g}" + (f", at most {high}" if value > high else "")
+    if low == -_LARGEST:
+      bounds = "a finite number"
+    raise ValueError(f"{text} {_shown(value)}, expected {bounds}.")
+  # As float32 it would be 0, or lose its digits.
+  if kind is float and 0 < abs(value) < _SMALLEST:
+    raise ValueError(
+      f"{text} {value}, expected 0 or a number of at least {_SMALLEST:g}: computed "
+      "with in float32, it would be 0."
+    )
+
+
+def _shown(value: Any) -> str:
+  """Returns a value as text; Python refuses to print integers of many digits."""
+  if isinstance(value, int) and value.bit_length() > 256:
+    return f"an integer of {value.bit_length()} bits"
+  return repr(value)
+
+
 def check_folder(name: str, path: str) -> None:
-  """Checks that a folder is not given as a URL.
+  """Checks that a folder is not given as a URL, nor in a home that there is not.
 
   Args:
     name: of the setting, for the message.
     path: its value; "" for none.
 
   Raises:
-    ValueError: it is one.
+    ValueError: it is.
   """
+  _check_home(name, path)
   if "://" in path:
     raise ValueError(
       f"{name} is {path}, a URL; expected a folder. Mount the bucket (gcsfuse does) "
@@ -91,34 +165,79 @@ def check_folder(name: str, path: str) -> None:
     )
 
 
-# (key, lowest value, highest value).
-_RANGES = (
-  ("batch_size", 1, math.inf),
-  ("eval_batch_size", 1, math.inf),
-  ("log_every_steps", 1, math.inf),
-  ("steps_per_call", 0, math.inf),
-  ("eval_every_epochs", 0, math.inf),
-  ("checkpoint_every_epochs", 0, math.inf),
-  ("total_steps", 0, math.inf),
-  ("total_epochs", 0, math.inf),
-  ("image_size", 0, math.inf),
-  ("backbone.fsdp", 1, math.inf),
-  ("plan.num_classes", 0, math.inf),
-  ("plan.num_train", 0, math.inf),
-  ("prompt_images", 0, math.inf),
-  ("keep_checkpoints", 1, math.inf),
-  ("data.resident_mb", 0, math.inf),
-  ("data.max_pixels", 1, math.inf),
-  ("data.max_file_mb", 1, math.inf),
-  ("data.max_16bit", 0, 65535),
-  ("tune.population", 0, math.inf),
-  ("data.val_fraction", 0, 1),
-  ("data.test_fraction", 0, 1),
-  ("loss.mixup_alpha", 0, math.inf),
-  ("loss.cutmix_alpha", 0, math.inf),
-  ("loss.mix_prob", 0, 1),
-  ("loss.mix_switch_prob", 0, 1),
-)
+def check_workdir(workdir: str | os.PathLike) -> None:
+  """Checks that a run's folder has a name that checkpoints can be written to.
+
+  Raises:
+    ValueError: its path is no text, as in an ASCII locale or of bytes that are none.
+  """
+  path = os.path.abspath(workdir)
+  try:
+    path.encode()
+  except UnicodeEncodeError as error:
+    encoding = sys.getfilesystemencoding()
+    raise ValueError(
+      f"the workdir {path} is no text in {encoding}, expected a path that is. Choose "
+      "another folder, or set LC_ALL=C.UTF-8."
+    ) from error
+
+
+def _check_home(name: str, path: str) -> None:
+  try:
+    Path(path).expanduser()
+  except RuntimeError as error:
+    raise ValueError(
+      f"{name} is {path}, but there is no such home folder; expected a path in full."
+    ) from error
+
+
+# Of float32, in which all is computed.
+_LARGEST, _SMALLEST = 3.4e38, 1e-37
+_SEED = (0, config_lib.MAX_SEED)
+_COUNT = (1, config_lib.MAX_INT)
+_SHARE = (0, 1)
+# What Python takes for a key of each type, and what it is called.
+_KINDS: dict[type, tuple[Any, str]] = {
+  bool: (bool, "True or False"),
+  int: (int, "a whole number"),
+  float: (float | int, "a number"),
+  str: (str, "a text"),
+  tuple: (tuple | list, "a tuple"),
+}
+# (lowest, highest) of a key of that type that is not in the table below.
+_RANGE_OF_KIND = {int: (0, config_lib.MAX_INT), float: (-_LARGEST, _LARGEST)}
+_NOT_NEGATIVE = (0, _LARGEST)
+# (lowest, highest) by key. `optim.check_optim` and the methods check their own, too.
+_RANGES: dict[str, tuple[float | int, float | int]] = {
+  "seed": _SEED,
+  "data.split_seed": _SEED,
+  "eval_batch_size": (1, 2**16),  # batches are padded to it
+  "log_every_steps": _COUNT,
+  "eval_every_epochs": _NOT_NEGATIVE,
+  "checkpoint_every_epochs": _NOT_NEGATIVE,
+  "total_epochs": _NOT_NEGATIVE,
+  "image_size": (0, 2**13),
+  "prompt_images": (0, 256),  # rows of one picture
+  "keep_checkpoints": _COUNT,
+  "backbone.fsdp": _COUNT,
+  "backbone.width": (1, 2**16),
+  "backbone.depth": (1, 2**10),
+  "backbone.mlp_dim": (1, 2**18),
+  "backbone.num_heads": (1, 2**10),
+  "backbone.patch_size": (1, 2**13),
+  "plan.num_classes": (0, 2**24),
+  "data.val_fraction": _SHARE,
+  "data.test_fraction": _SHARE,
+  "data.max_pixels": _COUNT,
+  "data.max_file_mb": (1, 2**20),
+  "data.max_16bit": (0, 2**16 - 1),
+  "optim.lr": _NOT_NEGATIVE,
+  "optim.wd": _NOT_NEGATIVE,
+  "loss.mixup_alpha": (0, 1e6),
+  "loss.cutmix_alpha": (0, 1e6),
+  "loss.mix_prob": _SHARE,
+  "loss.mix_switch_prob": _SHARE,
+}
 
 
 # {key of config.tune: (type of its values, what they are, an example)}.
@@ -135,18 +254,25 @@ def _check_tune(tune: ConfigDict) -> None:
   for key, (kind, expected, example) in _SEARCHED.items():
     for value in tune[key]:
       is_wrong = isinstance(value, bool) or not isinstance(value, kind)
-      if is_wrong or (key in ("lr", "wd") and not 0 <= value < math.inf):
+      if is_wrong or (key in ("lr", "wd") and not value >= 0):
         raise ValueError(
-          f"config.tune.{key} has {value!r}, expected {expected}, e.g. "
+          f"config.tune.{key} has {_shown(value)}, expected {expected}, e.g. "
           f'--config.tune.{key}="{example}".'
         )
+      if key in ("lr", "wd"):
+        _check_number(f"config.tune.{key} has", value, float, *_RANGES[f"optim.{key}"])
+      if key == "seeds":
+        _check_number("config.tune.seeds has", value, int, *_SEED)
     _check_unique(key, tune[key])
   for key, values in tune.grid.items():
     for value in values:
-      if not all(isinstance(x, float | int) for x in np.atleast_1d(value).tolist()):
+      numbers = value if isinstance(value, tuple | list) else (value,)
+      if not all(isinstance(x, float | int) for x in numbers):
         raise ValueError(
           f"config.tune.grid.{key} has {value!r}, expected numbers, or pairs of them."
         )
+      for number in numbers:
+        _check_number(f"config.tune.grid.{key} has", number, float, -_LARGEST, _LARGEST)
     _check_unique(f"grid.{key}", values)
 
 
@@ -160,10 +286,10 @@ def _get(config: ConfigDict, key: str) -> Any:
   return config[section][field] if section else config[field]
 
 
-def _has(config: ConfigDict, name: str) -> bool:
+def _has(config: ConfigDict, key: str) -> bool:
   node: Any = config
-  for part in name.split("/"):
-    if part not in node:
+  for part in key.split("."):
+    if not isinstance(node, ConfigDict) or part not in node:
       return False
     node = node[part]
   return True

@@ -1,9 +1,14 @@
 """How an error reaches a user: bad input in one line, a bug with its traceback."""
 
+import codecs
+import io
 from pathlib import Path
+import sys
 
 # What this package raises for bad input.
 INPUT_ERRORS = (ValueError, KeyError, FloatingPointError, OSError)
+# How characters are spelt that a terminal or a file behind a pipe cannot take.
+_SPELT = {"±": "+-", "×": "x", "–": "-", "…": "..."}
 
 
 def is_ours(error: BaseException) -> bool:
@@ -30,3 +35,26 @@ def one_line(error: BaseException) -> str:
   while isinstance(message, KeyError | AttributeError) and message.args:
     message = message.args[0]
   return " ".join(str(message).split())
+
+
+def print_anything() -> None:
+  """Lets standard output and error take every text, whatever their encoding.
+
+  A result is not lost because its terminal is ASCII: "±" becomes "+-", and what has no
+  such spelling its escape. Names of files that are no text in any encoding, too.
+  """
+  codecs.register_error("insvp_jax", _spell)
+  for stream in (sys.stdout, sys.stderr):
+    # None without a terminal on Windows; others in notebooks and tests.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="insvp_jax")
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+  """Returns what stands for characters that cannot be encoded, and where they end."""
+  if not isinstance(error, UnicodeEncodeError):
+    raise error
+  text = error.object[error.start : error.end]
+  escaped = (c.encode("ascii", "backslashreplace").decode() for c in text)
+  spelt = (_SPELT.get(c, e) for c, e in zip(text, escaped, strict=True))
+  return "".join(spelt), error.end

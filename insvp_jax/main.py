@@ -8,6 +8,7 @@ resumes); of several processes 42 also where another one was lost; anything else
 bug and comes with its traceback.
 """
 
+from collections.abc import Callable
 import importlib.util
 import os
 from pathlib import Path
@@ -16,7 +17,8 @@ import signal
 import sys
 import textwrap
 import traceback
-from typing import NoReturn
+import types
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -31,6 +33,68 @@ _CONFIG = config_flags.DEFINE_config_file(
   "root=..., seed=..., backbone=... sets what most runs differ in.",
   lock_config=True,
 )
+
+
+_LARGEST_CONFIG = 2**20  # bytes
+
+
+class ConfigMistakeError(Exception):
+  """A config file cannot be used; the message says where in it and why."""
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Loads a config file and calls its `get_config`.
+
+  In place of ml_collections' own, which keeps quiet about the file and line of a
+  mistake, or about the mistake until something reads the config.
+  """
+
+  def parse(self, argument: str) -> ConfigDict:
+    """Returns the config, locked.
+
+    Args:
+      argument: the file's path, and after a colon the argument of `get_config`.
+
+    Raises:
+      ConfigMistakeError: there is a mistake in the file, or in the argument.
+    """
+    path, *arg = argument.split(":", 1)
+    try:
+      config = _run_config(path)(*arg)
+    except ConfigMistakeError:
+      raise
+    except (Exception, SystemExit) as error:
+      raise ConfigMistakeError(_explain_config_error(error, argument)) from error
+    if not isinstance(config, ConfigDict):
+      raise ConfigMistakeError(
+        f"get_config of {path} returns {_a_type(config)}, expected a ConfigDict; start "
+        "it from insvp_jax.config.defaults(), and end with a return of it."
+      )
+    from insvp_jax import config_checks
+
+    try:
+      config_checks.check_keys(config)
+    except ValueError as error:
+      raise ConfigMistakeError(f"{path}: {error}") from error
+    return config.lock()
+
+
+def _run_config(path: str) -> Callable[..., Any]:
+  """Returns the `get_config` of a file; what goes wrong in the file is raised."""
+  if (size := os.path.getsize(path)) > _LARGEST_CONFIG:
+    raise ConfigMistakeError(f"{path} has {size:,} bytes; it is no config file.")
+  module = types.ModuleType("insvp_jax_config")
+  module.__file__ = path
+  # Where dataclasses look for the module of a class.
+  sys.modules[module.__name__] = module
+  # No bytecode is kept: it would go by the second of the file's last change.
+  exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
+  if not callable(get_config := getattr(module, "get_config", None)):
+    raise ConfigMistakeError(f"{path} has no function get_config.")
+  return get_config
+
+
+flags.FLAGS["config"].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run goes; default runs/NAME of the config."
 )
@@ -57,6 +121,10 @@ _LOST_TIMEOUT = flags.DEFINE_integer(
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "Show the whole traceback of an input error too."
 )
+
+
+# Seconds: a year, which every clock takes.
+_LONGEST = 365 * 24 * 3600
 
 
 class _PlanParser(flags.ArgumentParser):
@@ -102,8 +170,11 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     _exit_for_bad_input("no config; give one, e.g. --config=quickstart.")
   for flag in (_JOIN_TIMEOUT, _LOST_TIMEOUT):
-    if flag.value < 1:
-      _exit_for_bad_input(f"--{flag.name} is {flag.value}, expected at least 1 second.")
+    if not 1 <= flag.value <= _LONGEST:
+      _exit_for_bad_input(
+        f"--{flag.name} is {flag.value}, expected at least 1 second and at most "
+        f"{_LONGEST:,}."
+      )
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import config as config_lib
   from insvp_jax import config_checks
@@ -120,11 +191,13 @@ def main(argv: list[str]) -> None:
   if _PRINT_CONFIG.value:
     print(config_lib.format_keys(config))
     return
+  _use_float32()
   _cache_compiled_programs()
   from insvp_jax.distributed import processes
 
   try:
     config_checks.check_folder("--workdir", _WORKDIR.value or "")
+    config_checks.check_workdir(workdir)
     if _PLAN.value is not None:
       _plan(config, _PLAN.value)
       return
@@ -182,7 +255,8 @@ def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
   if best == workdir:
     del lines["table"]
   else:
-    processes.print_once(f"\n{(workdir / 'table.md').read_text()}")
+    table = (workdir / "table.md").read_text(encoding="utf-8")
+    processes.print_once(f"\n{table}")
   block = "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
   processes.print_once(block)
 
@@ -259,6 +333,17 @@ def _exit_for_bad_input(message: str) -> NoReturn:
   sys.exit(2)
 
 
+def _use_float32() -> None:
+  """Turns off what JAX_ENABLE_X64 turns on: other random numbers, other results."""
+  import jax
+
+  if jax.config.jax_enable_x64:
+    jax.config.update("jax_enable_x64", False)
+    print(
+      "note: JAX_ENABLE_X64 is ignored: all is computed in float32", file=sys.stderr
+    )
+
+
 def _cache_compiled_programs() -> None:
   """Keeps compiled programs on disk, so that the second start is quick.
 
@@ -266,10 +351,21 @@ def _cache_compiled_programs() -> None:
   """
   import jax
 
-  for name, value in {
-    "jax_compilation_cache_dir": str(paths.compiled_dir()),
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
-  }.items():
+  settings = {"jax_persistent_cache_min_compile_time_secs": 0.3}
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    try:
+      folder = paths.compiled_dir()
+      folder.mkdir(parents=True, exist_ok=True)
+      if not os.access(folder, os.W_OK):
+        # JAX would warn of each program anew.
+        raise PermissionError(f"no permission to write to {folder}")
+      settings["jax_compilation_cache_dir"] = str(folder)
+    except OSError as error:
+      print(
+        f"note: compiled programs are not kept: {errors.one_line(error)}",
+        file=sys.stderr,
+      )
+  for name, value in settings.items():
     if name.upper() not in os.environ:
       jax.config.update(name, value)
 
@@ -307,6 +403,11 @@ def _find_config(name: str) -> str:
   What follows a colon stays.
   """
   name, colon, arg = name.partition(":")
+  if not name:
+    _exit_for_bad_input(
+      "--config is empty; give a file, or one of the names "
+      f"{', '.join(_configs())}, e.g. --config=quickstart."
+    )
   if Path(name).is_file():
     return name + colon + arg
   configs = _configs()
@@ -317,7 +418,9 @@ def _find_config(name: str) -> str:
   from insvp_jax import trees
 
   _exit_for_bad_input(
-    f"there is no config file {name}; --config wants the path of one, or one of the "
+    f"there is no config file {name}"
+    f"{', that is a folder' if Path(name).is_dir() else ''}; --config wants the path "
+    "of one, or one of the "
     f"names {', '.join(configs)}.{trees.did_you_mean(name, configs)}"
   )
 
@@ -341,10 +444,45 @@ def _parse_flags(argv: list[str]) -> list[str]:
     argv.append(word)
   try:
     return flags.FLAGS(argv)
+  except ConfigMistakeError as error:
+    if "--traceback" in argv:
+      raise
+    _exit_for_bad_input(str(error))
   except _FLAG_ERRORS as error:
     if "--traceback" in argv:
       raise
     _exit_for_bad_input(_explain_flag_error(error, argv))
+
+
+def _explain_config_error(error: BaseException, argument: str) -> str:
+  """Returns where in a config file a mistake is, and what it is, in one line.
+
+  Args:
+    error: what loading the file or calling its `get_config` raised.
+    argument: of --config: the path of the file and what follows a colon.
+  """
+  path = argument.split(":")[0]
+  if isinstance(error, SyntaxError) and error.filename:
+    return f"{error.filename}, line {error.lineno}: no Python: {error.msg}"
+  # Lines of the file itself: what it calls stands in others.
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
+  text = _without_fields(errors.one_line(error))[:500]
+  if Path(path).resolve().parent == paths.configs_dir().resolve():
+    # Nothing is wrong with the file, but with the argument.
+    return f"--config={argument}: {text}"
+  if not (lines and errors.is_ours(error) and isinstance(error, ValueError)):
+    text = f"{type(error).__name__}: {text}".removesuffix(": ")
+  return f"{path}{f', line {lines[-1]}' if lines else ''}: {text}"
+
+
+def _without_fields(text: str) -> str:
+  """Returns the message of a locked ConfigDict without all of its fields."""
+  return re.sub(r' Other fields present: "\{.*\}"', "", text)
+
+
+def _a_type(value: Any) -> str:
+  return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _explain_flag_error(error: Exception, argv: list[str]) -> str:
@@ -358,14 +496,7 @@ def _explain_flag_error(error: Exception, argv: list[str]) -> str:
     if match and not any(f"{name}.".startswith(f"{match[1]}.") for name in known):
       hint = trees.did_you_mean(match[1], known)
       return f"unknown config key {match[1]!r} in {arg}.{hint}"
-  # An error inside of get_config comes wrapped, with its traceback as the message.
-  cause = error
-  while "whilst parsing config file" in str(cause) and cause.__context__:
-    cause = cause.__context__
-  where = "" if cause is error else f"{' '.join(a for a in argv if 'config=' in a)}: "
-  # A locked ConfigDict lists all of its fields.
-  text = re.sub(r' Other fields present: "\{.*\}"', "", errors.one_line(cause))
-  return f"{where}{text}"
+  return _without_fields(errors.one_line(error))
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -374,6 +505,7 @@ def run(argv: list[str] | None = None) -> None:
   Args:
     argv: the program's name and its arguments; None is those of this process.
   """
+  errors.print_anything()
   logging.set_verbosity(logging.WARNING)
   for signum in stopping.EXIT_STATUS:
     signal.signal(signum, stopping.interrupt)

@@ -16,9 +16,19 @@ def cache_dir(kind: str = "") -> Path:
 
   They lie in $INSVP_CACHE or, where it is not set, in the platform's folder for caches
   (Linux: $XDG_CACHE_HOME/insvp_jax or ~/.cache/insvp_jax). It need not exist.
+
+  Raises:
+    OSError: neither is set, and this user has no home.
   """
-  base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("insvp_jax")
-  return Path(base).expanduser() / kind
+  try:
+    base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("insvp_jax")
+    return Path(base).expanduser() / kind
+  except RuntimeError as error:
+    # As in a container with a user id that has no entry in /etc/passwd.
+    raise OSError(
+      "there is no folder for caches, since this user has no home folder. Set "
+      f"{CACHE_VARIABLE} to a folder."
+    ) from error
 
 
 def compiled_dir() -> Path:
@@ -30,7 +40,8 @@ def compiled_dir() -> Path:
   features = ""
   # Linux; elsewhere the kind of machine has to do.
   if (cpu_info := Path("/proc/cpuinfo")).is_file():
-    found = re.search(r"^(?:flags|Features)\b.*", cpu_info.read_text(), re.M)
+    text = cpu_info.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^(?:flags|Features)\b.*", text, re.M)
     features = found[0] if found else ""
   text = f"{platform.machine()} {platform.processor()} {features}"
   return cache_dir("jax") / hashlib.sha256(text.encode()).hexdigest()[:12]

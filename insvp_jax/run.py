@@ -55,6 +55,7 @@ class Run:
     preset: how images become inputs.
     meta: the description of the run in its checkpoint; see `checkpoints`.
     result: the contents of result.json, or None for a run that has not finished.
+    workdir: where it lies.
   """
 
   model: PromptedClassifier
@@ -63,6 +64,7 @@ class Run:
   preset: preprocess.Preset
   meta: Mapping[str, Any]
   result: Mapping[str, Any] | None
+  workdir: Path
 
   def predict(self, images: Any) -> Float32[np.ndarray, "b k"]:
     """Returns the probability of each class for each image.
@@ -216,6 +218,7 @@ def load_run(
     preset=preprocess.get_preset(meta["preset"]),
     meta=meta,
     result=_read_result(checkpoint),
+    workdir=checkpoint.parents[1],
   )
 
 
@@ -308,7 +311,7 @@ def _read_result(checkpoint: Path) -> dict[str, Any] | None:
   if checkpoint.parent.name != FOLDER:
     return None
   file = checkpoint.parents[1] / "result.json"
-  return json.loads(file.read_text()) if file.is_file() else None
+  return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:

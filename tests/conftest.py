@@ -31,7 +31,13 @@ SHARED = ROOT.parent / "shared"
 # quick to run. What they compare is compiled alike.
 QUICKLY_COMPILED = {
   *("test_attention", "test_batches", "test_classifier", "test_dropout"),
-  *("test_evaluate_tool", "test_features", "test_golden_methods", "test_insvp"),
+  *(
+    "test_evaluate_tool",
+    "test_features",
+    "test_few_images",
+    "test_golden_methods",
+    "test_insvp",
+  ),
   *("test_notebook", "test_population", "test_readme", "test_run", "test_steps"),
   *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),
 }

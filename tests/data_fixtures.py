@@ -26,6 +26,8 @@ def data_config(**changes) -> ml_collections.ConfigDict:
     "subset": "",
     "lists": "",
     "resident_mb": 1024,
+    "duplicates": "warn",
+    "splits_json": "",
   }
   return ml_collections.ConfigDict({**values, **changes})
 

@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from insvp_jax import errors, files
 from insvp_jax.checkpoints import files as checkpoint_files
 from insvp_jax.data import cache, decode, folder_or_zip, vpt_lists
-from insvp_jax.data.sources import cifar_npz, tfrecords
+from insvp_jax.data.sources import cifar_npz, stored_splits, tfrecords
 from insvp_jax.data.splits import ArraySplit, TaskData
 from insvp_jax.distributed import lock
 from insvp_jax.logs import writers
@@ -260,7 +260,7 @@ def zip_directory(seed: int) -> None:
     path = Path(folder) / "x.zip"
     path.write_bytes(data)
     with _clear_errors(), folder_or_zip.open_folder_or_zip(str(path)) as root:
-      names, _ = root.entries()
+      names = root.entries().files
       assert len(root.sizes(names)) == len(names)
       json.dumps(root.fingerprint(names))
       for name in names:
@@ -483,10 +483,33 @@ def split_lists(seed: int) -> None:
       vpt_lists.labels_of_lists(lists, rng.choice((1, 2)), folder)
 
 
+def stored_splits_lists(seed: int) -> None:
+  """The lists of files that a run keeps."""
+  rng = random.Random(seed)
+  value = {
+    "class_names": ["a", "b"],
+    "splits": {
+      "train": {"a": ["a/1.png"], "b": ["b/1.png"]},
+      "test": {"a": ["a/2.png"]},
+    },
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+      path = Path(folder) / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(b"x")
+    path = Path(folder) / "splits.json"
+    path.write_bytes(damaged_json(value, rng))
+    with _clear_errors(), folder_or_zip.open_folder_or_zip(folder) as root:
+      class_names, splits = stored_splits.read(root, str(path))
+      labels = [label for members in splits.values() for _, label in members]
+      assert all(0 <= label < len(class_names) for label in labels)
+
+
 FUZZERS = (
   *(image_bytes, image_metadata, zip_directory, npz_arrays, npz_backbone, npz_images),
   *(cached_data, record_starts, checksums, run_files, metrics_lines, lock_files),
-  split_lists,
+  *(split_lists, stored_splits_lists),
 )
 
 

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
+import numpy as np
 import pytest
 
 from insvp_jax import config as config_lib
@@ -113,7 +115,7 @@ def test_the_defaults_are_valid_and_locked():
 @pytest.mark.parametrize(
   "key, value",
   [
-    ("batch_size", 0),
+    ("batch_size", -1),
     ("eval_batch_size", -1),
     ("log_every_steps", 0),
     ("total_epochs", -1.0),
@@ -126,6 +128,7 @@ def test_the_defaults_are_valid_and_locked():
     ("checkpoint_every_epochs", float("inf")),
     ("data.data_dir", "gs://bucket/datasets"),
     ("data.root", "s3://bucket/photos.zip"),
+    ("data.lists", "~no_such_user_here/lists"),
     ("data.train_split", "test"),
     ("data.val_fraction", -0.1),
     ("data.test_fraction", 1.5),
@@ -158,6 +161,140 @@ def test_a_bad_value_is_named_with_its_key(key, value):
   assert re.search("expected|must be|twice", message) and "\n" not in message
 
 
+NUMBERS = {
+  key: default if isinstance(default, type) else type(default)
+  for key, (default, _) in config_lib.keys().items()
+  if default in (int, float) or type(default) in (int, float)
+}
+EXTREMES = st.one_of(
+  st.integers(),
+  st.sampled_from([2**n + k for n in (31, 32, 63, 64, 70, 20000) for k in (-1, 0, 1)]),
+  st.integers(0, 300),
+)
+
+
+def set_key(config, key, value):
+  section, _, field = key.rpartition(".")
+  (config[section] if section else config)[field] = value
+
+
+@settings(max_examples=400)
+@given(key=st.sampled_from(sorted(NUMBERS)), number=EXTREMES, real=st.floats())
+def test_a_number_is_refused_in_one_line_or_can_be_computed_with(key, number, real):
+  config = defaults()
+  is_int = NUMBERS[key] is int
+  value = number if is_int else real
+  set_key(config, key, value)
+  try:
+    config_checks.validate(config)
+    optim.check_optim(config.optim)
+    total, per_epoch = config_lib.num_steps(config, 1000)
+    optim.create_schedule(config.optim, total_steps=total, steps_per_epoch=per_epoch)
+    peak = optim.peak_lr(config.optim, config.batch_size or 1)
+  except ValueError as error:
+    message = str(error)
+    assert key.rpartition(".")[2] in message and "\n" not in message
+    assert len(message) < 300
+    return
+  assert json.loads(json.dumps(config_lib.to_dict(config), allow_nan=False))
+  as_seed = key in ("seed", "data.split_seed")
+  # Raises OverflowError, or warns, where the number does not fit.
+  held = (np.uint32 if as_seed else np.int32 if is_int else np.float32)(value)
+  assert held == value or not is_int
+  assert bool(held) == bool(value)
+  assert np.isfinite(np.float32(peak))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1 << 20000], ids=range(4))
+def test_two_seeds_are_never_one_run(seed):
+  config = defaults()
+  for key, value in (
+    ("seed", seed),
+    ("data.split_seed", seed),
+    ("tune.seeds", (seed,)),
+  ):
+    config = defaults()
+    set_key(config, key, value)
+    with pytest.raises(ValueError, match=f"config.{key} .*expected.*4294967295"):
+      config_checks.validate(config)
+    set_key(config, key, (2**32 - 1,) if key == "tune.seeds" else 2**32 - 1)
+    config_checks.validate(config)
+  for text in ("4294967296", "-1", "1" * 5000, "\u00b2"):
+    with pytest.raises(ValueError, match="expected a whole number, 0 to 4294967295"):
+      config_lib.select(defaults(), config_lib.parse_arg(f"seed={text}"))
+
+
+@pytest.mark.parametrize(
+  "key, value, expected",
+  [
+    ("seed", "1", "a whole number"),
+    ("seed", True, "a whole number"),
+    ("batch_size", 2.5, "a whole number"),
+    ("optim.lr", "high", "a number"),
+    ("tensorboard", 1, "True or False"),
+    ("task", 3, "a text"),
+    ("tune.lr", 0.1, "a tuple"),
+    ("insvp.prompt_length", 0.5, "a whole number"),
+    ("backbone.width", "wide", "a whole number"),
+  ],
+)
+def test_a_value_of_another_type_is_named_in_a_config_made_from_scratch(
+  key, value, expected
+):
+  made = ConfigDict(defaults().to_dict(), type_safe=False)
+  config_checks.validate(made)
+  set_key(made, key, value)
+  with pytest.raises(ValueError, match=f"config.{key} is .*expected {expected}"):
+    config_checks.validate(made)
+
+
+@given(number=st.integers(1, 300), devices=st.integers(1, 12))
+def test_an_automatic_batch_leaves_an_epoch_four_steps(number, devices):
+  if number < devices:
+    with pytest.raises(ValueError, match=f"{number} images, fewer than the {devices} "):
+      config_lib.automatic_batch_size(number, devices)
+    return
+  size = config_lib.automatic_batch_size(number, devices)
+  assert size % devices == 0 and size <= number
+  assert size == devices or (size <= 32 and number // size >= 4)
+  # The largest such.
+  assert 2 * size > 32 or number // (2 * size) < 4
+
+
+def test_only_own_images_have_an_automatic_batch(root):
+  sizes = {name: load(root, name).batch_size for name in CONFIGS}
+  assert {name for name, size in sizes.items() if size == 0} == {"folder", "quickstart"}
+  config = load(root, "vtab")
+  with pytest.raises(ValueError, match="only 18 images; lower it to at most 18"):
+    config_lib.num_steps(config, 18)
+
+
+def test_a_run_is_prolonged_where_the_lr_does_not_depend_on_its_length():
+  config = defaults()
+  config.optim.schedule, config.total_epochs = "constant", 10.0
+  stored = config_lib.to_dict(config)
+
+  def made(**changes):
+    other = defaults()
+    other.optim.schedule, other.total_epochs = "constant", 20.0
+    for key, value in changes.items():
+      set_key(other, key.replace("__", "."), value)
+    return config_lib.to_dict(other)
+
+  assert config_lib.prolongs(made(), stored)
+  assert config_lib.prolongs(made(eval_batch_size=8), stored)
+  assert config_lib.why_not_longer(made(), stored) == ""
+  for other in (
+    *(made(total_epochs=10.0), made(total_epochs=5.0), made(seed=1)),
+    *(made(total_steps=10**6), made(optim__lr=0.5), made(optim__schedule="cosine")),
+  ):
+    assert not config_lib.prolongs(other, stored)
+  cosine = {**stored, "optim": {**stored["optim"], "schedule": "cosine"}}
+  why = config_lib.why_not_longer(made(optim__schedule="cosine"), cosine)
+  assert "'cosine' ends with the run" in why and "optim.schedule=constant" in why
+  assert not config_lib.prolongs(made(), {"total_epochs": 10.0})
+
+
 def test_a_config_that_lacks_keys_is_told_where_to_start():
   config = defaults().copy_and_resolve_references()
   with config.unlocked():
@@ -165,6 +302,11 @@ def test_a_config_that_lacks_keys_is_told_where_to_start():
     del config.optim["lr"]
   with pytest.raises(ValueError, match="lacks optim.lr, seed; start it from .*default"):
     config_checks.validate(config)
+  many = ConfigDict(defaults().to_dict(), type_safe=False)
+  del many["optim"]
+  many.data = 3
+  with pytest.raises(ValueError, match=r"lacks (data\.\w+, ){4}data\.\w+ and \d+ more"):
+    config_checks.validate(many)
 
 
 @given(
@@ -226,6 +368,13 @@ def test_where_files_are_is_each_hosts_own():
   assert config_lib.shared_settings(first) == config_lib.shared_settings(second)
   second.log_every_steps = 7
   assert config_lib.shared_settings(first) != config_lib.shared_settings(second)
+
+
+def test_a_workdir_is_text():
+  config_checks.check_workdir("r\u00f6uns")
+  # What bytes that are none become.
+  with pytest.raises(ValueError, match=r"is no text in utf-8, expected .*C\.UTF-8"):
+    config_checks.check_workdir("r\udcc3uns")
 
 
 @pytest.mark.parametrize("value", ["10", "0:3", "5:4", "a:b", "-1:2", "1:2:3", "10:"])

@@ -110,6 +110,13 @@ UNKNOWN = "unknown config key "
     (["--profile=10"], ["config.profile is '10', expected", "e.g. '10:15'"]),
     (["--profile=2:9"], ["config.profile is '2:9', but the run has only 3 steps"]),
     (["--join_timeout=0"], ["--join_timeout is 0, expected at least 1 second"]),
+    ([f"--lost_timeout={2**70}"], ["--lost_timeout is 11805", "at most 31,536,000"]),
+    ([f"--config.seed={2**70}"], ["config.seed is 11805", "in [0, 4294967295]"]),
+    (["--config.seed=-1"], ["config.seed is -1, expected in [0, 4294967295]"]),
+    ([f"--config.tune.seeds=({2**32},)"], ["config.tune.seeds has 4294967296"]),
+    ([f"--config.total_steps={2**31}"], ["config.total_steps is 2147483648, exp"]),
+    (["--config.total_steps=0", "--config.total_epochs=1e30"], ["6e+30 steps"]),
+    (["--config.optim.lr=1e-60"], ["config.optim.lr is 1e-60", "in float32"]),
     (["--lost_timeout=x"], ["--lost_timeout=x"]),
     (["--config.tune.lr=abc"], ["config.tune.lr has 'abc', expected numbers"]),
     (["--config.vpt_deep.prompt_length=0"], ["prompt_length is 0, expected"]),
@@ -179,6 +186,75 @@ def test_no_config_or_a_wrong_one_is_one_line(main, root, tmp_path):
   ):
     assert_one_line(main(workdir, *flags), *parts)
   assert {path.name for path in tmp_path.iterdir()} == {"typo.py", "kind.py"}
+
+
+GET = "def get_config(arg=''):\n"
+MISTAKES = {
+  "syntax": ("x = (\n" + GET, ["mistake.py, line 1: no Python: '(' was never closed"]),
+  "indent": (f"{GET}return 1\n", ["mistake.py, line 2: no Python: expected an indent"]),
+  "binary": (b"\x7fELF\x00\x01\x02", ["mistake.py", "null bytes"]),
+  "png": (b"\x89PNG\r\n\x1a\n\x00", ["mistake.py"]),
+  "latin-1": ("x = 'Gr\u00fc\u00dfe'\n".encode("latin-1"), ["mistake.py", "utf-8"]),
+  "utf-16": (f"{GET}  return 1\n".encode("utf-16"), ["mistake.py"]),
+  "empty": ("", ["mistake.py has no function get_config"]),
+  "not a function": ("get_config = 3\n", ["mistake.py has no function get_config"]),
+  "large": (b"#" * 2**21, ["mistake.py has 2,097,152 bytes"]),
+  "argument": (
+    f"{GET}  from insvp_jax.config import parse_arg\n  return parse_arg('tsk=x')\n",
+    ["mistake.py, line 3: 'tsk=x' after the colon"],
+  ),
+  "name": (f"{GET}  return defaults()\n", ["mistake.py, line 2: NameError: name 'def"]),
+  "import": ("\nimport no_such\n", ["mistake.py, line 2: ModuleNotFoundError: No mod"]),
+  "assert": (f"{GET}\n  assert arg\n", ["mistake.py, line 3: AssertionError\n"]),
+  "os": (f"{GET}  open('no such')\n", ["mistake.py, line 2: FileNotFoundError: "]),
+  "exit": (f"import sys\n{GET}  sys.exit(3)\n", ["mistake.py, line 3: SystemExit: 3"]),
+  "recursion": (f"{GET}  return get_config()\n", ["mistake.py, line 2: RecursionE"]),
+  "two lines": (f"{GET}  raise ValueError('a\\nb')\n", ["line 2: ValueError: a b\n"]),
+  "dict": (
+    f"{GET}  return dict(seed=1)\n",
+    ["mistake.py returns a dict, expected a C"],
+  ),
+  "none": (f"{GET}  pass\n", ["mistake.py returns None, expected a ConfigDict; start"]),
+  "class": (f"{GET}  return object\n", ["mistake.py returns a type, expected a Conf"]),
+  "no argument": (
+    "def get_config():\n  pass\n",
+    ["mistake.py: TypeError: get_config()"],
+  ),
+  "keys": (
+    f"from ml_collections import ConfigDict\n{GET}  return ConfigDict(dict(seed=1))\n",
+    ["mistake.py: the config lacks backbone.depth, ", " more; start it from insvp_jax"],
+  ),
+}
+
+
+@pytest.mark.parametrize("how", MISTAKES)
+def test_a_mistake_in_a_config_file_is_one_line_with_its_place(main, tmp_path, how):
+  source, parts = MISTAKES[how]
+  path = tmp_path / "mistake.py"
+  path.write_bytes(source if isinstance(source, bytes) else source.encode())
+  arg = ":x" if how == "no argument" else ""
+  flags = [f"--config={path}{arg}", f"--workdir={tmp_path / 'run'}"]
+  assert_one_line(main(*flags), str(path), *parts)
+  # Also where the flags go on to change the config.
+  assert_one_line(main(*flags, "--config.seed=1"), str(path), *parts)
+  done = main(*flags, "--traceback")
+  assert done.status == 1 and done.err.startswith("Traceback")
+  assert [p.name for p in tmp_path.iterdir()] == ["mistake.py"]
+
+
+def test_a_config_that_is_none_is_one_line(main, tmp_path):
+  (tmp_path / "folder").mkdir()
+  for flags, part in (
+    (
+      ["--config="],
+      "--config is empty; give a file, or one of the names cifar100_lt, ",
+    ),
+    (["--config"], "--config is empty"),
+    (["--config=:root=x"], "--config is empty"),
+    ([f"--config={tmp_path / 'folder'}"], "folder, that is a folder; --config wants"),
+    (["--config=/dev/zero"], "there is no config file /dev/zero; --config wants"),
+  ):
+    assert_one_line(main(*flags), part)
 
 
 def test_print_config_prints_every_key_and_trains_nothing(main, base, tmp_path):
@@ -364,6 +440,13 @@ def test_a_workdir_that_cannot_be_written_is_one_line(main, base, tmp_path, wher
     (["--config.data.root={place}/darker"], ["the images or their labels have chan"]),
     (["--config.optim.lr=0.5"], ["other settings: config.optim.lr is 0.5, was"]),
     (["--config.seed=1"], ["other settings: config.seed is 1, was 0"]),
+    (
+      ["--config.total_steps=6"],
+      [
+        "config.total_steps is 6, was 3; the lr's schedule 'cosine' ends with the run",
+        "optim.schedule=constant",
+      ],
+    ),
   ],
 )
 def test_a_workdir_of_another_run_is_one_line_and_left_alone(

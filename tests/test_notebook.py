@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import make_params, make_run
 
 from insvp_jax import config as config_lib
-from insvp_jax import tools
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.weights.load import save_backbone
 from insvp_jax.run import load_run
+from insvp_jax.tools import run_data
 from insvp_jax.train.trainer import train
 
 KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}
@@ -74,7 +74,7 @@ def notebook(root):
 
 def test_a_loaded_run_is_as_accurate_as_the_trainer_said(trained):
   run = load_run(trained)
-  images, labels = tools.task_images(run, 797)
+  images, labels = run_data.sample_images(run, 797)
   said = [run.class_names[i] for i in run.predict(images).argmax(axis=1)]
   right = sum(a == b for a, b in zip(said, labels, strict=True))
   assert run.result["num_test_examples"] == len(images) == 797

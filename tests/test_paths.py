@@ -18,10 +18,65 @@ def test_one_variable_moves_all_caches(monkeypatch, tmp_path):
   assert paths.cache_dir() == Path.home() / "kept"
 
 
+@pytest.fixture
+def nowhere(monkeypatch):
+  """A user without a home folder, and no folder that is named for caches."""
+  for name in (paths.CACHE_VARIABLE, "HOME", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+  def no_entry(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+  monkeypatch.setattr("pwd.getpwuid", no_entry)
+  return monkeypatch
+
+
+def test_without_a_home_the_caches_are_those_that_are_named(nowhere, tmp_path):
+  with pytest.raises(OSError, match=f"no home folder. Set {paths.CACHE_VARIABLE}"):
+    paths.cache_dir("data")
+  nowhere.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert paths.cache_dir() == tmp_path / "insvp_jax"
+  nowhere.setenv(paths.CACHE_VARIABLE, str(tmp_path / "mine"))
+  assert paths.cache_dir("data") == tmp_path / "mine" / "data"
+
+
+@pytest.mark.parametrize("where", ["no home", "a file", "named for JAX"])
+def test_compiled_programs_are_not_kept_where_no_folder_can_be(
+  nowhere, tmp_path, capsys, where
+):
+  seen = {}
+  nowhere.setattr(jax.config, "update", seen.__setitem__)
+  if where == "a file":
+    (tmp_path / "file").write_text("")
+    nowhere.setenv(paths.CACHE_VARIABLE, str(tmp_path / "file" / "caches"))
+  if where == "named for JAX":
+    nowhere.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  main._cache_compiled_programs()
+  assert "jax_compilation_cache_dir" not in seen
+  said = capsys.readouterr().err
+  assert said.count("\n") == (where != "named for JAX")
+  assert not said or said.startswith("note: compiled programs are not kept: ")
+
+
+def test_a_run_is_in_float32_whatever_jax_is_told(capsys):
+  with pytest.MonkeyPatch.context() as patch:
+    seen = {}
+    patch.setattr(jax.config, "update", seen.__setitem__)
+    with jax.enable_x64():
+      main._use_float32()
+    said = capsys.readouterr().err
+    assert seen == {"jax_enable_x64": False}
+    assert said == "note: JAX_ENABLE_X64 is ignored: all is computed in float32\n"
+    seen.clear()
+    main._use_float32()
+    assert not seen and capsys.readouterr().err == ""
+
+
 def test_another_processor_has_another_cache(monkeypatch):
   here = paths.compiled_dir()
   assert paths.compiled_dir() == here
-  monkeypatch.setattr(Path, "read_text", lambda path: "flags\t\t: fpu sse9\n")
+  monkeypatch.setattr(Path, "read_text", lambda path, **_: "flags\t\t: fpu sse9\n")
   assert paths.compiled_dir() != here
 
 

@@ -83,5 +83,5 @@ def test_the_nearest_tasks_and_backbones_are_named():
     load_data("svnh", ConfigDict(), 32)
   with pytest.raises(ValueError, match="of them, such as 'caltech101'; .* --task=vtab"):
     load_data("vtab", ConfigDict(), 32)
-  with pytest.raises(ValueError, match="'vit_b16'. Nearest: vit_b16_i21k, .*RELEASES"):
+  with pytest.raises(ValueError, match="'vit_b16'. Nearest: vit_b16_i21k, .*BACKBONES"):
     architecture_of("vit_b16")

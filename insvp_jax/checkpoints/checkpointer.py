@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
-from insvp_jax import trees
+from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
   Damaged,
@@ -85,7 +85,9 @@ class Checkpointer:
     Raises:
       OSError: the directory cannot be written to.
       TypeError: `meta` holds something that JSON cannot.
+      ValueError: the path is no text.
     """
+    config_checks.check_workdir(workdir)
     quieten_orbax()
     self.directory = Path(workdir).absolute() / FOLDER
     self._stored = stored_names(mask)
@@ -298,7 +300,9 @@ class Checkpointer:
     differences = []
     if "config" in self._meta:
       config, stored_config = self._meta["config"], stored.get("config", {})
-      differences.append(config_lib.difference(config, stored_config))
+      if not config_lib.prolongs(config, stored_config):
+        differences.append(config_lib.difference(config, stored_config))
+        differences.append(config_lib.why_not_longer(config, stored_config))
     backbone, before = self._meta.get("backbone", {}), stored.get("backbone", {})
     # Random weights have the seed they were drawn from in place of a file's digest.
     if any(backbone.get(key) != before.get(key) for key in ("sha256", "seed", "init")):

@@ -3,7 +3,8 @@
 The way of one image of a `.zip`, from `load_data` to the batch on the device:
 
 1. `load_data` (here) calls `load` of a module in `sources`: for one's own images
-   `image_folder`, which finds splits and classes in the names of the archive's files.
+   `image_folder`, which finds splits and classes in the names of the archive's files;
+   `image_kinds` says which of them are images.
 2. `image_files.ImageFiles`, names and labels of a split's files, gives a
    `splits.StreamSplit`, which decodes images in any order while it is read: in threads
    (`prefetch`), `folder_or_zip` reads the bytes in place, `decode` makes RGB pixels of
@@ -50,6 +51,8 @@ __all__ = [
   "load_data",
 ]
 
+# The lists of files of one's own images, in the workdir of a run.
+SPLITS_FILE = "splits.json"
 # Prints the table of tasks.
 LIST_COMMAND = "insvp prepare --list"
 # Tasks that are no rows of `TASKS`, and how they are loaded.

@@ -97,7 +97,11 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
     return make()
   text = json.dumps({**key, "format": _FORMAT, **decode.decoder_versions()})
   digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-  folder = Path(cache_dir).expanduser() if cache_dir else paths.cache_dir("data")
+  try:
+    folder = Path(cache_dir).expanduser() if cache_dir else paths.cache_dir("data")
+  except OSError as error:
+    logging.warning("decoded data are not cached: %s", error)
+    return make()
   path = folder / f"{digest}.npz"
   if path.exists():
     try:

@@ -172,6 +172,8 @@ class TaskData:
     skipped: number of unreadable images that were left out (see `skip_corrupt`).
     source: what was read, with its version; stored with the result.
     final_split: the split that the final model of the task's protocol is trained on.
+    files: of one's own images, for each split (names of its files relative to the root,
+      their labels), which is stored with a run.
   """
 
   name: str
@@ -180,6 +182,9 @@ class TaskData:
   skipped: int = 0
   source: str = ""
   final_split: str = "train_val"
+  files: Mapping[str, tuple[Sequence[str], np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     """Checks that labels are class indices and that no split is empty."""
@@ -205,19 +210,47 @@ class TaskData:
     Args:
       names: names of splits, e.g. those that a run reads; others are left out.
     """
-    sha = hashlib.sha256("\n".join(self.class_names).encode())
+    # Names of folders may be bytes that are no text.
+    classes = "\n".join(self.class_names).encode("utf-8", "surrogatepass")
+    sha = hashlib.sha256(classes)
     for name in sorted(set(names) & set(self.splits)):
       sha.update(f"{name} {self.splits[name].digest}".encode())
     return sha.hexdigest()
 
+  def class_counts(self, most: int = 20) -> str:
+    """Returns a line with the number of images of each class in each split.
+
+    Args:
+      most: of how many classes; of more, the smallest, median and largest number.
+    """
+    names = [name for name in ("train", "val", "test") if name in self.splits]
+    names = names or list(self.splits)
+    counts = {
+      name: np.bincount(self.splits[name].labels, minlength=self.num_classes)
+      for name in names
+    }
+    if self.num_classes <= most:
+      rows = zip(self.class_names, *counts.values(), strict=True)
+      numbers = ", ".join(f"{name} {'/'.join(map(str, row))}" for name, *row in rows)
+      return f"images of each class ({'/'.join(names)}): {numbers}"
+    ranges = []
+    for name, of_class in counts.items():
+      low, high = int(of_class.argmin()), int(of_class.argmax())
+      ranges.append(
+        f"{name} {of_class[low]} ({self.class_names[low]}), {np.median(of_class):g}, "
+        f"{of_class[high]} ({self.class_names[high]})"
+      )
+    return f"images of the smallest, median and largest class: {'; '.join(ranges)}"
+
   def summary(self) -> str:
-    """Returns one line: name, number of classes, sizes of the splits, skipped files."""
+    """Returns two lines: classes, sizes of splits, skipped files; `class_counts`."""
     sizes = ", ".join(
       f"{name} {len(split)}" + (" (streamed)" if isinstance(split, StreamSplit) else "")
       for name, split in self.splits.items()
     )
     skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
-    return f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+    first = f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
+    return f"{first}\n{self.class_counts()}"
 
 
 def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:

@@ -9,6 +9,7 @@ source, and returns positions.
 from collections.abc import Mapping, Sequence
 import random
 
+from absl import logging
 from jaxtyping import Bool, Int, Shaped
 import numpy as np
 
@@ -65,7 +66,9 @@ def stratified_parts(
   """Divides examples into train and other parts, class by class.
 
   Of a class of m examples, a part of fraction f > 0 gets f * m, rounded, but at least
-  one; train keeps at least one.
+  one; train keeps at least one. A class too small for that gives first to train,
+  then to the parts of the largest fractions: a single example stays in train. A warning
+  names such classes, or the part that no class has enough for.
 
   Args:
     labels: class of each example.
@@ -77,25 +80,26 @@ def stratified_parts(
     For each example "train" or the part's name.
 
   Raises:
-    ValueError: if fractions are out of range or a class is too small.
+    ValueError: if fractions are out of range.
   """
   total = sum(fractions.values())
   if any(fraction < 0 for fraction in fractions.values()) or total >= 1:
     wanted = ", ".join(f"{name}_fraction={f}" for name, f in fractions.items())
     raise ValueError(f"{wanted}: each has to be at least 0, together below 1.")
   wanted = {name: fraction for name, fraction in fractions.items() if fraction}
+  largest_first = sorted(wanted, key=wanted.__getitem__, reverse=True)
   parts = np.full(len(labels), "train", dtype="<U16")
   rng = np.random.Generator(np.random.PCG64(seed))
+  lacking: dict[str, list[str]] = {name: [] for name in wanted}
   for label in np.unique(labels):
     members = rng.permutation(np.flatnonzero(labels == label))
-    if len(members) < 1 + len(wanted):
-      raise ValueError(
-        f"the class {class_names[label]!r} has {len(members)} images, but one each "
-        f"is needed for {', '.join(['train', *wanted])}. Add images, or set the "
-        f"fraction of a split to 0 to do without it."
-      )
-    start, left = 0, len(wanted)
+    served = largest_first[: len(members) - 1]
+    for name in wanted.keys() - set(served):
+      lacking[name].append(class_names[label])
+    start, left = 0, len(served)
     for name, fraction in wanted.items():
+      if name not in served:
+        continue
       left -= 1
       # One example stays for each later part and for train.
       room = len(members) - start - left - 1
@@ -103,6 +107,18 @@ def stratified_parts(
       number = min(max(1, int(fraction * len(members) + 0.5)), room)
       parts[members[start : start + number]] = name
       start += number
+  for name, classes in lacking.items():
+    if len(classes) == len(np.unique(labels)):
+      logging.warning(
+        "the classes have too few images for one of each in %s, so there is none", name
+      )
+    elif classes:
+      logging.warning(
+        "%d of the classes have too few images for one in %s: %s",
+        len(classes),
+        name,
+        ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else ""),
+      )
   return parts
 
 

@@ -57,11 +57,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
   """Checks that a global batch splits evenly over the devices of the mesh.
 
+  A size of 0 stands for one that does; see `config.automatic_batch_size`.
+
   Raises:
     ValueError: it does not; the message has the nearest sizes that would.
   """
   devices = mesh.size
-  if batch_size < 1 or batch_size % devices:
+  if batch_size < 0 or batch_size % devices:
     below = max(batch_size, 0) // devices * devices
     fits = [size for size in (below, below + devices) if size > 0]
     raise ValueError(

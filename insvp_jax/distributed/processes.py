@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -58,12 +59,13 @@ def detect_cluster(environ: Mapping[str, str] | None = None) -> str | None:
   environ = os.environ if environ is None else environ
   launchers = {
     "manual": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"),
-    "slurm": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
+    # As JAX does before Slurm, whose step may be that of Open MPI's own daemons.
     "openmpi": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+    "slurm": ("SLURM_STEP_NODELIST", _slurm_variable(environ)),
   }
   for launcher, (marker, num_processes) in launchers.items():
     # One task of a cluster is an ordinary single process.
-    if environ.get(marker) and int(environ.get(num_processes) or 1) > 1:
+    if environ.get(marker) and _number(environ, num_processes, 1) > 1:
       return launcher
   if "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
     return "tpu"
@@ -73,6 +75,28 @@ def detect_cluster(environ: Mapping[str, str] | None = None) -> str | None:
   if environ.get("KUBERNETES_SERVICE_HOST") and environ.get("JOB_COMPLETION_INDEX"):
     return "kubernetes"
   return None
+
+
+def _slurm_variable(environ: Mapping[str, str]) -> str:
+  """Returns the variable with the number of tasks that were started together.
+
+  A job may hold more than the step that this process belongs to: a shell, or one of
+  several programs side by side.
+  """
+  step = "SLURM_STEP_NUM_TASKS"
+  return step if environ.get(step) else "SLURM_NTASKS"
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+  """Returns the whole number in a variable; the default where it is not set.
+
+  Raises:
+    ValueError: it is none.
+  """
+  text = environ.get(name, "").strip()
+  if text and not re.fullmatch(r"[0-9]{1,9}", text):
+    raise ValueError(f"the variable {name} is {text!r}, expected a whole number.")
+  return int(text or default)
 
 
 def initialize_distributed(multihost: bool | None = None, **timeouts: int) -> bool:
@@ -94,7 +118,14 @@ def initialize_distributed(multihost: bool | None = None, **timeouts: int) -> bo
     return False
   # JAX reads JAX_COORDINATOR_ADDRESS by itself, but not these two.
   variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-  numbers = {key: int(os.environ[v]) for key, v in variables.items() if v in os.environ}
+  if cluster == "slurm" and not os.environ.get("JAX_NUM_PROCESSES"):
+    # JAX would wait for all tasks of the job.
+    variables["num_processes"] = _slurm_variable(os.environ)
+  numbers = {
+    key: _number(os.environ, variable, 0)
+    for key, variable in variables.items()
+    if os.environ.get(variable)
+  }
   try:
     jax.distributed.initialize(**numbers, **timeouts)
   except ValueError as error:
@@ -356,7 +387,8 @@ def _end_for_want_of_others(join_timeout: int) -> NoReturn:
     "not all processes met at the coordinator "
     f"{_jax_state().coordinator_address or '(unknown)'} within {join_timeout} s. Check "
     "that every process runs, reaches that address (process 0 listens there) and has "
-    "another process id, or raise --join_timeout.",
+    "another process id, or raise --join_timeout. If this is to be a run of one "
+    "process, pass --config.multihost=False.",
   )
 
 

@@ -94,7 +94,9 @@ class Writers:
   def text(self, name: str, text: str) -> None:
     """Shows a text, Markdown, in TensorBoard."""
     if self._events:
-      self._events.text(0, name, text)
+      # Names of files that are no text in any encoding are spelt.
+      spelt = text.encode("utf-8", "backslashreplace").decode()
+      self._events.text(0, name, spelt)
 
   def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
     """Shows images in TensorBoard, by name."""
@@ -177,7 +179,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.check_replaceable(path)
-    with partial.open("w") as file:
+    # Names of files that are no text in any encoding are spelt.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -208,7 +211,9 @@ def _kept_lines(path: Path, start_step: int, start_lines: int | None) -> list[by
   for line in path.read_bytes().splitlines(keepends=True)[:start_lines]:
     # A crash of the machine may have left half a line.
     try:
-      if files.parse_json(line)["step"] > start_step or not line.endswith(b"\n"):
+      # NaN is not above any step either.
+      known = files.parse_json(line)["step"] <= start_step
+      if not known or not line.endswith(b"\n"):
         break
     except (ValueError, TypeError, KeyError):
       break

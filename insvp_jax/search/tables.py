@@ -20,13 +20,19 @@ def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as a Markdown table, one row per method."""
   hparams = _searched_hparams(summary)
-  titles = [task, "test accuracy, %", "seeds", "lr", "wd", *hparams]
+  is_unbalanced = any(result.get("balanced_mean") for result in summary.values())
+  titles = [task, "test accuracy, %", *["balanced, %"] * is_unbalanced]
+  titles += ["seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
   rows = []
   for method, result in summary.items():
     mean = "-" if result["mean"] is None else f"{100 * result['mean']:.2f}"
     spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
-    cells = [method, f"{mean}{spread}", f"{len(result['seeds'])}"]
+    cells = [method, f"{mean}{spread}"]
+    if is_unbalanced:
+      balanced = result.get("balanced_mean")
+      cells.append("-" if balanced is None else f"{100 * balanced:.2f}")
+    cells.append(f"{len(result['seeds'])}")
     cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
     cells += [f"{result['trainable_params']:,}", f"{result['train_seconds']:.0f}"]
     rows.append(cells)
@@ -36,7 +42,16 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
 def format_csv(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as CSV, one row per method; accuracies in [0, 1]."""
   hparams = _searched_hparams(summary)
-  columns = ("mean", "std", "seeds", "test_accuracies", "val_accuracy", "lr", "wd")
+  columns = (
+    "mean",
+    "std",
+    "balanced_mean",
+    "seeds",
+    "test_accuracies",
+    "val_accuracy",
+    "lr",
+    "wd",
+  )
   columns = (*columns, *hparams, "trainable_params", "prompter_params", "train_seconds")
   rows: list[tuple] = [("task", "method", *columns)]
   for method, result in summary.items():

@@ -93,7 +93,7 @@ def points(grid: Mapping[str, tuple]) -> list[Point]:
 
 
 def at(config: ConfigDict, **changes: Any) -> ConfigDict:
-  """Returns a copy with some of method, seed, train_split and a point's hparams."""
+  """Returns a copy: other method, seed, batch_size, train_split, a point's hparams."""
   copy = config.copy_and_resolve_references()
   copy.method = changes.pop("method", copy.method)
   sections = {
@@ -101,6 +101,7 @@ def at(config: ConfigDict, **changes: Any) -> ConfigDict:
     "wd": copy.optim,
     "train_split": copy.data,
     "seed": copy,
+    "batch_size": copy,
   }
   for key, value in changes.items():
     section = sections[key] if key in sections else copy[copy.method]

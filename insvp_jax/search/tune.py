@@ -83,6 +83,8 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     method_config = trials.at(config, method=method)
     searches[method] = Search(method_config, mode, prepared)
     prepared = searches[method].prepared
+    # What 0 stood for holds for all methods.
+    config = trials.at(config, batch_size=prepared.program.batch_size)
   trainer.print_shared(config, prepared)
   outlook = Outlook({method: search.work() for method, search in searches.items()})
   print_once(outlook.summary())
@@ -145,11 +147,12 @@ class Search:
     config = trials.scaled(config, mode == "tune")
     if self.has_choice:
       config = trials.at(config, train_split="train")
-    self.config = config
     hparams = tuple(name for name in self.names if name not in ("lr", "wd"))
     configs = [trials.at(config, **point) for point in self.points]
     # The program is the same for all points: what differs is data.
     self.prepared = prepare(configs[0], like=like, hparams=hparams)
+    # Automatic until now. The final runs keep what the trials had.
+    self.config = trials.at(config, batch_size=configs[0].batch_size)
     spec = self.prepared.program.model.backbone.spec
     for each in configs:
       create_method(each.method, spec, **config_lib.method_kwargs(each))
@@ -157,7 +160,8 @@ class Search:
       raise ValueError(
         f"the task {self.prepared.data.name!r} has no val split to choose "
         f"{' and '.join(self.names)} on; set config.tune.lr and config.tune.wd to one "
-        "value each, or add a val split. The test split never selects."
+        "value each, e.g. by --config.optim.lr=0.003, or add a val split. The test "
+        "split never selects."
       )
 
   @property
@@ -209,6 +213,7 @@ class Search:
     return {
       "mean": statistics.mean(accuracies) if accuracies else None,
       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+      "balanced_mean": _balanced_mean(results),
       "test_accuracies": accuracies,
       "seeds": [result["seed"] for result in results],
       **chosen,
@@ -304,6 +309,14 @@ class Search:
     return results
 
 
+def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
+  """Returns the mean balanced accuracy; None where the test classes are of one size."""
+  by_class = [result.get("test_by_class") for result in results]
+  if not all(each and each["imbalance"] > report.UNBALANCED for each in by_class):
+    return None
+  return statistics.mean(each["balanced_accuracy"] for each in by_class)
+
+
 def train_trials(
   configs: Sequence[ConfigDict],
   prepared: Prepared,
@@ -384,9 +397,12 @@ def _finished_result(
   result_file, config_file = workdir / "result.json", workdir / "config.json"
   if not (result_file.exists() and config_file.exists()):
     return None
-  result, stored = (json.loads(f.read_text()) for f in (result_file, config_file))
+  result, stored = (json.loads(f.read_bytes()) for f in (result_file, config_file))
   # Random weights have a seed beside what is prepared; the config compares it.
   is_same = prepared.backbone.items() <= result["backbone"].items()
   digest = report.data_digest(config, prepared.data)
   is_same &= result.get("data_sha256") == digest
+  # A run that is being prolonged has the new config already, and the old result.
+  total_steps = prepared.program.total_steps
+  is_same &= result.get("steps", total_steps) == total_steps
   return result if is_same and not config_lib.difference(config, stored) else None

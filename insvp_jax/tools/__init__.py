@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+import dataclasses
 from pathlib import Path
 import sys
 from typing import Any
@@ -32,6 +33,7 @@ def run_tool(main: Callable[[], None]) -> int:
   one line on stderr, and what the error's notes list, and status 2. Other errors are
   bugs and keep their traceback.
   """
+  errors.print_anything()
   try:
     main()
   except errors.INPUT_ERRORS as error:
@@ -44,68 +46,78 @@ def run_tool(main: Callable[[], None]) -> int:
   return 0
 
 
-def find_images(paths: Sequence[str]) -> list[Path]:
-  """Returns the image files among the paths and in the folders among them.
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+  """An image in a folder or archive, or alone, that is decoded when it is asked for.
+
+  NumPy and thus `Run` take it for the array of its pixels.
+
+  Attributes:
+    tree: the folder or archive.
+    name: of the file in it.
+  """
+
+  tree: Any
+  name: str
+
+  def __str__(self) -> str:
+    """Returns the path, which every terminal can show."""
+    from insvp_jax.data.image_kinds import printable
+
+    return printable(self.tree.full_path(self.name))
+
+  def read(self) -> Any:
+    """Returns the pixels uint8 [h, w, 3].
+
+    Raises:
+      ValueError: the file does not decode; the message names it.
+    """
+    from insvp_jax.data import decode
+
+    return decode.decode_image(self.tree.read(self.name), str(self))
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """Returns the pixels; see `read`."""
+    import numpy as np
+
+    return np.asarray(self.read(), dtype)
+
+
+def find_images(paths: Sequence[str]) -> list[ImageFile]:
+  """Returns the images among the paths, and in the folders and archives among them.
+
+  Those of a folder or archive are found as in training, and a line on stderr says what
+  was left out. A file that is named is taken whatever its name is.
 
   Raises:
     FileNotFoundError: a path does not exist.
-    ValueError: a folder holds no image file.
+    ValueError: a folder or archive holds no image, or a path is no regular file.
   """
-  from insvp_jax.data.decode import IMAGE_SUFFIXES
+  from insvp_jax.data import image_kinds
+  from insvp_jax.data.folder_or_zip import open_path
 
   images = []
   for path in map(Path, paths):
     if not path.exists():
       raise FileNotFoundError(f"there is no image file or folder {path}.")
-    if not path.is_dir():
-      images.append(path)
+    if not path.is_dir() and path.suffix.lower() != ".zip":
+      if not path.is_file():
+        raise ValueError(f"{path} is no regular file, expected an image or a folder.")
+      images.append(ImageFile(open_path(path.parent), path.name))
       continue
-    in_folder = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not in_folder:
+    tree = open_path(path)
+    found = image_kinds.find_images(tree)
+    left_out = image_kinds.left_out_line(found.left_out)
+    kind = "folder" if path.is_dir() else "archive"
+    if not found.images:
+      known = ", ".join(image_kinds.SUFFIXES)
       raise ValueError(
-        f"the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})."
+        f"the {kind} {path} holds no image ({known}, or files of these formats)"
+        f"{'; ' if left_out else ''}{left_out}."
       )
-    images.extend(in_folder)
+    if left_out:
+      print(f"insvp_jax: {path}: {left_out}", file=sys.stderr)
+    # As in a file browser: a folder's own images beside those of its folders.
+    names = sorted(found.images, key=lambda name: name.split("/"))
+    images.extend(ImageFile(tree, name) for name in names)
   return images
-
-
-def task_data(run: Any) -> Any:
-  """Returns the `TaskData` of the run's task; its data have to be where they were.
-
-  Raises:
-    ValueError, FileNotFoundError: the data cannot be read; see the message.
-  """
-  from ml_collections import ConfigDict
-
-  from insvp_jax.data import load_data
-
-  config = run.meta["config"]
-  size = run.model.backbone.image_size
-  return load_data(config["task"], ConfigDict(config["data"]), size)
-
-
-def task_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
-  """Returns random test images of the run's task, with their class names.
-
-  Args:
-    run: from `load_run`; its data have to be where they were.
-    count: how many images, drawn without replacement.
-    seed: of the draw.
-
-  Returns:
-    uint8 images [b, h, w, 3] and the names of their classes. They are of the split
-    "test" or, in a task without one, of "val" or "train".
-
-  Raises:
-    ValueError, FileNotFoundError: the data cannot be read; see the message.
-  """
-  import numpy as np
-
-  from insvp_jax.data import splits
-
-  data = task_data(run)
-  name = next(name for name in ("test", "val", "train") if name in data.splits)
-  split = data.splits[name]
-  rng = np.random.default_rng(seed)
-  sample = splits.to_memory(split, rng.permutation(len(split))[:count])
-  return sample.images, [data.class_names[label] for label in sample.labels]

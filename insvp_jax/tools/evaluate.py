@@ -13,33 +13,40 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import tools
+from insvp_jax.tools import run_data
+from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
 
 
-def evaluate_split(run: Any, split: Any) -> dict[str, float | int]:
-  """Returns accuracy in [0, 1], mean loss in nats and the number of examples.
+def evaluate_split(run: Any, data: RunData, name: str) -> dict[str, Any]:
+  """Returns what `train.evaluate.evaluate` does, for one split.
 
   Args:
     run: from `load_run`.
-    split: of images at the stored size of the run's preset; read chunk by chunk.
+    data: images at the stored size of the run's preset; read chunk by chunk.
+    name: of the split.
   """
+  split, labels = data.data.splits[name], data.labels(name)
   indices = np.arange(len(split))
   chunks = [indices[i : i + CHUNK_SIZE] for i in range(0, len(split), CHUNK_SIZE)]
-  num_correct, total_loss = 0, 0.0
-  for chunk, images in zip(chunks, split.read(chunks), strict=True):
-    # They have the stored size already, so `Run.predict` does not resize them.
-    probabilities = run.predict(images)
-    labels = split.labels[chunk]
-    num_correct += int(np.sum(probabilities.argmax(axis=1) == labels))
-    of_label = probabilities[np.arange(len(chunk)), labels]
-    # float32 underflows to 0 beyond 100 nats.
-    of_label = np.maximum(of_label, np.finfo(np.float32).tiny)
-    total_loss += float(np.sum(-np.log(of_label)))
+  # They have the stored size already, so `Run.predict` does not resize them.
+  probabilities = np.concatenate([run.predict(images) for images in split.read(chunks)])
+  is_correct = probabilities.argmax(axis=1) == labels
+  # float32 underflows to 0 beyond 100 nats.
+  of_label = probabilities[indices, labels]
+  nats = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
+  num_classes = len(run.class_names)
+  correct = np.bincount(labels, is_correct, minlength=num_classes)
+  count = np.bincount(labels, minlength=num_classes)
+  class_accuracy = np.full(num_classes, np.nan)
+  np.divide(correct, count, out=class_accuracy, where=count > 0)
   return {
-    "accuracy": num_correct / len(split),
-    "loss": total_loss / len(split),
+    "accuracy": float(is_correct.mean()),
+    "loss": float(nats.mean(dtype=np.float64)),
     "num_examples": len(split),
+    "class_accuracy": class_accuracy,
+    "class_count": count,
   }
 
 
@@ -53,25 +60,37 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   parser = tools.argument_parser(__doc__, "evaluate", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help="the backbone's file, if it has moved")
-  parser.add_argument("--splits", nargs="+", default=["test"], help="train, val, ...")
+  parser.add_argument("--splits", nargs="+", help="train, val, test (the default), ...")
+  parser.add_argument(
+    "--root", default="", help="another folder or .zip of images of the run's classes"
+  )
   args = parser.parse_args(argv)
 
   def work() -> None:
     from insvp_jax.run import load_run
+    from insvp_jax.train import evaluate, report
 
     run = load_run(args.run, backbone=args.backbone)
-    data = tools.task_data(run)
-    for name in args.splits:
-      if name not in data.splits:
+    data = run_data.read(run, args.root)
+    splits = data.data.splits
+    # A folder of classes alone is all there is to score.
+    default = "test" if "test" in splits or not args.root else "train"
+    names = args.splits or [default]
+    for name in names:
+      if name not in splits:
         raise ValueError(
-          f"--splits has {name!r}, but the task {data.name!r} has only "
-          f"{', '.join(data.splits)}."
+          f"--splits has {name!r}, but the task {data.data.name!r} has only "
+          f"{', '.join(splits)}."
         )
-    for name in args.splits:
-      metrics = evaluate_split(run, data.splits[name])
+    for name in names:
+      metrics = evaluate_split(run, data, name)
+      by_class = evaluate.balanced(metrics, run.class_names)
+      unbalanced = by_class["imbalance"] > report.UNBALANCED
       print(
-        f"{name}: accuracy {100 * metrics['accuracy']:.2f}%, loss "
-        f"{metrics['loss']:.3f} nats, {metrics['num_examples']} images",
+        f"{'all' if args.root and not args.splits and name == 'train' else name}: "
+        f"accuracy {100 * metrics['accuracy']:.2f}%"
+        + (f" ({report.by_class_text(by_class)})" if unbalanced else "")
+        + f", loss {metrics['loss']:.3f} nats, {metrics['num_examples']} images",
         flush=True,
       )
 

@@ -1,16 +1,20 @@
 """Prints a run's predictions for images.
 
-insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/
+insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/ photos.zip
+
+Images that do not decode are named on stderr, and the others are predicted. The status
+is then 2 at the end; with --skip_corrupt it is 0.
 
 Without the command `insvp` it is python -m insvp_jax.tools.predict.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+import contextlib
 import sys
 from typing import Any
 
 from insvp_jax import tools
+from insvp_jax.errors import one_line
 
 BATCH_SIZE = 32  # images decoded at a time
 
@@ -35,7 +39,44 @@ def top_classes(
       yield [(run.class_names[i], float(probabilities[i])) for i in labels]
 
 
-def format_classes(path: Path, classes: Sequence[tuple[str, float]]) -> str:
+def _batches(
+  run: Any, images: Sequence[tools.ImageFile], errors: list[Exception]
+) -> Iterator[list[tuple[tools.ImageFile, Any]]]:
+  """Yields batches of images with their resized pixels, those that decode.
+
+  Args:
+    run: from `load_run`.
+    images: the files, decoded some way ahead.
+    errors: gets an error for each of the others, which is also printed if there are
+      several images.
+  """
+  from insvp_jax.data import prefetch, preprocess
+
+  def read(image: tools.ImageFile) -> Any:
+    try:
+      # Resized at once, so that no more than a few large images are in memory.
+      return preprocess.resize(run.preset, image.read(), run.model.backbone.image_size)
+    except ValueError as error:
+      return error
+
+  batch = []
+  squares = prefetch.ordered_map(read, images, ahead=BATCH_SIZE)
+  with contextlib.closing(squares):
+    for image, square in zip(images, squares, strict=True):
+      if isinstance(square, ValueError):
+        errors.append(square)
+        if len(images) > 1:
+          print(f"insvp_jax: {one_line(square)}", file=sys.stderr, flush=True)
+        continue
+      batch.append((image, square))
+      if len(batch) == BATCH_SIZE:
+        yield batch
+        batch = []
+  if batch:
+    yield batch
+
+
+def format_classes(path: Any, classes: Sequence[tuple[str, float]]) -> str:
   """Returns the path, and on lines of their own the classes."""
   lines = [f"  {100 * probability:5.1f}%  {name}" for name, probability in classes]
   return "\n".join([str(path), *lines])
@@ -52,20 +93,37 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help="the backbone's file, if it has moved")
   parser.add_argument("--top", type=int, default=5, help="how many classes to print")
-  parser.add_argument("images", nargs="+", help="image files, or folders of them")
+  parser.add_argument(
+    "--skip_corrupt", action="store_true", help="images that do not decode are no error"
+  )
+  parser.add_argument(
+    "images", nargs="+", help="image files, or folders or .zip archives of them"
+  )
   args = parser.parse_args(argv)
 
   def work() -> None:
     if args.top < 1:
       raise ValueError(f"--top is {args.top}, expected at least 1.")
-    paths = tools.find_images(args.images)
+    images = tools.find_images(args.images)
     # Imported late, so that a wrong flag costs no start-up time.
     from insvp_jax.run import load_run
 
     run = load_run(args.run, backbone=args.backbone)
-    predictions = top_classes(run, paths, args.top)
-    for path, classes in zip(paths, predictions, strict=True):
-      print(format_classes(path, classes), flush=True)
+    errors = []
+    for read in _batches(run, images, errors):
+      predictions = top_classes(run, [square for _, square in read], args.top)
+      for (image, _), classes in zip(read, predictions, strict=True):
+        print(format_classes(image, classes), flush=True)
+    if errors and len(images) == 1:
+      raise errors[0]
+    if errors:
+      count = f"{len(errors)} of {len(images)} images"
+      if not args.skip_corrupt:
+        raise ValueError(
+          f"{count} have no prediction, since they do not decode: mend or remove them, "
+          f"or pass --skip_corrupt."
+        )
+      print(f"insvp_jax: {count} were skipped as corrupt", file=sys.stderr)
 
   return tools.run_tool(work)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import tools
+from insvp_jax.tools import run_data
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
@@ -155,7 +156,7 @@ def draw(
   """
   shown, labels = evenly_spaced(images, rows), None
   if not images:
-    shown, labels = tools.task_images(run, rows)
+    shown, labels = run_data.sample_images(run, rows)
   save_figure(prompt_figure(run, shown, labels=labels), path)
 
 

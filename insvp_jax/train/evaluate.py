@@ -1,6 +1,6 @@
 """Evaluation that counts every example exactly once, on any number of devices."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from clu.metrics import Average
@@ -19,13 +19,14 @@ def evaluate(
   """Returns accuracy and loss over all examples of `batches`.
 
   Args:
-    eval_step: jitted; returns "accuracy" and "loss" of one padded batch: sums and
-      counts, [] or, of m trials, [m].
+    eval_step: jitted; returns "accuracy" and "loss" of one padded batch, sums and
+      counts, [] or, of m trials, [m]; and "class_accuracy", [k] or [m, k].
     batches: padded batches with a mask, from `batches.eval_batches`.
 
   Returns:
     accuracy in [0, 1], loss (mean, in nats), num_correct and num_examples; of m trials
-    the first three are arrays [m].
+    the first three are arrays [m]. Also class_accuracy, [k] or [m, k], NaN for a class
+    without examples, and class_count [k].
 
   Raises:
     ValueError: there is no example to evaluate.
@@ -46,6 +47,43 @@ def evaluate(
     "num_correct": _plain(total["accuracy"].total.astype(int)),
     # All trials see the same examples.
     "num_examples": int(np.max(total["accuracy"].count)),
+    **_by_class(total["class_accuracy"]),
+  }
+
+
+def _by_class(total: Average) -> dict[str, Any]:
+  """Returns accuracy and number of examples of each class."""
+  accuracy = np.full(np.shape(total.total), np.nan)
+  np.divide(total.total, total.count, out=accuracy, where=total.count > 0)
+  count = total.count if np.ndim(total.count) == 1 else total.count[0]
+  return {"class_accuracy": accuracy, "class_count": count.astype(int)}
+
+
+def balanced(
+  evaluated: Mapping[str, Any], class_names: Sequence[str]
+) -> dict[str, Any]:
+  """Returns what accuracy alone would hide in a split of unequal classes.
+
+  Args:
+    evaluated: what `evaluate` returned for one model.
+    class_names: one name per class.
+
+  Returns:
+    `balanced_accuracy`: the mean over classes, in [0, 1]; `worst_class`: its name,
+    accuracy and number of examples; `imbalance`: examples of the largest class per one
+    of the smallest. Classes without examples are left out.
+  """
+  accuracy, count = evaluated["class_accuracy"], evaluated["class_count"]
+  present = np.flatnonzero(count)
+  worst = min(present, key=lambda i: (accuracy[i], -count[i]))
+  return {
+    "balanced_accuracy": float(np.mean(accuracy[present])),
+    "worst_class": {
+      "name": class_names[worst],
+      "accuracy": float(accuracy[worst]),
+      "num_examples": int(count[worst]),
+    },
+    "imbalance": float(count.max() / count[present].min()),
   }
 
 

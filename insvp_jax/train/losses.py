@@ -7,6 +7,7 @@ kind of loss.
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+import numpy as np
 import optax
 
 
@@ -48,6 +49,21 @@ def cross_entropy(
   return optax.losses.softmax_cross_entropy(
     logits.astype(jnp.float32), targets.astype(jnp.float32)
   )
+
+
+def class_weights(counts: Int[np.ndarray, " k"]) -> Float32[np.ndarray, " k"]:
+  """Returns by how much examples of each class count so that classes count alike.
+
+  n / (k * count): 1 where all classes are of one size. A class without examples gets 0.
+
+  Args:
+    counts: examples of each class.
+
+  Source: King and Zeng, Logistic Regression in Rare Events Data, section 4; the
+    "balanced" weights of scikit-learn.
+  """
+  present = np.maximum(counts, 1) * np.count_nonzero(counts)
+  return np.where(counts > 0, counts.sum() / present, 0).astype(np.float32)
 
 
 def mix(

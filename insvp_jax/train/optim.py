@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from insvp_jax import trees
@@ -30,11 +31,20 @@ def peak_lr(optim: Config, batch_size: int) -> float:
     optim: the config section. `lr_scale_by_batch` > 0 multiplies lr by
       (images per update) / lr_scale_by_batch.
     batch_size: images per train step, over all devices.
+
+  Raises:
+    ValueError: float32 does not hold it.
   """
   if optim["lr_scale_by_batch"] <= 0:
     return float(optim["lr"])
   images_per_update = batch_size * optim["accumulate_steps"]
-  return float(optim["lr"]) * (images_per_update / optim["lr_scale_by_batch"])
+  lr = float(optim["lr"]) * (images_per_update / optim["lr_scale_by_batch"])
+  if lr > 3.4e38:
+    raise ValueError(
+      f"optim.lr is {optim['lr']:g}, which optim.lr_scale_by_batch="
+      f"{optim['lr_scale_by_batch']} makes {lr:g}; lower it."
+    )
+  return lr
 
 
 def create_schedule(
@@ -152,13 +162,14 @@ def check_optim(optim: Config) -> None:
 
 
 _NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number >= 0")
-_BELOW_ONE = (lambda value: 0 <= value < 1, "in [0, 1)")
+# As float32, in which the optimizer computes: 1 - 1e-9 is 1 there.
+_BELOW_ONE = (lambda value: 0 <= value < 1 and np.float32(value) < 1, "in [0, 1)")
 _RANGES = {
   "lr": _NOT_NEGATIVE,
   "wd": _NOT_NEGATIVE,
   "b1": _BELOW_ONE,
   "b2": _BELOW_ONE,
-  "eps": (lambda value: 0 < value < float("inf"), "a number > 0"),
+  "eps": (lambda value: 1e-37 < value < float("inf"), "a number > 0 in float32"),
   "momentum": _BELOW_ONE,
   "warmup_epochs": _NOT_NEGATIVE,
   "warmup_steps": _NOT_NEGATIVE,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import optax
 from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.distributed import processes
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.models.classifier import PromptedClassifier, create_model
-from insvp_jax.train import optim, steps
+from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
 
 
@@ -136,20 +138,39 @@ def create_program(
   num_train: int,
   mesh: jax.sharding.Mesh,
   hparams: tuple[str, ...] = (),
+  *,
+  class_counts: np.ndarray | None = None,
 ) -> Program:
   """Builds model, mask, optimizer and steps; runs and compiles nothing.
 
   Args:
-    config: the whole configuration.
+    config: the whole configuration. A `batch_size` of 0 is replaced in it by what it
+      stands for, so that all that goes by the config, and what is stored, say the same.
     num_classes: k.
     num_train: number of training images.
     mesh: where the batches will lie.
     hparams: fields of the method that come with the state instead of being compiled
       into the steps; names of its `HPARAMS`.
+    class_counts: training images of each class, int [k], which `loss.class_weights`
+      asks for; None where nothing will be trained.
 
   Raises:
     ValueError: something in the config does not fit; see the message.
   """
+  if jax.config.jax_enable_x64:
+    # Its random numbers are others, so the same seed would be another run.
+    raise ValueError(
+      "JAX computes in 64 bits here, but everything of a run is float32: unset "
+      "JAX_ENABLE_X64, or call jax.config.update('jax_enable_x64', False)."
+    )
+  if config.batch_size == 0:
+    config.batch_size = config_lib.automatic_batch_size(num_train, mesh.size)
+    if config.batch_size < config_lib.LARGEST_AUTOMATIC_BATCH:
+      processes.print_once(
+        f"note: {num_train} training images: batches of {config.batch_size} (chosen by "
+        "config.batch_size=0)",
+        file=sys.stderr,
+      )
   mesh_lib.check_batch_size(config.batch_size, mesh)
   model = create_model(**model_kwargs(config, num_classes))
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
@@ -159,6 +180,9 @@ def create_program(
     config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   optimizer = optim.create_optimizer(config.optim, shapes, mask)
+  weights = None
+  if config.loss.class_weights and class_counts is not None:
+    weights = losses.class_weights(class_counts)
   return Program(
     model=model,
     mask=mask,
@@ -170,7 +194,12 @@ def create_program(
     mesh=mesh,
     state_sharding=state_lib.create_sharding(shapes, mask, mesh),
     functions=steps.create_step_functions(
-      sharding_lib.unshard_in_use(model, mesh), optimizer, schedule, mask, config
+      sharding_lib.unshard_in_use(model, mesh),
+      optimizer,
+      schedule,
+      mask,
+      config,
+      weights,
     ),
     hparams=hparams,
   )
@@ -219,7 +248,7 @@ def _state_numbers(config: ConfigDict, program: Program) -> dict[str, Any]:
   """Returns what a run's first state holds besides parameters."""
   peak_lr = optim.peak_lr(config.optim, config.batch_size)
   return {
-    "seed": np.uint32(config.seed % 2**32),
+    "seed": np.uint32(config.seed),
     "peak_lr": np.float32(peak_lr),
     "wd": np.float32(config.optim.wd),
     "hparams": state_lib.hparams_of(config, program.hparams),

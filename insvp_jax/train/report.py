@@ -17,11 +17,14 @@ from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models.weights.releases import release_of
-from insvp_jax.train import features, optim
+from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
 from insvp_jax.train.timing import Timer
 
+# The largest class of a split per one of the smallest, above which accuracy alone says
+# little.
+UNBALANCED = 1.5
 _PARTS = ("backbone", "prompter", "head")
 # The packages whose versions a result depends on.
 PACKAGES = ("insvp_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -167,7 +170,7 @@ def run_meta(
     "task": data.name,
     "data_sha256": data_sha256,
     "trainable": [name for name, trainable in is_trainable.items() if trainable],
-    "config": config_lib.to_dict(config),
+    "config": config_lib.stored(config),
     "versions": versions(),
   }
 
@@ -208,6 +211,7 @@ def result(
     "val_accuracy": val and val["accuracy"],
     "test_accuracy": test and test["accuracy"],
     "num_test_examples": test["num_examples"] if test else 0,
+    "test_by_class": test and evaluate.balanced(test, meta["class_names"]),
     "trainable_params": trees.count(trainable),
     "prompter_params": trees.count(prompter),
     "total_params": trees.count(program.shapes),
@@ -233,6 +237,9 @@ def result_line(result: Mapping[str, Any]) -> str:
     for split in ("val", "test")
     if result[f"{split}_accuracy"] is not None
   ]
+  by_class = result.get("test_by_class")
+  if by_class and by_class["imbalance"] > UNBALANCED:
+    accuracies[-1] += f" ({by_class_text(by_class)})"
   share = 100 * result["trainable_params"] / result["total_params"]
   # None where features came from a cache: no image was looked at.
   rate = result["images_per_second"]
@@ -250,6 +257,15 @@ def bytes_text(nbytes: int) -> str:
   while value >= 1024 and unit != "TiB":
     value, unit = value / 1024, next(units)
   return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def by_class_text(by_class: Mapping[str, Any]) -> str:
+  """Returns in a few words what accuracy hides; see `evaluate.balanced`."""
+  worst = by_class["worst_class"]
+  return (
+    f"balanced {100 * by_class['balanced_accuracy']:.2f}%, worst class {worst['name']} "
+    f"{100 * worst['accuracy']:.2f}% of {worst['num_examples']}"
+  )
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from insvp_jax import trees
@@ -53,6 +54,7 @@ def create_step_functions(
   schedule: Schedule,
   mask: Mapping[str, Any],
   config: ConfigDict,
+  class_weights: np.ndarray | None = None,
 ) -> StepFunctions:
   """Returns the functions that train and evaluate a model.
 
@@ -62,11 +64,18 @@ def create_step_functions(
     schedule: from `optim.create_schedule`.
     mask: bool tree, True where trainable.
     config: the whole configuration.
+    class_weights: as for `create_train_step`.
   """
   preset = preprocess.get_preset(config.data.preset)
   return StepFunctions(
     train=create_train_step(
-      model, optimizer, schedule, mask, preset=preset, loss=config.loss.to_dict()
+      model,
+      optimizer,
+      schedule,
+      mask,
+      preset=preset,
+      loss=config.loss.to_dict(),
+      class_weights=class_weights,
     ),
     evaluate=create_eval_step(model, preset=preset),
     features=create_feature_step(model, preset=preset),
@@ -87,6 +96,7 @@ def create_train_step(
   *,
   preset: preprocess.Preset,
   loss: Mapping[str, Any],
+  class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -100,6 +110,8 @@ def create_train_step(
     mask: bool tree, True where trainable.
     preset: how uint8 images become the backbone's input.
     loss: the config's `loss` section.
+    class_weights: float32 [k], by which the loss of an example of each class counts;
+      of a mixed target their mean. None counts all alike.
 
   Returns:
     A pure function of batches {"images" or "features", "labels"}. Its metrics are
@@ -135,7 +147,10 @@ def create_train_step(
       else:
         rngs = {"dropout": dropout_key}
         logits = model.apply(variables, images, train=True, rngs=rngs)
-      return jnp.mean(losses.cross_entropy(logits, targets)), logits
+      nats = losses.cross_entropy(logits, targets)
+      if class_weights is not None:
+        nats = nats * (targets @ class_weights)
+      return jnp.mean(nats), logits
 
     (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     trainable, opt_state = update_params(optimizer, schedule, mask, state, grads)
@@ -204,12 +219,18 @@ def create_eval_step(
       logits = model.apply(variables, _eval_images(model, preset, batch))
     targets = losses.targets(batch["labels"], model.head.num_classes)
     is_real = batch["mask"] > 0
-    of_example = {
-      "accuracy": jnp.argmax(logits, axis=-1) == batch["labels"],
-      "loss": losses.cross_entropy(logits, targets),
+    is_correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+    nats = losses.cross_entropy(logits, targets)
+    # Rows of 0 and 1, whatever the smoothing is in training.
+    counts = (targets * is_real[:, None]).astype(jnp.int32)
+    return {
+      "accuracy": Average.from_model_output(is_correct, mask=is_real),
+      "loss": Average.from_model_output(nats, mask=is_real),
+      "class_accuracy": Average(
+        total=jnp.sum(counts * is_correct[:, None], axis=0),
+        count=jnp.sum(counts, axis=0),
+      ),
     }
-    average = Average.from_model_output
-    return {name: average(x, mask=is_real) for name, x in of_example.items()}
 
   return eval_step
 

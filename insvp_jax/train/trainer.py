@@ -23,8 +23,9 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.checkpoints.checkpointer import Checkpointer
-from insvp_jax.data import TaskData, load_data
+from insvp_jax.data import SPLITS_FILE, TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.data.sources import stored_splits
 from insvp_jax.distributed import lock, processes
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
@@ -120,8 +121,15 @@ def prepare(
       f"the task {data.name!r} has no split {split!r}, only "
       f"{', '.join(data.splits)}; set config.data.train_split to one of them."
     )
-  num_train = len(data.splits[split])
-  program = create_program(config, data.num_classes, num_train, mesh, hparams)
+  labels = data.splits[split].labels
+  program = create_program(
+    config,
+    data.num_classes,
+    len(labels),
+    mesh,
+    hparams,
+    class_counts=np.bincount(labels, minlength=data.num_classes),
+  )
   if like:
     return dataclasses.replace(like, program=program)
   loaded: list[str] = []
@@ -158,6 +166,8 @@ def train(
     Stopped: SIGINT or SIGTERM came; a checkpoint was written.
     OSError: the disk is full or read-only.
   """
+  # Preparing it writes what it leaves open, such as an automatic batch size.
+  config = config.copy_and_resolve_references()
   is_alone = prepared is None
   prepared = prepared or prepare(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
@@ -188,7 +198,10 @@ def train(
     # What the interrupted run counted; {} for a new one.
     progress = checkpointer.progress()
     start_step, timer = int(state.step), Timer.of(progress)
-    write_json(workdir / "config.json", config_lib.to_dict(config))
+    write_json(workdir / "config.json", config_lib.stored(config))
+    if data.files:
+      lists = stored_splits.to_json(data.class_names, data.files)
+      write_json(workdir / SPLITS_FILE, lists)
     table = report.param_table(config, program)
     write_text(workdir / "parameters.txt", f"{table}\n")
 
@@ -206,6 +219,9 @@ def train(
         writers.log(report.run_text(config, program, data))
       writers.text("config", report.config_table(config))
 
+      if start_step < program.total_steps and processes.is_main_process():
+        # That of a shorter run, which goes on.
+        (workdir / "result.json").unlink(missing_ok=True)
       state = train_loop(
         config,
         prepared,

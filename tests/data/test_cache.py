@@ -68,6 +68,15 @@ def test_the_default_folder_keeps_only_what_takes_time(tmp_path, monkeypatch):
   assert [path.parent for path in tmp_path.rglob("*.npz")] == [tmp_path / "data"]
 
 
+def test_without_a_home_nothing_is_kept_and_one_line_says_so(monkeypatch, caplog):
+  for name in ("INSVP_CACHE", "HOME", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+  with caplog.at_level("WARNING", "absl"):
+    _check(cache.cached_task({}, _data))
+  assert len(caplog.records) == 1 and "Set INSVP_CACHE" in caplog.text
+
+
 def test_the_cache_is_below_home_by_default(monkeypatch):
   monkeypatch.delenv("INSVP_CACHE", raising=False)
   assert paths.cache_dir("data") == Path.home() / ".cache" / "insvp_jax" / "data"

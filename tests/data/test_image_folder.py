@@ -44,7 +44,10 @@ def test_the_splits_on_disk_are_kept(tmp_path):
   root = fixtures.write_folder(tmp_path / "pets", fixtures.numbered_files(_SPLIT))
   data = _load(root)
   assert data.name == "pets" and data.class_names == ("cat", "dog")
-  assert data.summary() == "pets: 2 classes, train 7, val 3, test 4, train_val 10"
+  assert data.summary().splitlines() == [
+    "pets: 2 classes, train 7, val 3, test 4, train_val 10",
+    "images of each class (train/val/test): cat 4/2/2, dog 3/1/2",
+  ]
   assert _numbers(data.splits["train"]) == [0, 1, 2, 3, 4, 5, 6]
   assert data.splits["train"].labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert _numbers(data.splits["val"]) == [7, 8, 9]
@@ -121,11 +124,19 @@ def test_only_the_missing_split_is_taken_from_train(tmp_path):
   assert len(data.splits["train"]) == 20
 
 
-def test_a_class_that_cannot_be_split_is_named(tmp_path):
-  root = fixtures.write_folder(tmp_path, fixtures.numbered_files({"a": 9, "b": 2}))
-  with pytest.raises(ValueError, match="'b' has 2 images.*train, val, test"):
-    _load(root)
-  assert len(_load(root, test_fraction=0.0).splits["train"]) == 9
+def test_a_class_that_cannot_be_split_stays_in_train_and_is_named(tmp_path, caplog):
+  files = fixtures.numbered_files({"a": 9, "b": 2, "c": 1})
+  root = fixtures.write_folder(tmp_path, files)
+  with caplog.at_level("WARNING", "absl"):
+    splits = _load(root).splits
+  assert {name: set(splits[name].labels) for name in ("train", "val", "test")} == {
+    "train": {0, 1, 2},
+    "val": {0},
+    "test": {0, 1},
+  }
+  assert "2 of the classes have too few images for one in val: b, c" in caplog.text
+  assert "1 of the classes have too few images for one in test: c" in caplog.text
+  assert len(_load(root, test_fraction=0.0).splits["train"]) == 10
   with pytest.raises(ValueError, match="together below 1"):
     _load(root, val_fraction=0.7, test_fraction=0.3)
 

@@ -1,6 +1,7 @@
 """Splits that are decoded while they are read: the same batches as from memory."""
 
 from collections import deque
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -82,8 +83,10 @@ def _decoders():
 
 
 def _open_below(folder):
-  links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-  targets = [os.readlink(link) for link in links if os.path.islink(link)]
+  targets = []
+  for fd in os.listdir("/proc/self/fd"):
+    with contextlib.suppress(FileNotFoundError):  # closed by now
+      targets.append(os.readlink(f"/proc/self/fd/{fd}"))
   return [path for path in targets if path.startswith(str(folder))]
 
 

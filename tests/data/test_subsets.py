@@ -1,6 +1,7 @@
 """Which images train and which choose, in numbers that others published."""
 
 import random
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -275,16 +276,39 @@ def test_stratified_parts_serve_every_class(counts, shares):
     assert (own == "train").sum() >= 1
 
 
-def test_stratified_parts_refuse_what_cannot_be_split():
+@given(
+  st.lists(st.integers(1, 4), min_size=1, max_size=5),
+  st.sampled_from([(0.1, 0.2), (0.3, 0.2), (0.0, 0.2), (0.1, 0.0), (0.0, 0.0)]),
+)
+def test_classes_of_few_images_serve_train_first_and_then_the_larger_part(
+  counts, shares
+):
+  labels = np.repeat(np.arange(len(counts)), counts)
+  names = [f"c{i}" for i in range(len(counts))]
+  fractions = dict(zip(("val", "test"), shares, strict=True))
+  wanted = sorted((f for f in fractions if fractions[f]), key=fractions.get)[::-1]
+  with mock.patch.object(subsets.logging, "warning") as warning:
+    parts = stratified_parts(labels, fractions, 0, names)
+  for label, count in enumerate(counts):
+    assert set(parts[labels == label]) == {"train", *wanted[: count - 1]}
+  said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+  expected = []
+  for part in fractions:
+    least = 2 + wanted.index(part) if part in wanted else 0
+    classes = [name for name, n in zip(names, counts, strict=True) if n < least]
+    if len(classes) == len(counts):
+      expected.append(f"of each in {part}, so there is none")
+    elif classes:
+      expected.append(f"{len(classes)} of the classes have too few images for one in")
+  assert len(said) == len(expected)
+  assert all(part in line for part, line in zip(expected, said, strict=True))
+
+
+def test_fractions_leave_something_for_train():
   labels = np.array([0, 0, 0, 1, 1])
-  names = ["cat", "dog"]
-  with pytest.raises(ValueError, match="'dog' has 2 images.*train, val, test"):
-    stratified_parts(labels, {"val": 0.1, "test": 0.1}, 0, names)
-  parts = stratified_parts(labels, {"val": 0.1, "test": 0.0}, 0, names)
-  assert sorted(parts) == ["train"] * 3 + ["val"] * 2
   for bad in ({"val": 0.5, "test": 0.5}, {"val": -0.1, "test": 0.2}):
     with pytest.raises(ValueError, match="val_fraction=.*together below 1"):
-      stratified_parts(labels, bad, 0, names)
+      stratified_parts(labels, bad, 0, ["cat", "dog"])
 
 
 def test_the_split_seed_changes_what_is_drawn():

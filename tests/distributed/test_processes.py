@@ -26,11 +26,13 @@ CLUSTER_VARIABLES = (
   "JAX_NUM_PROCESSES",
   "JAX_PROCESS_ID",
   "SLURM_STEP_NODELIST",
+  "SLURM_STEP_NUM_TASKS",
   "OMPI_MCA_orte_hnp_uri",
   "TPU_WORKER_HOSTNAMES",
   "MEGASCALE_COORDINATOR_ADDRESS",
   "KUBERNETES_SERVICE_HOST",
 )
+STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
@@ -49,6 +51,19 @@ def plain_host(monkeypatch):
     ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}, "slurm"),
     ({"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "1"}, None),
     ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # salloc without srun
+    # A shell, or one program, inside of a larger job; and a step of several of its own.
+    ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ({**STEP, "SLURM_STEP_NUM_TASKS": "4"}, "slurm"),
+    # mpirun inside of a job: the step is that of its daemons.
+    (
+      {
+        **STEP,
+        "SLURM_STEP_NUM_TASKS": "2",
+        "OMPI_MCA_orte_hnp_uri": "1.0;tcp",
+        "OMPI_COMM_WORLD_SIZE": "8",
+      },
+      "openmpi",
+    ),
     ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp", "OMPI_COMM_WORLD_SIZE": "4"}, "openmpi"),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
@@ -70,6 +85,39 @@ def test_a_single_host_joins_nothing(plain_host):
   plain_host.setenv("SLURM_STEP_NODELIST", "node[1-2]")
   plain_host.setenv("SLURM_NTASKS", "2")
   assert processes.initialize_distributed(multihost=False) is False
+
+
+def test_a_step_of_a_larger_slurm_job_waits_for_its_own_tasks_alone(plain_host):
+  joined = []
+  plain_host.setattr(jax.distributed, "initialize", lambda **kw: joined.append(kw))
+  for name, value in {**STEP, "SLURM_STEP_NUM_TASKS": "4"}.items():
+    plain_host.setenv(name, value)
+  assert processes.initialize_distributed() is True
+  plain_host.setenv("SLURM_STEP_NUM_TASKS", "1")
+  assert processes.initialize_distributed() is False
+  plain_host.delenv("SLURM_STEP_NUM_TASKS")
+  assert processes.initialize_distributed() is True
+  assert joined == [{"num_processes": 4}, {"num_processes": 8}]
+
+
+@pytest.mark.parametrize("text", ["two", "2.0", "-1", "\u00b2", "9" * 20])
+def test_a_variable_of_the_launcher_that_is_no_number_is_named(plain_host, text):
+  plain_host.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+  plain_host.setenv("JAX_NUM_PROCESSES", text)
+  with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is .*a whole number"):
+    processes.initialize_distributed()
+
+
+def test_who_waits_in_vain_is_told_how_to_be_alone(monkeypatch, capfd):
+  def leave(status):
+    raise Left(status)
+
+  monkeypatch.setattr(processes.os, "_exit", leave)
+  with pytest.raises(Left, match="2"):
+    processes._end_for_want_of_others(7)
+  said = capfd.readouterr().err
+  assert said.count("\n") == 1
+  assert "within 7 s" in said and "--config.multihost=False" in said
 
 
 def test_asking_for_a_cluster_where_none_is_says_how_to_start_one(plain_host):

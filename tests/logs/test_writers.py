@@ -234,6 +234,13 @@ def test_a_place_that_cannot_be_written(tmp_path):
     write_json(tmp_path / "file" / "result.json", {})
 
 
+def test_files_are_utf_8_and_take_names_that_are_no_text(tmp_path):
+  writers.write_text(tmp_path / "table.md", "\u00b1 \udcff")
+  assert (tmp_path / "table.md").read_bytes() == b"\xc2\xb1 \\udcff"
+  with Writers(tmp_path, total_steps=1) as files:
+    files.text("config", "caf\u00e9 \udcff")
+
+
 def test_durations():
   given_seconds = [0, 59.6, 61, 3600, 36_061]
   assert [progress.duration(s) for s in given_seconds] == [
@@ -343,8 +350,9 @@ def test_the_workdir_itself_may_be_a_link(tmp_path):
   assert len(lines(tmp_path / "scratch")) == 2
 
 
-def test_a_line_of_any_depth_ends_what_is_kept(tmp_path):
+def test_a_line_that_is_none_ends_what_is_kept(tmp_path):
   file = tmp_path / "metrics.jsonl"
-  file.write_text('{"step": 1}\n' + "[" * 10**5 + '\n{"step": 2}\n')
-  write_steps(tmp_path, [3], start_step=2)
-  assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+  for odd in ("[" * 10**5, '{"step": NaN}', '{"step": "2"}', "[2]"):
+    file.write_text(f'{{"step": 1}}\n{odd}\n{{"step": 2}}\n')
+    write_steps(tmp_path, [3], start_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]

@@ -1,7 +1,10 @@
+import dataclasses
+import os
 import re
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -10,7 +13,7 @@ from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import tools
 from insvp_jax.run import load_run
-from insvp_jax.tools import evaluate, export, predict, prepare_data, visualize
+from insvp_jax.tools import evaluate, export, predict, prepare_data, run_data, visualize
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,81 @@ def test_predict_takes_folders_and_asks_for_no_more_classes_than_there_are(
   assert out[0] == str(photos / "0.png")
 
 
+def _predicted(out):
+  """Returns the paths that predictions were printed for."""
+  return [line for line in out.splitlines() if not line.startswith("  ")]
+
+
+def test_predict_finds_what_training_finds(workdir, photos, tmp_path, capsys):
+  data = (photos / "0.png").read_bytes()
+  names = ["b/1.png", "a.jfif", "b/none", "b/\u732b.png"]
+  others = {
+    "._a.jfif": b"x",
+    ".hidden/x.png": data,
+    "__MACOSX/x.png": data,
+    "n.txt": b"x",
+  }
+  for root in (tmp_path / "f", tmp_path / "g"):
+    for name, content in {**dict.fromkeys(names, data), **others}.items():
+      (root / name).parent.mkdir(parents=True, exist_ok=True)
+      (root / name).write_bytes(content)
+  (tmp_path / "f" / "linked").symlink_to(tmp_path / "g")
+  (tmp_path / "f" / "loop").symlink_to(tmp_path)
+  with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+    for name in sorted({*names, *others}):
+      archive.write(tmp_path / "g" / name, name)
+  expected = sorted(names, key=lambda name: name.split("/"))
+  for root in (tmp_path / "g", tmp_path / "x.zip"):
+    assert predict.main([f"--run={workdir}", "--top=1", str(root)]) == 0
+    captured = capsys.readouterr()
+    assert _predicted(captured.out) == [f"{root}/{name}" for name in expected]
+    line = "left out 1 hidden (.hidden/), 1 no image (n.txt)"
+    assert captured.err == f"insvp_jax: {root}: {line}\n"
+  assert predict.main([f"--run={workdir}", "--top=1", str(tmp_path / "f")]) == 0
+  captured = capsys.readouterr()
+  # By way of the loop, g and the archive's neighbours once more.
+  assert len(_predicted(captured.out)) == 3 * len(names)
+  assert "1 behind a link to a folder around it (loop/f/)" in captured.err
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("archive", [False, True])
+def test_broken_photos_cost_no_others(workdir, photos, tmp_path, capsys, archive, skip):
+  data = (photos / "0.png").read_bytes()
+  content = {f"{i:02d}.png": data for i in range(40)}
+  content |= {"07.png": data[:60], "33.png": b"", "39.png": b"no image"}
+  root = tmp_path / ("x.zip" if archive else "x")
+  if archive:
+    with zipfile.ZipFile(root, "w") as file:
+      for name, data in content.items():
+        file.writestr(name, data)
+  else:
+    root.mkdir()
+    for name, data in content.items():
+      (root / name).write_bytes(data)
+  arguments = [f"--run={workdir}", "--top=1", *["--skip_corrupt"] * skip, str(root)]
+  assert predict.main(arguments) == (0 if skip else 2)
+  captured = capsys.readouterr()
+  broken = ("07.png", "33.png", "39.png")
+  predicted = [f"{root}/{name}" for name in content if name not in broken]
+  assert _predicted(captured.out) == predicted
+  lines = captured.err.splitlines()
+  for name, line in zip(broken, lines, strict=False):
+    assert line.startswith(f"insvp_jax: {root}/{name} ")
+  assert len(lines) == 4 and lines[-1].startswith("insvp_jax: 3 of 40 images ")
+
+
+def test_predictions_are_those_of_the_whole_images(workdir, photos, capsys):
+  assert predict.main([f"--run={workdir}", "--top=1", str(photos)]) == 0
+  out = capsys.readouterr().out.splitlines()[1::2]
+  run = load_run(workdir)
+  rows = run.predict([photos / f"{i}.png" for i in range(3)])
+  assert out == [f"  {100 * r.max():5.1f}%  {CLASSES[r.argmax()]}" for r in rows]
+  # What the tools find can be given to a run as it is.
+  found = tools.find_images([str(photos)])
+  np.testing.assert_array_equal(run.predict(found), rows)
+
+
 def test_predict_runs_as_a_module(workdir, photos, root):
   command = [sys.executable, "-m", "insvp_jax.tools.predict"]
   done = subprocess.run(
@@ -64,6 +142,8 @@ def test_predict_runs_as_a_module(workdir, photos, root):
     (["--run={run}", "{photos}/no.png"], "there is no image file or folder"),
     (["--run={run}", "{photos}/bad.jpg"], "bad.jpg is not an image of a known"),
     (["--run={run}", "{photos}/empty"], "holds no image (.jpg"),
+    (["--run={run}", "{photos}/bad.zip"], "bad.zip is no readable zip archive"),
+    (["--run={run}", "{photos}/pipe.png"], "pipe.png is no regular file"),
     (["--run={photos}", "{photos}/0.png"], "is no run and holds none: expected"),
     (["--run={run}/no", "{photos}/0.png"], "there is no run at"),
     (["--run={run}", "--top=0", "{photos}/0.png"], "--top is 0, expected at least 1"),
@@ -76,6 +156,8 @@ def test_bad_input_is_one_line_and_status_2(
   for path in photos.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   (tmp_path / "bad.jpg").write_text("no image")
+  (tmp_path / "bad.zip").write_text("no archive")
+  os.mkfifo(tmp_path / "pipe.png")
   (tmp_path / "empty").mkdir()
   status = predict.main([a.format(run=workdir, photos=tmp_path) for a in arguments])
   captured = capsys.readouterr()
@@ -172,13 +254,13 @@ def test_figure_shows_what_the_run_computes(workdir, photos):
 
 def test_without_images_the_task_is_shown(workdir, tmp_path):
   # The run says that it is of the digits, whose preset and splits it names.
-  run = load_run(workdir)
+  run = dataclasses.replace(load_run(workdir), class_names=tuple("0123456789"))
   data = {"preset": "vtab", "split_seed": 0}
   run.meta["config"]["data"] = data
-  images, labels = tools.task_images(run, 4)
+  images, labels = run_data.sample_images(run, 4)
   assert images.shape == (4, SIZE, SIZE, 3) and images.dtype == np.uint8
   assert set(labels) <= set("0123456789")
-  again, _ = tools.task_images(run, 4)
+  again, _ = run_data.sample_images(run, 4)
   np.testing.assert_array_equal(images, again)
   output = tmp_path / "digits.pdf"
   visualize.save_figure(visualize.prompt_figure(run, images, labels=labels), output)

@@ -10,7 +10,7 @@ import pytest
 
 from insvp_jax.data import ArraySplit, pipeline
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train.evaluate import evaluate
+from insvp_jax.train.evaluate import balanced, evaluate
 
 
 def numbered_split(number):
@@ -25,6 +25,10 @@ def averages(correct, nats, count):
   return {
     "accuracy": Average(total=jnp.int32(correct), count=jnp.int32(count)),
     "loss": Average(total=jnp.float32(nats), count=jnp.int32(count)),
+    # As if all were of one class.
+    "class_accuracy": Average(
+      total=jnp.int32(correct)[..., None], count=jnp.int32(count)[..., None]
+    ),
   }
 
 
@@ -53,6 +57,8 @@ def test_every_example_counts_once(number, batch_size, data):
     "loss": pytest.approx((number - 1) / 2),
     "num_correct": len(right),
     "num_examples": number,
+    "class_accuracy": [len(right) / number],
+    "class_count": [number],
   }
 
 
@@ -91,3 +97,16 @@ def test_several_trials_are_evaluated_at_once():
   assert result["accuracy"].tolist() == [2 / 6, 1 / 6]
   assert result["loss"].tolist() == [1.0, 2.0]
   assert result["num_examples"] == 6
+
+
+def test_classes_count_alike_in_balanced_accuracy():
+  evaluated = {
+    "class_accuracy": np.array([1.0, np.nan, 0.25, 0.25]),
+    "class_count": np.array([96, 0, 4, 8]),
+  }
+  found = balanced(evaluated, ("cat", "dog", "elk", "fox"))
+  assert found == {
+    "balanced_accuracy": 0.5,
+    "worst_class": {"name": "fox", "accuracy": 0.25, "num_examples": 8},
+    "imbalance": 24.0,
+  }

@@ -7,7 +7,7 @@ import pytest
 
 from insvp_jax import trees
 from insvp_jax.config import defaults
-from insvp_jax.data.preprocess import PRESETS
+from insvp_jax.data.preprocess import PRESETS, normalise
 from insvp_jax.models.classifier import create_model
 from insvp_jax.train import losses, optim, steps
 
@@ -19,6 +19,7 @@ def setup(
   method="insvp", *, backbone="mu/4", image_size=16, tiny=TINY, **method_kwargs
 ):
   """Returns (model, mask, optimizer, train step) with real initial parameters."""
+  class_weights = method_kwargs.pop("class_weights", None)
   model = create_model(
     backbone,
     method,
@@ -41,6 +42,7 @@ def setup(
     mask,
     preset=PRESETS["vtab"],
     loss=config.loss.to_dict(),
+    class_weights=class_weights,
   )
   return model, mask, optimizer, step
 
@@ -128,6 +130,20 @@ def test_the_gradient_is_that_of_the_mean_cross_entropy():
   norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in trainable.values()))
   assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
   assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_class_weights_weigh_the_gradient_of_each_example():
+  weights = losses.class_weights(np.array([1, 3, 0, 2, 2]))
+  np.testing.assert_allclose(weights, [2, 2 / 3, 0, 1, 1], rtol=1e-6)
+  model, _, optimizer, step = setup("linear", class_weights=weights)
+  data = batch_of()
+  state = state_of(model, optimizer)
+  _, metrics = jax.jit(step)(state, data)
+  inputs = normalise(PRESETS["vtab"], jnp.asarray(data["images"]))
+  logits = model.apply({"params": state.params}, inputs)
+  targets = losses.targets(jnp.asarray(data["labels"]), 5)
+  nats = losses.cross_entropy(logits, targets) * weights[data["labels"]]
+  assert float(metrics["loss"]) == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
 def test_eval_step_ignores_padding():

@@ -76,7 +76,7 @@ def _train_images(
   # Sorted, because the order in which a file system lists files is its own.
   names = sorted(
     name
-    for name in root.entries()[0]
+    for name in root.entries().files
     if name.startswith(train_folder) and name.lower().endswith((".ppm", ".png"))
   )
   if not names:

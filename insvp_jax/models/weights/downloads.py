@@ -171,9 +171,12 @@ def _receive(url: str, part: Path, target: Path) -> int:
 
   with part.open("ab") as file:
     size, total, status = file.tell(), 0, 0
+    responses = contextlib.ExitStack()
 
     def respond(response: Any, **_: Any) -> None:
       nonlocal size, total, status
+      # Pooch leaves it open where something fails.
+      responses.callback(response.close)
       status = response.status_code
       if status in (200, 416):
         # It sends the whole file, or has nothing to go on with.
@@ -208,6 +211,7 @@ def _receive(url: str, part: Path, target: Path) -> int:
         raise
     finally:
       meter.close()
+      responses.close()
     if status != 416:
       return file.tell() - size
   return _receive(url, part, target)

@@ -1,0 +1,29 @@
+"""Text reaches every terminal."""
+
+import io
+import sys
+
+import pytest
+
+from insvp_jax import errors
+
+TEXT = "98.1 \u00b1 0.2, 3 \u00d7 4, \u00c4pfel, \udce4"
+
+
+@pytest.mark.parametrize(
+  "encoding, expected",
+  [
+    ("ascii", "98.1 +- 0.2, 3 x 4, \\xc4pfel, \\udce4"),
+    ("latin-1", "98.1 \u00b1 0.2, 3 \u00d7 4, \u00c4pfel, \\udce4"),
+    ("utf-8", "98.1 \u00b1 0.2, 3 \u00d7 4, \u00c4pfel, \\udce4"),
+  ],
+)
+def test_what_an_encoding_lacks_is_spelt(monkeypatch, encoding, expected):
+  file = io.BytesIO()
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding))
+  monkeypatch.setattr(sys, "stderr", io.StringIO())  # takes all by itself
+  errors.print_anything()
+  print(TEXT, end="", flush=True)
+  assert file.getvalue().decode(encoding) == expected
+  monkeypatch.setattr(sys, "stdout", None)
+  errors.print_anything()
