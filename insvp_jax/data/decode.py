@@ -127,9 +127,10 @@ class DecodeOptions:
 
   def unused_bits(self) -> str:
     """Returns what to say of 16-bit images that leave bits unused; "" for nothing."""
-    found, white = self.range_16bit, self.max_16bit or _WHITE
-    # Two bits or more: pictures of half the brightness are no rarity.
-    if not found.highest or found.highest > white // 4:
+    found, white = self.range_16bit, _WHITE
+    # Two bits or more: pictures of half the brightness are no rarity. Who has set the
+    # range has dark pictures.
+    if self.max_16bit or not found.highest or found.highest > white // 4:
       return ""
     # Dark ones of less bits, each moved up, leave the lowest bits unused instead.
     if found.highest > white // 16 and not found.bits & 3:
