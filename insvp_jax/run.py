@@ -126,6 +126,11 @@ class Run:
     return np.clip(np.asarray(inputs) * std + mean, 0, 1)
 
   @functools.cached_property
+  def decode_options(self) -> decode.DecodeOptions:
+    """How files become pixels: as those that the run was trained on."""
+    return decode.DecodeOptions.from_config(self.meta["config"].get("data", {}))
+
+  @functools.cached_property
   def _compiled(self) -> dict[str, Callable]:
     """The compiled functions by name, filled by `_apply`."""
     return {}
@@ -148,7 +153,7 @@ class Run:
       self._compiled[name] = jax.jit(preprocess_and_apply)
     pixels = [
       preprocess.resize(self.preset, image, image_size)
-      for image in _read_images(images)
+      for image in _read_images(images, self.decode_options)
     ]
     outputs = []
     for start in range(0, len(pixels), BATCH_SIZES[-1]):
@@ -314,7 +319,9 @@ def _read_result(checkpoint: Path) -> dict[str, Any] | None:
   return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
+def _read_images(
+  images: Any, options: decode.DecodeOptions
+) -> list[UInt8[np.ndarray, "h w 3"]]:
   """Returns `images` as `Run` takes them as a list of arrays."""
   if isinstance(images, str | os.PathLike):
     images = [images]
@@ -323,12 +330,17 @@ def _read_images(images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
     images = images if images.ndim == 4 else [images]
   if not hasattr(images, "__len__") or len(images) == 0:
     raise ValueError(f"no images: got {images!r}, expected arrays or paths.")
-  return [_read_image(image) for image in images]
+  return [_read_image(image, options) for image in images]
 
 
-def _read_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+def _read_image(
+  image: Any, options: decode.DecodeOptions
+) -> UInt8[np.ndarray, "h w 3"]:
   if isinstance(image, str | os.PathLike):
-    return decode.read_image(image)
+    return decode.read_image(image, options)
+  # What a tool has found in a folder or archive.
+  if hasattr(image, "read_pixels"):
+    return image.read_pixels(options)
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(

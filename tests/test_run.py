@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import shutil
@@ -7,10 +8,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 from tiny_runs import CLASSES, SIZE, make_run
 
-from insvp_jax import trees
+from insvp_jax import tools, trees
 from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models.classifier import create_model
@@ -106,8 +108,6 @@ def test_an_image_gets_the_same_in_any_company(run, count):
 
 
 def test_images_of_any_size_and_kind(run, tmp_path):
-  from PIL import Image
-
   sizes = [(20, 30), (7, 9), (SIZE, SIZE)]
   images = [draw(*size, 3, seed=i) for i, size in enumerate(sizes)]
   paths = [tmp_path / f"{i}.png" for i in range(len(images))]
@@ -118,6 +118,18 @@ def test_images_of_any_size_and_kind(run, tmp_path):
   np.testing.assert_array_equal(run.predict([str(path) for path in paths]), expected)
   np.testing.assert_allclose(run.predict(str(paths[1])), expected[1:2], atol=1e-5)
   np.testing.assert_allclose(run.predict(jnp.asarray(images[0])), expected[:1], 1e-4)
+
+
+def test_files_are_decoded_as_those_that_the_run_was_trained_on(run, tmp_path):
+  grey = draw(SIZE, SIZE).astype(np.uint16) * 16
+  Image.fromarray(grey).save(tmp_path / "12bit.png")
+  Image.fromarray(grey * 16).save(tmp_path / "16bit.png")
+  meta = {**run.meta, "config": {"data": {"max_16bit": 4095}}}
+  of_12_bits = dataclasses.replace(run, meta=meta)
+  expected = run.preprocess(tmp_path / "16bit.png")
+  (image,) = tools.find_images([str(tmp_path / "12bit.png")])
+  for images in (tmp_path / "12bit.png", [image]):
+    np.testing.assert_allclose(of_12_bits.preprocess(images), expected, atol=0.02)
 
 
 def test_what_is_no_image_is_refused(run, tmp_path):

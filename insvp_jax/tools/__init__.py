@@ -50,7 +50,7 @@ def run_tool(main: Callable[[], None]) -> int:
 class ImageFile:
   """An image in a folder or archive, or alone, that is decoded when it is asked for.
 
-  NumPy and thus `Run` take it for the array of its pixels.
+  `Run` takes it for its pixels, decoded as those that it was trained on.
 
   Attributes:
     tree: the folder or archive.
@@ -66,21 +66,20 @@ class ImageFile:
 
     return printable(self.tree.full_path(self.name))
 
-  def read(self) -> Any:
+  def read_pixels(self, options: Any = None) -> Any:
     """Returns the pixels uint8 [h, w, 3].
+
+    Args:
+      options: `decode.DecodeOptions`; None is the default ones.
 
     Raises:
       ValueError: the file does not decode; the message names it.
     """
     from insvp_jax.data import decode
 
-    return decode.decode_image(self.tree.read(self.name), str(self))
-
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-    """Returns the pixels; see `read`."""
-    import numpy as np
-
-    return np.asarray(self.read(), dtype)
+    options = options or decode.DecodeOptions()
+    data = self.tree.read(self.name, options.max_bytes)
+    return decode.decode_image(data, str(self), options)
 
 
 def find_images(paths: Sequence[str]) -> list[ImageFile]:

@@ -55,7 +55,8 @@ def _batches(
   def read(image: tools.ImageFile) -> Any:
     try:
       # Resized at once, so that no more than a few large images are in memory.
-      return preprocess.resize(run.preset, image.read(), run.model.backbone.image_size)
+      pixels = image.read_pixels(run.decode_options)
+      return preprocess.resize(run.preset, pixels, run.model.backbone.image_size)
     except ValueError as error:
       return error
 

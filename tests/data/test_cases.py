@@ -77,7 +77,7 @@ def test_predict_folder(make, name, number, capsys):
   broken = []
   for image in images:
     try:
-      image.read()
+      image.read_pixels()
     except ValueError as error:
       broken.append(str(error))
   assert len(broken) == (name == "broken")
