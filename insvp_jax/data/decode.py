@@ -140,7 +140,7 @@ class DecodeOptions:
     return (
       f"no value of the {found.count} 16-bit images that were read is above "
       f"{found.highest}, so that they become dark: {white} is white. If their values "
-      f"have fewer bits, set config.data.max_16bit={choices or white}"
+      f"have fewer bits, set config.data.max_16bit={choices}"
     )
 
 
@@ -294,11 +294,31 @@ def read_image(
   return decode_image(files.read_bytes(path, options.max_bytes), str(path), options)
 
 
-def may_be_16bit(data: bytes) -> bool:
+# How many first bytes `may_be_16bit` looks at.
+HEAD_BYTES = 32
+
+
+def may_be_16bit(head: bytes) -> bool:
   """Returns whether an image file may have 16-bit values, by its first bytes alone."""
-  if data.startswith(b"\x89PNG\r\n\x1a\n"):
-    return data[24:25] == b"\x10"
-  return data.startswith((b"II", b"MM", b"P2", b"P5", b"P6", *_JPEG2000_STARTS))
+  if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    return head[24:25] == b"\x10"
+  return head.startswith((b"II", b"MM", b"P5", b"P6", *_JPEG2000_STARTS))
+
+
+def is_16bit(data: bytes, name: str, options: DecodeOptions | None = None) -> bool:
+  """Returns whether an image has 16-bit values of which it does not tell the range.
+
+  Args:
+    data: as for `decode_image`, of which only the header is read.
+    name: as for `decode_image`.
+    options: as for `decode_image`.
+
+  Raises:
+    ValueError: as `decode_image`.
+  """
+  options = options or _DEFAULTS
+  with open_image(data, name, options) as image:
+    return not _white(image, data, options)[1]
 
 
 @functools.cache

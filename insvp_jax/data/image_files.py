@@ -32,7 +32,7 @@ from insvp_jax.data.tasks import Task
 _AHEAD_BYTES = 2**26
 _AHEAD = 256
 # Files of a set that are looked at for 16-bit values, where none was decoded.
-_LOOKED_AT = 32
+_LOOKED_AT = 16
 # The most files that wait where only an image's size is read of each.
 _AHEAD_HEADERS = 32
 
@@ -286,9 +286,11 @@ def _warn_of_unused_bits(images: ImageFiles) -> None:
     step = max(1, len(images) // _LOOKED_AT)
     with open_folder_or_zip(images.root) as root:
       for name in images.names[::step]:
+        if not decode.may_be_16bit(root.head(name, decode.HEAD_BYTES) or b""):
+          continue
         with contextlib.suppress(ValueError):  # which is told where it is read
           data = root.read(name, images.options.max_bytes)
-          if decode.may_be_16bit(data):
+          if decode.is_16bit(data, name, images.options):
             decode.decode_image(data, name, images.options)
   if unused := images.options.unused_bits():
     logging.warning("%s: %s", images.root, unused)

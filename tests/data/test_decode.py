@@ -621,3 +621,13 @@ def test_large_images_are_converted_in_parts_alike(monkeypatch):
   monkeypatch.setattr(decode, "_PIXELS_AT_ONCE", 24)
   for (data, o), expected in zip(files_options, before, strict=True):
     np.testing.assert_array_equal(decode.decode_image(data, "x", o), expected)
+
+
+def test_16_bits_are_seen_in_the_first_bytes_and_the_header():
+  values = _values(1)
+  for data in _deep_files(values):
+    assert decode.may_be_16bit(data[: decode.HEAD_BYTES]) and decode.is_16bit(data, "x")
+  for file_format in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
+    assert not decode.may_be_16bit(encode(Image.fromarray(_TWO), file_format)[:32])
+  for file_format in ("PNG", "TIFF", "PPM", "JPEG2000", "JPEG"):
+    assert not decode.is_16bit(encode(Image.fromarray(_TWO), file_format), "x")
