@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       predictions = top_classes(run, [square for _, square in read], args.top)
       for (image, _), classes in zip(read, predictions, strict=True):
         print(format_classes(image, classes), flush=True)
+    if unused := run.decode_options.unused_bits():
+      print(f"insvp_jax: {unused} in training", file=sys.stderr)
     if errors and len(images) == 1:
       raise errors[0]
     if errors:

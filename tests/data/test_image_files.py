@@ -219,3 +219,33 @@ def test_twelve_bits_in_sixteen_are_told_and_can_be_set(twelve_bit, caplog):
   assert (
     len(messages) == 1 and "raw12" in messages[0] and "4095 (12 bits)" in messages[0]
   )
+
+
+def test_the_range_of_a_folder_can_be_set(twelve_bit, caplog):
+  raw = _load(twelve_bit / "raw12", max_16bit=4095)
+  full = _load(twelve_bit / "full16")
+  for name, split in full.splits.items():
+    difference = split.images.astype(int) - raw.splits[name].images
+    assert np.abs(difference).max() <= 1 and split.images.max() > 20
+  assert not [text for text in _warnings(caplog) if "16-bit" in text]
+
+
+@pytest.mark.parametrize("resident_mb", [0, 1024])
+def test_limits_of_a_folder_hold_whatever_is_cached(tmp_path, resident_mb):
+  root = write_folder(
+    tmp_path / "set",
+    numbered_files({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 2}),
+  )
+  large = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+  write_folder(root, {"train/a/large.png": png(large)})
+  changes = {"resident_mb": resident_mb, "cache_dir": str(tmp_path / "cache")}
+  changes["skip_corrupt"] = True
+  for max_pixels, skipped in ((81, 0), (80, 1), (81, 0)):
+    assert _load(root, max_pixels=max_pixels, **changes).skipped == skipped
+  whole = _load(root, max_file_mb=1, **changes)
+  assert whole.skipped == 0
+  if resident_mb:
+    with pytest.raises(
+      ValueError, match="large.png has .* --config.data.max_pixels=81"
+    ):
+      _load(root, max_pixels=80)

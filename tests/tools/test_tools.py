@@ -297,3 +297,21 @@ def test_spread_takes_from_everywhere():
   assert visualize.evenly_spaced(list(range(10)), 3) == [0, 3, 6]
   assert visualize.evenly_spaced([1, 2], 5) == [1, 2]
   assert visualize.evenly_spaced([], 5) == []
+
+
+def test_16_bit_images_are_read_as_in_training(workdir, tmp_path, capsys):
+  values = np.random.default_rng(0).integers(0, 4096, (SIZE, SIZE)).astype(np.uint16)
+  for name, scale in (("raw", 1), ("full", 16)):
+    Image.fromarray(values * np.uint16(scale)).save(tmp_path / f"{name}.png")
+  run = load_run(workdir)
+  paths = [str(tmp_path / "raw.png"), str(tmp_path / "full.png")]
+  raw, full = run.preprocess(paths)
+  assert np.abs(raw - full).max() > 0.5
+  data = {**run.meta["config"].get("data", {}), "max_16bit": 4095}
+  meta = {**run.meta, "config": {**run.meta["config"], "data": data}}
+  told = dataclasses.replace(run, meta=meta)
+  np.testing.assert_allclose(told.preprocess(paths[:1])[0], full, atol=0.02)
+  (image,) = tools.decoded_as(told, tools.find_images(paths[:1]))
+  np.testing.assert_array_equal(told.preprocess([image]), told.preprocess(paths[:1]))
+  assert predict.main([f"--run={workdir}", paths[0]]) == 0
+  assert "set config.data.max_16bit=4095" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import numpy as np
 from insvp_jax import trees
 from insvp_jax.data import (
   cache,
+  decode,
   duplicates,
   image_files,
   image_kinds,
@@ -52,8 +53,8 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
 
   Args:
     data_config: the section config.data; `root`, `preset`, `val_fraction`,
-      `test_fraction`, `split_seed`, `skip_corrupt`, `resident_mb` and `cache_dir` are
-      read.
+      `test_fraction`, `split_seed`, `skip_corrupt`, `resident_mb`, `cache_dir` and
+      those of `decode.DecodeOptions` are read.
     image_size: side of the model's input in pixels.
 
   Returns:
@@ -72,11 +73,13 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     else:
       layout = find_layout(root)
   advice = "" if data_config.skip_corrupt else _ADVICE
+  # Shared, so that what is found of 16-bit images is found of the whole set.
+  options = decode.DecodeOptions.from_config(data_config)
   lists = {}
   for split, members in layout.splits.items():
     names, labels = zip(*members, strict=True)
     labels = np.array(labels, np.int32)
-    lists[split] = ImageFiles(data_config.root, names, labels, advice)
+    lists[split] = ImageFiles(data_config.root, names, labels, advice, options=options)
   readable, decoded = _decode_small_splits(lists, data_config, preset, image_size)
   # Skipping may leave a class without images, of which nothing could be learned.
   for split, images in readable.items():
