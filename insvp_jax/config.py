@@ -130,7 +130,8 @@ _VIT_FIELDS = (
 MAY_CHANGE = (
   r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"prompt_images|profile|keep_checkpoints|"
-  r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/(weights|remat|fsdp)"
+  r"data/(root|cache_dir|data_dir|lists|splits_json|max_pixels|max_file_mb)|"
+  r"backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
 PER_HOST = r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/weights"

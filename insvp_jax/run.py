@@ -7,7 +7,6 @@ no training data, no TensorFlow, whatever it was trained on.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 import re
@@ -24,6 +23,7 @@ from insvp_jax.checkpoints.files import (
   FOLDER,
   check_leaves,
   find_steps,
+  load_json,
   newest_good,
   read_arrays,
   read_json,
@@ -316,7 +316,7 @@ def _read_result(checkpoint: Path) -> dict[str, Any] | None:
   if checkpoint.parent.name != FOLDER:
     return None
   file = checkpoint.parents[1] / "result.json"
-  return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+  return load_json(file) if file.is_file() else None
 
 
 def _read_images(

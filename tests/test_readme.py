@@ -139,7 +139,9 @@ def config_of(words):
   return config
 
 
-@pytest.mark.parametrize("name", ["data", "training", "measured", "architecture"])
+@pytest.mark.parametrize(
+  "name", ["data", "training", "measured", "architecture", "inputs"]
+)
 def test_the_docs_name_commands_flags_and_files_that_are_there(root, name, capsys):
   text = (root / "docs" / f"{name}.md").read_text()
   for words in commands(text):

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
-from insvp_jax import trees
+from insvp_jax import files, trees
 from insvp_jax.distributed import processes
 from insvp_jax.methods import METHODS
 from insvp_jax.search.grids import GRIDS
@@ -152,7 +152,7 @@ def read(path: Path, digest: str) -> list[dict[str, Any]]:
   for line in path.read_bytes().split(b"\n") if path.exists() else ():
     # A killed process may have left half a line.
     with contextlib.suppress(ValueError, KeyError, TypeError):
-      trial = json.loads(line)
+      trial = files.parse_json(line)
       if trial["settings"] == digest:
         trials.append(trial)
   return trials
@@ -173,10 +173,12 @@ def append(path: Path, trial: Mapping[str, Any]) -> None:
 
   Raises:
     OSError: the disk is full or read-only.
+    ValueError: the file is a link to elsewhere.
   """
   if not processes.is_main_process():
     return
   line = json.dumps(trial, allow_nan=False).encode() + b"\n"
+  files.check_writable_in_place(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:

@@ -25,6 +25,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
+from insvp_jax.checkpoints.files import Damaged, load_json
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json, write_text
@@ -397,9 +398,13 @@ def _finished_result(
   result_file, config_file = workdir / "result.json", workdir / "config.json"
   if not (result_file.exists() and config_file.exists()):
     return None
-  result, stored = (json.loads(f.read_bytes()) for f in (result_file, config_file))
+  try:
+    result, stored = map(load_json, (result_file, config_file))
+    backbone = result["backbone"].items()
+  except (Damaged, KeyError, AttributeError):
+    return None  # The checkpoints are what counts: the run is finished again.
   # Random weights have a seed beside what is prepared; the config compares it.
-  is_same = prepared.backbone.items() <= result["backbone"].items()
+  is_same = prepared.backbone.items() <= backbone
   digest = report.data_digest(config, prepared.data)
   is_same &= result.get("data_sha256") == digest
   # A run that is being prolonged has the new config already, and the old result.
