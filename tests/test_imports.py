@@ -26,6 +26,7 @@ LAYERS = (
   ("checkpoints", "logs"),
   ("data", "distributed"),
   ("models",),
+  ("config_files",),
   ("config_checks",),
   ("config",),
   ("methods",),

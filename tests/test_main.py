@@ -555,8 +555,9 @@ def small_disk(tmp_path):
   "size, file",
   [
     (4, "config.json"),
-    (8, "parameters.txt"),
-    (16, "metrics.jsonl"),
+    (8, "splits.json"),
+    (16, "parameters.txt"),
+    (24, "metrics.jsonl"),
     (500, "checkpoints"),
   ],
 )
@@ -692,7 +693,7 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   result = json.loads((workdir / "result.json").read_text())
   assert result["steps"] == LONG and result["test_accuracy"] > 0.5
   names = {"config.json", "metrics.jsonl", "parameters.txt", "checkpoints"}
-  names |= {"result.json"}
+  names |= {"result.json", "splits.json"}
   assert {path.name for path in workdir.iterdir()} == names
   run = load_run(workdir)
   image = next(Path(base[1].split("=")[1]).glob("test/ant/*.png"))

@@ -178,9 +178,9 @@ def append(path: Path, trial: Mapping[str, Any]) -> None:
   if not processes.is_main_process():
     return
   line = json.dumps(trial, allow_nan=False).encode() + b"\n"
-  files.check_writable_in_place(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
+    files.check_writable_in_place(path)
     with path.open("ab+", buffering=0) as file:
       file.seek(0)
       # Half a line of a killed process would spoil this one.

@@ -311,7 +311,7 @@ def test_16_bit_images_are_read_as_in_training(workdir, tmp_path, capsys):
   meta = {**run.meta, "config": {**run.meta["config"], "data": data}}
   told = dataclasses.replace(run, meta=meta)
   np.testing.assert_allclose(told.preprocess(paths[:1])[0], full, atol=0.02)
-  (image,) = tools.decoded_as(told, tools.find_images(paths[:1]))
+  (image,) = tools.find_images(paths[:1])
   np.testing.assert_array_equal(told.preprocess([image]), told.preprocess(paths[:1]))
   assert predict.main([f"--run={workdir}", paths[0]]) == 0
   assert "set config.data.max_16bit=4095" in capsys.readouterr().err
