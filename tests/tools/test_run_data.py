@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 from tiny_training import CLASSES, SPLITS, tiny_config, write_images
 
-from insvp_jax.data import SPLITS_FILE
+from insvp_jax.data import SPLITS_FILE, load_data
 from insvp_jax.run import load_run
 from insvp_jax.tools import evaluate
 from insvp_jax.train import trainer
@@ -159,3 +159,21 @@ def test_a_useless_model_shows(shared_dir, tmp_path, monkeypatch):
   assert by_class["imbalance"] > 10
   assert by_class["worst_class"]["name"] == "rare"
   assert by_class["balanced_accuracy"] < 0.75
+
+
+def test_copies_of_training_images_in_test_are_counted_and_can_be_left_out(
+  shared_dir, tmp_path, monkeypatch, caplog
+):
+  make_case(shared_dir, "imbalance", tmp_path, monkeypatch)
+  config = tiny_config("linear", task="folder")
+  config.data.root = str(tmp_path / "copies")
+  data = load_data("folder", config.data, 16)
+  assert "30 pictures are in two splits (equal pixels), such as" in caplog.text
+  assert "/copies: " in caplog.text and "config.data.duplicates=drop" in caplog.text
+  config.data.duplicates = "drop"
+  dropped = load_data("folder", config.data, 16)
+  assert len(dropped.splits["test"]) == len(data.splits["test"]) == 30
+  assert len(dropped.splits["train_val"]) == len(data.splits["train_val"]) - 30 == 30
+  config.data.duplicates = "error"
+  with pytest.raises(ValueError, match="Remove them, or set config.data.duplicates"):
+    load_data("folder", config.data, 16)
