@@ -10,6 +10,7 @@ import itertools
 from absl import logging
 import numpy as np
 
+from insvp_jax.data.folder_or_zip import printable
 from insvp_jax.data.splits import ArraySplit
 
 ACTIONS = ("warn", "drop", "error")
@@ -140,7 +141,8 @@ def _text(groups: Sequence[Group], files: Mapping[str, Sequence[str]]) -> str:
     one, two = next(
       (a[0], b[0]) for a, b in pairs if (a[0][0] != b[0][0] if leaks else a[1] != b[1])
     )
-    names = " and ".join(files[split][position] for split, position in (two, one))
+    pair = (printable(files[split][position]) for split, position in (two, one))
+    names = " and ".join(pair)
     plural = "picture is" if len(kind) == 1 else "pictures are"
     parts.append(f"{len(kind)} {plural} {words} (equal pixels), such as {names}")
   return "; ".join(parts)

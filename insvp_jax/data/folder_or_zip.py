@@ -16,6 +16,7 @@ import re
 import stat
 import struct
 from typing import Any
+import unicodedata
 import zipfile
 import zlib
 
@@ -125,6 +126,24 @@ class FileTree(abc.ABC):
   @abc.abstractmethod
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     """Returns a JSON-serialisable value that changes when one of the files does."""
+
+
+def printable(name: str) -> str:
+  r"""Returns a name that every terminal can show, on one line.
+
+  Bytes that are no UTF-8 become \xNN, and so do characters that move the cursor.
+  """
+  return name if name.isprintable() else "".join(map(_shown, name))
+
+
+def _shown(character: str) -> str:
+  """Returns a character, or an escape for one that cannot be shown."""
+  # How Python keeps the bytes of file names that are no UTF-8.
+  if "\udc80" <= character <= "\udcff":
+    return f"\\x{ord(character) - 0xDC00:02x}"
+  if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+    return ascii(character)[1:-1]
+  return character
 
 
 @contextlib.contextmanager
@@ -312,7 +331,7 @@ class _Folder(FileTree):
       ) from error
 
   def full_path(self, name: str) -> str:
-    return str(self.path / name)
+    return printable(str(self.path / name))
 
   def sizes(self, names: Iterable[str]) -> list[int]:
     sizes = []
@@ -520,7 +539,7 @@ class _Zip(FileTree):
     self._archive.close()
 
   def full_path(self, name: str) -> str:
-    return f"{self.path}/{name}"
+    return printable(f"{self.path}/{name}")
 
   def sizes(self, names: Iterable[str]) -> list[int]:
     members = map(self._members.get, names)

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import re
-import unicodedata
 
 from insvp_jax.data import decode
-from insvp_jax.data.folder_or_zip import FileTree
+from insvp_jax.data.folder_or_zip import FileTree, printable
 
 # How much of a file `looks_like_image` wants to see.
 HEAD_BYTES = 256
@@ -128,24 +127,6 @@ def left_out_line(left_out: Mapping[str, Sequence[str]], most: int = 3) -> str:
       first = [*map(printable, sorted(names)[:most]), *["..."] * (len(names) > most)]
       parts.append(f"{len(names)} {reason} ({', '.join(first)})")
   return f"left out {', '.join(parts)}" if parts else ""
-
-
-def printable(name: str) -> str:
-  r"""Returns a name that every terminal can show, on one line.
-
-  Bytes that are no UTF-8 become \xNN, and so do characters that move the cursor.
-  """
-  return name if name.isprintable() else "".join(map(_shown, name))
-
-
-def _shown(character: str) -> str:
-  """Returns a character, or an escape for one that cannot be shown."""
-  # How Python keeps the bytes of file names that are no UTF-8.
-  if "\udc80" <= character <= "\udcff":
-    return f"\\x{ord(character) - 0xDC00:02x}"
-  if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-    return ascii(character)[1:-1]
-  return character
 
 
 def _run_folders(

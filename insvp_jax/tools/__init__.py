@@ -62,9 +62,7 @@ class ImageFile:
 
   def __str__(self) -> str:
     """Returns the path, which every terminal can show."""
-    from insvp_jax.data.image_kinds import printable
-
-    return printable(self.tree.full_path(self.name))
+    return self.tree.full_path(self.name)
 
   def read_pixels(self, options: Any = None) -> Any:
     """Returns the pixels uint8 [h, w, 3].

@@ -52,6 +52,13 @@ def test_leaks_and_contradictions_are_counted_and_two_named(caplog):
   assert kept["test"].tolist() == [0, 1, 2]
 
 
+def test_names_that_no_terminal_can_show_are_escaped(caplog):
+  splits, files = make(train=[(0, 0)], test=[(0, 0)])
+  files["train"] = ["train/\udcb8.png"]
+  duplicates.check(splits, files, "warn", "set")
+  assert "such as train/\\xb8.png and test/0.png" in caplog.text
+
+
 rows = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 1)), min_size=1, max_size=9)
 
 

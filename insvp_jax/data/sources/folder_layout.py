@@ -10,8 +10,7 @@ from absl import logging
 
 from insvp_jax import trees
 from insvp_jax.data import image_kinds
-from insvp_jax.data.folder_or_zip import EXPECTED, FileTree
-from insvp_jax.data.image_kinds import printable
+from insvp_jax.data.folder_or_zip import EXPECTED, FileTree, printable
 from insvp_jax.data.sources import split_names
 from insvp_jax.data.sources.split_names import SplitName
 

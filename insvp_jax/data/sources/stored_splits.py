@@ -12,7 +12,7 @@ import numpy as np
 
 from insvp_jax import files
 from insvp_jax.data import image_kinds
-from insvp_jax.data.folder_or_zip import FileTree
+from insvp_jax.data.folder_or_zip import FileTree, printable
 
 _NAMES = ("train", "val", "test")
 
@@ -87,8 +87,8 @@ def _check_there(root: FileTree, listed: Sequence[str], path: str) -> None:
   if missing:
     raise FileNotFoundError(
       f"{len(missing)} of {len(listed)} images that {path} names are not in {root.path}"
-      f", first {missing[0]}: was a folder renamed or moved? Restore them, or take "
-      "another folder (insvp evaluate --root=...)."
+      f", first {printable(missing[0])}: was a folder renamed or moved? Restore them, "
+      "or take another folder (insvp evaluate --root=...)."
     )
   if others := len(there) - len(set(listed)):
     logging.warning(
