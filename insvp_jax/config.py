@@ -69,7 +69,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.test_fraction": (0.2, "share of a folder's train for test, if it has no test"),
   "data.split_seed": (0, "seed of the splits that are drawn, not published"),
   "data.skip_corrupt": (False, "leave unreadable images of a folder out"),
-  "data.max_pixels": (178_956_970, "pixels of the largest image that is decoded"),
+  "data.max_pixels": (89_478_485, "pixels of the largest image that is decoded"),
   "data.max_file_mb": (512, "MiB of the largest image file that is read"),
   "data.max_16bit": (0, "what is white in 16-bit images, e.g. 4095; 0: 65535"),
   "data.cache_dir": ("", "folder of decoded images; empty: the default; off: none"),

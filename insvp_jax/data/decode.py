@@ -35,8 +35,8 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
 # Of any codec: the brands beside these tell which.
 _CONTAINER_BRANDS = {b"mif1", b"msf1"}
 
-# PIL's own limit, and what an uncompressed image of that size takes, in MiB.
-MAX_PIXELS = 178_956_970
+# PIL warns above so many pixels, which a small file decodes to in less than 1 GiB.
+MAX_PIXELS = 89_478_485
 MAX_FILE_MB = 512
 # The greatest value of 16 bits.
 _WHITE = 65535
