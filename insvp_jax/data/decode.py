@@ -24,8 +24,8 @@ from insvp_jax.data import metadata
 # the web write wrong suffixes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Formats whose decoder may be missing, and PIL's name of it where it is a part of PIL,
-# which can be built without. A file of them is known by its first bytes (`_format_of`),
-# so that a message can say what it needs.
+# which can be built without. A file of them is known by its first bytes
+# (`optional_format`), so that a message can say what it needs.
 _OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "HEIF": ""}
 _JPEG2000_STARTS = (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n")
 # What files of AV1 and HEVC images say that they are, in their first box.
@@ -43,7 +43,8 @@ _WHITE = 65535
 # Larger images are converted some rows at a time.
 _PIXELS_AT_ONCE = 2**24
 
-# Suffixes by which image files are found among others; compared in lower case.
+# Files that end so, in lower case, are images, whatever is in them: one that does not
+# decode is an error. The others are tried by their first bytes (`image_kinds`).
 IMAGE_SUFFIXES = (
   ".jpg",
   ".jpeg",
@@ -62,6 +63,7 @@ IMAGE_SUFFIXES = (
   ".heic",
   ".heif",
   ".hif",
+  *(".jfif", ".jpe", ".jif", ".dib", ".pbm", ".pnm", ".j2c", ".jpc", ".jpf"),
 )
 
 
@@ -228,7 +230,7 @@ def open_image(
   options = options or _DEFAULTS
   if not data:
     raise ValueError(f"{name} is empty (0 bytes).")
-  optional = _format_of(data)
+  optional = optional_format(data)
   if optional:
     _check_decoder(optional, name)
   _prepare_pillow(options.max_pixels)
@@ -343,7 +345,7 @@ def _prepare_pillow(max_pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max_pixels
 
 
-def _format_of(data: bytes) -> str:
+def optional_format(data: bytes) -> str:
   """Returns which of `_OPTIONAL_FORMATS` a file is, by its first bytes; "" for none."""
   if data.startswith(_JPEG2000_STARTS):
     return "JPEG2000"

@@ -13,7 +13,6 @@ import numpy as np
 from insvp_jax.data.folder_or_zip import printable
 from insvp_jax.data.splits import ArraySplit
 
-ACTIONS = ("warn", "drop", "error")
 # A picture in two of these splits stays in the first.
 _ORDER = ("test", "val", "train")
 _KEY_SIDE = 8  # Pixels per side that tell most pictures apart; the others are compared.

@@ -14,12 +14,6 @@ from insvp_jax.data.folder_or_zip import FileTree, printable
 
 # How much of a file `looks_like_image` wants to see.
 HEAD_BYTES = 256
-# Files that end so are images, whatever is in them: one that does not decode is an
-# error. The others are tried by their first bytes.
-SUFFIXES = (
-  *decode.IMAGE_SUFFIXES,
-  *(".jfif", ".jpe", ".jif", ".dib", ".pbm", ".pnm", ".j2c", ".jpc", ".jpf"),
-)
 # Reasons to leave a file out, as `left_out_line` words them.
 NO_IMAGE = "no image"
 UNREADABLE = "unreadable"
@@ -31,14 +25,7 @@ _STARTS = (
   b"GIF87a",
   b"GIF89a",
   *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF, BigTIFF
-  b"\xff\x4f\xff\x51",  # JPEG 2000, bare
-  b"\x00\x00\x00\x0cjP  \r\n\x87\n",  # JPEG 2000 in its container
 )
-# Of AVIF and HEIF, which share their container with videos.
-_BRANDS = {
-  *(b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis"),
-  *(b"hevc", b"hevx", b"hevm", b"hevs"),
-}
 # Binary PBM, PGM or PPM: two or three numbers. A text may well begin with "P1 10 20 ".
 _NETPBM = re.compile(rb"P[456]\s(\s*#[^\n]*\n)*\s*[0-9]+\s+[0-9]+\s")
 # The sizes that the second header of a BMP may have.
@@ -63,10 +50,7 @@ def looks_like_image(head: bytes) -> bool:
     return head[8:12] == b"WEBP"
   if head.startswith(b"BM"):
     return int.from_bytes(head[14:18], "little") in _BMP_HEADERS
-  if head[4:8] == b"ftyp":
-    box = head[8 : int.from_bytes(head[:4], "big")]
-    return any(box[i : i + 4] in _BRANDS for i in range(0, len(box), 4))
-  return _NETPBM.match(head) is not None
+  return bool(decode.optional_format(head) or _NETPBM.match(head))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +76,7 @@ def find_images(tree: FileTree) -> Found:
   entries = tree.entries()
   images, others = [], []
   for name in entries.files:
-    (images if name.lower().endswith(SUFFIXES) else others).append(name)
+    (images if name.lower().endswith(decode.IMAGE_SUFFIXES) else others).append(name)
   folders = entries.folders
   left_out = {reason: list(names) for reason, names in entries.left_out.items()}
   if runs := _run_folders(images, others, folders):

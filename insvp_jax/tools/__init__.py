@@ -90,7 +90,7 @@ def find_images(paths: Sequence[str]) -> list[ImageFile]:
     FileNotFoundError: a path does not exist.
     ValueError: a folder or archive holds no image, or a path is no regular file.
   """
-  from insvp_jax.data import image_kinds
+  from insvp_jax.data import decode, image_kinds
   from insvp_jax.data.folder_or_zip import open_path
 
   images = []
@@ -107,7 +107,7 @@ def find_images(paths: Sequence[str]) -> list[ImageFile]:
     left_out = image_kinds.left_out_line(found.left_out)
     kind = "folder" if path.is_dir() else "archive"
     if not found.images:
-      known = ", ".join(image_kinds.SUFFIXES)
+      known = ", ".join(decode.IMAGE_SUFFIXES)
       raise ValueError(
         f"the {kind} {path} holds no image ({known}, or files of these formats)"
         f"{'; ' if left_out else ''}{left_out}."

@@ -27,25 +27,27 @@ def evaluate_split(run: Any, data: RunData, name: str) -> dict[str, Any]:
     data: images at the stored size of the run's preset; read chunk by chunk.
     name: of the split.
   """
+  from insvp_jax.train import evaluate
+
   split, labels = data.data.splits[name], data.labels(name)
   indices = np.arange(len(split))
   chunks = [indices[i : i + CHUNK_SIZE] for i in range(0, len(split), CHUNK_SIZE)]
-  # They have the stored size already, so `Run.predict` does not resize them.
-  probabilities = np.concatenate([run.predict(images) for images in split.read(chunks)])
-  is_correct = probabilities.argmax(axis=1) == labels
+  is_correct, of_label = np.empty(len(split), bool), np.empty(len(split), np.float32)
+  for chunk, images in zip(chunks, split.read(chunks), strict=True):
+    # They have the stored size already, so `Run.predict` does not resize them.
+    probabilities = run.predict(images)
+    is_correct[chunk] = probabilities.argmax(axis=1) == labels[chunk]
+    of_label[chunk] = probabilities[np.arange(len(chunk)), labels[chunk]]
   # float32 underflows to 0 beyond 100 nats.
-  of_label = probabilities[indices, labels]
   nats = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
   num_classes = len(run.class_names)
   correct = np.bincount(labels, is_correct, minlength=num_classes)
   count = np.bincount(labels, minlength=num_classes)
-  class_accuracy = np.full(num_classes, np.nan)
-  np.divide(correct, count, out=class_accuracy, where=count > 0)
   return {
     "accuracy": float(is_correct.mean()),
     "loss": float(nats.mean(dtype=np.float64)),
     "num_examples": len(split),
-    "class_accuracy": class_accuracy,
+    "class_accuracy": evaluate.class_accuracy(correct, count),
     "class_count": count,
   }
 
@@ -85,12 +87,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     for name in names:
       metrics = evaluate_split(run, data, name)
       by_class = evaluate.balanced(metrics, run.class_names)
-      unbalanced = by_class["imbalance"] > report.UNBALANCED
       print(
         f"{'all' if args.root and not args.splits and name == 'train' else name}: "
         f"accuracy {100 * metrics['accuracy']:.2f}%"
-        + (f" ({report.by_class_text(by_class)})" if unbalanced else "")
-        + f", loss {metrics['loss']:.3f} nats, {metrics['num_examples']} images",
+        f"{report.by_class_text(by_class)}, loss {metrics['loss']:.3f} nats, "
+        f"{metrics['num_examples']} images",
         flush=True,
       )
 

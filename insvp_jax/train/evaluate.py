@@ -53,10 +53,18 @@ def evaluate(
 
 def _by_class(total: Average) -> dict[str, Any]:
   """Returns accuracy and number of examples of each class."""
-  accuracy = np.full(np.shape(total.total), np.nan)
-  np.divide(total.total, total.count, out=accuracy, where=total.count > 0)
   count = total.count if np.ndim(total.count) == 1 else total.count[0]
-  return {"class_accuracy": accuracy, "class_count": count.astype(int)}
+  return {
+    "class_accuracy": class_accuracy(total.total, total.count),
+    "class_count": count.astype(int),
+  }
+
+
+def class_accuracy(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+  """Returns the accuracy in [0, 1] of each class; NaN for one without examples."""
+  accuracy = np.full(np.shape(correct), np.nan)
+  np.divide(correct, count, out=accuracy, where=np.asarray(count) > 0)
+  return accuracy
 
 
 def balanced(

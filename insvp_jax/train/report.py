@@ -237,9 +237,8 @@ def result_line(result: Mapping[str, Any]) -> str:
     for split in ("val", "test")
     if result[f"{split}_accuracy"] is not None
   ]
-  by_class = result.get("test_by_class")
-  if by_class and by_class["imbalance"] > UNBALANCED:
-    accuracies[-1] += f" ({by_class_text(by_class)})"
+  if by_class := result.get("test_by_class"):
+    accuracies[-1] += by_class_text(by_class)
   share = 100 * result["trainable_params"] / result["total_params"]
   # None where features came from a cache: no image was looked at.
   rate = result["images_per_second"]
@@ -260,11 +259,17 @@ def bytes_text(nbytes: int) -> str:
 
 
 def by_class_text(by_class: Mapping[str, Any]) -> str:
-  """Returns in a few words what accuracy hides; see `evaluate.balanced`."""
+  """Returns what accuracy hides, in brackets; "" where the classes are of one size.
+
+  Args:
+    by_class: from `evaluate.balanced`.
+  """
+  if by_class["imbalance"] <= UNBALANCED:
+    return ""
   worst = by_class["worst_class"]
   return (
-    f"balanced {100 * by_class['balanced_accuracy']:.2f}%, worst class {worst['name']} "
-    f"{100 * worst['accuracy']:.2f}% of {worst['num_examples']}"
+    f" (balanced {100 * by_class['balanced_accuracy']:.2f}%, worst class "
+    f"{worst['name']} {100 * worst['accuracy']:.2f}% of {worst['num_examples']})"
   )
 
 

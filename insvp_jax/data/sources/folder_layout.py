@@ -9,7 +9,7 @@ import unicodedata
 from absl import logging
 
 from insvp_jax import trees
-from insvp_jax.data import image_kinds
+from insvp_jax.data import decode, image_kinds
 from insvp_jax.data.folder_or_zip import EXPECTED, FileTree, printable
 from insvp_jax.data.sources import split_names
 from insvp_jax.data.sources.split_names import SplitName
@@ -409,7 +409,7 @@ def _files_by_class(folders: _Folders, split: str, prefix: str) -> dict[str, lis
     if not any(map(folders.has_images, inside)):
       raise ValueError(
         f"the class {name!r} of {split} has no images in {place}/{printable(same[0])} "
-        f"(known: {', '.join(image_kinds.SUFFIXES)}, and files of these formats). "
+        f"(known: {', '.join(decode.IMAGE_SUFFIXES)}, and files of these formats). "
         f"Add some or remove the folder.{_what_lies_in(folders, inside[0])}"
       )
     if len(same) > 1:
