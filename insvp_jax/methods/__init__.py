@@ -1,25 +1,35 @@
 """Adaptation methods: one file each, found by name in `METHODS`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from insvp_jax import trees
 from insvp_jax.methods import fields
-from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
+from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias
+from insvp_jax.methods.combined import Combined
 from insvp_jax.methods.full import Full
+from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
+from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
   "METHODS",
+  "Adaptation",
   "BackboneSpec",
   "BlockPrompts",
+  "HookArrays",
+  "Hooks",
   "Method",
   "create_method",
+  "hparams_of",
   "method_fields",
+  "parts_of",
 ]
 
+# A method of your own is added here by its name: METHODS["mine"] = Mine.
 METHODS: dict[str, type[Method]] = {
   "insvp": InsVP,
   "vpt_shallow": VPTShallow,
@@ -27,7 +37,27 @@ METHODS: dict[str, type[Method]] = {
   "linear": Linear,
   "full": Full,
   "bias": Bias,
+  "lora": LoRA,
 }
+
+
+# Between the names of methods that are combined.
+_AND = "+"
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+  """Returns the names of the methods that a name stands for: ("insvp", "lora").
+
+  Raises:
+    ValueError: an unknown method, with the nearest known name, or one that is there
+      twice.
+  """
+  parts = tuple(name.split(_AND))
+  for part in parts:
+    trees.lookup(METHODS, part, "method")
+  if len(set(parts)) < len(parts):
+    raise ValueError(f"the method {name!r} has one method twice; name each once.")
+  return parts
 
 
 def method_fields(name: str) -> tuple[str, ...]:
@@ -39,25 +69,71 @@ def method_fields(name: str) -> tuple[str, ...]:
   return tuple(fields.declared(trees.lookup(METHODS, name, "method")))
 
 
-def create_method(name: str, spec: BackboneSpec, /, **kwargs: Any) -> Method:
+def hparams_of(name: str) -> tuple[str, ...]:
+  """Returns the names of the fields that may be data, of one method or of several."""
+  return tuple(
+    dict.fromkeys(h for part in parts_of(name) for h in METHODS[part].HPARAMS)
+  )
+
+
+def create_method(
+  name: str | type[Method], spec: BackboneSpec, num_classes: int = 0, /, **kwargs: Any
+) -> Method:
   """Returns a method for a backbone.
 
   Args:
-    name: a key of `METHODS`.
-    spec: the backbone's sizes.
-    **kwargs: the method's own fields; None is the method's default.
+    name: a key of `METHODS`, several of them joined by "+", or a class.
+    spec: of the backbone.
+    num_classes: k; 0 where there is no head.
+    **kwargs: the method's own fields; None is the method's default. Of several methods
+      {method: its fields}.
 
   Raises:
-    ValueError: unknown method or field, with the nearest known name, or a value
-      that a field cannot have.
+    ValueError: unknown method or field, with the nearest known name, a value that a
+      field cannot have, a backbone that lacks what the method changes, or methods that
+      cannot be combined.
   """
-  known = method_fields(name)
+  if isinstance(name, type):
+    return _create(name, name.__name__, spec, num_classes, kwargs)
+  parts = parts_of(name)
+  if len(parts) == 1:
+    return _create(METHODS[name], name, spec, num_classes, kwargs)
+  for section, values in kwargs.items():
+    if section not in parts or not isinstance(values, Mapping):
+      raise ValueError(
+        f"unknown field {section!r} of the methods {name!r}, expected the fields of "
+        f"each by its name: {', '.join(f'{part}={{...}}' for part in parts)}."
+      )
+  methods = [
+    _create(METHODS[part], part, spec, num_classes, kwargs.get(part, {}), name=part)
+    for part in parts
+  ]
+  return Combined(spec, num_classes, tuple(methods))
+
+
+def _create(
+  method: type[Method],
+  label: str,
+  spec: BackboneSpec,
+  num_classes: int,
+  kwargs: Mapping[str, Any],
+  **module: Any,
+) -> Method:
+  """Returns one method; `label` names it in messages, `module` are Flax's fields."""
+  known = tuple(fields.declared(method))
   for field in kwargs:
     if field not in known:
       listed = f"Known: {', '.join(known)}." if known else "It has none."
       raise ValueError(
-        f"unknown field {field!r} of the method {name!r}."
+        f"unknown field {field!r} of the method {label!r}."
         f"{trees.did_you_mean(field, known)} {listed}"
       )
   values = {field: value for field, value in kwargs.items() if value is not None}
-  return METHODS[name](spec, **values)
+  created = method(spec, num_classes, **values, **module)
+  missing = created.hooks().sites() - spec.sites
+  if missing:
+    raise ValueError(
+      f"the method {label!r} changes what this backbone does not have: "
+      f"{', '.join(sorted(missing))}. It has {', '.join(sorted(spec.sites))}."
+    )
+  return created

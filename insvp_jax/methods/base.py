@@ -1,28 +1,47 @@
-"""The hooks through which every adaptation method speaks to the backbone.
+"""The base of every adaptation method: what it may do, from the pixels to the logits.
 
 A method is a Flax module that turns images into arrays; the backbone consumes
-the arrays and never learns the method's name. Each hook is the identity unless
-a method overrides it, so a method's file holds only what the method is.
+the arrays and never learns the method's name. Each method of the base class is the
+identity unless a method overrides it, so a method's file holds only what the method is.
+What it does inside the backbone is said by `hooks.Hooks`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-import flax
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from insvp_jax.methods import fields
+from insvp_jax.methods.hooks import SITES, Adaptation, Hooks
 
 # The public methods of `Method` that do not change the feature of an image.
-_BESIDE_THE_FEATURE = frozenset({"trainable_patterns", "prompts", "hparam", "clone"})
+_BESIDE_THE_FEATURE = frozenset(
+  {
+    *("trainable_patterns", "updated_patterns", "prompts", "hparam", "clone"),
+    *("head", "merge", "adjust_updates", "claims", "place_hparams"),
+  }
+)
+# What only one of several combined methods may override.
+_EXCLUSIVE = ("head", "prompted_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSpec:
-  """What a method may know of the backbone: sizes, in tokens and pixels."""
+  """What a method may know of the backbone.
+
+  Attributes:
+    width, depth, mlp_dim, num_heads: sizes; see `models.vit.ViT`.
+    patch_size, image_size: pixels per side.
+    num_prefix: tokens before the patches (the class token).
+    sites: where hooks can be; see `hooks.SITES`.
+    block_patterns: regular expression over the names of each block's parameters; ()
+      where all blocks share their leaves (`scan`).
+    norm_patterns: regular expressions over the parameters of all LayerNorms, the last
+      one at the end.
+  """
 
   width: int
   depth: int
@@ -30,27 +49,32 @@ class BackboneSpec:
   num_heads: int
   patch_size: int
   image_size: int
+  num_prefix: int = 1
+  sites: frozenset[str] = SITES
+  block_patterns: tuple[str, ...] = ()
+  norm_patterns: tuple[str, ...] = ()
+
+  @property
+  def grid(self) -> int:
+    """Patches per side of an image."""
+    return self.image_size // self.patch_size
 
   @property
   def num_patches(self) -> int:
     """Number of patch tokens n of one image."""
-    return (self.image_size // self.patch_size) ** 2
+    return self.grid**2
 
 
-@flax.struct.dataclass
-class BlockPrompts:
-  """Prompt tokens for the first l blocks.
-
-  Block i < l takes `tokens[i]` in place of the prompt outputs of the block
-  before it. Blocks from l on carry the prompts along. So l = 1 is VPT-Shallow
-  and l = depth is VPT-Deep.
+class Apply(NamedTuple):
+  """What a method may compute with the model before and between the epochs.
 
   Attributes:
-    tokens: [l, b, p, d]; b is 1 where all instances share the prompts. The
-      annotation is wide because JAX's transformations put other leaves here.
+    backbone: `(params, images, adaptation) -> (feature, reads)`: the feature [b, d]
+      under an `Adaptation`, None for the plain backbone, and what its hooks' `leave`
+      returned, a list with an entry for each block. Whole on every device.
   """
 
-  tokens: Any
+  backbone: Callable[..., tuple[Array, Any]]
 
 
 class Method(nn.Module):
@@ -61,13 +85,15 @@ class Method(nn.Module):
   the method computes with.
 
   Attributes:
-    spec: the backbone's sizes.
+    spec: of the backbone.
+    num_classes: k; 0 where there is no head.
     HPARAMS: names of the fields that shape no array and choose no operation: rates
       and weights. They may come as data (see `hparam`), so that configurations that
       differ in them share one compiled step. Derived from the declarations.
   """
 
   spec: BackboneSpec
+  num_classes: int = 0
   HPARAMS: ClassVar[tuple[str, ...]] = ()
 
   def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -108,6 +134,11 @@ class Method(nn.Module):
     return resolved
 
   @nn.nowrap
+  def hooks(self) -> Hooks:
+    """Returns the functions that the backbone calls within its blocks."""
+    return Hooks()
+
+  @nn.nowrap
   def clone(self, **updates: Any) -> "Method":
     """Returns a copy with some fields changed; see `nn.Module.clone`."""
     return super().clone(**{**self._unresolved, **updates})
@@ -119,22 +150,35 @@ class Method(nn.Module):
     del train
     return images
 
-  def prompt_tokens(
+  @nn.nowrap
+  def prompted_size(self) -> int:
+    """Returns the pixels per side of the images that `prompt_image` returns.
+
+    Where that is not the backbone's `image_size`, its position embedding is resized to
+    the new grid, linearly with aligned corners.
+    """
+    return self.spec.image_size
+
+  def adapt(
     self,
     images: Float[Array, "b h w c"],
-    prompted_images: Float[Array, "b h w c"],
+    prompted: Float[Array, "b h w c"],
     *,
+    embed: Callable[[Array], Array] | None = None,
     train: bool = False,
-  ) -> BlockPrompts | None:
-    """Returns the prompt tokens that join the sequence, or None.
+  ) -> Adaptation:
+    """Returns the arrays that the hooks take, and the prompts that join the sequence.
+
+    The hooks themselves need not be set: `hooks()` says which they are.
 
     Args:
       images: the images before `prompt_image`.
-      prompted_images: the images after it.
+      prompted: the images after it.
+      embed: the backbone's patch embedding of images of any size, without positions.
       train: whether dropout is on.
     """
-    del images, prompted_images, train
-    return None
+    del images, prompted, embed, train
+    return Adaptation()
 
   def adapt_feature(
     self, feature: Float[Array, "b d"], *, train: bool = False
@@ -148,13 +192,112 @@ class Method(nn.Module):
     del images
     return {}
 
+  @nn.nowrap
+  def head(self, linear: nn.Module) -> nn.Module:
+    """Returns the head: `linear`, the one dense layer, or a module around it.
+
+    It is called as `head(feature, train=train)` and has the attribute `num_classes`.
+    """
+    return linear
+
+  @nn.nowrap
+  def extra_loss(
+    self,
+    params: Mapping[str, Any],
+    reads: list[Any],
+    targets: Float[Array, "b k"],
+  ) -> Array | float:
+    """Returns what is added to the loss, in nats.
+
+    Args:
+      params: the method's own parameters.
+      reads: what the hooks' `leave` returned, a list with an entry for each block.
+      targets: the distribution over classes of each image.
+    """
+    del params, reads, targets
+    return 0.0
+
+  @nn.nowrap
+  def prepare(
+    self,
+    params: Mapping[str, Any],
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    apply: Apply,
+  ) -> Mapping[str, Any]:
+    """Returns all parameters, with what the method computes once before training.
+
+    It must be a function of its arguments alone, so that a run can be repeated.
+
+    Args:
+      params: of the whole model, at their start.
+      batches: makes an iterator over the training images, normalised, as batches of
+        "images", "labels" and "mask" (0 for padding).
+      apply: what may be computed.
+    """
+    del batches, apply
+    return params
+
+  @nn.nowrap
+  def adjust_updates(
+    self,
+    updates: Mapping[str, Array],
+    *,
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    lr: Array,
+  ) -> Mapping[str, Array]:
+    """Returns what is added to the trainable parameters in a step.
+
+    Args:
+      updates: what the optimizer would add, the learning rate applied, by whole name.
+      params: the trainable parameters before the step.
+      grads: their gradients.
+      lr: the learning rate of the step.
+    """
+    del params, grads, lr
+    return updates
+
+  @nn.nowrap
+  def merge(
+    self, params: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]
+  ) -> Mapping[str, Mapping[str, Any]]:
+    """Returns the backbone's operations with the method folded into them.
+
+    Args:
+      params: the method's own parameters, numpy float64.
+      sites: of each operation of `hooks.OPERATIONS` {"kernel", "bias"}, or {"scale",
+        "bias"} of a norm, numpy float64. Those of blocks are stacked: kernels are
+        [l, in, out], flat on both sides, as `Hooks.after` sees them.
+
+    Raises:
+      ValueError: what the method computes is not what a plain backbone can.
+    """
+    del params
+    if self.overridden_hooks():
+      raise ValueError(
+        "this method cannot be folded into a backbone: what it computes is no plain "
+        "backbone under other weights."
+      )
+    return sites
+
+  @nn.nowrap
+  def claims(self) -> frozenset[str]:
+    """Returns what of this method no other may do beside it, for a combination."""
+    exclusive = {
+      name for name in _EXCLUSIVE if getattr(type(self), name) is not vars(Method)[name]
+    }
+    hooks = self.hooks()
+    exclusive |= {"pool"} if hooks.overrides("pool") else set()
+    exclusive |= {"prompts"} if hooks.makes_prompts else set()
+    return frozenset(exclusive)
+
   @classmethod
   def overridden_hooks(cls) -> frozenset[str]:
     """Returns the names of the hooks by which this method changes the feature.
 
     Every public method of the base class counts that the class overrides, but for those
-    that cannot change the feature: `trainable_patterns` and `prompts`. A hook that is
-    added to the base class counts by itself.
+    that cannot change the feature, such as `trainable_patterns` and `prompts`. A hook
+    that is added to the base class counts by itself.
     """
     hooks = {
       name
@@ -176,6 +319,21 @@ class Method(nn.Module):
     """
     return self.get_variable("hparams", name, getattr(self, name))
 
+  @nn.nowrap
+  def place_hparams(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name of a field: data} as `hparam` looks for them."""
+    return dict(hparams)
+
+  @nn.nowrap
   def trainable_patterns(self) -> tuple[str, ...]:
     """Returns regular expressions over the names of the trainable parameters."""
     return ("prompter/.*", "head/.*")
+
+  @nn.nowrap
+  def updated_patterns(self) -> tuple[str, ...]:
+    """Returns those of parameters that a step sets without a gradient.
+
+    Running means, for example. A module sows the new value in the collection "updated",
+    under the parameter's own name; see `ops.batch_norm`.
+    """
+    return ()

@@ -49,6 +49,7 @@ def _sequence_of(is_valid: Callable[[Any], bool], length: int) -> Callable[[Any]
 
 
 boolean = _expect(lambda value: isinstance(value, bool), "True or False")
+finite_number = _expect(_is_finite_number, "a finite number", float)
 positive_int = _expect(_is_positive_int, "an integer of at least 1")
 rate = _expect(
   lambda value: _is_finite_number(value) and 0 <= value < 1,
@@ -84,6 +85,20 @@ def one_of(*known: str) -> Check:
     return value
 
   return check
+
+
+def below_width(name: str, value: Any, spec: BackboneSpec) -> int:
+  """Returns the value.
+
+  Raises:
+    ValueError: it is no integer from 1 to the width of the backbone.
+  """
+  if not _is_positive_int(value) or value > spec.width:
+    raise ValueError(
+      f"{name} is {value!r}, but the backbone's tokens are {spec.width} wide; "
+      f"expected an integer from 1 to {spec.width}."
+    )
+  return value
 
 
 def block_count(name: str, value: Any, spec: BackboneSpec) -> int:

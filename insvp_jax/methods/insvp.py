@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from insvp_jax import trees
 from insvp_jax.methods import checks
-from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
+from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.hooks import Adaptation, BlockPrompts
 from insvp_jax.methods.insvp_prompters import (
   ACTIVATIONS,
   GlobalPrompter,
@@ -223,16 +224,11 @@ class InsVP(Method):
     prompts = self._image_prompts(images, train)
     return images + prompts["image"] if prompts else images
 
-  def prompt_tokens(
-    self,
-    images: Float[Array, "b h w c"],
-    prompted_images: Float[Array, "b h w c"],
-    *,
-    train: bool = False,
-  ) -> BlockPrompts | None:
-    """Returns p_j^F for each prompted block (eq. 10), or None if both are off."""
-    prompts = self._token_prompts(images, prompted_images, train)
-    return BlockPrompts(prompts["feature"]) if prompts else None
+  def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
+    """Returns p_j^F for each prompted block (eq. 10), or nothing if both are off."""
+    del embed
+    prompts = self._token_prompts(images, prompted, train)
+    return Adaptation(prompts=BlockPrompts(prompts["feature"]) if prompts else None)
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns the prompts that exist, by name.

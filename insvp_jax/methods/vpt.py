@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods import checks
-from insvp_jax.methods.base import BlockPrompts, Method
+from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.hooks import Adaptation, BlockPrompts
 from insvp_jax.methods.ops.dropout import Dropout, is_off
 from insvp_jax.methods.ops.initializers import (
   symmetric_uniform,
@@ -60,15 +61,9 @@ class _VPT(Method):
       )
     self.prompt_dropout = Dropout(self.hparam("dropout"))
 
-  def prompt_tokens(
-    self,
-    images: Float[Array, "b h w c"],
-    prompted_images: Float[Array, "b h w c"],
-    *,
-    train: bool = False,
-  ) -> BlockPrompts:
+  def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     """Returns the prompts; their batch axis is 1 unless dropout is on."""
-    del prompted_images
+    del prompted, embed
     tokens = self.common_prompt
     if self.project is not None:
       tokens = self.projection(tokens)
@@ -76,11 +71,11 @@ class _VPT(Method):
     if train and not is_off(self.prompt_dropout.rate):
       tokens = jnp.repeat(tokens, len(images), axis=1)
       tokens = self.prompt_dropout(tokens, train=True)
-    return BlockPrompts(tokens)
+    return Adaptation(prompts=BlockPrompts(tokens))
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns {"feature": [l, b, p, d]}, the same prompts for every image."""
-    tokens = self.prompt_tokens(images, images).tokens
+    tokens = self.adapt(images, images).prompts.tokens
     return {"feature": jnp.repeat(tokens, len(images), axis=1)}
 
 

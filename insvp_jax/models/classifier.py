@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from insvp_jax import methods, trees
 from insvp_jax.methods.base import Method
+from insvp_jax.methods.hooks import Adaptation
 from insvp_jax.models import weights
 from insvp_jax.models.heads import HEAD_INITS, Head
 from insvp_jax.models.vit import ViT, decode_variant
@@ -18,7 +19,7 @@ BACKBONE_FIELDS = tuple(
 
 
 class PromptedClassifier(nn.Module):
-  """Images in, logits out; the method speaks at four places.
+  """Images in, logits out, under a method.
 
   Parameters: {"backbone": ..., "prompter": ..., "head": ...}; a method without
   parameters has no "prompter".
@@ -26,16 +27,26 @@ class PromptedClassifier(nn.Module):
 
   backbone: ViT
   prompter: Method
-  head: Head
+  head: nn.Module
+
+  def adapt(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> tuple[Array, Adaptation]:
+    """Returns (prompted images, the arrays and functions that adapt the backbone)."""
+    prompted = self.prompter.prompt_image(images, train=train)
+    adaptation = self.prompter.adapt(
+      images, prompted, embed=self.backbone.patches, train=train
+    )
+    return prompted, adaptation.replace(hooks=self.prompter.hooks())
 
   def features(
     self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     """Returns the feature that the head sees."""
-    prompted = self.prompter.prompt_image(images, train=train)
-    tokens = self.backbone.embed(prompted)
-    prompts = self.prompter.prompt_tokens(images, prompted, train=train)
-    feature = self.backbone.encode(tokens, prompts)
+    prompted, adaptation = self.adapt(images, train=train)
+    size = self.prompter.prompted_size()
+    tokens = self.backbone.embed(prompted, adaptation, size=size)
+    feature = self.backbone.encode(tokens, adaptation)
     return self.prompter.adapt_feature(feature, train=train)
 
   def __call__(
@@ -47,11 +58,13 @@ class PromptedClassifier(nn.Module):
       images: [b, h, w, 3], normalised with the backbone's preset.
       train: whether dropout is on; then `rngs={"dropout": key}` is needed.
     """
-    return self.head(self.features(images, train=train))
+    return self.head(self.features(images, train=train), train=train)
 
-  def classify(self, features: Float[Array, "b d"]) -> Float[Array, "b k"]:
+  def classify(
+    self, features: Float[Array, "b d"], *, train: bool = False
+  ) -> Float[Array, "b k"]:
     """Returns the logits of features, as from `features`."""
-    return self.head(features)
+    return self.head(features, train=train)
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what the method lays over the images, by name."""
@@ -92,7 +105,7 @@ def create_backbone(
 
 def create_model(
   backbone: str,
-  method: str = "insvp",
+  method: str | type[Method] = "insvp",
   *,
   num_classes: int,
   image_size: int = 0,
@@ -104,11 +117,11 @@ def create_model(
 
   Args:
     backbone: a variant ("Ti/16") or a release's name ("vit_b16_i21k", "boxed").
-    method: a key of `methods.METHODS`.
+    method: a key of `methods.METHODS`, several joined by "+", or a class of your own.
     num_classes: k, the width of the logits.
     image_size: pixels per side; 0 is the release's own, or 224.
     backbone_kwargs: fields of `models.vit.ViT` to override.
-    method_kwargs: the method's own fields.
+    method_kwargs: the method's own fields; of several methods {method: its fields}.
     head_init: a key of `models.heads.HEAD_INITS`.
 
   Raises:
@@ -119,5 +132,7 @@ def create_model(
     raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
   trees.lookup(HEAD_INITS, head_init, "head_init")
   vit = create_backbone(backbone, image_size, backbone_kwargs)
-  prompter = methods.create_method(method, vit.spec, **dict(method_kwargs or {}))
-  return PromptedClassifier(vit, prompter, Head(num_classes, head_init))
+  prompter = methods.create_method(
+    method, vit.spec, num_classes, **dict(method_kwargs or {})
+  )
+  return PromptedClassifier(vit, prompter, prompter.head(Head(num_classes, head_init)))

@@ -1,6 +1,7 @@
-"""The blocks of the Vision Transformer and how prompt tokens join them."""
+"""The blocks of the Vision Transformer, how prompt tokens join them and methods act."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from insvp_jax.methods.base import BlockPrompts
-from insvp_jax.models.layers import LAYER_NORM_EPS, Attention, MlpBlock, join
+from insvp_jax.methods.hooks import (
+  NO_ARRAYS,
+  UNCHANGED,
+  Adaptation,
+  BlockPrompts,
+  HookArrays,
+  Hooks,
+  block_of,
+)
+from insvp_jax.models.layers import LAYER_NORM_EPS, After, Attention, MlpBlock, join
+
+
+def bind_after(hooks: Hooks, arrays: HookArrays) -> After:
+  """Returns `hooks.after` over its arrays; None where it changes no operation."""
+  if not hooks.overrides("after"):
+    return None
+
+  def after(name: str, x: Array, y: Array) -> Array:
+    if name not in hooks.at:
+      return y
+    return hooks.after(arrays, name, x, y).astype(y.dtype)
+
+  return after
 
 
 class Block(nn.Module):
@@ -25,6 +47,7 @@ class Block(nn.Module):
   gelu: str
   dtype: Any
   fused_attention: bool = False
+  hooks: Hooks = Hooks()
 
   @nn.compact
   def __call__(
@@ -33,7 +56,8 @@ class Block(nn.Module):
     prompts: Float[Array, "b_or_1 p d"] | None,
     update_prompts: bool,
     num_read: int | None = None,
-  ) -> tuple[Float[Array, "b m d"], Float[Array, "b_or_1_out p d"] | None]:
+    arrays: HookArrays = NO_ARRAYS,
+  ) -> tuple[Float[Array, "b m d"], Float[Array, "b_or_1_out p_out d"] | None, Any]:
     """Applies the block.
 
     Prompts stand after the other tokens here, wherever a paper writes them: attention
@@ -46,33 +70,70 @@ class Block(nn.Module):
       num_read: how many tokens of x, the first ones, are read afterwards; None for all.
         Of the others only keys and values are computed. For the last block, which
         updates no prompts.
+      arrays: for the hooks.
 
     Returns:
-      (x, prompts): the outputs of the tokens that are read, and of the prompts if they
-      are updated; else the prompts as they came.
+      (x, prompts, reads): the outputs of the tokens that are read, and of the prompts
+      if they are updated, else the prompts as they came; and what `Hooks.leave` keeps
+      for the loss.
     """
+    hooks = self.hooks
+    after = bind_after(hooks, arrays)
+
+    def norm(name: str, site: str) -> Callable[[Array], Array]:
+      layer = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name=name)
+      return lambda x: layer(x) if after is None else after(site, x, layer(x))
+
+    def branch(site: str, stream: Array, normed: Array, out: Array) -> Array:
+      if site not in hooks.at:
+        return out
+      return hooks.branch(arrays, site, stream, normed, out).astype(out.dtype)
+
+    if hooks.overrides("enter"):
+      dtype = x.dtype
+      x, prompts = hooks.enter(arrays, x, prompts)
+      x = x.astype(dtype)
+    before = (x[:, :num_read], prompts)
     num_tokens = x.shape[1]
     in_sequence = update_prompts and prompts is not None
     kv_prompts = None if in_sequence else prompts
     if in_sequence:
       x = join(x, prompts)  # [b, n + p, d]
-    norm = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")
+    norm1 = norm("LayerNorm_0", "norm1")
     attention = Attention(
       self.num_heads,
       self.dtype,
       fused=self.fused_attention,
       name="MultiHeadDotProductAttention_0",
     )
-    y = norm(x)
+    y = norm1(x)
     if kv_prompts is not None:
-      kv_prompts = norm(kv_prompts)
+      kv_prompts = norm1(kv_prompts)
+    change_qkv = None
+    if hooks.overrides("qkv"):
+      change_qkv = functools.partial(_cast_qkv, functools.partial(hooks.qkv, arrays))
     # [b, m, d]; all tokens where num_read is None.
-    x = x[:, :num_read] + attention(y[:, :num_read], y, kv_prompts)
-    y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_1")(x)
-    x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+    x, read = x[:, :num_read], y[:, :num_read]
+    out = attention(read, y, kv_prompts, after, change_qkv)
+    x = x + branch("attn", x, read, out)
+    y = norm("LayerNorm_1", "norm2")(x)
+    mlp = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")
+    x = x + branch("mlp", x, y, mlp(y, after))
     if in_sequence:
-      return x[:, :num_tokens], x[:, num_tokens:]
-    return x, prompts
+      x, prompts = x[:, :num_tokens], x[:, num_tokens:]
+    reads = None
+    if hooks.overrides("leave"):
+      dtype = x.dtype
+      x, prompts, reads = hooks.leave(arrays, x, prompts, before)
+      x = x.astype(dtype)
+    return x, prompts, reads
+
+
+def _cast_qkv(
+  change: Callable[..., tuple[Array, Array, Array]], q: Array, k: Array, v: Array
+) -> tuple[Array, Array, Array]:
+  """Returns what `change` makes of queries, keys and values, in their own type."""
+  return tuple(x.astype(q.dtype) for x in change(q, k, v))
 
 
 class _ScannedBlock(nn.Module):
@@ -82,16 +143,18 @@ class _ScannedBlock(nn.Module):
   update_prompts: bool
 
   @nn.compact
-  def __call__(self, carry, inputs):
+  def __call__(self, carry, inputs, shared):
     x, prompts = carry  # the outputs of the block before; prompts only to update them
-    new_prompts, is_prompted = inputs
-    if self.update_prompts:
+    new_prompts, is_prompted, arrays = inputs
+    if self.update_prompts and new_prompts is not None:
       new_prompts = jnp.where(is_prompted, new_prompts, prompts)
     block = Block(**self.block)
     # The scanned block's parameters are the block's own, one level up.
     nn.share_scope(self, block)
-    x, new_prompts = block(x, new_prompts, self.update_prompts)
-    return (x, new_prompts if self.update_prompts else None), None
+    x, new_prompts, reads = block(
+      x, new_prompts, self.update_prompts, None, HookArrays(arrays, shared)
+    )
+    return (x, new_prompts if self.update_prompts else None), reads
 
 
 def unsharded(
@@ -101,6 +164,16 @@ def unsharded(
   if unshard is None:
     return module
   return nn.map_variables(module, "params", trans_in_fn=unshard)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+  """Returns the tree with its floating point leaves in the type of the computation."""
+
+  def cast(leaf: Any) -> Any:
+    is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jnp.asarray(leaf, dtype) if is_float else leaf
+
+  return jax.tree.map(cast, tree)
 
 
 class Encoder(nn.Module):
@@ -125,65 +198,138 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n d"], prompts: BlockPrompts | None
-  ) -> Float[Array, "b m d"]:
-    """Returns the normalised tokens of the last block, without prompts."""
-    tokens = None if prompts is None else prompts.tokens
-    if tokens is not None and not 1 <= tokens.shape[0] <= self.depth:
-      raise ValueError(
-        f"prompts for {tokens.shape[0]} blocks, but the backbone has {self.depth}; "
-        "prompt between 1 block and all of them."
-      )
-    x = (self._scanned if self.scan else self._unrolled)(x, tokens)
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")(
-      x
-    )
+    self, x: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
+  ) -> Float[Array, "b m d"] | Float[Array, "b d"]:
+    """Returns the normalised tokens of the last block, without prompts.
 
-  def _block_fields(self) -> dict[str, Any]:
+    Where a hook pools, it is the feature [b, d]. What the hooks keep for the loss is
+    sown in the collection "reads", as the list "blocks".
+    """
+    hooks, prompts = adaptation.hooks, adaptation.prompts
+    _check(prompts, self.depth)
+    adaptation = adaptation.replace(
+      blocks=_cast(adaptation.blocks, self.dtype),
+      shared=_cast(adaptation.shared, self.dtype),
+    )
+    if not self.scan:
+      run = self._unrolled
+    elif _are_alike(adaptation, self.depth) or self.is_initializing():
+      run = self._scanned
+    else:
+      run = self._unstacked
+    x, prompts, reads = run(x, adaptation)
+    if reads is not None:
+      self.sow("reads", "blocks", reads, reduce_fn=lambda _, new: new, init_fn=list)
+    arrays = HookArrays(None, adaptation.shared)
+    layer = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")
+    after = bind_after(hooks, arrays)
+
+    def norm(x: Array) -> Array:
+      return layer(x) if after is None else after("encoder_norm", x, layer(x))
+
+    if hooks.overrides("pool"):
+      return hooks.pool(arrays, norm, x, prompts)
+    return norm(x)
+
+  def _block_fields(self, hooks: Hooks) -> dict[str, Any]:
     return {
       "mlp_dim": self.mlp_dim,
       "num_heads": self.num_heads,
       "gelu": self.gelu,
       "dtype": self.dtype,
       "fused_attention": self.fused_attention,
+      "hooks": hooks,
     }
 
-  def _lifted(self, block: type[nn.Module], **remat_options: Any) -> type[nn.Module]:
-    """Returns the block's class with `unshard` and `remat`."""
-    block = unsharded(block, self.unshard)
+  def _remat_policy(self) -> dict[str, Any] | None:
+    """Returns what `nn.remat` or `jax.checkpoint` shall do; None for nothing."""
     if self.remat:
-      return nn.remat(block, **remat_options)
+      return {}
     if self.unshard is not None:
       # All but matrix products is computed again in the backward pass. Otherwise the
       # whole weights of all blocks would be kept for it: a whole backbone.
-      policy = jax.checkpoint_policies.dots_saveable
-      return nn.remat(block, policy=policy, **remat_options)
-    return block
+      return {"policy": jax.checkpoint_policies.dots_saveable}
+    return None
 
-  def _unrolled(self, x, tokens):
+  def _lifted(self, block: type[nn.Module], **remat_options: Any) -> type[nn.Module]:
+    """Returns the block's class with `unshard` and `remat`."""
+    block, policy = unsharded(block, self.unshard), self._remat_policy()
+    return block if policy is None else nn.remat(block, **policy, **remat_options)
+
+  def _num_read(self, hooks: Hooks) -> int | None:
+    """Returns how many tokens the last block has to compute; None for all."""
+    reads_all = hooks.mixes_tokens or hooks.overrides("pool")
+    return None if reads_all else self.num_read
+
+  def _unrolled(self, x, adaptation):
     block = self._lifted(Block, static_argnums=(3, 4))
-    num_prompted = 0 if tokens is None else tokens.shape[0]
-    prompts = None
-    for i in range(self.depth):
-      if i < num_prompted:
-        prompts = tokens[i]  # in place of the outputs of the block before
-      # The next block reads the prompts' outputs, unless it has prompts of its own.
-      update_prompts = num_prompted <= i + 1 < self.depth
-      num_read = self.num_read if i + 1 == self.depth else None
-      x, prompts = block(**self._block_fields(), name=f"encoderblock_{i}")(
-        x, prompts, update_prompts, num_read
-      )
-    return x
+    fields = self._block_fields(adaptation.hooks)
+    return self._in_turn(
+      x, adaptation, lambda i: block(**fields, name=f"encoderblock_{i}")
+    )
 
-  def _scanned(self, x, tokens):
+  def _unstacked(self, x, adaptation):
+    """As `_unrolled`, of parameters that are stacked: where blocks differ."""
+    stacked = self.variables["params"]["encoderblock"]
+    block = Block(**self._block_fields(adaptation.hooks), parent=None)
+
+    def apply(i: int):
+      def call(stacked, x, prompts, update_prompts, num_read, arrays):
+        params = jax.tree.map(lambda leaf: leaf[i], stacked)
+        if self.unshard is not None:
+          params = self.unshard(params)
+        return block.apply(
+          {"params": params}, x, prompts, update_prompts, num_read, arrays
+        )
+
+      policy = self._remat_policy()
+      if policy is not None:
+        call = jax.checkpoint(call, static_argnums=(3, 4), **policy)
+      return functools.partial(call, stacked)
+
+    return self._in_turn(x, adaptation, apply)
+
+  def _in_turn(self, x, adaptation, get_block):
+    """Applies one block after the other; `get_block(i)` is the i-th."""
+    hooks = adaptation.hooks
+    # A block's own prompts: an array, or None where those of the block before go on.
+    own = dict.fromkeys(range(self.depth))
+    carries = not hooks.makes_prompts
+    if adaptation.prompts is not None:
+      tokens, first = adaptation.prompts.tokens, adaptation.prompts.first
+      own |= {first + i: tokens[i] for i in range(tokens.shape[0])}
+      carries = carries and adaptation.prompts.carry
+    prompts, reads = None, []
+    for i in range(self.depth):
+      if own[i] is not None:
+        prompts = own[i]
+      elif not carries:
+        prompts = None
+      is_last = i + 1 == self.depth
+      # The next block reads the prompts' outputs, unless it has prompts of its own.
+      goes_on = not is_last and carries and own[i + 1] is None
+      update_prompts = goes_on or hooks.reads_prompts
+      update_prompts |= is_last and hooks.pools_prompts
+      num_read = self._num_read(hooks) if is_last else None
+      arrays = HookArrays(block_of(adaptation.blocks, i), adaptation.shared)
+      x, prompts, read = get_block(i)(x, prompts, update_prompts, num_read, arrays)
+      reads.append(read)
+    if self.num_read is not None and not hooks.overrides("pool"):
+      x = x[:, : self.num_read]
+    return x, prompts, reads if hooks.overrides("leave") else None
+
+  def _scanned(self, x, adaptation):
     """Computes the same as `_unrolled`, though all blocks have to do the same.
 
     If one block updates the prompts all of them do, and the last one computes the
     tokens that are not read too.
     """
+    hooks, prompts = adaptation.hooks, None
+    tokens = None if adaptation.prompts is None else adaptation.prompts.tokens
     num_prompted = 0 if tokens is None else tokens.shape[0]
-    update_prompts = 0 < num_prompted < self.depth
-    prompts = None
+    update_prompts = 0 < num_prompted < self.depth or (
+      num_prompted > 0 and hooks.pools_prompts
+    )
     if update_prompts:
       # What is carried needs its final shape from the start: [b, p, d].
       shape = (x.shape[0], *tokens.shape[2:])
@@ -194,8 +340,38 @@ class Encoder(nn.Module):
       self._lifted(_ScannedBlock, prevent_cse=False),
       variable_axes={"params": 0},
       split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
       length=self.depth,
-    )(self._block_fields(), update_prompts, name="encoderblock")
+    )(self._block_fields(hooks), update_prompts, name="encoderblock")
     is_prompted = jnp.arange(self.depth) < num_prompted
-    (x, _), _ = blocks((x, prompts), (tokens, is_prompted))
-    return x[:, : self.num_read]
+    (x, prompts), reads = blocks(
+      (x, prompts), (tokens, is_prompted, adaptation.blocks), adaptation.shared
+    )
+    if not hooks.overrides("pool"):
+      x = x[:, : self.num_read]
+    if not hooks.overrides("leave"):
+      return x, prompts, None
+    return x, prompts, [block_of(reads, i) for i in range(self.depth)]
+
+
+def _are_alike(adaptation: Adaptation, depth: int) -> bool:
+  """Returns whether all blocks do the same, so that one program serves all."""
+  hooks, prompts = adaptation.hooks, adaptation.prompts
+  if isinstance(adaptation.blocks, list) or hooks.reads_prompts:
+    return False
+  if prompts is None:
+    return True
+  ends_early = not prompts.carry and prompts.tokens.shape[0] < depth
+  return not hooks.makes_prompts and prompts.first == 0 and not ends_early
+
+
+def _check(prompts: BlockPrompts | None, depth: int) -> None:
+  if prompts is None:
+    return
+  count = prompts.tokens.shape[0]
+  if count < 1 or prompts.first < 0 or prompts.first + count > depth:
+    start = f" from block {prompts.first} on" if prompts.first else ""
+    raise ValueError(
+      f"prompts for {count} blocks{start}, but the backbone has {depth}; "
+      "prompt between 1 block and all of them."
+    )

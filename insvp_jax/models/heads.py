@@ -43,8 +43,11 @@ class Head(nn.Module):
   initializer: str = "zeros"
 
   @nn.compact
-  def __call__(self, feature: Float[Array, "b d"]) -> Float[Array, "b k"]:
-    """Returns logits [b, k] of features [b, d]."""
+  def __call__(
+    self, feature: Float[Array, "b d"], *, train: bool = False
+  ) -> Float[Array, "b k"]:
+    """Returns logits [b, k] of features [b, d]; training changes nothing."""
+    del train
     width = feature.shape[-1]
     inits = trees.lookup(HEAD_INITS, self.initializer, "head_init")(
       width, self.num_classes

@@ -1,5 +1,6 @@
 """The layers of the Vision Transformer, with big_vision's parameter names."""
 
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LAYER_NORM_EPS = 1e-6
+# `(name, input, output) -> output`: `Hooks.after` with its arrays; None where no method
+# changes an operation.
+After = Callable[[str, Array, Array], Array] | None
 
 
 class PatchEmbedding(nn.Module):
@@ -24,8 +28,10 @@ class PatchEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
-    """Returns one token per patch, row by row."""
+    """Returns one token per whole patch, row by row."""
     size = self.patch_size
+    height, width = (length - length % size for length in images.shape[1:3])
+    images = images[:, :height, :width]
     shape = (size, size, images.shape[-1], self.width)
     kernel = self.param(
       "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape
@@ -62,18 +68,37 @@ class Attention(nn.Module):
     inputs_q: Float[Array, "b q d"],
     inputs_kv: Float[Array, "b n d"],
     prompts: Float[Array, "b_or_1 p d"] | None = None,
+    after: After = None,
+    change_qkv: Callable[[Array, Array, Array], tuple[Array, Array, Array]]
+    | None = None,
   ) -> Float[Array, "b q d"]:
-    """Returns one output per query."""
+    """Returns one output per query.
+
+    Args:
+      inputs_q: tokens that attend.
+      inputs_kv: tokens that are attended to.
+      prompts: tokens that are attended to as well.
+      after: called on each projection, flat: [b, n, d].
+      change_qkv: called on queries, keys and values, [b, n, h, e].
+    """
     width = inputs_q.shape[-1]
 
-    def projection(name: str) -> nn.DenseGeneral:
+    def projection(name: str) -> Callable[[Array], Array]:
       # From [b, n, d] to [b, n, num_heads, d / num_heads].
-      return nn.DenseGeneral(
+      dense = nn.DenseGeneral(
         (self.num_heads, width // self.num_heads),
         kernel_init=nn.initializers.xavier_uniform(),
         dtype=self.dtype,
         name=name,
       )
+
+      def project(x: Array) -> Array:
+        y = dense(x)
+        if after is None:
+          return y
+        return after(name, x, y.reshape(x.shape)).reshape(y.shape)
+
+      return project
 
     query, key, value = projection("query"), projection("key"), projection("value")
     q, k, v = query(inputs_q), key(inputs_kv), value(inputs_kv)
@@ -81,14 +106,17 @@ class Attention(nn.Module):
       # From n to n + p keys and values.
       k = join(k, key(prompts))
       v = join(v, value(prompts))
+    if change_qkv is not None:
+      q, k, v = change_qkv(q, k, v)
     y = (attend_fused if self.fused else attend)(q, k, v)
-    return nn.DenseGeneral(
+    out = nn.DenseGeneral(
       width,
       axis=(-2, -1),
       kernel_init=nn.initializers.xavier_uniform(),
       dtype=self.dtype,
       name="out",
     )(y)
+    return out if after is None else after("out", y.reshape(out.shape), out)
 
 
 def attend(
@@ -165,17 +193,22 @@ class MlpBlock(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Returns the transformed tokens."""
+  def __call__(
+    self, x: Float[Array, "b n d"], after: After = None
+  ) -> Float[Array, "b n d"]:
+    """Returns the transformed tokens; `after` is called on both layers' outputs."""
     options = {
       "kernel_init": nn.initializers.xavier_uniform(),
       "bias_init": nn.initializers.normal(1e-6),
       "dtype": self.dtype,
     }
     width = x.shape[-1]
-    x = nn.Dense(self.mlp_dim, **options)(x)
-    x = nn.gelu(x, approximate=self.gelu == "tanh")
-    return nn.Dense(width, **options)(x)
+    hidden = nn.Dense(self.mlp_dim, **options)(x)
+    if after is not None:
+      hidden = after("fc1", x, hidden)
+    hidden = nn.gelu(hidden, approximate=self.gelu == "tanh")
+    out = nn.Dense(width, **options)(hidden)
+    return out if after is None else after("fc2", hidden, out)
 
 
 class MAPHead(nn.Module):

@@ -1,7 +1,7 @@
 """The Vision Transformer, with big_vision's variants and parameter names.
 
-One backbone serves every method: it takes prompt tokens as an array
-(`methods.base.BlockPrompts`) and knows nothing of where they come from.
+One backbone serves every method: it takes arrays and functions
+(`methods.hooks.Adaptation`) and knows nothing of where they come from.
 
 Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", eq. 1-4;
 variants and names as in google-research/big_vision.
@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax import trees
-from insvp_jax.methods.base import BackboneSpec, BlockPrompts
-from insvp_jax.models.encoder import Encoder, unsharded
+from insvp_jax.methods.base import BackboneSpec
+from insvp_jax.methods.hooks import UNCHANGED, Adaptation, HookArrays
+from insvp_jax.models import positions
+from insvp_jax.models.encoder import Encoder, bind_after, unsharded
 from insvp_jax.models.layers import MAPHead, PatchEmbedding
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -166,35 +168,69 @@ class ViT(nn.Module):
       num_heads=self.num_heads,
       patch_size=self.patch_size,
       image_size=self.image_size,
+      num_prefix=int(self.pool == "tok"),
+      block_patterns=()
+      if self.scan
+      else tuple(
+        f"backbone/Transformer/encoderblock_{i}/.*" for i in range(self.depth)
+      ),
+      norm_patterns=(
+        "backbone/Transformer/encoderblock.*/LayerNorm_[01]/.*",
+        "backbone/Transformer/encoder_norm/.*",
+      ),
     )
 
-  def embed(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+  def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+    """Returns patch tokens of images of any size, without positions."""
+    return self.embedding(images)
+
+  def embed(
+    self,
+    images: Float[Array, "b h w c"],
+    adaptation: Adaptation = UNCHANGED,
+    *,
+    size: int = 0,
+  ) -> Float[Array, "b n d"]:
     """Returns patch tokens with their position embedding.
 
+    Args:
+      images: the images.
+      adaptation: whose hooks may change the tokens, before the positions.
+      size: pixels per side of the images; 0 is the backbone's own. For another size
+        the position embedding is resized, linearly with aligned corners.
+
     Raises:
-      ValueError: the images are not `image_size` pixels high and wide.
+      ValueError: the images do not have that size.
     """
-    if images.shape[1:3] != (self.image_size, self.image_size):
+    size = size or self.image_size
+    if images.shape[1:3] != (size, size):
       raise ValueError(
         f"images are {images.shape[1]} x {images.shape[2]} pixels, but the backbone "
-        f"was built for {self.image_size} x {self.image_size}; resize the images or "
+        f"was built for {size} x {size}; resize the images or "
         f"build it with image_size={images.shape[1]}."
       )
     x = self.embedding(images)
+    after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
+    if after is not None:
+      x = after("embedding", images, x)
     pos_embedding = self.pos_embedding
     if self.unshard is not None:
       pos_embedding = self.unshard(pos_embedding)
+    if x.shape[1] != pos_embedding.shape[1]:
+      pos_embedding = positions.resize_traced(pos_embedding, size // self.patch_size)
     return x + pos_embedding.astype(x.dtype)
 
   def encode(
-    self, tokens: Float[Array, "b n d"], prompts: BlockPrompts | None = None
+    self, tokens: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
   ) -> Float[Array, "b d"]:
-    """Returns the pooled feature of patch tokens under prompts."""
+    """Returns the pooled feature of patch tokens under an adaptation."""
     x = tokens
     if self.pool == "tok":
       cls = jnp.broadcast_to(self.cls, (x.shape[0], 1, self.width))
       x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)  # [b, 1 + n, d]
-    x = self.Transformer(x, prompts)
+    x = self.Transformer(x, adaptation)
+    if adaptation.hooks.overrides("pool"):
+      return x
     if self.pool == "tok":
       return x[:, 0]
     return jnp.mean(x, axis=1) if self.pool == "gap" else self.MAPHead_0(x)

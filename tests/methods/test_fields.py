@@ -119,12 +119,12 @@ def test_the_config_follows_from_the_declarations(monkeypatch):
 
 
 def test_overridden_hooks_are_those_that_change_the_feature():
-  assert HOOKS >= {"prompt_image", "prompt_tokens", "adapt_feature"}
+  assert HOOKS >= {"prompt_image", "adapt", "adapt_feature"}
   changed = {name: method.overridden_hooks() for name, method in METHODS.items()}
   assert changed == {
-    "insvp": {"prompt_image", "prompt_tokens"},
-    "vpt_shallow": {"prompt_tokens"},
-    "vpt_deep": {"prompt_tokens"},
+    "insvp": {"prompt_image", "adapt"},
+    "vpt_shallow": {"adapt"},
+    "vpt_deep": {"adapt"},
     "linear": set(),
     "full": set(),
     "bias": set(),

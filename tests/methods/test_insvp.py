@@ -87,7 +87,7 @@ def test_feature_prompt_fuses_common_and_specific():
   assert prompts["feature"].shape == (3, 2, 4, 32)
   np.testing.assert_allclose(prompts["feature"], expected, atol=1e-6)
   prompted = method.apply(variables, IMAGES, method="prompt_image")
-  tokens = method.apply(variables, IMAGES, prompted, method="prompt_tokens").tokens
+  tokens = method.apply(variables, IMAGES, prompted, method="adapt").prompts.tokens
   np.testing.assert_array_equal(tokens, prompts["feature"])
 
 
@@ -98,9 +98,9 @@ def train_tokens(method, variables, seed):
     IMAGES,
     IMAGES,
     train=True,
-    method="prompt_tokens",
+    method="adapt",
     rngs={"dropout": jax.random.key(seed)},
-  ).tokens
+  ).prompts.tokens
 
 
 def test_specific_prompt_is_the_same_in_every_block():
@@ -218,7 +218,7 @@ def test_ablations_run_in_the_classifier(present):
 def test_without_any_prompt_nothing_changes():
   method = insvp(**only())
   assert method.apply({}, IMAGES, method="prompt_image") is IMAGES
-  assert method.apply({}, IMAGES, IMAGES, method="prompt_tokens") is None
+  assert method.apply({}, IMAGES, IMAGES, method="adapt").prompts is None
   assert prompts_of(method, {}) == {}
   assert method.trainable_patterns() == ("head/.*",)
 
@@ -227,8 +227,8 @@ def test_common_prompts_alone_are_vpt_deep():
   method = insvp(**only("common"))
   variables = init(method)
   vpt = create_method("vpt_deep", SPEC, prompt_length=4)
-  expected = vpt.apply(variables, IMAGES, IMAGES, method="prompt_tokens").tokens
-  tokens = method.apply(variables, IMAGES, IMAGES, method="prompt_tokens").tokens
+  expected = vpt.apply(variables, IMAGES, IMAGES, method="adapt").prompts.tokens
+  tokens = method.apply(variables, IMAGES, IMAGES, method="adapt").prompts.tokens
   # Shared by all instances, so the batch axis stays 1.
   assert tokens.shape == (3, 1, 4, 32)
   np.testing.assert_array_equal(tokens, expected)
@@ -305,8 +305,8 @@ def test_dropout_is_for_training_only(preset):
   # Dropped pixels of both prompts leave the image as it was.
   assert np.any(np.equal(first, IMAGES))
 
-  plain = run("prompt_tokens", IMAGES, IMAGES).tokens
-  first = run("prompt_tokens", IMAGES, IMAGES, train=True, key=0).tokens
+  plain = run("adapt", IMAGES, IMAGES).prompts.tokens
+  first = run("adapt", IMAGES, IMAGES, train=True, key=0).prompts.tokens
   assert not np.array_equal(first, plain)
 
 
@@ -319,7 +319,7 @@ def test_without_dropout_training_computes_what_evaluation_does():
     trained, method.apply(variables, IMAGES, method="prompt_image")
   )
   tokens = [
-    method.apply(variables, IMAGES, IMAGES, train=t, method="prompt_tokens").tokens
+    method.apply(variables, IMAGES, IMAGES, train=t, method="adapt").prompts.tokens
     for t in (False, True)
   ]
   np.testing.assert_array_equal(*tokens)
@@ -438,7 +438,7 @@ def test_simam_replaces_the_image_for_everything():
     np.testing.assert_allclose(prompts[name], prompt, atol=1e-6, err_msg=name)
   prompted = attending.apply(variables, IMAGES, method="prompt_image")
   np.testing.assert_allclose(prompted, simam(IMAGES) + prompts["image"], atol=1e-6)
-  tokens = attending.apply(variables, IMAGES, prompted, method="prompt_tokens").tokens
+  tokens = attending.apply(variables, IMAGES, prompted, method="adapt").prompts.tokens
   np.testing.assert_allclose(tokens, prompts["feature"], atol=1e-6)
 
 

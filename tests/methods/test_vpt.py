@@ -23,8 +23,8 @@ def init(method, images=IMAGES):
 
 
 def tokens(method, variables, **kwargs):
-  prompts = method.apply(variables, IMAGES, IMAGES, method="prompt_tokens", **kwargs)
-  return prompts.tokens
+  adapted = method.apply(variables, IMAGES, IMAGES, method="adapt", **kwargs)
+  return adapted.prompts.tokens
 
 
 def tiny_model(method, **method_kwargs):

@@ -1,5 +1,6 @@
 """create_model: hooks in order, names, errors before device work."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import insvp_jax
 from insvp_jax import trees
-from insvp_jax.methods.base import BackboneSpec, BlockPrompts, Method
+from insvp_jax.methods import Adaptation, BackboneSpec, BlockPrompts, Method
 from insvp_jax.models import heads
 from insvp_jax.models.classifier import (
   PromptedClassifier,
@@ -50,10 +51,10 @@ def test_hooks_run_in_order_and_see_what_they_should():
       seen.append(("image", float(images.sum()), train))
       return images + 1
 
-    def prompt_tokens(self, images, prompted_images, *, train=False):
-      difference = float((prompted_images - images).mean())
+    def adapt(self, images, prompted, *, embed=None, train=False):
+      difference = float((prompted - images).mean())
       seen.append(("tokens", difference, train))
-      return BlockPrompts(jnp.ones((1, 1, 2, self.spec.width)))
+      return Adaptation(prompts=BlockPrompts(jnp.ones((1, 1, 2, self.spec.width))))
 
     def adapt_feature(self, feature, *, train=False):
       seen.append(("feature", feature.shape, train))
@@ -89,7 +90,9 @@ def test_the_base_method_changes_nothing():
 
 
 def test_backbone_fields():
-  assert create_backbone("Ti/16").spec == BackboneSpec(192, 12, 768, 3, 16, 224)
+  spec = create_backbone("Ti/16").spec
+  sizes = BackboneSpec(192, 12, 768, 3, 16, 224)
+  assert dataclasses.replace(spec, block_patterns=(), norm_patterns=()) == sizes
   overridden = create_backbone("Ti/16", 64, {"depth": 3, "pool": "gap", "width": None})
   assert (overridden.depth, overridden.image_size, overridden.pool) == (3, 64, "gap")
   # A release knows its own image size.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from insvp_jax import trees
-from insvp_jax.methods.base import BlockPrompts
+from insvp_jax.methods.hooks import UNCHANGED, Adaptation, BlockPrompts
 from insvp_jax.models import encoder, vit
 
 SIZES = {"width": 16, "depth": 3, "mlp_dim": 24, "num_heads": 2}
@@ -34,10 +34,11 @@ def images(batch=2, size=8):
 def prompts(blocks, batch=1, length=2):
   rng = np.random.default_rng(2)
   shape = (blocks, batch, length, SIZES["width"])
-  return BlockPrompts(jnp.asarray(rng.normal(size=shape), jnp.float32))
+  tokens = jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return Adaptation(prompts=BlockPrompts(tokens))
 
 
-def features(model, params, x, given=None):
+def features(model, params, x, given=UNCHANGED):
   def run(module):
     return module.encode(module.embed(x), given)
 
@@ -45,7 +46,7 @@ def features(model, params, x, given=None):
   return jax.jit(lambda p: model.apply({"params": p}, method=run))(params)
 
 
-def reference(params, x, given=None):
+def reference(params, x, given=UNCHANGED):
   """The paper's way: prompts stand in the sequence and are replaced block by block."""
   p = trees.flatten(params)
 
@@ -74,8 +75,8 @@ def reference(params, x, given=None):
   t = np.concatenate([np.repeat(p["cls"], b, 0), t], 1)
   inserted = 0
   for i in range(SIZES["depth"]):
-    if given is not None and i < given.tokens.shape[0]:
-      tokens = np.asarray(given.tokens[i])
+    if given.prompts and i < given.prompts.tokens.shape[0]:
+      tokens = np.asarray(given.prompts.tokens[i])
       tokens = np.broadcast_to(tokens, (b, *tokens.shape[1:]))
       t = np.concatenate([t[:, :1], tokens, t[:, 1 + inserted :]], 1)
       inserted = tokens.shape[1]
@@ -98,7 +99,7 @@ def reference(params, x, given=None):
 def test_prompts_as_keys_equal_prompts_in_the_sequence(blocks, batch, scan):
   unrolled, model = build(), build(scan=scan)
   params = draw(unrolled)
-  given = None if blocks is None else prompts(blocks, batch)
+  given = UNCHANGED if blocks is None else prompts(blocks, batch)
   expected = reference(params, images(), given)
   if scan:
     params = stack(params)
@@ -169,10 +170,11 @@ def test_tokens_that_nobody_reads_change_nothing(blocks, scan, remat):
     def outputs(num_read):
       model = encoder.Encoder(3, 24, 2, "tanh", jnp.float64, remat, scan, num_read)
       key = jax.random.key(0)
-      params = randomised(jax.eval_shape(model.init, key, tokens, None))
+      params = randomised(jax.eval_shape(model.init, key, tokens))
 
       def loss(params, tokens, given):
         given = None if given is None else BlockPrompts(given)
+        given = Adaptation(prompts=given)
         first = model.apply(params, tokens, given)[:, :1]
         return jnp.sum(jnp.sin(first)), first
 
@@ -212,10 +214,14 @@ def test_replaced_prompts_pass_nothing_on():
   model, params = build(), draw(build())
 
   def loss(tokens):
-    return jnp.sum(features(model, params, images(), BlockPrompts(tokens)) ** 2)
+    return jnp.sum(
+      features(model, params, images(), Adaptation(prompts=BlockPrompts(tokens))) ** 2
+    )
 
   few, many, updated = (
-    jax.jit(jax.grad(loss)).lower(prompts(blocks, length=n).tokens).cost_analysis()
+    jax.jit(jax.grad(loss))
+    .lower(prompts(blocks, length=n).prompts.tokens)
+    .cost_analysis()
     for blocks, n in ((3, 1), (3, 9), (1, 9))
   )
   # Keys and values only: far cheaper than updating the same tokens.

@@ -28,10 +28,10 @@ import pytest
 import scipy.ndimage
 
 from insvp_jax import trees
-from insvp_jax.models import weights
+from insvp_jax.models import positions, weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import ViT, decode_variant
-from insvp_jax.models.weights import downloads, npz, positions, releases
+from insvp_jax.models.weights import downloads, npz, releases
 from insvp_jax.models.weights.releases import Release
 
 SIZES = {

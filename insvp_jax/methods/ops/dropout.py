@@ -31,8 +31,27 @@ class Dropout(nn.Module):
     """Returns x as it is unless training, which needs the rng "dropout"."""
     if not train or is_off(self.rate):
       return x
-    keep = 1.0 - self.rate
-    is_kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.size,))
-    # Drawn once: the compiler would rather draw again in the backward pass.
-    is_kept = jax.lax.optimization_barrier(is_kept).reshape(x.shape)
-    return jnp.where(is_kept, x / keep, jnp.zeros_like(x))
+    return drop(self.make_rng("dropout"), self.rate, x)
+
+
+def block_keys(module: nn.Module, num_blocks: int, rate: Rate, train: bool):
+  """Returns a random key for each block, as a leaf of `Adaptation.blocks`, or None.
+
+  None stands for no dropout: without training, or at the constant rate 0.
+  """
+  if not train or is_off(rate):
+    return None
+  return jax.random.split(module.make_rng("dropout"), num_blocks)
+
+
+def drop(
+  key: jax.Array | None, rate: Rate, x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  """Returns x with values zeroed and the others scaled up; as it is without a key."""
+  if key is None:
+    return x
+  keep = 1.0 - rate
+  is_kept = jax.random.bernoulli(key, keep, (x.size,))
+  # Drawn once: the compiler would rather draw again in the backward pass.
+  is_kept = jax.lax.optimization_barrier(is_kept).reshape(x.shape)
+  return jnp.where(is_kept, x / keep, jnp.zeros_like(x))

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import trees
+from insvp_jax.models import positions
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
-from insvp_jax.models.weights import npz, positions
+from insvp_jax.models.weights import npz
 from insvp_jax.models.weights.downloads import atomic_file, resolve
 from insvp_jax.models.weights.releases import Release, release_of
 from insvp_jax.models.weights.report import LoadReport, abbreviate

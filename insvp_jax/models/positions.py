@@ -5,7 +5,8 @@ Source: Dosovitskiy et al. 2021, section 3.2 (fine-tuning at higher resolution).
 
 import math
 
-from jaxtyping import Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 
@@ -61,6 +62,15 @@ def resample_positions(
   table = positions[0].astype(np.float64).reshape(old, old, -1)
   table = np.einsum("ih,jw,hwd->ijd", weights, weights, table, optimize=True)
   return table.reshape(1, grid * grid, -1).astype(positions.dtype)
+
+
+def resize_traced(positions: Float[Array, "1 n d"], grid: int) -> Float[Array, "1 m d"]:
+  """Resamples as `resample_positions`, within a traced function."""
+  old = math.isqrt(positions.shape[1])
+  weights = jnp.asarray(_linear_weights(old, grid), positions.dtype)
+  table = positions[0].reshape(old, old, -1)
+  table = jnp.einsum("ih,jw,hwd->ijd", weights, weights, table)
+  return table.reshape(1, grid * grid, -1)
 
 
 def _linear_weights(old: int, new: int) -> np.ndarray:

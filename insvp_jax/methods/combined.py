@@ -1,0 +1,154 @@
+"""Several methods at once, such as "vpt_deep+bias": the union of what they do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from insvp_jax.methods.base import Method
+from insvp_jax.methods.hooks import Adaptation, CombinedHooks, Hooks, block_of
+
+
+class Combined(Method):
+  """Applies methods side by side, each with its parameters under its own name.
+
+  What a method changes, the next one finds changed: the order is that of the names.
+
+  Attributes:
+    parts: the methods, each with its name.
+  """
+
+  parts: tuple[Method, ...] = ()
+
+  def __post_init__(self) -> None:
+    """Checks that no two methods claim one thing."""
+    owners: dict[str, str] = {}
+    for part in self.parts:
+      for claim in sorted(part.claims()):
+        if claim in owners:
+          raise ValueError(
+            f"the methods {owners[claim]!r} and {part.name!r} cannot be combined: both "
+            f"have their own {claim.replace('_', ' ')}, of which there is one."
+          )
+        owners[claim] = part.name
+    super().__post_init__()
+
+  @nn.nowrap
+  def hooks(self) -> Hooks:
+    return CombinedHooks.of(tuple((part.name, part.hooks()) for part in self.parts))
+
+  def prompt_image(self, images, *, train=False):
+    for part in self.parts:
+      images = part.prompt_image(images, train=train)
+    return images
+
+  @nn.nowrap
+  def prompted_size(self) -> int:
+    sizes = [part.prompted_size() for part in self.parts]
+    return next((s for s in sizes if s != self.spec.image_size), self.spec.image_size)
+
+  def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
+    adapted = {
+      part.name: part.adapt(images, prompted, embed=embed, train=train)
+      for part in self.parts
+    }
+    blocks = {name: a.blocks for name, a in adapted.items()}
+    if any(isinstance(tree, list) for tree in blocks.values()):
+      blocks = [
+        {name: block_of(tree, i) for name, tree in blocks.items()}
+        for i in range(self.spec.depth)
+      ]
+    prompts = [a.prompts for a in adapted.values() if a.prompts is not None]
+    return Adaptation(
+      blocks=blocks,
+      shared={name: a.shared for name, a in adapted.items()},
+      prompts=prompts[0] if prompts else None,
+    )
+
+  def adapt_feature(self, feature, *, train=False):
+    for part in self.parts:
+      feature = part.adapt_feature(feature, train=train)
+    return feature
+
+  @nn.nowrap
+  def head(self, linear: nn.Module) -> nn.Module:
+    for part in self.parts:
+      linear = part.head(linear)
+    return linear
+
+  @nn.nowrap
+  def extra_loss(self, params, reads, targets):
+    total = 0.0
+    for part in self.parts:
+      own = [None if block is None else block.get(part.name) for block in reads]
+      total += part.extra_loss(params.get(part.name, {}), own, targets)
+    return total
+
+  @nn.nowrap
+  def prepare(self, params, batches, apply):
+    for part in self.parts:
+      own = {**params, "prompter": params.get("prompter", {}).get(part.name, {})}
+      own = part.prepare(own, batches, apply)
+      prompter = {**params.get("prompter", {}), part.name: own["prompter"]}
+      params = {**own, "prompter": {n: tree for n, tree in prompter.items() if tree}}
+    return params
+
+  @nn.nowrap
+  def adjust_updates(self, updates, *, params, grads, lr):
+    for part in self.parts:
+      inner, outer = "prompter/", f"prompter/{part.name}/"
+
+      def own(flat: Mapping[str, Any], outer=outer, inner=inner) -> dict[str, Any]:
+        return {
+          name.replace(outer, inner, 1): leaf
+          for name, leaf in flat.items()
+          if name.startswith(outer) or not name.startswith(inner)
+        }
+
+      adjusted = part.adjust_updates(
+        own(updates), params=own(params), grads=own(grads), lr=lr
+      )
+      updates = {
+        **updates,
+        **{name.replace(inner, outer, 1): leaf for name, leaf in adjusted.items()},
+      }
+    return updates
+
+  @nn.nowrap
+  def merge(self, params, sites):
+    for part in self.parts:
+      sites = part.merge(params.get(part.name, {}), sites)
+    return sites
+
+  @nn.nowrap
+  def place_hparams(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+      part.name: {name: v for name, v in hparams.items() if name in part.HPARAMS}
+      for part in self.parts
+    }
+
+  def prompts(self, images):
+    prompts = {}
+    for part in self.parts:
+      prompts |= part.prompts(images)
+    return prompts
+
+  @nn.nowrap
+  def trainable_patterns(self) -> tuple[str, ...]:
+    return self._patterns("trainable_patterns")
+
+  @nn.nowrap
+  def updated_patterns(self) -> tuple[str, ...]:
+    return self._patterns("updated_patterns")
+
+  @nn.nowrap
+  def _patterns(self, kind: str) -> tuple[str, ...]:
+    """Returns the patterns of all methods, with the method's name after "prompter/"."""
+    patterns: dict[str, None] = {}
+    for part in self.parts:
+      for pattern in getattr(part, kind)():
+        prefix, slash, rest = pattern.partition("/")
+        if prefix == "prompter":
+          pattern = f"{prefix}/{part.name}{slash}{rest}"
+        patterns[pattern] = None
+    return tuple(patterns)

@@ -1,0 +1,3 @@
+"""Golden files of E2VPT, VFPT and VAPT; see `golden_cases`."""
+
+FAMILIES = {}
