@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import parts
 from insvp_jax import trees
-from insvp_jax.config import METHOD_SECTIONS, defaults
+from insvp_jax.config import defaults, method_sections
 from insvp_jax.data import ArraySplit, pipeline, preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import flops
@@ -61,7 +61,7 @@ def create_config(
   config.data.preset = PRESET
   config.total_steps = 10**6  # the schedule's length is nothing to the speed
   for field, value in {**chosen, **(fields or {})}.items():
-    if method not in METHOD_SECTIONS or field not in config[method]:
+    if method not in method_sections() or field not in config[method]:
       raise ValueError(f"{method} has no field {field!r}.")
     config[method][field] = tuple(value) if isinstance(value, list) else value
   return config

@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from insvp_jax import trees
-from insvp_jax.methods import METHODS, fields
+from insvp_jax.methods import METHODS, fields, parts_of
 
 # (default, documentation) by key. A type is a None that takes values of that type. The
 # methods' sections and `tune.grid` follow from what the methods declare.
 _KEYS: dict[str, tuple[Any, str]] = {
   "task": ("digits", "a task or group of data/tasks.py, digits, folder or cifar10_npz"),
-  "method": ("insvp", f"one of {', '.join(METHODS)}"),
+  "method": ("insvp", f"{', '.join(METHODS)}; or several, joined by +"),
   "seed": (0, "seed of initialisation, batches, augmentation and dropout"),
   "batch_size": (64, "training images of a step, over all devices; 0: automatic"),
   "eval_batch_size": (256, "images of a step of evaluation"),
@@ -119,8 +119,6 @@ MAX_INT = 2**31 - 1
 # Two seeds are two runs: all of a seed is used, and it has 32 bits.
 MAX_SEED = 2**32 - 1
 LARGEST_AUTOMATIC_BATCH = 32
-# The methods that have fields, and so a section of that name.
-METHOD_SECTIONS = tuple(n for n, method in METHODS.items() if fields.declared(method))
 # The keys of the section backbone that are fields of `models.vit.ViT`.
 _VIT_FIELDS = (
   *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
@@ -137,10 +135,15 @@ MAY_CHANGE = (
 PER_HOST = r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/weights"
 
 
+def method_sections() -> tuple[str, ...]:
+  """Returns the methods that have fields, and so a section of that name."""
+  return tuple(n for n, method in METHODS.items() if fields.declared(method))
+
+
 def _method_keys() -> dict[str, tuple[Any, str]]:
   """Returns the keys that follow from the methods, in the form of `_KEYS`."""
   keys: dict[str, tuple[Any, str]] = {}
-  for section in METHOD_SECTIONS:
+  for section in method_sections():
     types = fields.value_types(METHODS[section])
     for name, field in fields.declared(METHODS[section]).items():
       # The preset says what None means, so it is never None itself.
@@ -205,10 +208,15 @@ def published() -> ConfigDict:
 
 
 def method_kwargs(config: ConfigDict) -> dict[str, Any]:
-  """Returns the section of `config.method` without its unset (None) fields."""
-  if config.method not in METHOD_SECTIONS:
-    return {}
-  return {k: v for k, v in config[config.method].items() if v is not None}
+  """Returns the section of `config.method` without its unset (None) fields.
+
+  Of several methods it is {method: its fields}.
+  """
+  parts = {
+    part: {k: v for k, v in config.get(part, {}).items() if v is not None}
+    for part in parts_of(config.method)
+  }
+  return parts if len(parts) > 1 else parts[config.method]
 
 
 def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
@@ -417,7 +425,7 @@ def select(config: ConfigDict, arg: Mapping[str, str]) -> ConfigDict:
     ValueError: an unknown method, or a seed that is no whole number.
   """
   if arg["method"]:
-    trees.lookup(METHODS, arg["method"], "method")
+    parts_of(arg["method"])
     config.method = arg["method"]
     config.tune.methods = (arg["method"],) if config.tune.methods else ()
   if arg["root"]:

@@ -6,13 +6,17 @@ from typing import Any
 from insvp_jax import trees
 from insvp_jax.methods import fields
 from insvp_jax.methods.base import BackboneSpec, Method
-from insvp_jax.methods.bias import Bias
+from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined
+from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
+from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
+from insvp_jax.methods.mlp import MLP
+from insvp_jax.methods.partial import Partial
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -36,7 +40,12 @@ METHODS: dict[str, type[Method]] = {
   "vpt_deep": VPTDeep,
   "linear": Linear,
   "full": Full,
+  "mlp": MLP,
+  "partial": Partial,
   "bias": Bias,
+  "bitfit": BitFit,
+  "ln_tune": LNTune,
+  "difffit": DiffFit,
   "lora": LoRA,
 }
 

@@ -56,10 +56,10 @@ def stack_state(
     params: that all start from; see `state.init_params`.
   """
   state = create_state(configs[0], program, params)
-  trainable, frozen = trees.split(state.params, program.mask)
+  changing, frozen = trees.split(state.params, program.carried)
   replicated = program.state_sharding.step
   # Frozen parameters stay where they are.
-  trainable, opt_state = _repeat((trainable, state.opt_state), len(configs), replicated)
+  changing, opt_state = _repeat((changing, state.opt_state), len(configs), replicated)
   hparams = [hparams_of(config, program.hparams) for config in configs]
   peak_lr = [optim.peak_lr(config.optim, config.batch_size) for config in configs]
   numbers = {
@@ -68,7 +68,7 @@ def stack_state(
     "hparams": {name: np.stack([h[name] for h in hparams]) for name in program.hparams},
   }
   return state.replace(
-    params=trees.merge(trainable, frozen),
+    params=trees.merge(changing, frozen),
     opt_state=opt_state,
     **jax.device_put(numbers, replicated),
   )
@@ -83,10 +83,10 @@ def _repeat(tree: Any, num_members: int, sharding: jax.sharding.Sharding) -> Any
 
 def _axes(program: Program) -> TrainState:
   """Returns the axis of each part of a state that counts trials, or None."""
-  is_trainable = trees.flatten(program.mask)
+  is_carried = trees.flatten(program.carried)
   return TrainState(
     step=None,
-    params=trees.unflatten({n: 0 if t else None for n, t in is_trainable.items()}),
+    params=trees.unflatten({n: 0 if c else None for n, c in is_carried.items()}),
     opt_state=0,
     rng=None,
     peak_lr=0,

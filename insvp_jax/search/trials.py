@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from insvp_jax import config as config_lib
 from insvp_jax import files, trees
 from insvp_jax.distributed import processes
-from insvp_jax.methods import METHODS
-from insvp_jax.search.grids import GRIDS
+from insvp_jax.methods import hparams_of, parts_of
+from insvp_jax.search.grids import GRIDS, Grid
 
 FILE = "trials.jsonl"
 Point = dict[str, Any]
@@ -34,7 +34,7 @@ def check_keys(config: ConfigDict) -> None:
   """
   methods = config.tune.methods or (config.method,)
   # A dict keeps the order, and each name once.
-  known = {name: None for method in methods for name in METHODS[method].HPARAMS}
+  known = {name: None for method in methods for name in hparams_of(method)}
   for key, values in config.tune.grid.items():
     if values and key not in known:
       names = f"Known: {', '.join(known)}." if known else "There are none."
@@ -55,9 +55,9 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
     ValueError: `default`, but the grid is empty and the method has none.
   """
   tune, method = config.tune, config.method
-  names = METHODS[method].HPARAMS
+  names = hparams_of(method)
   hparams = {k: v for k, v in tune.grid.items() if v and k in names}
-  grid = GRIDS.get((method, config.optim.name)) if default and not tune.lr else None
+  grid = published_grid(config) if default and not tune.lr else None
   if default and not (tune.lr or tune.wd or hparams or grid):
     raise ValueError(
       f"the grid is empty: config.tune.lr is (), and the method {method!r} has no grid "
@@ -72,9 +72,14 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
   }
 
 
+def published_grid(config: ConfigDict) -> Grid | None:
+  """Returns the method's own grid for the optimizer; of several, the first's."""
+  return GRIDS.get((parts_of(config.method)[0], config.optim.name))
+
+
 def scaled(config: ConfigDict, default: bool) -> ConfigDict:
   """Returns the config with its lr in the units of the method's own grid, if used."""
-  grid = GRIDS.get((config.method, config.optim.name))
+  grid = published_grid(config)
   if default and not config.tune.lr and grid:
     config = config.copy_and_resolve_references()
     config.optim.lr_scale_by_batch = grid.lr_scale_by_batch
@@ -104,8 +109,11 @@ def at(config: ConfigDict, **changes: Any) -> ConfigDict:
     "batch_size": copy,
   }
   for key, value in changes.items():
-    section = sections[key] if key in sections else copy[copy.method]
-    section[key] = tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
+    methods = [part for part in parts_of(copy.method) if key in copy.get(part, {})]
+    # Of several methods a field of that name is set for each.
+    for section in [sections[key]] if key in sections else [copy[m] for m in methods]:
+      section[key] = value
   return copy
 
 
@@ -133,8 +141,9 @@ def settings(
     data_sha256: of the splits that trials read.
   """
   varied = {"lr": "optim/lr", "wd": "optim/wd"}
-  skipped = {varied.get(name, f"{config.method}/{name}") for name in names}
-  others = set(config_lib.METHOD_SECTIONS) - {config.method}
+  parts = parts_of(config.method)
+  skipped = {varied.get(name, f"{part}/{name}") for name in names for part in parts}
+  others = set(config_lib.method_sections()) - set(parts)
   shaping = {
     name: value
     for name, value in trees.flatten(config_lib.to_dict(config)).items()

@@ -24,16 +24,15 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, trees
+from insvp_jax import config_checks
 from insvp_jax.checkpoints.files import Damaged, load_json
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json, write_text
-from insvp_jax.methods import METHODS, create_method
+from insvp_jax.methods import create_method, parts_of
 from insvp_jax.search import population, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
 from insvp_jax.train import report, trainer
-from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import create_state
 from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
@@ -72,7 +71,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   if mode not in MODES:
     raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
   for method in config.tune.methods or (config.method,):
-    trees.lookup(METHODS, method, "method")
+    parts_of(method)
   if not _is_search(config, mode):
     result = trainer.train(config, workdir)
     print_once(report.result_line(result))
@@ -156,7 +155,8 @@ class Search:
     self.config = trials.at(config, batch_size=configs[0].batch_size)
     spec = self.prepared.program.model.backbone.spec
     for each in configs:
-      create_method(each.method, spec, **config_lib.method_kwargs(each))
+      num_classes = self.prepared.data.num_classes
+      create_method(each.method, spec, num_classes, **config_lib.method_kwargs(each))
     if self.has_choice and not {"train", "val"} <= set(self.prepared.data.splits):
       raise ValueError(
         f"the task {self.prepared.data.name!r} has no val split to choose "
@@ -262,9 +262,7 @@ class Search:
     stacked = population.stack_program(prepared.program)
     # All trials have one seed: they start from the same parameters.
     config = configs[0]
-    params = state_lib.init_params(
-      prepared.program.model, config.seed, prepared.weights, config.backbone.init
-    )
+    params = prepared.prepare_params(config, prepared.first_params(config))
     name = f"{prepared.data.name} {config.method}, {len(points)} trials"
     while start < len(points):
       title = f"{name}, {size} at a time" if size > 1 else name

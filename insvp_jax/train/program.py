@@ -29,6 +29,8 @@ class Program:
   Attributes:
     model: the classifier.
     mask: bool tree of the trainable parameters.
+    carried: bool tree of those that a step changes: the trainable ones, and those that
+      it sets without a gradient; see `Method.updated_patterns`.
     optimizer: over the full tree, for a learning rate of 1.
     schedule: the lr schedule with a peak of 1, by train step.
     total_steps: batches of the whole run.
@@ -43,6 +45,7 @@ class Program:
 
   model: PromptedClassifier
   mask: Mapping[str, Any]
+  carried: Mapping[str, Any]
   optimizer: optax.GradientTransformation
   schedule: optim.Schedule
   total_steps: int
@@ -98,7 +101,7 @@ class Program:
     replicated, sharded = self._shardings
     return jax.jit(
       steps.create_multi_step(
-        self.functions, self.mask, batch_size=self.batch_size, sharding=sharded
+        self.functions, self.carried, batch_size=self.batch_size, sharding=sharded
       ),
       donate_argnums=0,
       in_shardings=(self.state_sharding, replicated, replicated, replicated),
@@ -175,7 +178,9 @@ def create_program(
   model = create_model(**model_kwargs(config, num_classes))
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
   shapes = state_lib.param_shapes(model)
-  mask = trees.mask(shapes, model.prompter.trainable_patterns())
+  prompter = model.prompter
+  mask = trees.mask(shapes, prompter.trainable_patterns())
+  patterns = prompter.trainable_patterns() + prompter.updated_patterns()
   schedule = optim.create_schedule(
     config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
@@ -186,6 +191,7 @@ def create_program(
   return Program(
     model=model,
     mask=mask,
+    carried=trees.mask(shapes, patterns),
     optimizer=optimizer,
     schedule=schedule,
     total_steps=total_steps,

@@ -20,6 +20,7 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
+from insvp_jax.methods import parts_of
 from insvp_jax.models import mimetic
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
@@ -213,4 +214,7 @@ def hparams_of(config: ConfigDict, names: tuple[str, ...]) -> dict[str, np.ndarr
     names: of the fields; see `Program.hparams`.
   """
   fields = config_lib.method_kwargs(config)
+  if len(parts := parts_of(config.method)) > 1:
+    # A name that several have was set for each of them alike.
+    fields = {k: v for part in parts for k, v in fields.get(part, {}).items()}
   return {name: np.asarray(fields[name], np.float32) for name in names}

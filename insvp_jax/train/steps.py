@@ -141,19 +141,40 @@ def create_train_step(
     trainable, frozen = trees.split(state.params, mask)
 
     def loss_fn(trainable):
-      variables = _variables(trees.merge(trainable, frozen), state.hparams)
-      if "features" in batch:
-        logits = model.apply(variables, batch["features"], method="classify")
-      else:
-        rngs = {"dropout": dropout_key}
-        logits = model.apply(variables, images, train=True, rngs=rngs)
+      params = trees.merge(trainable, frozen)
+      given, method = (
+        (images, None)
+        if "features" not in batch
+        else (
+          batch["features"],
+          "classify",
+        )
+      )
+      logits, sown = model.apply(
+        _variables(model, params, state.hparams),
+        given,
+        train=True,
+        rngs={"dropout": dropout_key},
+        mutable=["reads", "updated"],
+        method=method,
+      )
       nats = losses.cross_entropy(logits, targets)
       if class_weights is not None:
         nats = nats * (targets @ class_weights)
-      return jnp.mean(nats), logits
+      value = jnp.mean(nats)
+      if "reads" in sown:
+        reads = sown["reads"]["backbone"]["Transformer"]["blocks"]
+        prompter = params.get("prompter", {})
+        value += model.prompter.extra_loss(prompter, reads, targets)
+      return value, (logits, trees.flatten(sown.get("updated", {})))
 
-    (value, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-    trainable, opt_state = update_params(optimizer, schedule, mask, state, grads)
+    (value, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      trainable
+    )
+    trainable, opt_state = update_params(
+      optimizer, schedule, mask, state, grads, model.prompter.adjust_updates
+    )
+    frozen = {**frozen, **updated}
     correct = jnp.argmax(logits, axis=-1) == batch["labels"]
     state = state.replace(
       step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state
@@ -176,6 +197,7 @@ def update_params(
   mask: Mapping[str, Any],
   state: TrainState,
   grads: Mapping[str, Any],
+  adjust_updates: Callable[..., Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], Any]:
   """Returns the trainable leaves, by name, and the optimizer's state after an update.
 
@@ -185,6 +207,7 @@ def update_params(
     mask: bool tree, True where trainable.
     state: before the update.
     grads: gradients of the trainable leaves, by name.
+    adjust_updates: the method's; see `Method.adjust_updates`.
   """
   trainable, frozen = trees.split(state.params, mask)
   # optax sees the whole tree; the zeros stand for gradients that nobody computes.
@@ -197,6 +220,9 @@ def update_params(
   factor = schedule(state.step)
   # Two products: the peak lr differs from trial to trial, the factor does not.
   updates = jax.tree.map(lambda u: u * factor * state.peak_lr, updates)
+  if adjust_updates is not None:
+    lr = factor * state.peak_lr
+    updates = adjust_updates(updates, params=trainable, grads=grads, lr=lr)
   return optax.apply_updates(trainable, updates), opt_state
 
 
@@ -212,7 +238,7 @@ def create_eval_step(
   def eval_step(
     params: Mapping[str, Any], batch: Batch, hparams: Mapping[str, Any] | None = None
   ) -> dict[str, Average]:
-    variables = _variables(params, hparams)
+    variables = _variables(model, params, hparams)
     if "features" in batch:
       logits = model.apply(variables, batch["features"], method="classify")
     else:
@@ -250,7 +276,7 @@ def create_feature_step(
 
 def create_multi_step(
   functions: StepFunctions,
-  mask: Mapping[str, Any],
+  carried: Mapping[str, Any],
   *,
   batch_size: int,
   sharding: jax.sharding.Sharding,
@@ -264,7 +290,7 @@ def create_multi_step(
 
   Args:
     functions: of the model.
-    mask: bool tree, True where trainable.
+    carried: bool tree, True for the parameters that a step changes.
     batch_size: b.
     sharding: of a batch.
 
@@ -279,7 +305,7 @@ def create_multi_step(
     steps_per_epoch = num_examples // batch_size
     # Frozen leaves stay out of the loop's carry, so that XLA need not find out that
     # they never change.
-    trainable, frozen = trees.split(state.params, mask)
+    changing, frozen = trees.split(state.params, carried)
 
     def body(_, carry):
       state, order, metrics = carry
@@ -293,7 +319,7 @@ def create_multi_step(
       batch = jax.lax.with_sharding_constraint(batch, sharding)
       full_state = state.replace(params=trees.merge(state.params, frozen))
       full_state, new_metrics = functions.train(full_state, batch)
-      state = full_state.replace(params=trees.split(full_state.params, mask)[0])
+      state = full_state.replace(params=trees.split(full_state.params, carried)[0])
       # Once metrics are not finite they stay: [] or, of m trials, [m].
       is_finite = jnp.all(
         jnp.stack([jnp.isfinite(metrics[n]) for n in METRICS]), axis=0
@@ -307,7 +333,7 @@ def create_multi_step(
     zeros = jnp.zeros(jnp.shape(state.peak_lr), jnp.float32)
     metrics = {**dict.fromkeys(METRICS, zeros), "step": zeros.astype(jnp.int32)}
     order = resident.epoch_order(seed, state.step // steps_per_epoch, num_examples)
-    carry = (state.replace(params=trainable), order, metrics)
+    carry = (state.replace(params=changing), order, metrics)
     state, _, metrics = jax.lax.fori_loop(0, count, body, carry)
     return state.replace(params=trees.merge(state.params, frozen)), metrics
 
@@ -321,9 +347,12 @@ def _eval_images(model: PromptedClassifier, preset, batch: Batch) -> Array:
 
 
 def _variables(
-  params: Mapping[str, Any], hparams: Mapping[str, Any] | None
+  model: PromptedClassifier,
+  params: Mapping[str, Any],
+  hparams: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
   """Returns the Flax variables that the model is applied to."""
   if not hparams:
     return {"params": params}
-  return {"params": params, "hparams": {"prompter": dict(hparams)}}
+  placed = model.prompter.place_hparams(hparams)
+  return {"params": params, "hparams": {"prompter": placed}}

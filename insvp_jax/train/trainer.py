@@ -35,6 +35,7 @@ from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache, are_cached
+from insvp_jax.train.preparation import prepare_params
 from insvp_jax.train.program import Program, create_program, create_state
 from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
@@ -80,6 +81,18 @@ class Prepared:
     return self.cache.arrays(
       config, self.program, self.data.splits[split], params["backbone"], seed
     )
+
+  def first_params(self, config: ConfigDict) -> Mapping[str, Any]:
+    """Returns the parameters before the first step, drawn by the config's seed."""
+    model = self.program.model
+    return state_lib.init_params(model, config.seed, self.weights, config.backbone.init)
+
+  def prepare_params(
+    self, config: ConfigDict, params: Mapping[str, Any]
+  ) -> Mapping[str, Any]:
+    """Returns them with what the method computes of the training images."""
+    split = self.data.splits[config.data.train_split]
+    return prepare_params(config, self.program, split, params)
 
   def evaluate(
     self, config: ConfigDict, split: str, state: TrainState
@@ -174,10 +187,7 @@ def train(
   _check_profile(config, program.total_steps)
 
   # The state before the first step, and what identifies this run.
-  params = state_lib.init_params(
-    program.model, config.seed, prepared.weights, config.backbone.init
-  )
-  state = create_state(config, program, params)
+  params = prepared.first_params(config)
   backbone = state_lib.backbone_identity(
     prepared.backbone, config.seed, params["backbone"]
   )
@@ -191,6 +201,9 @@ def train(
     _open_checkpoints(config, workdir, program, meta) as checkpointer,
   ):
     remove_partial(workdir)
+    if checkpointer.latest_step() is None:
+      params = prepared.prepare_params(config, params)
+    state = create_state(config, program, params)
     state = checkpointer.restore(state) or state
     if is_alone:
       print_shared(config, prepared)

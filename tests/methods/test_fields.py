@@ -106,9 +106,6 @@ def test_the_config_follows_from_the_declarations(monkeypatch):
   assert docs["pair"] == "two weights; None: (1.0, 2.0) (a), (3, 4) (b)"
   # A method in the table has its section, and its hparams can be searched for.
   monkeypatch.setitem(METHODS, "example", Example)
-  monkeypatch.setattr(
-    config_lib, "METHOD_SECTIONS", (*config_lib.METHOD_SECTIONS, "example")
-  )
   config = config_lib.defaults()
   assert config.example.to_dict() == {**dict.fromkeys(docs), "preset": "a"}
   assert {"pair", "rate"} <= set(config.tune.grid)
@@ -121,14 +118,12 @@ def test_the_config_follows_from_the_declarations(monkeypatch):
 def test_overridden_hooks_are_those_that_change_the_feature():
   assert HOOKS >= {"prompt_image", "adapt", "adapt_feature"}
   changed = {name: method.overridden_hooks() for name, method in METHODS.items()}
-  assert changed == {
-    "insvp": {"prompt_image", "adapt"},
-    "vpt_shallow": {"adapt"},
-    "vpt_deep": {"adapt"},
-    "linear": set(),
-    "full": set(),
-    "bias": set(),
-  }
+  # They train the head or what the backbone has, and change nothing else.
+  heads = {"linear", "mlp"}
+  parts = {"full", "bias", "bitfit", "ln_tune", "partial"}
+  assert {name for name, hooks in changed.items() if not hooks} == heads | parts
+  assert changed["insvp"] == {"prompt_image", "adapt"}
+  assert changed["lora"] == {"adapt", "hooks"}
   assert Method.overridden_hooks() == set()
 
 

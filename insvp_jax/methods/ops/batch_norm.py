@@ -1,0 +1,42 @@
+"""Batch normalisation whose running statistics are parameters without a gradient."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EPS = 1e-5
+_MOMENTUM = 0.9
+
+
+class BatchNorm(nn.Module):
+  """Normalises each channel over the batch; PyTorch's `BatchNorm1d`.
+
+  "mean" and "var" are parameters that do not train, so that they are stored, loaded and
+  stacked like all others. In training the new values are sown in the collection
+  "updated" under the same names (see `Method.updated_patterns`).
+
+  Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b d"], *, train: bool) -> Float[Array, "b d"]:
+    """Returns x normalised by its own statistics in training, else by the running."""
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    running = {
+      "mean": self.param("mean", nn.initializers.zeros, shape),
+      "var": self.param("var", nn.initializers.ones, shape),
+    }
+    used = running
+    if train:
+      used = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
+      # The running variance is that of a population: unbiased.
+      unbiased = len(x) / max(len(x) - 1, 1)
+      new = {"mean": used["mean"], "var": used["var"] * unbiased}
+      for name, value in new.items():
+        value = _MOMENTUM * running[name] + (1 - _MOMENTUM) * value
+        value = jax.lax.stop_gradient(value)
+        self.sow("updated", name, value, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+    return (x - used["mean"]) * jax.lax.rsqrt(used["var"] + EPS) * scale + bias
