@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 import numpy as np
 
-from insvp_jax import trees
+from insvp_jax import methods, trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
   check_leaves,
@@ -172,6 +172,7 @@ def load_run(
   *,
   backbone: str | os.PathLike | None = None,
   device: jax.Device | None = None,
+  method: type[methods.Method] | None = None,
 ) -> Run:
   """Loads a run, wherever and on however many devices it was trained.
 
@@ -181,6 +182,7 @@ def load_run(
     backbone: path of the backbone's file, if it has moved. It must be the same file:
       its digest is compared.
     device: of the parameters; None is the first local device.
+    method: its class, where the run was trained with a method of your own.
 
   Raises:
     FileNotFoundError: there is no run, or its backbone was not found. Of a folder of
@@ -196,6 +198,8 @@ def load_run(
     return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
 
   checkpoint, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
+  if method is not None:
+    methods.register(method)
   _check_meta(meta, checkpoint)
   model = create_model(**meta["model"])
   shapes = trees.flatten(state_lib.param_shapes(model))
@@ -304,6 +308,12 @@ def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
   missing = [key for key in keys if key not in meta]
   if missing:
     raise ValueError(f"the description of the run at {checkpoint} lacks {missing}.")
+  own = set(meta["model"].get("method", "").split("+")) - set(methods.METHODS)
+  if own:
+    raise ValueError(
+      f"the run at {checkpoint} was trained with the method {min(own)!r}, which is "
+      "none of this package; pass load_run(..., method=<its class>)."
+    )
   num_names, num_classes = len(meta["class_names"]), meta["model"].get("num_classes")
   if num_names != num_classes:
     raise ValueError(

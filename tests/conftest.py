@@ -33,6 +33,7 @@ QUICKLY_COMPILED = {
   *("test_attention", "test_batches", "test_classifier", "test_dropout"),
   *(
     "test_evaluate_tool",
+    "test_every_method",
     "test_features",
     "test_few_images",
     "test_golden_methods",

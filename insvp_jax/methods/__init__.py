@@ -1,6 +1,7 @@
 """Adaptation methods: one file each, found by name in `METHODS`."""
 
 from collections.abc import Mapping
+import re
 from typing import Any
 
 from insvp_jax import trees
@@ -31,9 +32,9 @@ __all__ = [
   "hparams_of",
   "method_fields",
   "parts_of",
+  "register",
 ]
 
-# A method of your own is added here by its name: METHODS["mine"] = Mine.
 METHODS: dict[str, type[Method]] = {
   "insvp": InsVP,
   "vpt_shallow": VPTShallow,
@@ -52,6 +53,28 @@ METHODS: dict[str, type[Method]] = {
 
 # Between the names of methods that are combined.
 _AND = "+"
+
+
+def register(method: type[Method]) -> str:
+  """Adds a class to `METHODS` under its name in lower case; returns that name.
+
+  From then on configs have a section of its fields, and the trainer, a search and
+  `load_run` know it. Adding it again changes nothing.
+
+  Raises:
+    ValueError: another class has the name.
+  """
+  name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", method.__name__).lower()
+  # A notebook's cell that is run again makes the class anew.
+  origin = (method.__module__, method.__qualname__)
+  known = METHODS.setdefault(name, method)
+  if (known.__module__, known.__qualname__) != origin:
+    raise ValueError(
+      f"there is a method {name!r} already, {known.__module__}.{known.__qualname__}; "
+      "give your class another name."
+    )
+  METHODS[name] = method
+  return name
 
 
 def parts_of(name: str) -> tuple[str, ...]:

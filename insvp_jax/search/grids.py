@@ -6,11 +6,13 @@
 | grid | source |
 |---|---|
 | InsVP, AdamW | every lr and wd of InsVP's published scripts (sh/*.sh), unscaled |
-| prompts and linear, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
-| full, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
+| prompts, linear, MLP, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
+| full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
+| Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
-VPT: Jia et al., ECCV 2022; which grid it gave to bias tuning its code does not say.
+VPT: Jia et al., ECCV 2022; E2VPT, VFPT, VAPT and gated prompts took its grid over;
+which one it gave to bias tuning its code does not say.
 With an lr of 1e-3 and above full fine-tuning collapses on VTAB-1k (the audit: 58.5% on
 average over the 19 tasks), while lr 1e-4 reaches 74% (Adapter+, Steitz and Roth 2024).
 """
@@ -46,15 +48,32 @@ _VPT = Grid(
 _FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
 _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
 
+_ADAPTER_PLUS = Grid(lr=(1e-4, 3e-4, 1e-3, 3e-3), wd=(1e-4,))
+# By optimizer: the grid and the methods that are tuned on it.
+_METHODS = {
+  "sgd": (
+    (
+      _VPT,
+      *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "linear", "mlp"),
+    ),
+  ),
+  "adamw": (
+    (_INSVP, "insvp"),
+    (_FULL, "full", "partial"),
+    (_ADAPTER_PLUS, "adapter_plus"),
+    (
+      _AUDIT,
+      *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),
+      *("linear", "mlp", "bias", "bitfit", "ln_tune", "difffit"),
+      *("adapter", "adaptformer", "convpass", "repadapter"),
+      *("lora", "ssf", "fact_tt", "fact_tk"),
+    ),
+  ),
+}
 # By (method, optimizer).
 GRIDS = {
-  ("insvp", "adamw"): _INSVP,
-  ("vpt_shallow", "sgd"): _VPT,
-  ("vpt_deep", "sgd"): _VPT,
-  ("linear", "sgd"): _VPT,
-  ("vpt_shallow", "adamw"): _AUDIT,
-  ("vpt_deep", "adamw"): _AUDIT,
-  ("linear", "adamw"): _AUDIT,
-  ("bias", "adamw"): _AUDIT,
-  ("full", "adamw"): _FULL,
+  (method, optimizer): grid
+  for optimizer, grids in _METHODS.items()
+  for grid, *methods in grids
+  for method in methods
 }

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks
+from insvp_jax import config_checks, methods
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.data import SPLITS_FILE, TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
@@ -31,6 +31,7 @@ from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
+from insvp_jax.methods import Method
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
@@ -156,6 +157,7 @@ def train(
   *,
   prepared: Prepared | None = None,
   test: bool = True,
+  method: type[Method] | None = None,
   on_log: Callable[[Timer], None] | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
@@ -167,6 +169,7 @@ def train(
       runs share is then not printed again.
     test: whether the test split is evaluated, once, after the last step. A search
       leaves it out: the test split never selects anything.
+    method: a class of your own in place of `config.method`; see `methods.register`.
     on_log: as for `train_loop`.
 
   Returns:
@@ -181,6 +184,8 @@ def train(
   """
   # Preparing it writes what it leaves open, such as an automatic batch size.
   config = config.copy_and_resolve_references()
+  if method is not None:
+    config.method = methods.register(method)
   is_alone = prepared is None
   prepared = prepared or prepare(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)

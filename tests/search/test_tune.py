@@ -87,7 +87,7 @@ def install(monkeypatch):
     fake = FakeTrainer(*args)
     monkeypatch.setattr(trainer, "train", fake)
     monkeypatch.setattr(tune, "train_trials", fake.train_trials)
-    monkeypatch.setattr(tune.state_lib, "init_params", lambda *_: {})
+    monkeypatch.setattr(trainer.Prepared, "first_params", lambda *_: {})
     monkeypatch.setattr(trainer, "load_data", lambda *_: make_data(without))
     return fake
 
