@@ -1,12 +1,17 @@
 """Integer parameter counts of the published methods, by arithmetic on shapes only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.heads import Head
 from insvp_jax.models.vit import decode_variant
+from insvp_jax.train import state as state_lib
 
 MODULES = {
   "patch": "patch_prompter",
@@ -113,3 +118,56 @@ def test_insvp_on_other_widths(variant, specific, total):
 def test_vpt(variant, method, prompt_length, expected):
   _, shapes = prompter_shapes(variant, method, prompt_length=prompt_length)
   assert trees.count(shapes) == expected
+
+
+@functools.cache
+def backbone_shapes():
+  model = create_model("B/16", "linear", num_classes=1)
+  return model.backbone.spec, state_lib.param_shapes(model)["backbone"]
+
+
+def trainable_count(name, fields):
+  """Returns what trains on ViT-B/16 at 224 px besides the linear head."""
+  spec, backbone = backbone_shapes()
+  method = create_method(name, spec, 1, **fields)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+  def embed(images):
+    num_patches = images.shape[1] * images.shape[2] // 256
+    return jnp.zeros((len(images), num_patches, spec.width))
+
+  def init(images):
+    key = jax.random.key(0)
+    variables = method.init(key, images, images, embed=embed, method="adapt")
+    head = method.head(Head(1))
+    features = jnp.zeros((2, spec.width))
+    return variables.get("params", {}), head.init(key, features)["params"]
+
+  prompter, head = jax.eval_shape(init, images)
+  params = {"backbone": backbone, "prompter": prompter, "head": head}
+  params = {part: tree for part, tree in params.items() if tree}
+  mask = trees.mask(params, method.trainable_patterns())
+  return trees.count(trees.split(params, mask)[0]) - (spec.width + 1)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "expected"),
+  [
+    ("linear", {}, 0),
+    # The published 85,798,656 have a position for the class token, which big_vision adds
+    # to `cls` once and for all.
+    ("full", {}, 85_798_656 - 768),
+    ("partial", {"blocks": 1}, 7_089_408),
+    ("partial", {"blocks": 2}, 14_177_280),
+    ("partial", {"blocks": 4}, 28_353_024),
+    ("mlp", {"hidden_layers": 1}, 592_128),
+    ("mlp", {}, 1_184_256),
+    ("mlp", {"hidden_layers": 3}, 1_776_384),
+    ("bias", {}, 102_912),
+    ("bitfit", {}, 102_912),
+    ("ln_tune", {}, 38_400),
+    ("difffit", {}, 140_544),
+  ],
+)
+def test_published_counts_on_b16(name, fields, expected):
+  assert trainable_count(name, fields) == expected
