@@ -8,7 +8,7 @@ from insvp_jax import trees
 from insvp_jax.methods import fields
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias, BitFit
-from insvp_jax.methods.combined import Combined
+from insvp_jax.methods.combined import Combined, Parts
 from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
@@ -136,11 +136,11 @@ def create_method(
         f"unknown field {section!r} of the methods {name!r}, expected the fields of "
         f"each by its name: {', '.join(f'{part}={{...}}' for part in parts)}."
       )
-  methods = [
-    _create(METHODS[part], part, spec, num_classes, kwargs.get(part, {}), name=part)
+  methods = {
+    part: _create(METHODS[part], part, spec, num_classes, kwargs.get(part, {}))
     for part in parts
-  ]
-  return Combined(spec, num_classes, tuple(methods))
+  }
+  return Combined(spec, num_classes, Parts(methods))
 
 
 def _create(
@@ -149,9 +149,8 @@ def _create(
   spec: BackboneSpec,
   num_classes: int,
   kwargs: Mapping[str, Any],
-  **module: Any,
 ) -> Method:
-  """Returns one method; `label` names it in messages, `module` are Flax's fields."""
+  """Returns one method; `label` names it in messages."""
   known = tuple(fields.declared(method))
   for field in kwargs:
     if field not in known:
@@ -161,7 +160,7 @@ def _create(
         f"{trees.did_you_mean(field, known)} {listed}"
       )
   values = {field: value for field, value in kwargs.items() if value is not None}
-  created = method(spec, num_classes, **values, **module)
+  created = method(spec, num_classes, **values)
   missing = created.hooks().sites() - spec.sites
   if missing:
     raise ValueError(

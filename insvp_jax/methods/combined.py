@@ -1,6 +1,7 @@
 """Several methods at once, such as "vpt_deep+bias": the union of what they do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,48 +10,67 @@ from insvp_jax.methods.base import Method
 from insvp_jax.methods.hooks import Adaptation, CombinedHooks, Hooks, block_of
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+  """The methods of a combination by name, hidden from Flax, which renames tuples."""
+
+  methods: Mapping[str, Method]
+
+  def __iter__(self) -> Iterator[tuple[str, Method]]:
+    """Yields (name, method), in their order."""
+    return iter(self.methods.items())
+
+
 class Combined(Method):
   """Applies methods side by side, each with its parameters under its own name.
 
   What a method changes, the next one finds changed: the order is that of the names.
 
   Attributes:
-    parts: the methods, each with its name.
+    parts: the methods.
   """
 
-  parts: tuple[Method, ...] = ()
+  parts: Parts = Parts({})
 
   def __post_init__(self) -> None:
     """Checks that no two methods claim one thing."""
     owners: dict[str, str] = {}
-    for part in self.parts:
+    for name, part in self.parts:
       for claim in sorted(part.claims()):
         if claim in owners:
           raise ValueError(
-            f"the methods {owners[claim]!r} and {part.name!r} cannot be combined: both "
+            f"the methods {owners[claim]!r} and {name!r} cannot be combined: both "
             f"have their own {claim.replace('_', ' ')}, of which there is one."
           )
-        owners[claim] = part.name
+        owners[claim] = name
     super().__post_init__()
+
+  def setup(self) -> None:
+    """Binds the methods, each under its own name."""
+    for name, part in self.parts:
+      setattr(self, name, part.clone())
+
+  def _bound(self) -> dict[str, Method]:
+    return {name: getattr(self, name) for name, _ in self.parts}
 
   @nn.nowrap
   def hooks(self) -> Hooks:
-    return CombinedHooks.of(tuple((part.name, part.hooks()) for part in self.parts))
+    return CombinedHooks.of(tuple((name, part.hooks()) for name, part in self.parts))
 
   def prompt_image(self, images, *, train=False):
-    for part in self.parts:
+    for part in self._bound().values():
       images = part.prompt_image(images, train=train)
     return images
 
   @nn.nowrap
   def prompted_size(self) -> int:
-    sizes = [part.prompted_size() for part in self.parts]
+    sizes = [part.prompted_size() for _, part in self.parts]
     return next((s for s in sizes if s != self.spec.image_size), self.spec.image_size)
 
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     adapted = {
-      part.name: part.adapt(images, prompted, embed=embed, train=train)
-      for part in self.parts
+      name: part.adapt(images, prompted, embed=embed, train=train)
+      for name, part in self._bound().items()
     }
     blocks = {name: a.blocks for name, a in adapted.items()}
     if any(isinstance(tree, list) for tree in blocks.values()):
@@ -66,37 +86,37 @@ class Combined(Method):
     )
 
   def adapt_feature(self, feature, *, train=False):
-    for part in self.parts:
+    for part in self._bound().values():
       feature = part.adapt_feature(feature, train=train)
     return feature
 
   @nn.nowrap
   def head(self, linear: nn.Module) -> nn.Module:
-    for part in self.parts:
+    for _, part in self.parts:
       linear = part.head(linear)
     return linear
 
   @nn.nowrap
   def extra_loss(self, params, reads, targets):
     total = 0.0
-    for part in self.parts:
-      own = [None if block is None else block.get(part.name) for block in reads]
-      total += part.extra_loss(params.get(part.name, {}), own, targets)
+    for name, part in self.parts:
+      own = [None if block is None else block.get(name) for block in reads]
+      total += part.extra_loss(params.get(name, {}), own, targets)
     return total
 
   @nn.nowrap
   def prepare(self, params, batches, apply):
-    for part in self.parts:
-      own = {**params, "prompter": params.get("prompter", {}).get(part.name, {})}
+    for name, part in self.parts:
+      own = {**params, "prompter": params.get("prompter", {}).get(name, {})}
       own = part.prepare(own, batches, apply)
-      prompter = {**params.get("prompter", {}), part.name: own["prompter"]}
+      prompter = {**params.get("prompter", {}), name: own["prompter"]}
       params = {**own, "prompter": {n: tree for n, tree in prompter.items() if tree}}
     return params
 
   @nn.nowrap
   def adjust_updates(self, updates, *, params, grads, lr):
-    for part in self.parts:
-      inner, outer = "prompter/", f"prompter/{part.name}/"
+    for part_name, part in self.parts:
+      inner, outer = "prompter/", f"prompter/{part_name}/"
 
       def own(flat: Mapping[str, Any], outer=outer, inner=inner) -> dict[str, Any]:
         return {
@@ -116,20 +136,20 @@ class Combined(Method):
 
   @nn.nowrap
   def merge(self, params, sites):
-    for part in self.parts:
-      sites = part.merge(params.get(part.name, {}), sites)
+    for name, part in self.parts:
+      sites = part.merge(params.get(name, {}), sites)
     return sites
 
   @nn.nowrap
   def place_hparams(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {
-      part.name: {name: v for name, v in hparams.items() if name in part.HPARAMS}
-      for part in self.parts
+      part: {name: v for name, v in hparams.items() if name in method.HPARAMS}
+      for part, method in self.parts
     }
 
   def prompts(self, images):
     prompts = {}
-    for part in self.parts:
+    for part in self._bound().values():
       prompts |= part.prompts(images)
     return prompts
 
@@ -145,10 +165,10 @@ class Combined(Method):
   def _patterns(self, kind: str) -> tuple[str, ...]:
     """Returns the patterns of all methods, with the method's name after "prompter/"."""
     patterns: dict[str, None] = {}
-    for part in self.parts:
+    for name, part in self.parts:
       for pattern in getattr(part, kind)():
         prefix, slash, rest = pattern.partition("/")
         if prefix == "prompter":
-          pattern = f"{prefix}/{part.name}{slash}{rest}"
+          pattern = f"{prefix}/{name}{slash}{rest}"
         patterns[pattern] = None
     return tuple(patterns)

@@ -15,6 +15,7 @@ from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods.base import Apply, Method
+from insvp_jax.methods.combined import Combined
 from insvp_jax.methods.hooks import UNCHANGED, Adaptation
 from insvp_jax.train import batches
 from insvp_jax.train import state as state_lib
@@ -60,7 +61,7 @@ def prepare_params(
 
 
 def _prepares(method: Method) -> bool:
-  parts = getattr(method, "parts", (method,))
+  parts = method.parts.methods.values() if isinstance(method, Combined) else (method,)
   return any(type(part).prepare is not Method.prepare for part in parts)
 
 

@@ -154,7 +154,7 @@ def trainable_count(name, fields):
   ("name", "fields", "expected"),
   [
     ("linear", {}, 0),
-    # The published 85,798,656 have a position for the class token, which big_vision adds
+    # The published 85,798,656 have a position for the class token; big_vision adds it
     # to `cls` once and for all.
     ("full", {}, 85_798_656 - 768),
     ("partial", {"blocks": 1}, 7_089_408),

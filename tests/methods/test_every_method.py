@@ -1,5 +1,6 @@
 """What holds for every method, whatever it is: on tiny shapes, form by form."""
 
+import re
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "vpt_shallow": {"prompt_length": 2},
   "insvp+lora": {"lora.rank": 2},
 }
+# What is added to all keys alike cancels in the softmax; what is added to all channels of
+# a token alike, as InsVP's last bias is where a token is one channel, in the LayerNorm.
+CANCELS = r"key/(bias|shift)|specific_prompter/Conv_2/bias"
 # Trainable parameters that two steps leave where they were.
 STILL: dict[str, set[str]] = {}
 COMBINED = ("insvp+lora", "vpt_deep+bias")
@@ -35,8 +39,11 @@ CLASSES = 3
 
 def config_of(name, **changes):
   """Returns the config of a method on a tiny ViT."""
-  # The large eps keeps AdamW from making whole steps out of rounding errors.
-  config = tiny_config(name, backbone__mlp_dim=64, optim__eps=1e-3, **changes)
+  # AdamW makes steps out of rounding errors, and decay moves what has no gradient.
+  plain = {"optim__name": "sgd", "optim__lr": 0.3, "optim__wd": 0.0}
+  # Dropout is drawn for all tokens, or for those that are read.
+  plain["backbone__skip_unread"] = False
+  config = tiny_config(name, backbone__mlp_dim=64, **plain, **changes)
   for field, value in TINY_FIELDS.get(name, {}).items():
     section, _, field = field.rpartition(".")
     config[section or name][field] = value
@@ -74,7 +81,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   config, program = program_of(name, backbone__remat=remat)
   params = state_lib.init_params(program.model, seed=0)
   configs = [config, config.copy_and_resolve_references()]
-  configs[1].optim.lr = 0.03
+  configs[1].optim.lr = 0.1
   stacked = population.stack_program(program)
   state = population.stack_state(configs, stacked, params)
   for _ in range(2):
@@ -88,6 +95,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   for after in trials:
     still = {n for n in before if np.array_equal(before[n], after[n])}
     # Frozen parameters stay bit for bit, and each trainable one moves.
+    still -= {n for n in still if carried[n] and re.search(CANCELS, n)}
     assert still == {n for n in carried if not carried[n]} | STILL.get(name, set())
 
   scan = name not in NEEDS_UNROLLED
@@ -110,7 +118,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   if scan:
     expected["backbone"] = stack(expected["backbone"])
   for leaf, value in trees.flatten(expected).items():
-    np.testing.assert_allclose(after[leaf], value, rtol=2e-3, atol=2e-4, err_msg=leaf)
+    np.testing.assert_allclose(after[leaf], value, rtol=1e-3, atol=1e-5, err_msg=leaf)
 
 
 @pytest.mark.parametrize("name", NAMES)
