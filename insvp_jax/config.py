@@ -163,15 +163,25 @@ def keys() -> dict[str, tuple[Any, str]]:
 
 def defaults() -> ConfigDict:
   """Returns the complete, locked configuration."""
-  config = ConfigDict()
-  for key, (default, _) in keys().items():
-    *path, name = key.split(".")
-    section = config
-    for part in path:
-      if part not in section:
-        section[part] = ConfigDict()
-      section = section[part]
-    section[name] = placeholder(default) if isinstance(default, type) else default
+  return complete(ConfigDict())
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+  """Adds the keys that a config lacks, such as those of a method of the user's own.
+
+  Returns:
+    The config, locked.
+  """
+  with config.unlocked():
+    for key, (default, _) in keys().items():
+      *path, name = key.split(".")
+      section = config
+      for part in path:
+        if part not in section:
+          section[part] = ConfigDict()
+        section = section[part]
+      if name not in section:
+        section[name] = placeholder(default) if isinstance(default, type) else default
   return config.lock()
 
 

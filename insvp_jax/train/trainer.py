@@ -186,6 +186,7 @@ def train(
   config = config.copy_and_resolve_references()
   if method is not None:
     config.method = methods.register(method)
+    config_lib.complete(config)
   is_alone = prepared is None
   prepared = prepared or prepare(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)

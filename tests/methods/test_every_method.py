@@ -25,8 +25,8 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "vpt_shallow": {"prompt_length": 2},
   "insvp+lora": {"lora.rank": 2},
 }
-# What is added to all keys alike cancels in the softmax; what is added to all channels of
-# a token alike, as InsVP's last bias is where a token is one channel, in the LayerNorm.
+# What is added to all keys alike cancels in the softmax; what is added to all channels
+# of a token alike, as InsVP's last bias is where a token is one channel, in the norm.
 CANCELS = r"key/(bias|shift)|specific_prompter/Conv_2/bias"
 # Trainable parameters that two steps leave where they were.
 STILL: dict[str, set[str]] = {}
