@@ -76,13 +76,13 @@ class E2VPT(Method):
   share_kv: bool = field(
     True, "keys and values have the same prompts", check=checks.boolean
   )
-  token_mask: Sequence[int] | None = field(
+  token_mask: Sequence[float | int] | None = field(
     None,
     "p numbers, 0 for a pruned token; (): nothing is pruned; None: they are trained",
     check=_check_mask,
     keeps=1,
   )
-  piece_mask: Sequence[Sequence[int]] | None = field(
+  piece_mask: Sequence[Any] | None = field(
     None,
     f"p rows of {PIECES}, 0 for pruned channels; (): none are; None: trained",
     check=_check_mask,

@@ -16,7 +16,8 @@ At the start the dense layers are zero, and so are the prompts of these blocks. 
 first step they alone have a gradient, and it is large: the backbone's norm scales a
 token of zeros by eps^-1/2 = 1000. Norms, convolutions, D and U follow in the second.
 
-Parameters, for g x g patches: k p d + (l - k) (2 d + K^2 + p (g - K + 1)^2 + p) + 2 d r.
+Parameters, for g x g patches: k p d + (l - k) (2 d + K^2 + p (g - K + 1)^2 + p)
++ 2 d r.
 """
 
 from collections.abc import Mapping

@@ -27,6 +27,7 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.data import pipeline, preprocess
+from insvp_jax.distributed.processes import print_once
 from insvp_jax.methods import METHODS, parts_of
 from insvp_jax.models.classifier import PromptedClassifier
 from insvp_jax.run import load_run
@@ -124,10 +125,9 @@ def mask_gradients(
   """Returns the gradient of the mean cross-entropy with respect to masks, in float64.
 
   The scale of a whole token nearly cancels in the norm that it enters a block by: what
-  is left of its gradient is the share of the norm's eps in the token's variance, some
-  1e-5 of what the gradients of its channels are. In float32 that is right to a few
-  percent, and with bfloat16 it is noise, so tokens of similar scores would be pruned in
-  another order; those of pieces are right to 1e-5 in float32.
+  is left of its gradient is the share of the norm's eps in the token's variance. So its
+  score is some 1000 times smaller than those of its pieces, and float32 gets it to 0.1
+  to 5% only: tokens of similar scores would be pruned in another order.
 
   Args:
     model: the classifier; it is computed without dropout.
@@ -192,6 +192,7 @@ def prune(
   keeps = masks_of(search.config.method)
   masks = combinations(scores, keeps, search.percents)
   points = [{**chosen, **each} for each in masks]
+  print_once(f"{len(points)} combinations of pruned masks, scored by {_where(workdir)}")
   stage = type(search)(search.config, "auto", search.prepared, points)
   finished = stage.search(workdir, on_log)
 
@@ -206,6 +207,11 @@ def prune(
   rows = [{**kept(i), "val_accuracy": a} for i, a in enumerate(accuracies)]
   summary = {"kept": kept(best), "scores": scores, "trials": rows}
   return masks[best], {"val_accuracy": accuracies[best], "pruning": summary}
+
+
+def _where(workdir: Path) -> Path:
+  """Returns the folder of the run whose masks are scored."""
+  return workdir / "unpruned"
 
 
 def _shapes(search: Any) -> dict[str, tuple[int, ...]]:
@@ -226,7 +232,7 @@ def _find_scores(
   for line in trials.read(path, digest):
     if line.get("scores", {}).keys() >= search.percents.keys():
       return line["scores"]
-  where = workdir / "unpruned"
+  where = _where(workdir)
   trainer.train(config, where, prepared=prepared, test=False, on_log=on_log)
   run = load_run(where)
   split, mesh = prepared.data.splits["train"], prepared.program.mesh
