@@ -17,6 +17,7 @@ while it goes on training; here nothing moves, and dropout is off.
 
 from collections.abc import Iterable, Mapping
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def combinations(
   """Returns every combination of masks of zeros and ones, as nested lists.
 
   Args:
-    scores: of the entries of each mask; pruned is along the last axis.
+    scores: of the entries of each mask; its last axis is pruned.
     keeps: entries of a row that are kept at least.
     percents: of the entries of a row that are pruned.
   """
@@ -163,12 +164,16 @@ def mask_gradients(
 
 def num_trials(search: Any) -> int:
   """Returns how many runs the pruning of a search is."""
-  masks = _shapes(search)
+  if not search.percents:
+    return 0
+  leaves = trees.flatten(search.prepared.program.shapes["prompter"])
+  lengths = {name.split("/")[-1]: leaf.shape[-1] for name, leaf in leaves.items()}
+  keeps = masks_of(search.config.method)
   numbers = [
-    len(counts(masks[name][-1], masks_of(search.config.method)[name], percents))
-    for name, percents in search.percents.items()
+    len(counts(lengths[name], keeps[name], values))
+    for name, values in search.percents.items()
   ]
-  return 1 + int(np.prod(numbers)) if numbers else 0
+  return 1 + math.prod(numbers)
 
 
 def prune(
@@ -212,13 +217,6 @@ def prune(
 def _where(workdir: Path) -> Path:
   """Returns the folder of the run whose masks are scored."""
   return workdir / "unpruned"
-
-
-def _shapes(search: Any) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a search's masks."""
-  leaves = trees.flatten(search.prepared.program.shapes["prompter"])
-  shapes = {name.split("/")[-1]: leaf.shape for name, leaf in leaves.items()}
-  return {name: shapes[name] for name in search.percents}
 
 
 def _find_scores(
