@@ -153,6 +153,9 @@ def _method_keys() -> dict[str, tuple[Any, str]]:
   for method in METHODS.values():
     for name in method.HPARAMS:
       keys[f"tune.grid.{name}"] = ((), f"values of a method's {name} to try")
+    for name in method.MASKS:
+      doc = f"percents of each row of {name} to try to prune; None: see --mode"
+      keys[f"tune.prune.{name}"] = (tuple, doc)
   return keys
 
 

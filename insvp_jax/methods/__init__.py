@@ -10,6 +10,7 @@ from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined, Parts
 from insvp_jax.methods.difffit import DiffFit
+from insvp_jax.methods.e2vpt import E2VPT
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
@@ -18,6 +19,8 @@ from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
 from insvp_jax.methods.partial import Partial
+from insvp_jax.methods.vapt import VAPT
+from insvp_jax.methods.vfpt import VFPT
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -39,6 +42,9 @@ METHODS: dict[str, type[Method]] = {
   "insvp": InsVP,
   "vpt_shallow": VPTShallow,
   "vpt_deep": VPTDeep,
+  "e2vpt": E2VPT,
+  "vfpt": VFPT,
+  "vapt": VAPT,
   "linear": Linear,
   "full": Full,
   "mlp": MLP,

@@ -90,17 +90,21 @@ class Method(nn.Module):
     HPARAMS: names of the fields that shape no array and choose no operation: rates
       and weights. They may come as data (see `hparam`), so that configurations that
       differ in them share one compiled step. Derived from the declarations.
+    MASKS: {name of a field: entries of a row that are kept at least} of the fields that
+      a search may find by pruning; see `fields.field` and `search.pruning`.
   """
 
   spec: BackboneSpec
   num_classes: int = 0
   HPARAMS: ClassVar[tuple[str, ...]] = ()
+  MASKS: ClassVar[Mapping[str, int]] = {}
 
   def __init_subclass__(cls, **kwargs: Any) -> None:
-    """Derives `HPARAMS`."""
+    """Derives `HPARAMS` and `MASKS`."""
     super().__init_subclass__(**kwargs)
     declared = fields.declared(cls).items()
     cls.HPARAMS = tuple(name for name, field in declared if field.hparam)
+    cls.MASKS = {n: field.keeps for n, field in declared if field.keeps is not None}
 
   def __post_init__(self) -> None:
     """Resolves the fields, before any device work."""
@@ -312,7 +316,7 @@ class Method(nn.Module):
 
   @nn.nowrap
   def hparam(self, name: str) -> Any:
-    """Returns one of `HPARAMS`: the data of that name where there are any.
+    """Returns one of `HPARAMS` or `MASKS`: data of that name where there are any.
 
     Data come in the collection "hparams", next to "params": scalars, or vectors for
     fields that are pairs. Without them it is the field, a constant of what is compiled.

@@ -56,6 +56,11 @@ rate = _expect(
   "a dropout rate in [0, 1)",
   float,
 )
+share = _expect(
+  lambda value: _is_finite_number(value) and 0 <= value <= 1,
+  "a share in [0, 1]",
+  float,
+)
 
 
 def positive_ints(length: int) -> Check:

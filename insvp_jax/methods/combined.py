@@ -143,7 +143,7 @@ class Combined(Method):
   @nn.nowrap
   def place_hparams(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {
-      part: {name: v for name, v in hparams.items() if name in method.HPARAMS}
+      part: {n: v for n, v in hparams.items() if n in (*method.HPARAMS, *method.MASKS)}
       for part, method in self.parts
     }
 

@@ -27,6 +27,7 @@ class Declaration:
   check: Check | None
   hparam: bool
   presets: Mapping[str, Any]
+  keeps: int | None
 
   def default_for(self, spec: Any, preset: str | None) -> Any:
     """Returns the default under a backbone's spec and a preset."""
@@ -51,6 +52,7 @@ def field(
   check: Check | None = None,
   hparam: bool = False,
   presets: Mapping[str, Any] | None = None,
+  keeps: int | None = None,
 ) -> Any:
   """Declares a field of a method.
 
@@ -62,11 +64,14 @@ def field(
     hparam: whether it shapes no array and chooses no operation, like a rate or a
       weight. It may then come as data; see `Method.hparam`.
     presets: defaults by the value of the field "preset", in place of `default`.
+    keeps: of a mask, how many entries of each row a search may not prune; None for
+      other fields. Where a mask is None a parameter of its name trains in its place.
+      It may come as data, too.
 
   Returns:
     A `dataclasses.field`. Its own default is None where the default is not constant.
   """
-  declaration = Declaration(default, doc, check, hparam, presets or {})
+  declaration = Declaration(default, doc, check, hparam, presets or {}, keeps)
   constant = None if presets or callable(default) else default
   return dataclasses.field(default=constant, metadata={"declaration": declaration})
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -72,7 +73,8 @@ class ViT(nn.Module):
     pool: "tok" (class token), "gap" (mean of the patch tokens) or "map"
       (attention pooling). Prompts are never pooled.
     gelu: "tanh" (JAX releases) or "exact" (PyTorch releases).
-    dtype: "float32" or "bfloat16", of the computation; parameters keep theirs.
+    dtype: "float32" or "bfloat16", of the computation; parameters keep theirs. With
+      JAX's x64 turned on also "float64".
     remat: recompute each block in the backward pass; saves memory, costs time.
     scan: one compiled block for all, parameters stacked on a leading axis;
       saves compile time. The names become `Transformer/encoderblock/...`.
@@ -140,7 +142,9 @@ class ViT(nn.Module):
         raise ValueError(
           f"{field} is {getattr(self, field)!r}, expected one of {known}."
         )
-    if self.dtype not in ("float32", "bfloat16"):
+    # Without x64 JAX would take float32 for it, with a warning.
+    is_double = self.dtype == "float64" and jax.config.jax_enable_x64
+    if self.dtype not in ("float32", "bfloat16") and not is_double:
       raise ValueError(f"dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'.")
     if self.width % self.num_heads:
       raise ValueError(

@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import files, trees
@@ -121,6 +122,8 @@ def point_text(point: Mapping[str, Any]) -> str:
   """Returns "lr 0.01, wd 0.0001, dropout 0.1"."""
 
   def text(value: Any) -> str:
+    if isinstance(value, tuple | list) and np.size(value) > 2:  # a mask
+      return f"{np.sum(value)} of {np.size(value)}"
     return f"{value:g}" if isinstance(value, float | int) else str(value)
 
   return ", ".join(f"{name} {text(value)}" for name, value in point.items())

@@ -30,7 +30,7 @@ from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import create_method, parts_of
-from insvp_jax.search import population, tables, trials
+from insvp_jax.search import population, pruning, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
 from insvp_jax.train import report, trainer
 from insvp_jax.train.program import create_state
@@ -77,6 +77,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     print_once(report.result_line(result))
     return result
   trials.check_keys(config)
+  pruning.check_keys(config)
   # All at once: a wrong field of the last method shows before the first one trains.
   searches, prepared = {}, None
   for method in config.tune.methods or (config.method,):
@@ -117,6 +118,7 @@ def first_run(
 def _is_search(config: ConfigDict, mode: str) -> bool:
   tune = config.tune
   lists = (tune.methods, tune.lr, tune.wd, tune.seeds, *tune.grid.values())
+  lists += tuple(tune.prune.values())
   return mode == "tune" or (mode == "auto" and any(lists))
 
 
@@ -128,24 +130,32 @@ class Search:
     points: of the grid.
     names: of the points' hparams.
     prepared: data, weights and the trials' program.
+    percents: to be pruned of each mask; see `pruning`.
   """
 
-  def __init__(self, config: ConfigDict, mode: str, like: Prepared | None):
+  def __init__(
+    self,
+    config: ConfigDict,
+    mode: str,
+    like: Prepared | None,
+    points: list[trials.Point] | None = None,
+  ):
     """Checks all that can be checked before anything trains.
 
     Args:
       config: the whole configuration, of one method.
       mode: as for `run`.
       like: of another method on the same task and backbone; see `prepare`.
+      points: to be tried in place of the grid.
 
     Raises:
       ValueError, FileNotFoundError: bad input; see the message.
     """
-    grid = trials.grid_of(config, mode == "tune")
-    self.points = trials.points(grid)
+    self.points = points or trials.points(trials.grid_of(config, mode == "tune"))
     self.names = tuple(self.points[0])
     config = trials.scaled(config, mode == "tune")
-    if self.has_choice:
+    self.percents = pruning.percents_of(config, mode == "tune")
+    if self.has_choice or self.percents:
       config = trials.at(config, train_split="train")
     hparams = tuple(name for name in self.names if name not in ("lr", "wd"))
     configs = [trials.at(config, **point) for point in self.points]
@@ -157,12 +167,14 @@ class Search:
     for each in configs:
       num_classes = self.prepared.data.num_classes
       create_method(each.method, spec, num_classes, **config_lib.method_kwargs(each))
-    if self.has_choice and not {"train", "val"} <= set(self.prepared.data.splits):
+    chosen = (*(self.names if self.has_choice else ()), *self.percents)
+    if chosen and not {"train", "val"} <= set(self.prepared.data.splits):
+      empty = "".join(f", config.tune.prune.{name} to ()" for name in self.percents)
       raise ValueError(
         f"the task {self.prepared.data.name!r} has no val split to choose "
-        f"{' and '.join(self.names)} on; set config.tune.lr and config.tune.wd to one "
-        "value each, e.g. by --config.optim.lr=0.003, or add a val split. The test "
-        "split never selects."
+        f"{' and '.join(chosen)} on; set config.tune.lr and config.tune.wd to one "
+        f"value each, e.g. by --config.optim.lr=0.003{empty}, or add a val split. The "
+        "test split never selects."
       )
 
   @property
@@ -189,7 +201,7 @@ class Search:
       trials.at(self.config, **self.points[0]),
       self.prepared.program,
       data,
-      num_trials=len(self.points) if self.has_choice else 0,
+      num_trials=self.has_choice * len(self.points) + pruning.num_trials(self),
       num_finals=len(self.seeds),
       final_steps=config_lib.num_steps(self.config, num_train)[0],
     )
@@ -205,10 +217,13 @@ class Search:
     chosen = self.points[0]
     if self.has_choice:
       chosen = trials.choose(finished, self.names)
+    best = trials.find(finished, chosen) or {}
+    if self.percents:
+      masks, pruned = pruning.prune(self, chosen, workdir, on_log)
+      chosen, best = {**chosen, **masks}, pruned
     results = self.retrain(chosen, workdir, on_log)
     # A task without a test split has no accuracies: its models are all there is.
     accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
-    best = trials.find(finished, chosen) or {}
     columns = (*self.names, "val_accuracy")
     rates = [r["images_per_second"] for r in results if r["images_per_second"]]
     return {
@@ -221,6 +236,7 @@ class Search:
       "val_accuracy": best.get("val_accuracy"),
       "searched": list(self.names) if self.has_choice else [],
       "trials": [{name: trial[name] for name in columns} for trial in finished],
+      **({"pruning": best["pruning"]} if self.percents else {}),
       "trainable_params": results[0]["trainable_params"],
       "prompter_params": results[0]["prompter_params"],
       "train_seconds": statistics.mean(r["train_seconds"] for r in results),

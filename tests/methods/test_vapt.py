@@ -1,0 +1,156 @@
+"""VAPT: prompts made of patches, and how they start."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods.hooks import HookArrays, block_of
+from insvp_jax.methods.vapt import convolved_weights
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.vit import decode_variant
+
+SPEC = BackboneSpec(
+  width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+)
+IMAGES = jnp.zeros((2, 16, 16, 3))
+TOKENS = jax.random.normal(jax.random.key(9), (2, 17, 32))
+
+
+def arrays(method, variables, block, **kwargs):
+  adaptation = method.apply(variables, IMAGES, IMAGES, method="adapt", **kwargs)
+  return HookArrays(block_of(adaptation.blocks, block), adaptation.shared)
+
+
+def init(spec=SPEC, **fields):
+  """Returns the method and parameters of which none is zero."""
+  method = create_method("vapt", spec, **fields)
+  variables = method.init(jax.random.key(0), IMAGES, IMAGES, method="adapt")
+  noise = jax.tree.map(lambda x: 0.3 * jnp.cos(jnp.arange(x.size)), variables)
+  return method, jax.tree.map(lambda x, n: x + n.reshape(x.shape), variables, noise)
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({}, 55_608),
+    ({"static_blocks": 2}, 60_048),
+    ({"prompt_length": 4, "kernel": 3, "hidden": 16}, 51_023),
+  ],
+)
+def test_published_count(fields, expected):
+  spec = BackboneSpec(**decode_variant("B/16"), image_size=224)
+  method = create_method("vapt", spec, **fields)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  shapes = jax.eval_shape(
+    lambda x: method.init(jax.random.key(0), x, x, method="adapt"), images
+  )
+  assert trees.count(shapes["params"]) == expected
+
+
+def test_convolution_and_dense_layer_are_one_product():
+  keys = jax.random.split(jax.random.key(0), 3)
+  kernel = jax.random.normal(keys[0], (1, 3, 3))
+  weights = jax.random.normal(keys[1], (1, 4, 4, 5))
+  grid = jax.random.normal(keys[2], (2, 6, 6, 1))
+  layouts = ("NHWC", "HWIO", "NHWC")
+  convolved = jax.lax.conv_general_dilated(
+    grid, kernel[0, :, :, None, None], (1, 1), "VALID", dimension_numbers=layouts
+  )
+  expected = convolved.reshape(2, 16) @ weights.reshape(16, 5)
+  actual = grid.reshape(2, 36) @ convolved_weights(kernel, weights).reshape(36, 5)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_first_blocks_have_learned_prompts_and_later_ones_see_the_patches():
+  method, variables = init(static_blocks=2, prompt_length=3)
+  for block in range(3):
+    x, prompts = method.hooks().enter(arrays(method, variables, block), TOKENS, None)
+    assert x is TOKENS and prompts.shape == (2, 3, 32)
+    if block < 2:
+      learned = variables["params"]["common_prompt"][block]
+      np.testing.assert_array_equal(prompts, jnp.stack([learned] * 2))
+    else:
+      assert np.all(prompts[0] != prompts[1])
+
+
+def test_only_patches_are_read():
+  method, variables = init()
+  p = arrays(method, variables, 2)
+  _, expected = method.hooks().enter(p, TOKENS, None)
+  # Another class token, and another method's prompts behind the patches.
+  other = jnp.concatenate([-TOKENS[:, :1], TOKENS[:, 1:], TOKENS[:, :4]], axis=1)
+  _, prompts = method.hooks().enter(p, other, TOKENS)
+  np.testing.assert_array_equal(prompts, expected)
+  without_class = create_method("vapt", dataclasses.replace(SPEC, num_prefix=0))
+  _, prompts = without_class.hooks().enter(p, TOKENS[:, 1:], None)
+  np.testing.assert_array_equal(prompts, expected)
+
+
+def test_dropout_takes_whole_channels_and_values_of_prompts():
+  method, variables = init(dropout=0.5, prompt_length=8)
+  variables["params"] |= {
+    name: jnp.zeros_like(variables["params"][name])
+    for name in ("projector_up", "norm_bias")
+  }
+  variables["params"]["positions"]["bias"] *= 0
+  p = arrays(method, variables, 1, train=True, rngs={"dropout": jax.random.key(2)})
+  _, prompts = method.hooks().enter(p, TOKENS, None)
+  is_zero = np.asarray(prompts) == 0
+  # By chance alone 1 in 256 channels would lose all of its prompts.
+  assert 0.3 < np.mean(is_zero.all(axis=1)) < 0.7
+  assert 0.6 < np.mean(is_zero) < 0.9
+
+
+def test_made_prompts_start_at_zero_and_everything_moves_within_two_steps():
+  model = create_model(
+    "B/16",
+    "vapt",
+    num_classes=3,
+    image_size=16,
+    backbone_kwargs={
+      n: getattr(SPEC, n)
+      for n in ("width", "depth", "mlp_dim", "num_heads", "patch_size")
+    },
+    method_kwargs={"prompt_length": 3},
+    head_init="torch",
+  )
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+  p = arrays(model.prompter, {"params": params["prompter"]}, 1)
+  _, prompts = model.prompter.hooks().enter(p, TOKENS, None)
+  assert np.all(np.asarray(prompts) == 0)
+
+  @jax.jit
+  def gradient(prompter):
+    def loss(prompter):
+      logits = model.apply({"params": {**params, "prompter": prompter}}, images)
+      return jnp.sum(logits[:, 0])
+
+    return jax.grad(loss)(prompter)
+
+  prompter = params["prompter"]
+  grads = gradient(prompter)
+  unmoved = {n for n, g in trees.flatten(grads).items() if not np.any(g)}
+  assert unmoved == {
+    *("norm_scale", "norm_bias", "conv_kernel", "projector_down", "projector_up")
+  }
+  prompter = jax.tree.map(lambda x, g: x - 1e-3 * g, prompter, grads)
+  assert all(np.any(g) for g in jax.tree.leaves(gradient(prompter)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"static_blocks": 3}, "static_blocks is 3, all of the .* With none .* vpt_deep"),
+    ({"kernel": 5}, "kernel is 5, but an image has 4 x 4 patches; expected .* 1 to 4"),
+    ({"hidden": 33}, "hidden is 33, but the backbone's tokens are 32 wide"),
+  ],
+)
+def test_wrong_values_are_one_line(fields, message):
+  with pytest.raises(ValueError, match=message):
+    create_method("vapt", SPEC, **fields)
