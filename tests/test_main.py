@@ -98,7 +98,7 @@ UNKNOWN = "unknown config key "
     (["--config.insvp.patch=1"], [f"{UNKNOWN}'insvp.patch'"]),
     (["--config.sead=1"], [f"{UNKNOWN}'sead'", "Did you mean 'seed'?"]),
     (["--noconfig.tensorbord"], [f"{UNKNOWN}'tensorbord'"]),
-    (["--config.method=insvpp"], ["unknown method 'insvpp'. Did you mean 'insvp'?"]),
+    (["--config.method=insvpp"], ["unknown method 'insvpp'. Nearest: insvp, "]),
     (["--config.backbone.name=mo/4"], ["unknown ViT variant 'mo'"]),
     (["--config.backbone.name=boxd"], ["unknown backbone 'boxd'. Nearest: boxed, "]),
     (["--config.data.preset=vtap"], ["unknown preset 'vtap'. Did you mean 'vtab'?"]),

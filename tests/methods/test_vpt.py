@@ -160,7 +160,7 @@ def test_every_method_is_found_by_name():
 @pytest.mark.parametrize(
   ("name", "kwargs", "message"),
   [
-    ("vpt_dep", {}, "unknown method 'vpt_dep'. Did you mean 'vpt_deep'"),
+    ("vpt_dep", {}, "unknown method 'vpt_dep'. Nearest: vpt_deep, "),
     ("vpt_deep", {"prompt_lenght": 3}, "Did you mean 'prompt_length'"),
     ("vpt_shallow", {"prompted_blocks": 2}, "unknown field 'prompted_blocks'"),
     ("vpt_deep", {"spec": 2}, "unknown field 'spec'"),

@@ -102,7 +102,7 @@ def test_backbone_fields():
 @pytest.mark.parametrize(
   "kwargs, message",
   [
-    ({"method": "insvpp"}, r"unknown method 'insvpp'.*Did you mean 'insvp'\?"),
+    ({"method": "insvpp"}, r"unknown method 'insvpp'. Nearest: insvp, "),
     ({"num_classes": 0}, "num_classes is 0"),
     ({"head_init": "ones"}, "unknown head_init 'ones'.*torch, vpt, zeros"),
     ({"backbone_kwargs": {"widht": 8}}, r"'widht'.*Did you mean 'width'\?"),
