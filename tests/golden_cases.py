@@ -6,6 +6,7 @@ family stands in `golden_prompts`, `golden_adapters` and `golden_tokens`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 from pathlib import Path
 import tempfile
@@ -50,19 +51,21 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def compute(
-  arrays: Mapping[str, Any], recipe: types.ModuleType
+  arrays: Mapping[str, Any], recipe: types.ModuleType, **fields: Any
 ) -> dict[str, np.ndarray]:
   """Returns everything that a golden file pins, by the file's own names.
 
   Args:
     arrays: what the file holds: name -> array, its "config" (JSON) included.
     recipe: the module golden/recipe.py, which draws the parameters.
+    **fields: of the method, beside those that the file asks for.
   """
   config = arrays["config"]
   if not isinstance(config, Mapping):
     config = json.loads(str(config))
   arrays = {**arrays, "config": config}
   family = family_of(config)
+  family = dataclasses.replace(family, fields={**family.fields, **fields})
   case = Case(family, arrays, recipe)
   results = case.results()
   for extra in family.extras:

@@ -180,6 +180,11 @@ class InsVP(Method):
       specific_grid(spec.width, spec.image_size)  # raises where there is none
     return resolved
 
+  @nn.nowrap
+  def claims(self) -> frozenset[str]:
+    has_tokens = self.use_common or self.use_specific
+    return super().claims() | ({"prompts"} if has_tokens else set())
+
   def setup(self) -> None:
     """Creates the prompters that are on."""
     dropout = self.hparam("dropout")
