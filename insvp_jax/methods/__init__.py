@@ -11,6 +11,7 @@ from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined, Parts
 from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.full import Full
+from insvp_jax.methods.gated import Gated
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
@@ -18,6 +19,7 @@ from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
 from insvp_jax.methods.partial import Partial
+from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -39,6 +41,8 @@ METHODS: dict[str, type[Method]] = {
   "insvp": InsVP,
   "vpt_shallow": VPTShallow,
   "vpt_deep": VPTDeep,
+  "gated": Gated,
+  "transhp": TransHP,
   "linear": Linear,
   "full": Full,
   "mlp": MLP,
