@@ -9,7 +9,7 @@ prompt c and row c of a matrix. The loss gains w_j times the level's cross-entro
 Parameters: 2 d sum_j (C_j + 1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -58,44 +58,14 @@ def level_loss(
   return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
 
-def _is_int(value: Any, least: int) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_ints(least: int, expected: str):
-  """Returns the check of one or more distinct integers."""
-
-  def check(name: str, value: Any, spec: BackboneSpec) -> tuple[int, ...]:
-    del spec
-    is_valid = isinstance(value, tuple | list) and value
-    if not is_valid or not all(_is_int(v, least) for v in value):
-      raise ValueError(f"{name} is {value!r}, expected {expected}.")
-    return tuple(value)
-
-  return check
+_LEVEL = "the coarse class of each class, from 0 on, or -1 for none"
 
 
 def _check_hierarchy(name: str, value: Any, spec: BackboneSpec) -> Any:
-  levels = value if isinstance(value, tuple | list) else ()
-  check = _check_ints(-1, "the coarse class of each class, from 0 on, or -1 for none")
-  if not levels or not all(isinstance(level, tuple | list) for level in levels):
-    raise ValueError(
-      f"{name} is {value!r}, expected a tuple for each level, with the coarse class of "
-      "each class, or -1 for none."
-    )
-  levels = tuple(
-    check(f"level {i} of {name}", level, spec) for i, level in enumerate(levels)
-  )
-  for i, level in enumerate(levels):
-    if max(level) < 0:
-      raise ValueError(f"level {i} of {name} has no coarse class.")
-  return levels
-
-
-def _check_weights(name: str, value: Any, spec: BackboneSpec) -> tuple[float, ...]:
-  if not isinstance(value, tuple | list):
-    raise ValueError(f"{name} is {value!r}, expected a number for each level.")
-  return checks.finite_numbers(len(value))(name, value, spec)
+  if not isinstance(value, tuple | list) or not value:
+    raise ValueError(f"{name} is {value!r}, expected a tuple for each level: {_LEVEL}.")
+  check = checks.integers(-1, f"a tuple, {_LEVEL}")
+  return tuple(check(f"level {i} of {name}", v, spec) for i, v in enumerate(value))
 
 
 class TransHP(Method):
@@ -106,47 +76,48 @@ class TransHP(Method):
   are left as a level has. It is stored with the parameters then.
   """
 
-  hierarchy: tuple[tuple[int, ...], ...] | None = field(
+  hierarchy: Sequence[Any] | None = field(
     None,
     "for each level the coarse class of each class, from 0 on, or -1 for no label; "
     "None: clusters of the classes",
     check=_check_hierarchy,
   )
-  levels: tuple[int, ...] | None = field(
+  levels: Sequence[int] | None = field(
     None,
     "numbers of coarse classes to cluster the classes into, one for each level; None: "
     "one level, of a fifth of the classes",
-    check=_check_ints(1, "integers of at least 1"),
+    check=checks.integers(1, "a tuple of integers of at least 1"),
   )
-  level_blocks: tuple[int, ...] | None = field(
+  level_blocks: Sequence[int] | None = field(
     None,
     "the block of each level, from 0 on; None: one after the other, the last level at "
     "two thirds of the depth",
-    check=_check_ints(0, "numbers of blocks, from 0 on"),
+    check=checks.integers(0, "a tuple of blocks, from 0 on"),
   )
-  level_weights: tuple[float, ...] | None = field(
+  level_weights: Sequence[float | int] | None = field(
     None,
     "the weight of each level's loss; None: 1 each",
-    check=_check_weights,
+    check=checks.finite_numbers(),
     hparam=True,
   )
 
   @classmethod
   def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = super().resolve(spec, values)
-    given = [name for name in ("hierarchy", "levels") if resolved[name] is not None]
-    if len(given) > 1:
+    hierarchy, levels = resolved["hierarchy"], resolved["levels"]
+    if hierarchy is not None and levels is not None:
       raise ValueError(
-        "hierarchy and levels are both set: a hierarchy is given or found by "
-        "clustering; set one of them."
+        "hierarchy and levels are both set: a hierarchy is either given or found by "
+        "clustering; leave one of them out."
       )
-    num_levels = len(resolved[given[0]]) if given else 1
-    if resolved["level_blocks"] is None:
-      start = max(2 * spec.depth // 3 - num_levels + 1, 0)
-      resolved["level_blocks"] = tuple(range(start, start + num_levels))
-    if resolved["level_weights"] is None:
-      resolved["level_weights"] = (1.0,) * num_levels
-    for name in ("level_blocks", "level_weights"):
+    num_levels = len(hierarchy or levels or (None,))
+    start = max(2 * spec.depth // 3 - num_levels + 1, 0)
+    defaults = {
+      "level_blocks": tuple(range(start, start + num_levels)),
+      "level_weights": (1.0,) * num_levels,
+    }
+    for name, default in defaults.items():
+      resolved[name] = resolved[name] or default
       if len(resolved[name]) != num_levels:
         raise ValueError(
           f"{name} is {resolved[name]!r}, expected one for each of {num_levels} levels."
@@ -154,28 +125,25 @@ class TransHP(Method):
     blocks = resolved["level_blocks"]
     if len(set(blocks)) < num_levels or max(blocks) >= spec.depth:
       raise ValueError(
-        f"level_blocks is {blocks!r}, expected different blocks from 0 to "
-        f"{spec.depth - 1}, the last one of the backbone."
+        f"level_blocks is {blocks!r}, expected {num_levels} different blocks of the "
+        f"backbone's {spec.depth}, which are numbered from 0."
       )
     return resolved
 
   def __post_init__(self) -> None:
     """Checks the levels against the classes, where these are known."""
     super().__post_init__()
-    if not self.num_classes:
-      return
     for i, level in enumerate(self.hierarchy or ()):
-      if len(level) != self.num_classes:
+      if self.num_classes and len(level) != self.num_classes:
         raise ValueError(
           f"level {i} of hierarchy covers {len(level)} classes, but there are "
           f"{self.num_classes}; give the coarse class, or -1 for none, of each."
         )
-    for num_coarse in self.levels or ():
-      if num_coarse > self.num_classes:
-        raise ValueError(
-          f"levels asks for {num_coarse} coarse classes, but there are only "
-          f"{self.num_classes} classes to cluster."
-        )
+    if self.num_classes and max(self.levels or (0,)) > self.num_classes:
+      raise ValueError(
+        f"levels is {self.levels!r}, but there are only {self.num_classes} classes to "
+        "cluster into coarse ones."
+      )
 
   @nn.nowrap
   def level_sizes(self) -> tuple[int, ...]:

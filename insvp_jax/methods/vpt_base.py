@@ -85,7 +85,7 @@ class VPT(Method):
     "rows of the image, of the prompt or of both",
     check=checks.one_of("cls", "image", "prompt", "both"),
   )
-  init: str = field(
+  prompt_init: str = field(
     "uniform",
     "how prompt tokens start: uniform, or class_means of the class tokens of a block, "
     "in the order of the classes and again from the first",
@@ -95,7 +95,7 @@ class VPT(Method):
   @classmethod
   def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = super().resolve(spec, values)
-    location, pool, init = (resolved[name] for name in ("location", "pool", "init"))
+    location, pool = resolved["location"], resolved["pool"]
     if resolved["project"] is not None and location in PIXEL_PROMPTS:
       raise ValueError(
         f"project is {resolved['project']}, but prompts with location {location!r} are "
@@ -106,16 +106,16 @@ class VPT(Method):
         f"pool is {pool!r}, but with location {location!r} no prompts are among the "
         "tokens; pool 'cls' or 'image'."
       )
-    if init == "class_means":
+    if resolved["prompt_init"] == "class_means":
       if location != "prepend" or resolved["project"] is not None:
         raise ValueError(
-          "init is 'class_means', which are tokens as wide as the backbone's: it needs "
-          "location='prepend' and no project."
+          "prompt_init is 'class_means', tokens as wide as the backbone's; it "
+          "needs location='prepend' and no project."
         )
       if not spec.num_prefix:
         raise ValueError(
-          "init is 'class_means' of class tokens, but the backbone has no class token; "
-          "use init='uniform'."
+          "prompt_init is 'class_means' of class tokens, but the backbone has none; "
+          "use 'uniform'."
         )
     return resolved
 
@@ -197,7 +197,7 @@ class VPT(Method):
     They are means of the class tokens that enter the prompts' block. Those that enter
     block 0 are all the same, so it takes those that leave it.
     """
-    if self.init != "class_means":
+    if self.prompt_init != "class_means":
       return params
 
     def class_tokens(images: Any) -> np.ndarray:
