@@ -185,7 +185,7 @@ class Case:
       for i, name in enumerate(theirs):
         if name is not None:
           results[f"grad/{name}"] = flat[ours][i].reshape(self.file_shape(name))
-    self.backbone_grads = grads["backbone"]
+    self.backbone_grads, self.results_of = grads["backbone"], results
     return results
 
   def plain_logits(self) -> Any:

@@ -12,6 +12,7 @@ from insvp_jax.methods.combined import Combined, Parts
 from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.e2vpt import E2VPT
 from insvp_jax.methods.full import Full
+from insvp_jax.methods.gated import Gated
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
@@ -19,6 +20,7 @@ from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
 from insvp_jax.methods.partial import Partial
+from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vapt import VAPT
 from insvp_jax.methods.vfpt import VFPT
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
@@ -45,6 +47,8 @@ METHODS: dict[str, type[Method]] = {
   "e2vpt": E2VPT,
   "vfpt": VFPT,
   "vapt": VAPT,
+  "gated": Gated,
+  "transhp": TransHP,
   "linear": Linear,
   "full": Full,
   "mlp": MLP,

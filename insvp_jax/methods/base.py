@@ -24,8 +24,6 @@ _BESIDE_THE_FEATURE = frozenset(
     *("head", "merge", "adjust_updates", "claims", "place_hparams"),
   }
 )
-# What only one of several combined methods may override.
-_EXCLUSIVE = ("head", "prompted_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +39,7 @@ class BackboneSpec:
       where all blocks share their leaves (`scan`).
     norm_patterns: regular expressions over the parameters of all LayerNorms, the last
       one at the end.
+    embedding_patterns: regular expressions over the patch embedding's parameters.
   """
 
   width: int
@@ -53,6 +52,7 @@ class BackboneSpec:
   sites: frozenset[str] = SITES
   block_patterns: tuple[str, ...] = ()
   norm_patterns: tuple[str, ...] = ()
+  embedding_patterns: tuple[str, ...] = ()
 
   @property
   def grid(self) -> int:
@@ -287,13 +287,14 @@ class Method(nn.Module):
   @nn.nowrap
   def claims(self) -> frozenset[str]:
     """Returns what of this method no other may do beside it, for a combination."""
-    exclusive = {
-      name for name in _EXCLUSIVE if getattr(type(self), name) is not vars(Method)[name]
-    }
     hooks = self.hooks()
-    exclusive |= {"pool"} if hooks.overrides("pool") else set()
-    exclusive |= {"prompts"} if hooks.makes_prompts else set()
-    return frozenset(exclusive)
+    is_claimed = {
+      "head": type(self).head is not Method.head,
+      "prompted_size": self.prompted_size() != self.spec.image_size,
+      "pool": hooks.overrides("pool"),
+      "prompts": hooks.makes_prompts,
+    }
+    return frozenset(name for name, claimed in is_claimed.items() if claimed)
 
   @classmethod
   def overridden_hooks(cls) -> frozenset[str]:

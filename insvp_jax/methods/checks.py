@@ -40,10 +40,13 @@ def _expect(
   return check
 
 
-def _sequence_of(is_valid: Callable[[Any], bool], length: int) -> Callable[[Any], bool]:
+def _sequence_of(
+  is_valid: Callable[[Any], bool], length: int | None = None
+) -> Callable[[Any], bool]:
   def are_valid(value: Any) -> bool:
-    is_sequence = isinstance(value, tuple | list) and len(value) == length
-    return is_sequence and all(map(is_valid, value))
+    is_sequence = isinstance(value, tuple | list) and value
+    has_length = is_sequence and length in (None, len(value))
+    return bool(has_length) and all(map(is_valid, value))
 
   return are_valid
 
@@ -69,12 +72,22 @@ def positive_ints(length: int) -> Check:
   return _expect(are_valid, f"{length} integers of at least 1", tuple)
 
 
-def finite_numbers(length: int) -> Check:
+def finite_numbers(length: int | None = None) -> Check:
   """Returns the check of a sequence of so many numbers; makes a tuple of floats."""
   are_valid = _sequence_of(_is_finite_number, length)
-  return _expect(
-    are_valid, f"{length} finite numbers", lambda value: tuple(map(float, value))
+  expected = (
+    "a tuple of finite numbers" if length is None else f"{length} finite numbers"
   )
+  return _expect(are_valid, expected, lambda value: tuple(map(float, value)))
+
+
+def integers(least: int, expected: str) -> Check:
+  """Returns the check of one or more integers from `least` on; makes a tuple."""
+
+  def is_valid(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+  return _expect(_sequence_of(is_valid), expected, tuple)
 
 
 def one_of(*known: str) -> Check:

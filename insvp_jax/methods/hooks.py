@@ -236,45 +236,47 @@ class CombinedHooks(Hooks):
   def overrides(self, name: str) -> bool:
     return any(hooks.overrides(name) for _, hooks in self.parts)
 
-  def _each(self, p: HookArrays):
+  def _each(self, p: HookArrays, function: str):
+    """Yields (name, hooks, arrays) of each method that changes a function."""
+
     def of(tree: Any, name: str) -> Any:
       return None if tree is None else tree[name]
 
     for name, hooks in self.parts:
-      yield name, hooks, HookArrays(of(p.block, name), of(p.shared, name))
+      if hooks.overrides(function):
+        yield name, hooks, HookArrays(of(p.block, name), of(p.shared, name))
 
   def enter(self, p, x, prompts):
-    for _, hooks, arrays in self._each(p):
+    for _, hooks, arrays in self._each(p, "enter"):
       x, prompts = hooks.enter(arrays, x, prompts)
     return x, prompts
 
   def after(self, p, name, x, y):
-    for _, hooks, arrays in self._each(p):
+    for _, hooks, arrays in self._each(p, "after"):
       if name in hooks.at:
         y = hooks.after(arrays, name, x, y)
     return y
 
   def qkv(self, p, q, k, v):
-    for _, hooks, arrays in self._each(p):
+    for _, hooks, arrays in self._each(p, "qkv"):
       q, k, v = hooks.qkv(arrays, q, k, v)
     return q, k, v
 
   def branch(self, p, name, stream, normed, out):
-    for _, hooks, arrays in self._each(p):
+    for _, hooks, arrays in self._each(p, "branch"):
       if name in hooks.at:
         out = hooks.branch(arrays, name, stream, normed, out)
     return out
 
   def leave(self, p, x, prompts, before):
     reads = {}
-    for name, hooks, arrays in self._each(p):
+    for name, hooks, arrays in self._each(p, "leave"):
       x, prompts, read = hooks.leave(arrays, x, prompts, before)
       if read is not None:
         reads[name] = read
     return x, prompts, reads or None
 
   def pool(self, p, norm, tokens, prompts):
-    for _, hooks, arrays in self._each(p):
-      if hooks.overrides("pool"):
-        return hooks.pool(arrays, norm, tokens, prompts)
+    for _, hooks, arrays in self._each(p, "pool"):
+      return hooks.pool(arrays, norm, tokens, prompts)
     raise NotImplementedError

@@ -68,8 +68,7 @@ class Block(nn.Module):
       prompts: prompt tokens; the same for all images if the first axis is 1.
       update_prompts: whether the prompts' outputs are read afterwards.
       num_read: how many tokens of x, the first ones, are read afterwards; None for all.
-        Of the others only keys and values are computed. For the last block, which
-        updates no prompts.
+        Of the others only keys and values are computed. For the last block.
       arrays: for the hooks.
 
     Returns:
@@ -94,7 +93,7 @@ class Block(nn.Module):
       x, prompts = hooks.enter(arrays, x, prompts)
       x = x.astype(dtype)
     before = (x[:, :num_read], prompts)
-    num_tokens = x.shape[1]
+    num_tokens = before[0].shape[1]
     in_sequence = update_prompts and prompts is not None
     kv_prompts = None if in_sequence else prompts
     if in_sequence:
@@ -113,7 +112,8 @@ class Block(nn.Module):
     if hooks.overrides("qkv"):
       change_qkv = functools.partial(_cast_qkv, functools.partial(hooks.qkv, arrays))
     # [b, m, d]; all tokens where num_read is None.
-    x, read = x[:, :num_read], y[:, :num_read]
+    num_prompts = prompts.shape[1] if in_sequence else 0
+    x, read = (_read_rows(rows, num_read, num_prompts) for rows in (x, y))
     out = attention(read, y, kv_prompts, after, change_qkv)
     x = x + branch("attn", x, read, out)
     y = norm("LayerNorm_1", "norm2")(x)
@@ -127,6 +127,13 @@ class Block(nn.Module):
       x, prompts, reads = hooks.leave(arrays, x, prompts, before)
       x = x.astype(dtype)
     return x, prompts, reads
+
+
+def _read_rows(x: Array, num_read: int | None, num_prompts: int) -> Array:
+  """Returns the first rows of x [b, m, d], and the last ones, which are prompts."""
+  if num_read is None or num_prompts == 0:
+    return x[:, :num_read]
+  return jnp.concatenate([x[:, :num_read], x[:, -num_prompts:]], axis=1)
 
 
 def _cast_qkv(
@@ -205,15 +212,19 @@ class Encoder(nn.Module):
     Where a hook pools, it is the feature [b, d]. What the hooks keep for the loss is
     sown in the collection "reads", as the list "blocks".
     """
-    hooks, prompts = adaptation.hooks, adaptation.prompts
-    _check(prompts, self.depth)
+    _check(adaptation.prompts, self.depth)
+    alike = _are_alike(adaptation, self.depth)
+    if self.scan and not alike and self.is_initializing():
+      # The parameters that are made do not depend on what a method does in the blocks.
+      adaptation, alike = UNCHANGED, True
+    hooks = adaptation.hooks
     adaptation = adaptation.replace(
       blocks=_cast(adaptation.blocks, self.dtype),
       shared=_cast(adaptation.shared, self.dtype),
     )
     if not self.scan:
       run = self._unrolled
-    elif _are_alike(adaptation, self.depth) or self.is_initializing():
+    elif alike:
       run = self._scanned
     else:
       run = self._unstacked

@@ -182,6 +182,7 @@ class ViT(nn.Module):
         "backbone/Transformer/encoderblock.*/LayerNorm_[01]/.*",
         "backbone/Transformer/encoder_norm/.*",
       ),
+      embedding_patterns=("backbone/embedding/.*",),
     )
 
   def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:

@@ -7,6 +7,7 @@ import pytest
 
 from insvp_jax import trees
 from insvp_jax.methods import METHODS, BackboneSpec, create_method, method_fields
+from insvp_jax.methods.base import Apply
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import decode_variant
 
@@ -121,6 +122,143 @@ def test_defaults_are_the_published_ones():
   assert create_method("vpt_deep", SPEC, dropout=None).dropout == 0.1
 
 
+@pytest.mark.parametrize(
+  ("name", "kwargs", "expected"),
+  [
+    ("vpt_deep", {"location": "add"}, 12 * 197 * 768),
+    ("vpt_shallow", {"location": "add"}, 197 * 768),
+    ("vpt_deep", {"location": "add-1", "prompted_blocks": 3}, 3 * 768),
+    ("vpt_deep", {"deep_shared": True}, 38_400),
+    ("vpt_deep", {"project": 20}, 12 * 50 * 20 + 20 * 768 + 768),
+    ("vpt_shallow", {"location": "prepend-pixel", "prompt_length": 5}, 3 * 256 * 5),
+    ("vpt_shallow", {"location": "pad", "prompt_length": 1}, 2_700),
+    ("vpt_shallow", {"location": "pad", "prompt_length": 11}, 31_020),
+    (
+      "vpt_shallow",
+      {"location": "below", "prompt_length": 2},
+      2 * (224**2 + 256 * 768),
+    ),
+  ],
+)
+def test_counts_of_the_ablations_on_b16(name, kwargs, expected):
+  spec = BackboneSpec(**decode_variant("B/16"), image_size=224)
+  method = create_method(name, spec, **kwargs)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  shapes = jax.eval_shape(lambda x: init(method, x), images)
+  assert trees.count(shapes["params"]) == expected
+
+
+def test_which_blocks_are_prompted():
+  method = create_method("vpt_deep", SPEC, prompted_blocks=2, prompted_from="last")
+  adapted = method.apply(init(method), IMAGES, IMAGES, method="adapt").prompts
+  assert (adapted.first, adapted.carry, len(adapted.tokens)) == (1, True, 2)
+  method = create_method("vpt_deep", SPEC, prompted_blocks=1, expand=False)
+  adapted = method.apply(init(method), IMAGES, IMAGES, method="adapt").prompts
+  assert (adapted.first, adapted.carry, len(adapted.tokens)) == (0, False, 1)
+
+
+def test_shared_prompts_are_one_parameter():
+  method = create_method("vpt_deep", SPEC, prompt_length=4, deep_shared=True)
+  variables = init(method)
+  common = variables["params"]["common_prompt"]
+  assert common.shape == (1, 4, 32)
+  expected = np.broadcast_to(common[:, None], (3, 1, 4, 32))
+  np.testing.assert_array_equal(tokens(method, variables), expected)
+
+
+def test_prompts_are_added_in_their_blocks_alone():
+  method = create_method(
+    "vpt_deep", SPEC, location="add", prompted_blocks=1, prompted_from="last"
+  )
+  variables = init(method)
+  adapted = method.apply(variables, IMAGES, IMAGES, method="adapt")
+  assert adapted.prompts is None and adapted.blocks.shape == (3, 1, 17, 32)
+  assert not np.any(adapted.blocks[:2])
+  np.testing.assert_array_equal(adapted.blocks[2], variables["params"]["common_prompt"])
+
+
+def test_border_of_pixels():
+  method = create_method("vpt_shallow", SPEC, location="pad", prompt_length=3)
+  variables = init(method)
+  padded = np.asarray(method.apply(variables, IMAGES, method="prompt_image"))
+  assert padded.shape == (2, 22, 22, 3) and method.prompted_size() == 22
+  np.testing.assert_array_equal(padded[:, 3:-3, 3:-3], IMAGES)
+  params = variables["params"]["pixels"]
+  assert all(0 <= x.min() and x.max() < 1 for x in params.values())
+  pixels = padded * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]
+  for actual, expected in (
+    (pixels[0, :3], params["top_bottom"][:3]),
+    (pixels[1, -3:], params["top_bottom"][3:]),
+    (pixels[0, 3:-3, :3], params["left_right"][:, :3]),
+    (pixels[1, 3:-3, -3:], params["left_right"][:, 3:]),
+  ):
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_more_channels_train_the_embedding():
+  model = tiny_model("vpt_shallow", location="below", prompt_length=1)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+  mask = trees.flatten(trees.mask(shapes, model.prompter.trainable_patterns()))
+  assert {name for name, chosen in mask.items() if chosen} == {
+    *("backbone/embedding/kernel", "backbone/embedding/bias"),
+    *("prompter/pixels/prompt", "prompter/pixels/kernel", "head/kernel", "head/bias"),
+  }
+
+
+def test_pools_of_a_backbone_without_a_class_token():
+  # There the image's rows are what the backbone pools itself.
+  model = create_model(
+    "mu/4",
+    "vpt_deep",
+    num_classes=5,
+    image_size=16,
+    backbone_kwargs={"pool": "gap"},
+    method_kwargs={"prompt_length": 3},
+    head_init="torch",
+  )
+  params = jax.jit(model.init)(jax.random.key(0), IMAGES)
+  logits = jax.jit(model.apply)(params, IMAGES)
+  pooled = model.clone(prompter=model.prompter.clone(pool="image"))
+  np.testing.assert_allclose(jax.jit(pooled.apply)(params, IMAGES), logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "kwargs", "sources"),
+  [
+    ("vpt_deep", {}, (0, 0, 1)),
+    ("vpt_deep", {"prompted_blocks": 1, "prompted_from": "last"}, (1,)),
+    ("vpt_deep", {"deep_shared": True}, (0,)),
+    ("vpt_shallow", {}, (0,)),
+  ],
+)
+def test_class_means(name, kwargs, sources):
+  """Block i starts at the class tokens that leave block i - 1; block 0 at its own."""
+  method = create_method(
+    name, SPEC, prompt_length=5, prompt_init="class_means", **kwargs
+  )
+  # Of class 1 there are no images; the last one is padding.
+  batches = [
+    {"images": np.arange(3), "labels": np.array([2, 0, 2]), "mask": np.ones(3)},
+    {"images": np.arange(3, 5), "labels": np.array([0, 1]), "mask": np.array([1, 0])},
+  ]
+
+  def backbone(params, images, adaptation):
+    x = np.zeros((len(images), 17, 32), np.float32)
+    x[:, 0] += images[:, None]
+    reads = [adaptation.hooks.leave(None, x + 10 * i, None, None)[2] for i in range(3)]
+    return None, reads
+
+  params = {"backbone": {}, "prompter": dict(init(method)["params"]), "head": {}}
+  shape = params["prompter"]["common_prompt"].shape
+  prepared = method.prepare(params, lambda: iter(batches), Apply(backbone))
+  prompts = prepared["prompter"]["common_prompt"]
+  assert prompts.shape == shape and prompts.dtype == np.float32
+  # Images 1 and 3 are of class 0, 0 and 2 of class 2.
+  means = np.array([2, 1, 2, 1, 2])
+  expected = np.stack([means + 10 * source for source in sources])
+  np.testing.assert_array_equal(prompts, np.broadcast_to(expected[..., None], shape))
+
+
 @pytest.mark.parametrize("name", ["linear", "full", "bias"])
 def test_methods_without_prompts(name):
   model = tiny_model(name)
@@ -153,7 +291,7 @@ def test_every_method_is_found_by_name():
     assert type(create_method(name, SPEC)) is kind
   assert method_fields("linear") == ()
   assert set(method_fields("vpt_deep")) - set(method_fields("vpt_shallow")) == {
-    "prompted_blocks"
+    *("prompted_blocks", "prompted_from", "expand", "deep_shared")
   }
 
 
@@ -173,6 +311,30 @@ def test_every_method_is_found_by_name():
     ("vpt_deep", {"project": 0}, "project is 0"),
     ("vpt_deep", {"prompted_blocks": 4}, "the backbone has 3 blocks"),
     ("vpt_deep", {"prompted_blocks": 0}, "expected an integer from 1 to 3"),
+    ("vpt_deep", {"location": "pad"}, "location is 'pad', expected one of 'prepend'"),
+    (
+      "vpt_deep",
+      {"location": "add", "pool": "both"},
+      "no prompts are among the tokens",
+    ),
+    (
+      "vpt_shallow",
+      {"location": "pad", "project": 8},
+      "project is 8, but prompts with",
+    ),
+    ("vpt_shallow", {"location": "below", "dropout": 0.1}, "no prompt tokens to drop"),
+    (
+      "vpt_deep",
+      {"location": "add", "prompt_init": "class_means"},
+      "location='prepend'",
+    ),
+    ("vpt_deep", {"project": 8, "prompt_init": "class_means"}, "and no project"),
+    ("vpt_deep", {"location": "add-1", "expand": False}, "no prompts are carried on"),
+    (
+      "vpt_deep",
+      {"prompted_blocks": 2, "expand": False, "pool": "prompt"},
+      "no prompts after the last block",
+    ),
   ],
 )
 def test_bad_input_is_one_clear_line(name, kwargs, message):

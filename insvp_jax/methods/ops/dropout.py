@@ -34,6 +34,18 @@ class Dropout(nn.Module):
     return drop(self.make_rng("dropout"), self.rate, x)
 
 
+def drop_per_sample(
+  dropout: Dropout, tokens: Float[Array, "l 1 p d"], num_samples: int, *, train: bool
+) -> Float[Array, "l b_or_1 p d"]:
+  """Returns prompts that all images share, with dropout drawn for each image.
+
+  The batch axis stays 1 where nothing is dropped.
+  """
+  if not train or is_off(dropout.rate):
+    return tokens
+  return dropout(jnp.repeat(tokens, num_samples, axis=1), train=True)
+
+
 def block_keys(module: nn.Module, num_blocks: int, rate: Rate, train: bool):
   """Returns a random key for each block, as a leaf of `Adaptation.blocks`, or None.
 
