@@ -25,9 +25,8 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, Hooks
-from insvp_jax.methods.ops.dropout import Dropout
+from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
-from insvp_jax.methods.ops.prompts import drop_per_image
 from insvp_jax.methods.ops.stacked import per_block
 
 PIECES = 16
@@ -161,7 +160,9 @@ class E2VPT(Method):
 
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     del prompted, embed
-    tokens = drop_per_image(self.prompt_dropout, self._tokens(), len(images), train)
+    tokens = drop_per_sample(
+      self.prompt_dropout, self._tokens()[:, None], len(images), train=train
+    )
     own = self.kv_prompts
     blocks = {name: own.get(name, own.get("kv")) for name in ("key", "value")}
     return Adaptation(blocks=blocks, prompts=BlockPrompts(tokens))

@@ -25,7 +25,7 @@ from insvp_jax.methods.insvp_prompters import (
   specific_grid,
 )
 from insvp_jax.methods.ops import conv as conv_lib
-from insvp_jax.methods.ops.dropout import Dropout, is_off
+from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
 
 PRESETS = ("paper", "release")
@@ -314,8 +314,6 @@ class InsVP(Method):
 
   def _common(self, batch_size: int, train: bool) -> Float[Array, "l b p d"]:
     """Returns p^c; the batch axis is 1 unless dropout differs by sample."""
-    common = jnp.expand_dims(self.common_prompt, 1)
-    if not train or is_off(self.common_dropout.rate):
-      return common
-    common = jnp.repeat(common, batch_size, axis=1)
-    return self.common_dropout(common, train=True)
+    return drop_per_sample(
+      self.common_dropout, self.common_prompt[:, None], batch_size, train=train
+    )

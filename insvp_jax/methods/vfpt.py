@@ -19,9 +19,8 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts
-from insvp_jax.methods.ops.dropout import Dropout
+from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
-from insvp_jax.methods.ops.prompts import drop_per_image
 
 # The axes of [..., p, d] that are transformed.
 _AXES = {"all": (-2, -1), "hidden": (-1,), "sequence": (-2,)}
@@ -72,7 +71,9 @@ class VFPT(Method):
 
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     del prompted, embed
-    tokens = drop_per_image(self.prompt_dropout, self.common_prompt, len(images), train)
+    tokens = drop_per_sample(
+      self.prompt_dropout, self.common_prompt[:, None], len(images), train=train
+    )
     num_rows = int(self.fourier_fraction * self.prompt_length)
     return Adaptation(
       prompts=BlockPrompts(real_fourier(tokens, num_rows, self.dimension))
