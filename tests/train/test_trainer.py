@@ -226,6 +226,40 @@ def test_killed_and_resumed_equals_uninterrupted(insvp, whole, monkeypatch, tmp_
   assert metrics(tmp_path) == metrics(whole[0])
 
 
+@pytest.mark.parametrize(
+  ("method", "leaf"),
+  [("mlp", "head/BatchNorm_1/var"), ("transhp", "prompter/hierarchy")],
+)
+def test_what_no_gradient_sets_survives_a_stop(method, leaf, monkeypatch, tmp_path):
+  """Running statistics, which steps set, and what is computed before the first one."""
+  config = config_of(method)
+  prepared = prepare(config)
+  prepares = []
+  original = trainer.Prepared.prepare_params
+
+  def count(self, *args):
+    prepares.append(original(self, *args))
+    return prepares[-1]
+
+  monkeypatch.setattr(trainer.Prepared, "prepare_params", count)
+  train(config, tmp_path / "whole", prepared=prepared)
+  with monkeypatch.context() as patch:
+    at_step(patch, 3, stop_by(signal.SIGTERM))
+    with pytest.raises(Stopped):
+      train(config, tmp_path / "stopped", prepared=prepared)
+  train(config, tmp_path / "stopped", prepared=prepared)
+  assert_same(stored(tmp_path / "stopped"), stored(tmp_path / "whole"))
+  # A run that goes on computes nothing of the images again.
+  assert len(prepares) == 2
+  start = trees.flatten(prepared.first_params(config))[leaf]
+  end = stored(tmp_path / "whole")[3]["adapter"][leaf]
+  assert not np.array_equal(start, end)
+  if method == "transhp":
+    # All three classes have images, and fall into two coarse ones.
+    assert sorted(set(np.asarray(end)[0].tolist())) == [0.0, 1.0]
+    np.testing.assert_array_equal(end, prepares[0]["prompter"]["hierarchy"])
+
+
 def test_a_real_ctrl_c_writes_a_checkpoint_and_leaves_the_handlers(
   insvp, monkeypatch, tmp_path
 ):
