@@ -112,7 +112,9 @@ def _position_embedding(case) -> dict[str, Any]:
 def _embedding_gradients(case) -> dict[str, Any]:
   """Returns the gradients of the embedding, that of the new channels joined."""
   kernel = case.backbone_grads["embedding/kernel"]
-  kernel = jnp.concatenate([kernel, case.results_of["grad/below/kernel"]], axis=2)
+  # In the file it has no gradient of its own.
+  below = case.results_of.pop("grad/below/kernel")
+  kernel = jnp.concatenate([kernel, below], axis=2)
   bias = case.backbone_grads["embedding/bias"]
   return {"grad/embedding/kernel": kernel, "grad/embedding/bias": bias}
 
