@@ -104,7 +104,8 @@ def _position_embedding(case) -> dict[str, Any]:
   """Returns the resized position embedding, with the class token's entry."""
   vit = case.model.backbone
   grid = case.model.prompter.prompted_size() // vit.patch_size
-  resized = positions.resize_traced(case.params["backbone"]["pos_embedding"], grid)
+  entries = jnp.asarray(case.params["backbone"]["pos_embedding"])
+  resized = positions.resize_traced(entries, grid)
   whole = case.weights["Transformer/posembed_input/pos_embedding"]
   return {"position_embedding": np.concatenate([whole[:, :1], resized], axis=1)}
 

@@ -213,9 +213,10 @@ class Encoder(nn.Module):
     sown in the collection "reads", as the list "blocks".
     """
     _check(adaptation.prompts, self.depth)
+    pools = adaptation.hooks.overrides("pool")
     alike = _are_alike(adaptation, self.depth)
     if self.scan and not alike and self.is_initializing():
-      # The parameters that are made do not depend on what a method does in the blocks.
+      # The parameters that are made do not depend on what a method does with tokens.
       adaptation, alike = UNCHANGED, True
     hooks = adaptation.hooks
     adaptation = adaptation.replace(
@@ -240,7 +241,7 @@ class Encoder(nn.Module):
 
     if hooks.overrides("pool"):
       return hooks.pool(arrays, norm, x, prompts)
-    return norm(x)
+    return norm(x)[:, 0] if pools else norm(x)
 
   def _block_fields(self, hooks: Hooks) -> dict[str, Any]:
     return {

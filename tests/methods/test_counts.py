@@ -126,28 +126,32 @@ def backbone_shapes():
   return model.backbone.spec, state_lib.param_shapes(model)["backbone"]
 
 
-def trainable_count(name, fields):
+def trainable_count(name, fields, num_classes=100):
   """Returns what trains on ViT-B/16 at 224 px besides the linear head."""
   spec, backbone = backbone_shapes()
-  method = create_method(name, spec, 1, **fields)
-  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  method = create_method(name, spec, num_classes, **fields)
 
   def embed(images):
     num_patches = images.shape[1] * images.shape[2] // 256
     return jnp.zeros((len(images), num_patches, spec.width))
 
-  def init(images):
-    key = jax.random.key(0)
-    variables = method.init(key, images, images, embed=embed, method="adapt")
-    head = method.head(Head(1))
-    features = jnp.zeros((2, spec.width))
-    return variables.get("params", {}), head.init(key, features)["params"]
+  def everything(method, images):
+    prompted = method.prompt_image(images)
+    return method.adapt(images, prompted, embed=embed)
 
+  def init(images):
+    variables = method.init(jax.random.key(0), images, method=everything)
+    head = method.head(Head(num_classes))
+    head = head.init(jax.random.key(0), jnp.zeros((2, spec.width)))
+    return variables.get("params", {}), head["params"]
+
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   prompter, head = jax.eval_shape(init, images)
   params = {"backbone": backbone, "prompter": prompter, "head": head}
   params = {part: tree for part, tree in params.items() if tree}
   mask = trees.mask(params, method.trainable_patterns())
-  return trees.count(trees.split(params, mask)[0]) - (spec.width + 1)
+  trainable, _ = trees.split(params, mask)
+  return trees.count(trainable) - (spec.width + 1) * num_classes
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,24 @@ def trainable_count(name, fields):
     ("bitfit", {}, 102_912),
     ("ln_tune", {}, 38_400),
     ("difffit", {}, 140_544),
+    ("vpt_shallow", {"prompt_length": 50}, 38_400),
+    ("vpt_deep", {"prompt_length": 50}, 460_800),
+    ("vpt_deep", {"prompt_length": 50, "deep_shared": True}, 38_400),
+    ("vfpt", {"prompt_length": 50}, 460_800),
+    ("vapt", {}, 55_608),
+    ("gated", {}, 76_823),
+    # Prompts, key and value prompts, 17 gates a prompt.
+    ("e2vpt", {}, 92_160 + 85),
+    ("e2vpt", {"prompt_length": 10}, 138_240 + 170),
+    ("e2vpt", {"prompt_length": 50}, 506_880 + 850),
+    ("e2vpt", {"token_mask": (), "piece_mask": ()}, 92_160),
+    # The released hierarchy of ImageNet's 1,000 classes.
+    (
+      "transhp",
+      {"levels": (2, 2, 2, 4, 9, 16, 25, 49, 90, 170, 406)},
+      1_207_296,
+    ),
   ],
 )
 def test_published_counts_on_b16(name, fields, expected):
-  assert trainable_count(name, fields) == expected
+  assert trainable_count(name, fields, num_classes=1000) == expected

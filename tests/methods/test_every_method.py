@@ -12,6 +12,7 @@ from tiny_training import SIZE, make_split, tiny_config
 from insvp_jax import trees
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.methods import METHODS
+from insvp_jax.methods import fields as fields_lib
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.weights import npz
 from insvp_jax.search import population
@@ -19,10 +20,19 @@ from insvp_jax.train import flops
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import create_program, create_state
 
-# What fits the two blocks of width 16 and the 4 x 4 patches.
+# What fits the two blocks of width 16 and the 4 x 4 patches, by method; and of some
+# methods a second case, after a colon.
 TINY_FIELDS: dict[str, dict[str, Any]] = {
   "lora": {"rank": 2, "dropout": 0.1},
   "vpt_shallow": {"prompt_length": 2},
+  "vpt_shallow:below": {"prompt_length": 1, "location": "below"},
+  "vpt_deep:last": {"prompted_from": "last", "prompted_blocks": 1, "pool": "both"},
+  "e2vpt": {"prompt_length": 2, "kv_length": 2},
+  "vfpt": {"prompt_length": 4},
+  "vapt": {"prompt_length": 2, "hidden": 2},
+  "gated": {"prompt_length": 2},
+  "gated:mean": {"prompt_length": 2, "pool": "mean"},
+  "transhp": {"levels": (2,)},
   "insvp+lora": {"lora.rank": 2},
 }
 # What is added to all keys alike cancels in the softmax; what is added to all channels
@@ -31,7 +41,7 @@ CANCELS = r"key/(bias|shift)|specific_prompter/Conv_2/bias"
 # Trainable parameters that two steps leave where they were.
 STILL: dict[str, set[str]] = {}
 COMBINED = ("insvp+lora", "vpt_deep+bias")
-NAMES = (*METHODS, *COMBINED)
+NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
 # Its leaves cannot be split where blocks share them.
 NEEDS_UNROLLED = {"partial"}
 CLASSES = 3
@@ -43,10 +53,11 @@ def config_of(name, **changes):
   plain = {"optim__name": "sgd", "optim__lr": 0.3, "optim__wd": 0.0}
   # Dropout is drawn for all tokens, or for those that are read.
   plain["backbone__skip_unread"] = False
-  config = tiny_config(name, backbone__mlp_dim=64, **plain, **changes)
+  method = name.partition(":")[0]
+  config = tiny_config(method, backbone__mlp_dim=64, **plain, **changes)
   for field, value in TINY_FIELDS.get(name, {}).items():
     section, _, field = field.rpartition(".")
-    config[section or name][field] = value
+    config[section or method][field] = value
   return config
 
 
@@ -156,14 +167,15 @@ DEARER = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*METHODS, *COMBINED))
 def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
   """S/16 at 64 px in 3 blocks: products dominate; counted, not compiled."""
-  fields = {}
-  for part in name.split("+"):
-    if part in ("vpt_deep", "vpt_shallow", "insvp", "e2vpt", "vfpt", "gated"):
-      fields[part] = {"prompt_length": 9}
   parts = name.split("+")
+  fields = {
+    part: {"prompt_length": 9}
+    for part in parts
+    if "prompt_length" in fields_lib.declared(METHODS[part])
+  }
   model = create_model(
     "S/16",
     name,
