@@ -67,3 +67,12 @@ def drop(
   # Drawn once: the compiler would rather draw again in the backward pass.
   is_kept = jax.lax.optimization_barrier(is_kept).reshape(x.shape)
   return jnp.where(is_kept, x / keep, jnp.zeros_like(x))
+
+
+def drop_path(
+  key: jax.Array | None, rate: Rate, x: Float[Array, "b ..."]
+) -> Float[Array, "b ..."]:
+  """Returns x with whole samples zeroed and the others scaled up; see `drop`."""
+  if key is None:
+    return x
+  return x * drop(key, rate, jnp.ones((len(x),) + (1,) * (x.ndim - 1), x.dtype))
