@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_counts import trainable_count
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, HookArrays, create_method
-from insvp_jax.models.vit import decode_variant
 
 SPEC = BackboneSpec(
   width=8, depth=3, mlp_dim=32, num_heads=2, patch_size=2, image_size=4
@@ -16,7 +16,8 @@ READERS = {"query": "norm1", "key": "norm1", "value": "norm1", "fc1": "norm2"}
 NORMS = ("norm1", "norm2", "encoder_norm")
 
 
-def shapes_of(method, size):
+def shapes_of(method):
+  size = SPEC.image_size
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
 
   def init(images):
@@ -43,8 +44,7 @@ def shapes_of(method, size):
   ],
 )
 def test_parameters_on_b16(name, kwargs, expected):
-  spec = BackboneSpec(**decode_variant("B/16"), image_size=224)
-  assert trees.count(shapes_of(create_method(name, spec, **kwargs), 224)) == expected
+  assert trainable_count(name, kwargs) == expected
 
 
 def draw_sites(rng):
@@ -85,7 +85,7 @@ def apply_site(site, x):
 def test_merged_operations_do_what_hooks_did(name, kwargs):
   rng = np.random.default_rng(0)
   method = create_method(name, SPEC, **kwargs)
-  shapes = trees.flatten(shapes_of(method, SPEC.image_size))
+  shapes = trees.flatten(shapes_of(method))
   params = trees.unflatten(
     {leaf: rng.standard_normal(shape.shape) for leaf, shape in shapes.items()}
   )
@@ -155,7 +155,7 @@ def test_dropout_leaves_the_key_projection_its_layers():
   # The random keys of blocks and the projection "key" are different things.
   method = create_method("lora", SPEC, targets=("key",), rank=2, dropout=0.5)
   images = jnp.ones((1, 4, 4, 3))
-  shapes = shapes_of(method, 4)
+  shapes = shapes_of(method)
   params = {"params": jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)}
   adaptation = method.apply(
     params,

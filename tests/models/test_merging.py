@@ -11,6 +11,7 @@ from insvp_jax import trees
 from insvp_jax.methods.hooks import OPERATIONS
 from insvp_jax.models import merging
 from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights import npz
 
 IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3), np.float32))
 KWARGS = {
@@ -49,39 +50,36 @@ def draw(model):
 
 
 @functools.cache
-def plain_logits(scan):
+def plain_logits():
   """Returns the compiled classifier without a method."""
-  model = make_model("linear", scan)
+  model = make_model("linear")
   return jax.jit(lambda params: model.apply({"params": params}, IMAGES))
 
 
-def check_merged(model, params, scan):
+# Of a combination RepAdapter changes what the other one finds: the output of a norm,
+# the input of a projection.
+@pytest.mark.parametrize("method", [*KWARGS, "repadapter+ssf", "repadapter+lora"])
+def test_merged_logits(method):
+  model = make_model(method)
+  params = draw(model)
   logits = jax.jit(lambda params: model.apply({"params": params}, IMAGES))(params)
   merged = merging.merge(model, params)
-  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), merged)
-  old = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params["backbone"])
-  assert shapes == old
-  plain = plain_logits(scan)
   scale = np.max(np.abs(logits))
-  actual = plain({"backbone": merged, "head": params["head"]})
+  actual = plain_logits()({"backbone": merged, "head": params["head"]})
   assert np.max(np.abs(actual - logits)) < 1e-5 * scale
   # There was something to fold.
-  unmerged = plain({"backbone": params["backbone"], "head": params["head"]})
+  unmerged = plain_logits()({"backbone": params["backbone"], "head": params["head"]})
   assert np.max(np.abs(unmerged - logits)) > 1e-2 * scale
 
-
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("method", KWARGS)
-def test_merged_logits(method, scan):
-  model = make_model(method, scan)
-  check_merged(model, draw(model), scan)
-
-
-# RepAdapter changes what the other one finds: a norm's output, the projections' input.
-@pytest.mark.parametrize("method", ["repadapter+ssf", "repadapter+lora"])
-def test_combinations_merge_part_by_part(method):
-  model = make_model(method)
-  check_merged(model, draw(model), False)
+  # And the same where all blocks share their leaves.
+  stacked = npz.stack(trees.flatten(params["backbone"]))
+  scanned = {**params, "backbone": trees.unflatten(stacked)}
+  scanned = trees.flatten(merging.merge(make_model(method, scan=True), scanned))
+  expected = npz.stack(trees.flatten(merged))
+  assert scanned.keys() == expected.keys() == stacked.keys()
+  for name, leaf in scanned.items():
+    assert leaf.dtype == stacked[name].dtype
+    np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("scan", [False, True])
