@@ -22,7 +22,7 @@ from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import BRANCHES, Adaptation, Hooks
 from insvp_jax.methods.ops.bottleneck import quick_gelu
-from insvp_jax.methods.ops.dropout import block_keys, drop
+from insvp_jax.methods.ops.dropout import block_keys, drop_tokens
 from insvp_jax.methods.ops.initializers import Initializer
 from insvp_jax.methods.ops.stacked import StackedDense, dense
 
@@ -82,7 +82,7 @@ class ConvpassHooks(Hooks):
     hidden = quick_gelu(
       convolve_tokens(layers["conv"], hidden, self.num_prefix, p.shared["grid"].shape)
     )
-    hidden = drop(key, p.shared["dropout"], hidden)
+    hidden = drop_tokens(key, p.shared["dropout"], hidden)
     return out + p.shared["scale"] * dense(layers["up"], hidden)
 
 

@@ -21,7 +21,7 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, Hooks
-from insvp_jax.methods.ops.dropout import block_keys, drop
+from insvp_jax.methods.ops.dropout import block_keys, drop_tokens
 from insvp_jax.methods.ops.initializers import torch_uniform
 from insvp_jax.methods.ops.stacked import StackedDense
 
@@ -51,7 +51,7 @@ class FacTHooks(Hooks):
     if key is not None:
       key = jax.random.fold_in(key, self.at.index(name))
     hidden = _joined(_cut(x) @ shared["u"]) if name == "fc2" else x @ shared["u"]
-    hidden = drop(key, shared["dropout"], hidden @ p.block[name])
+    hidden = drop_tokens(key, shared["dropout"], hidden @ p.block[name])
     if name == "fc1":
       update = _joined(_cut(hidden) @ shared["v"])
     else:

@@ -21,7 +21,7 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, Hooks
-from insvp_jax.methods.ops.dropout import block_keys, drop
+from insvp_jax.methods.ops.dropout import block_keys, drop_tokens
 from insvp_jax.methods.ops.initializers import torch_uniform
 from insvp_jax.methods.ops.stacked import StackedDense, dense
 
@@ -43,7 +43,7 @@ class LoRAHooks(Hooks):
       up = jnp.split(up, len(_FUSED), axis=1)[_FUSED.index(name)]
     elif key is not None:
       key = jax.random.fold_in(key, self.at.index(name))
-    hidden = drop(key, p.shared["dropout"], dense(layers["down"], x))
+    hidden = drop_tokens(key, p.shared["dropout"], dense(layers["down"], x))
     return y + p.shared["scale"] * (hidden @ up)
 
 

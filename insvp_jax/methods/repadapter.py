@@ -21,7 +21,7 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import BRANCHES, Adaptation, Hooks
-from insvp_jax.methods.ops.dropout import block_keys, drop
+from insvp_jax.methods.ops.dropout import block_keys, drop_tokens
 from insvp_jax.methods.ops.stacked import StackedDense, dense
 
 # The norm that each branch computes on.
@@ -50,7 +50,7 @@ class RepAdapterHooks(Hooks):
     layers, key = p.block[name], p.block["dropout_key"]
     if key is not None:
       key = jax.random.fold_in(key, self.at.index(name))
-    hidden = drop(key, p.shared["dropout"], dense(layers["down"], y))
+    hidden = drop_tokens(key, p.shared["dropout"], dense(layers["down"], y))
     up = {**layers["up"], "kernel": _ungrouped(layers["up"]["kernel"], self.groups)}
     return y + p.shared["scale"] * dense(up, hidden)
 

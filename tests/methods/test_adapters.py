@@ -10,7 +10,6 @@ from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, HookArrays, create_method
 from insvp_jax.methods.adapter_plus import AdapterPlusHooks
 from insvp_jax.methods.convpass import convolve_tokens
-from insvp_jax.methods.ops.dropout import drop_path
 
 SPEC = BackboneSpec(
   width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
@@ -171,15 +170,6 @@ def test_convpass_on_images_of_another_size():
   params = {"params": trees.unflatten(init(method))}
   adaptation = method.apply(params, IMAGES, larger, method="adapt")
   assert adaptation.shared["grid"].shape == (6, 6)
-
-
-def test_drop_path_drops_whole_samples():
-  x = jnp.ones((64, 3, 2))
-  y = np.asarray(drop_path(jax.random.key(0), 0.25, x))
-  assert np.all(y == y[:, :1, :1])
-  np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
-  assert 0 < np.mean(y == 0) < 0.5
-  assert drop_path(None, 0.25, x) is x
 
 
 def test_adapter_plus_treats_prompts_in_the_sequence_as_tokens():

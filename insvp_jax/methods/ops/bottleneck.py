@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from insvp_jax.methods.ops.dropout import Rate, drop
+from insvp_jax.methods.ops.dropout import Rate, drop_tokens
 from insvp_jax.methods.ops.stacked import dense
 
 
@@ -40,4 +40,4 @@ def bottleneck(
     rate: of the dropout.
   """
   hidden = ACTIVATIONS[activation](dense(layers["down"], x))
-  return dense(layers["up"], drop(key, rate, hidden))
+  return dense(layers["up"], drop_tokens(key, rate, hidden))
