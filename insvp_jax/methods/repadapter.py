@@ -132,9 +132,9 @@ class RepAdapter(Method):
       matrix = np.eye(self.spec.width) + down["kernel"] @ up_kernel
       shift = (down["bias"][:, None] @ up_kernel)[:, 0] + self.scale * up["bias"]
       site = sites[norm]
-      kernel = site["kernel"] @ matrix if "kernel" in site else None
+      kernel = site.get("kernel")
       if kernel is None:
-        kernel = site["scale"][..., None] * matrix
+        kernel = site["scale"][..., None] * np.eye(self.spec.width)
       bias = (site["bias"][:, None] @ matrix)[:, 0] + shift
-      sites[norm] = {"kernel": kernel, "bias": bias}
+      sites[norm] = {"kernel": kernel @ matrix, "bias": bias}
     return sites

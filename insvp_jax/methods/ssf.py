@@ -5,7 +5,7 @@ Efficient Model Tuning", eq. 3 and 4; both can be merged (eq. 5).
 
 Every y = op(x) becomes y * scale + shift: of the patch embedding, of each block's norms
 and dense layers, and of the last norm. Parameters, with m the width of the MLP:
-2 l (8 d + m) + 4 d, twice the outputs of all operations.
+2 l (7 d + m) + 4 d, twice the outputs of all operations.
 """
 
 from collections.abc import Mapping, Sequence
