@@ -6,11 +6,16 @@ from typing import Any
 
 from insvp_jax import trees
 from insvp_jax.methods import fields
+from insvp_jax.methods.adapter import Adapter
+from insvp_jax.methods.adapter_plus import AdapterPlus
+from insvp_jax.methods.adaptformer import AdaptFormer
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined, Parts
+from insvp_jax.methods.convpass import Convpass
 from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.e2vpt import E2VPT
+from insvp_jax.methods.fact import FacTTK, FacTTT
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.gated import Gated
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
@@ -20,6 +25,8 @@ from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
 from insvp_jax.methods.partial import Partial
+from insvp_jax.methods.repadapter import RepAdapter
+from insvp_jax.methods.ssf import SSF
 from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vapt import VAPT
 from insvp_jax.methods.vfpt import VFPT
@@ -58,6 +65,14 @@ METHODS: dict[str, type[Method]] = {
   "ln_tune": LNTune,
   "difffit": DiffFit,
   "lora": LoRA,
+  "ssf": SSF,
+  "fact_tt": FacTTT,
+  "fact_tk": FacTTK,
+  "repadapter": RepAdapter,
+  "adapter": Adapter,
+  "adaptformer": AdaptFormer,
+  "adapter_plus": AdapterPlus,
+  "convpass": Convpass,
 }
 
 

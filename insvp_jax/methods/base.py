@@ -271,7 +271,8 @@ class Method(nn.Module):
       params: the method's own parameters, numpy float64.
       sites: of each operation of `hooks.OPERATIONS` {"kernel", "bias"}, or {"scale",
         "bias"} of a norm, numpy float64. Those of blocks are stacked: kernels are
-        [l, in, out], flat on both sides, as `Hooks.after` sees them.
+        [l, in, out], flat on both sides, as `Hooks.after` sees them. A norm may get a
+        "kernel" [l, d, d] in place of its "scale", for the operations that read it.
 
     Raises:
       ValueError: what the method computes is not what a plain backbone can.

@@ -105,6 +105,20 @@ def one_of(*known: str) -> Check:
   return check
 
 
+def some_of(*known: str) -> Check:
+  """Returns the check of a sequence of choices, each once; makes a tuple."""
+
+  def check(name: str, value: Any, spec: BackboneSpec) -> tuple[str, ...]:
+    choices = tuple(value) if isinstance(value, tuple | list) else ()
+    for choice in choices:
+      one_of(*known)(name, choice, spec)
+    if not choices or len(set(choices)) < len(choices):
+      raise ValueError(f"{name} is {value!r}, expected some of {known}, each once.")
+    return choices
+
+  return check
+
+
 def below_width(name: str, value: Any, spec: BackboneSpec) -> int:
   """Returns the value.
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax.methods import checks
-from insvp_jax.methods.base import BackboneSpec, Method
+from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, Hooks
-from insvp_jax.methods.ops.dropout import block_keys, drop
+from insvp_jax.methods.ops.dropout import block_keys, drop_tokens
 from insvp_jax.methods.ops.initializers import torch_uniform
 from insvp_jax.methods.ops.stacked import StackedDense, dense
 
@@ -37,22 +37,14 @@ class LoRAHooks(Hooks):
   fused: bool = False
 
   def after(self, p, name, x, y):
-    layers, key = p.block["qkv" if self.fused else name], p.block["key"]
+    layers, key = p.block["qkv" if self.fused else name], p.block["dropout_key"]
     up = layers["up"]["kernel"]
     if self.fused:
       up = jnp.split(up, len(_FUSED), axis=1)[_FUSED.index(name)]
     elif key is not None:
       key = jax.random.fold_in(key, self.at.index(name))
-    hidden = drop(key, p.shared["dropout"], dense(layers["down"], x))
+    hidden = drop_tokens(key, p.shared["dropout"], dense(layers["down"], x))
     return y + p.shared["scale"] * (hidden @ up)
-
-
-def _check_targets(name: str, value: Any, spec: BackboneSpec) -> tuple[str, ...]:
-  for target in value:
-    checks.one_of(*TARGETS)(name, target, spec)
-  if not value or len(set(value)) < len(value):
-    raise ValueError(f"{name} is {value!r}, expected some of {TARGETS}, each once.")
-  return tuple(value)
 
 
 class LoRA(Method):
@@ -61,7 +53,7 @@ class LoRA(Method):
   targets: tuple[str, ...] = field(
     ("query", "value"),
     f"what is updated: some of {', '.join(TARGETS)}",
-    check=_check_targets,
+    check=checks.some_of(*TARGETS),
   )
   rank: int = field(8, "rank r of each update", check=checks.below_width)
   scale: float | int = field(
@@ -113,7 +105,7 @@ class LoRA(Method):
       target: {name: layer() for name, layer in getattr(self, target).items()}
       for target in (("qkv",) if self.fused else self.targets)
     }
-    blocks["key"] = block_keys(self, self.spec.depth, rate, train)
+    blocks["dropout_key"] = block_keys(self, self.spec.depth, rate, train)
     return Adaptation(
       blocks=blocks, shared={"scale": self.hparam("scale"), "dropout": rate}
     )

@@ -3,6 +3,7 @@
 insvp export --run=runs/pretrain --output=backbone.npz
 
 Without the command `insvp` it is python -m insvp_jax.tools.export.
+A method that can be folded into a plain backbone, such as LoRA, is folded into it.
 It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
 trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
 backbone in the box.
@@ -21,6 +22,8 @@ def export_backbone(
 ) -> dict[str, Any]:
   """Writes `output` and its description; returns the description.
 
+  The method is folded into the backbone: it computes the run's feature by itself.
+
   Args:
     run: from `load_run`.
     output: path of the .npz.
@@ -28,14 +31,16 @@ def export_backbone(
     command: that trained the run; it is stored in the description.
 
   Raises:
-    ValueError: unknown dtype, or values that float16 cannot hold.
+    ValueError: unknown dtype, values that float16 cannot hold, or a method that
+      cannot be folded into a backbone.
     OSError: the files cannot be written.
   """
   from insvp_jax.logs.writers import write_json
-  from insvp_jax.models import weights
+  from insvp_jax.models import merging, weights
   from insvp_jax.models.weights.releases import ARCHITECTURE
 
-  weights.save_backbone(run.params["backbone"], output, dtype=dtype)
+  backbone = merging.merge(run.model, run.params)
+  weights.save_backbone(backbone, output, dtype=dtype)
   vit = run.model.backbone
   result = run.result or {}
   description = {field: getattr(vit, field) for field in ARCHITECTURE}

@@ -1,4 +1,4 @@
-"""Our dropout draws what flax's does."""
+"""Our dropout draws what flax's does; of tokens and of whole samples."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from insvp_jax.methods.ops.dropout import Dropout
+from insvp_jax.methods.ops.dropout import Dropout, drop_path, drop_tokens
 
 
 class Two(nn.Module):
@@ -52,3 +52,25 @@ def test_dropout_keeps_the_dtype():
   output = Dropout(0.5).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
   assert output.dtype == jnp.bfloat16
   assert set(output.tolist()) == {0.0, 2.0}
+
+
+def test_draws_of_tokens_do_not_depend_on_how_many_follow():
+  x = jnp.ones((5, 7, 3))
+  whole = drop_tokens(jax.random.key(0), 0.5, x)
+  np.testing.assert_array_equal(
+    drop_tokens(jax.random.key(0), 0.5, x[:, :2]), whole[:, :2]
+  )
+  assert set(np.unique(whole)) == {0, 2}
+  # Each image and each token has draws of its own.
+  rows = np.asarray(whole).reshape(35, 3)
+  assert len(np.unique(rows, axis=0)) == 8
+  assert drop_tokens(None, 0.5, x) is x
+
+
+def test_drop_path_drops_whole_samples():
+  x = jnp.ones((64, 3, 2))
+  y = np.asarray(drop_path(jax.random.key(0), 0.25, x))
+  assert np.all(y == y[:, :1, :1])
+  np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
+  assert 0 < np.mean(y == 0) < 0.5
+  assert drop_path(None, 0.25, x) is x

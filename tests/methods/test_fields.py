@@ -16,7 +16,7 @@ from insvp_jax.methods.linear import Linear
 from insvp_jax.train import features
 
 SPEC = BackboneSpec(
-  width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+  width=32, depth=3, mlp_dim=128, num_heads=2, patch_size=4, image_size=16
 )
 # Inherited by every Flax module, or there to be called rather than overridden.
 NO_HOOKS = {"hparam", "clone"}

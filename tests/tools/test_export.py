@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from tiny_runs import make_run
+from tiny_runs import SIZE, make_run
 
 from insvp_jax import trees
 from insvp_jax.models import weights
+from insvp_jax.models.classifier import create_model
 from insvp_jax.tools import export
 
 
@@ -37,6 +39,34 @@ def test_half_precision_is_half_the_size(tmp_path):
     with np.load(output) as file:
       sizes[dtype] = sum(file[name].nbytes for name in file.files)
   assert sizes["float32"] == 2 * sizes["float16"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_method_that_can_be_folded_is(tmp_path, scan):
+  sizes = {"depth": 2, "scan": scan}
+  workdir, model, params = make_run(
+    tmp_path / "run", "lora", method_kwargs={"rank": 2}, backbone_kwargs=sizes
+  )
+  output = tmp_path / "backbone.npz"
+  assert export.main(["--run", str(workdir), "--output", str(output)]) == 0
+  plain = create_model(
+    "mu/4", "linear", num_classes=3, image_size=SIZE, backbone_kwargs=sizes
+  )
+  backbone = weights.load_backbone(str(output), plain)
+  images = np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 3), np.float32)
+  expected = jax.jit(model.apply)({"params": params}, images)
+  exported = {"backbone": backbone, "head": params["head"]}
+  logits = jax.jit(plain.apply)({"params": exported}, images)
+  assert np.max(np.abs(logits - expected)) < 1e-5 * np.max(np.abs(expected))
+
+
+def test_a_method_that_cannot_be_folded_gives_one_line(tmp_path, capsys):
+  workdir, _, _ = make_run(tmp_path / "run", "vpt_deep")
+  output = tmp_path / "backbone.npz"
+  assert export.main(["--run", str(workdir), "--output", str(output)]) == 2
+  error = capsys.readouterr().err
+  assert "cannot be folded into a backbone" in error and error.count("\n") == 1
+  assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,25 @@ def drop(
   # Drawn once: the compiler would rather draw again in the backward pass.
   is_kept = jax.lax.optimization_barrier(is_kept).reshape(x.shape)
   return jnp.where(is_kept, x / keep, jnp.zeros_like(x))
+
+
+def drop_tokens(
+  key: jax.Array | None, rate: Rate, x: Float[Array, "b m h"]
+) -> Float[Array, "b m h"]:
+  """As `drop`, where a token's draw does not depend on how many tokens come after it.
+
+  So a block that only computes the tokens that are read, the first ones, trains like
+  one that computes all.
+  """
+  if key is None:
+    return x
+  return jnp.swapaxes(drop(key, rate, jnp.swapaxes(x, 0, 1)), 0, 1)
+
+
+def drop_path(
+  key: jax.Array | None, rate: Rate, x: Float[Array, "b ..."]
+) -> Float[Array, "b ..."]:
+  """Returns x with whole samples zeroed and the others scaled up; see `drop`."""
+  if key is None:
+    return x
+  return x * drop(key, rate, jnp.ones((len(x),) + (1,) * (x.ndim - 1), x.dtype))

@@ -29,7 +29,7 @@ class StackedDense(nn.Module):
 
   Attributes:
     num_blocks: l.
-    shape: (in, out).
+    shape: (in, out); of a convolution (height, width, in, out).
     kernel_init: of one block's kernel.
     bias_init: of one block's bias; None for a layer without.
   """
@@ -41,11 +41,11 @@ class StackedDense(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict[str, Float[Array, "l ..."]]:
-    """Returns {"kernel": [l, in, out], "bias": [l, out]}."""
+    """Returns {"kernel": [l, *shape], "bias": [l, out]}."""
     shape = (self.num_blocks, *self.shape)
     params = {"kernel": self.param("kernel", per_block(self.kernel_init), shape)}
     if self.bias_init is not None:
-      shape = (self.num_blocks, self.shape[1])
+      shape = (self.num_blocks, self.shape[-1])
       params["bias"] = self.param("bias", per_block(self.bias_init), shape)
     return params
 
