@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import markdown_table
 import pytest
 
 from insvp_jax import trees
-from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods import METHODS, BackboneSpec, Method, create_method
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.heads import Head
 from insvp_jax.models.vit import decode_variant
@@ -192,3 +193,16 @@ def trainable_count(name, fields, num_classes=100):
 )
 def test_published_counts_on_b16(name, fields, expected):
   assert trainable_count(name, fields, num_classes=1000) == expected
+
+
+def test_the_catalogue_of_methods_is_what_there_is(root):
+  titles, *table = markdown_table.cells((root / "docs" / "methods.md").read_text())
+  rows = {row[0].strip("`"): dict(zip(titles, row, strict=True)) for row in table}
+  assert list(rows) and set(rows) == set(METHODS)
+  spec, _ = backbone_shapes()
+  for name, row in rows.items():
+    assert row["parameters"] == f"{trainable_count(name, {}):,}", name
+    method = create_method(name, spec, 100)
+    is_head = type(method).head is not Method.head
+    folds = type(method).merge is not Method.merge or not method.overridden_hooks()
+    assert row["folds"] == ("yes" if folds and not is_head else ""), name

@@ -33,13 +33,26 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "gated": {"prompt_length": 2},
   "gated:mean": {"prompt_length": 2, "pool": "mean"},
   "transhp": {"levels": (2,)},
+  "adapter": {"hidden": 2, "activation": "quick_gelu"},
+  "adapter:vpt_zero": {"hidden": 2, "adapter_init": "vpt_zero"},
+  "adaptformer": {"hidden": 2},
+  "adapter_plus": {"hidden": 2},
+  "convpass": {"hidden": 2},
+  "repadapter": {"hidden": 2},
+  "fact_tt": {"rank": 2},
+  "fact_tk": {"rank": 2},
   "insvp+lora": {"lora.rank": 2},
 }
 # What is added to all keys alike cancels in the softmax; what is added to all channels
 # of a token alike, as InsVP's last bias is where a token is one channel, in the norm.
 CANCELS = r"key/(bias|shift)|specific_prompter/Conv_2/bias"
 # Trainable parameters that two steps leave where they were.
-STILL: dict[str, set[str]] = {}
+STILL: dict[str, set[str]] = {
+  # Published so: all is zero, and only the last bias has a gradient, ever.
+  "adapter:vpt_zero": {
+    f"prompter/{leaf}" for leaf in ("down/kernel", "down/bias", "up/kernel")
+  },
+}
 COMBINED = ("insvp+lora", "vpt_deep+bias")
 NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
 # Its leaves cannot be split where blocks share them.
