@@ -12,7 +12,7 @@ from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import decode_variant
 
 SPEC = BackboneSpec(
-  width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
+  width=32, depth=3, mlp_dim=128, num_heads=2, patch_size=4, image_size=16
 )
 IMAGES = jnp.asarray(
   np.random.default_rng(1).standard_normal((2, 16, 16, 3), np.float32)

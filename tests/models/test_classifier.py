@@ -19,7 +19,7 @@ from insvp_jax.models.classifier import (
 )
 from insvp_jax.models.vit import ViT
 
-TINY = {"width": 16, "depth": 2, "mlp_dim": 16, "num_heads": 2}
+TINY = {"width": 16, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 
 
 def tiny(method="insvp", **kwargs):
