@@ -31,7 +31,7 @@ def without(*sites):
     ("insvp+vpt_deep", SPEC, "'insvp' and 'vpt_deep' .*: both have their own prompts"),
     ("e2vpt+vapt", SPEC, "'e2vpt' and 'vapt' .*: both have their own prompts, of w"),
     ("lora+lora", SPEC, "'lora\\+lora' has one method twice"),
-    ("insvp+laro", SPEC, "unknown method 'laro'\. Nearest: .*lora"),
+    ("insvp+laro", SPEC, "unknown method 'laro'. Nearest: .*lora"),
     ("insvp+", SPEC, "unknown method ''"),
   ],
 )
@@ -94,6 +94,7 @@ def test_several_methods_are_each_of_them_under_its_own_name():
   kwargs = {"vpt_deep": {"prompt_length": 2}, "lora": {"rank": 2}}
   sizes = {"width": 16, "depth": 2, "mlp_dim": 64, "num_heads": 2}
   options = {"num_classes": 3, "image_size": 16, "backbone_kwargs": sizes}
+  options["head_init"] = "torch"
   model = create_model("mu/4", "vpt_deep+lora+bias", method_kwargs=kwargs, **options)
   images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
   params = jax.jit(model.init)(jax.random.key(0), images)["params"]
