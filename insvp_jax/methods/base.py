@@ -71,10 +71,14 @@ class Apply(NamedTuple):
   Attributes:
     backbone: `(params, images, adaptation) -> (feature, reads)`: the feature [b, d]
       under an `Adaptation`, None for the plain backbone, and what its hooks' `leave`
-      returned, a list with an entry for each block. Whole on every device.
+      returned, a list with an entry for each block.
+    logits: `(params, images) -> logits` [b, k] of the whole model, as in evaluation.
+
+  Results are whole on every device.
   """
 
   backbone: Callable[..., tuple[Array, Any]]
+  logits: Callable[..., Array]
 
 
 class Method(nn.Module):
@@ -242,6 +246,28 @@ class Method(nn.Module):
     return params
 
   @nn.nowrap
+  def refresh_every_epochs(self) -> int:
+    """Returns after how many epochs `refresh` is called again; 0 is never."""
+    return 0
+
+  @nn.nowrap
+  def refresh(
+    self,
+    params: Mapping[str, Any],
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    apply: Apply,
+  ) -> Mapping[str, Any]:
+    """Returns all parameters, with what the method computes anew in training.
+
+    It is called before the first step and before that of every
+    `refresh_every_epochs`-th epoch after it. It may change the parameters of
+    `updated_patterns`, and be a function of its arguments alone, which are those of
+    `prepare`.
+    """
+    del batches, apply
+    return params
+
+  @nn.nowrap
   def adjust_updates(
     self,
     updates: Mapping[str, Array],
@@ -294,6 +320,7 @@ class Method(nn.Module):
       "prompted_size": self.prompted_size() != self.spec.image_size,
       "pool": hooks.overrides("pool"),
       "prompts": hooks.makes_prompts,
+      "refresh": self.refresh_every_epochs() > 0,
     }
     return frozenset(name for name, claimed in is_claimed.items() if claimed)
 
@@ -337,9 +364,10 @@ class Method(nn.Module):
 
   @nn.nowrap
   def updated_patterns(self) -> tuple[str, ...]:
-    """Returns those of parameters that a step sets without a gradient.
+    """Returns those of parameters that change without a gradient.
 
-    Running means, for example. A module sows the new value in the collection "updated",
-    under the parameter's own name; see `ops.batch_norm`.
+    A step may set them, such as running means: a module sows the new value in the
+    collection "updated", under the parameter's own name; see `ops.batch_norm`. Or
+    `refresh` sets them.
     """
     return ()

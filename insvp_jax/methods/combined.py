@@ -106,12 +106,36 @@ class Combined(Method):
 
   @nn.nowrap
   def prepare(self, params, batches, apply):
+    return self._with_own("prepare", params, batches, apply)
+
+  @nn.nowrap
+  def _with_own(self, function: str, params, batches, apply):
+    """Returns the parameters after a function of each method.
+
+    Each sees its own parameters as the method's; the whole model has those of all.
+    """
     for name, part in self.parts:
-      own = {**params, "prompter": params.get("prompter", {}).get(name, {})}
-      own = part.prepare(own, batches, apply)
-      prompter = {**params.get("prompter", {}), name: own["prompter"]}
-      params = {**own, "prompter": {n: tree for n, tree in prompter.items() if tree}}
+      everyone = params.get("prompter", {})
+
+      def whole(own, everyone=everyone, name=name):
+        prompter = {**everyone, name: own.get("prompter", {})}
+        return {**own, "prompter": {n: tree for n, tree in prompter.items() if tree}}
+
+      def logits(own, images, whole=whole):
+        return apply.logits(whole(own), images)
+
+      own = {**params, "prompter": everyone.get(name, {})}
+      own = getattr(part, function)(own, batches, apply._replace(logits=logits))
+      params = whole(own)
     return params
+
+  @nn.nowrap
+  def refresh_every_epochs(self) -> int:
+    return max((part.refresh_every_epochs() for _, part in self.parts), default=0)
+
+  @nn.nowrap
+  def refresh(self, params, batches, apply):
+    return self._with_own("refresh", params, batches, apply)
 
   @nn.nowrap
   def adjust_updates(self, updates, *, params, grads, lr):

@@ -1,4 +1,4 @@
-"""What a method computes once, from the training images, before the first step."""
+"""What a method computes of the training images, before training and between epochs."""
 
 from collections.abc import Iterator, Mapping
 import functools
@@ -16,7 +16,6 @@ from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods.base import Apply, Method
 from insvp_jax.methods.combined import Combined
-from insvp_jax.methods.hooks import UNCHANGED, Adaptation
 from insvp_jax.train import batches
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program
@@ -41,11 +40,7 @@ def prepare_params(
     return params
   on_device = state_lib.cast_frozen(params, program.mask, config, np.asarray)
   on_device = sharding_lib.device_put(on_device, program.state_sharding.params)
-  prepared = method.prepare(
-    on_device,
-    functools.partial(_batches, config, program, split),
-    Apply(backbone=_apply_backbone(program)),
-  )
+  prepared = method.prepare(on_device, *_tools(config, program, split))
   # The backbone stays as it was loaded.
   changed = {k: jax.device_get(v) for k, v in prepared.items() if k != "backbone"}
   before, after = trees.flatten(params), trees.flatten(changed)
@@ -60,47 +55,63 @@ def prepare_params(
   return trees.unflatten({**before, **after})
 
 
+def refresh_state(
+  config: ConfigDict, program: Program, split: Split, state: state_lib.TrainState
+) -> state_lib.TrainState:
+  """Returns a state with what the method computes anew; see `Method.refresh`.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    split: the training images.
+    state: of one trial, or of several: then of each by itself.
+  """
+  method, tools = program.model.prompter, _tools(config, program, split)
+  is_trainable, carried = trees.flatten(program.mask), trees.flatten(program.carried)
+  names = [name for name in carried if carried[name] and not is_trainable[name]]
+  flat, members = trees.flatten(state.params), np.ndim(state.peak_lr)
+  refreshed = []
+  for i in range(np.size(state.peak_lr)):
+    own = {n: leaf[i] if members and carried[n] else leaf for n, leaf in flat.items()}
+    own = trees.flatten(method.refresh(trees.unflatten(own), *tools))
+    refreshed.append({n: jax.device_get(own[n]) for n in names})
+  leaves = {n: np.stack([own[n] for own in refreshed]) for n in names}
+  leaves = {n: leaf if members else leaf[0] for n, leaf in leaves.items()}
+  shardings = trees.flatten(program.state_sharding.params)
+  placed = {
+    n: sharding_lib.device_put(np.asarray(leaf, flat[n].dtype), shardings[n])
+    for n, leaf in leaves.items()
+  }
+  return state.replace(params=trees.unflatten({**flat, **placed}))
+
+
+def _tools(config: ConfigDict, program: Program, split: Split) -> tuple[Any, Apply]:
+  """Returns what a method computes with: (batches, apply)."""
+  return functools.partial(_batches, config, program, split), program.apply
+
+
 def _prepares(method: Method) -> bool:
   parts = method.parts.methods.values() if isinstance(method, Combined) else (method,)
   return any(type(part).prepare is not Method.prepare for part in parts)
+
+
+def _whole(batch: dict[str, Array]) -> dict[str, Array]:
+  return batch
 
 
 def _batches(
   config: ConfigDict, program: Program, split: Split
 ) -> Iterator[dict[str, Any]]:
   """Yields images as the backbone gets them, with labels and mask on the host."""
-  preset, size = (
-    preprocess.get_preset(config.data.preset),
-    program.model.backbone.image_size,
-  )
-  replicated = mesh_lib.replicated(program.mesh)
+  preset = preprocess.get_preset(config.data.preset)
+  size = program.model.backbone.image_size
   rows = mesh_lib.batch_sharding(program.mesh)
+  # Of functions that live on, so that they are compiled once.
   normalise = jax.jit(
-    lambda images: preprocess.eval_preprocess(preset, images, size), out_shardings=rows
+    preprocess.eval_preprocess, static_argnums=(0, 2), out_shardings=rows
   )
-  whole = jax.jit(lambda x: x, out_shardings=replicated)
+  whole = jax.jit(_whole, out_shardings=mesh_lib.replicated(program.mesh))
   for batch in batches.eval_batches(config, program, split):
     others = whole({name: batch[name] for name in ("labels", "mask")})
-    yield {"images": normalise(batch["images"]), **jax.device_get(others)}
-
-
-def _apply_backbone(program: Program):
-  """Returns `Apply.backbone`, jitted."""
-  model = sharding_lib.unshard_in_use(program.model, program.mesh)
-
-  def encode(module, images: Array, adaptation: Adaptation) -> Array:
-    tokens = module.backbone.embed(images, adaptation)
-    return module.backbone.encode(tokens, adaptation)
-
-  @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(program.mesh))
-  def apply(params, images, adaptation):
-    feature, sown = model.apply(
-      {"params": params}, images, adaptation, method=encode, mutable=["reads"]
-    )
-    reads = sown.get("reads")
-    return feature, reads and reads["backbone"]["Transformer"]["blocks"]
-
-  def apply_backbone(params, images, adaptation=None):
-    return apply(params, images, UNCHANGED if adaptation is None else adaptation)
-
-  return apply_backbone
+    images = normalise(preset, batch["images"], size)
+    yield {"images": images, **jax.device_get(others)}

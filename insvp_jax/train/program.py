@@ -17,6 +17,8 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import processes
 from insvp_jax.distributed import sharding as sharding_lib
+from insvp_jax.methods.base import Apply
+from insvp_jax.methods.hooks import UNCHANGED
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
@@ -128,6 +130,33 @@ class Program:
       in_shardings=(backbone, sharded),
       out_shardings=replicated,
     )
+
+  @functools.cached_property
+  def apply(self) -> Apply:
+    """What a method computes with, jitted; see `preparation`."""
+    model = sharding_lib.unshard_in_use(self.model, self.mesh)
+    whole = functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+
+    def encode(module, images, adaptation):
+      tokens = module.backbone.embed(images, adaptation)
+      return module.backbone.encode(tokens, adaptation)
+
+    @whole
+    def backbone(params, images, adaptation):
+      feature, sown = model.apply(
+        {"params": params}, images, adaptation, method=encode, mutable=["reads"]
+      )
+      reads = sown.get("reads")
+      return feature, reads and reads["backbone"]["Transformer"]["blocks"]
+
+    @whole
+    def logits(params, images):
+      return model.apply({"params": params}, images)
+
+    def apply_backbone(params, images, adaptation=None):
+      return backbone(params, images, UNCHANGED if adaptation is None else adaptation)
+
+    return Apply(backbone=apply_backbone, logits=logits)
 
   @property
   def _shardings(self):

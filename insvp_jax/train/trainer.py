@@ -36,7 +36,7 @@ from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache, are_cached
-from insvp_jax.train.preparation import prepare_params
+from insvp_jax.train.preparation import prepare_params, refresh_state
 from insvp_jax.train.program import Program, create_program, create_state
 from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
@@ -341,6 +341,8 @@ def train_loop(
   step = start_step = int(state.step)
   # Every how many steps to log, save and evaluate; 0 is never.
   periods = log_every, save_every, eval_every = _periods(config, program)
+  refresh_epochs = program.model.prompter.refresh_every_epochs()
+  refresh_every = refresh_epochs * program.steps_per_epoch
   has_val = split_name == "train" and "val" in prepared.data.splits
   diverged = {} if diverged is None else diverged
 
@@ -370,11 +372,14 @@ def train_loop(
   # A stream has threads, which end with it.
   with contextlib.closing(feed), contextlib.closing(profiler):
     while step < total_steps:
+      # After what is saved at this step, so that a resumed run does it, too.
+      if refresh_every and step % refresh_every == 0:
+        state = refresh_state(config, program, split, state)
       # One call takes the steps up to `end`. The first one is a single step, which
       # compiles: it is timed apart.
       is_first = step == start_step
       max_steps = 1 if is_first else min(feed.max_steps, total_steps - step)
-      end = batches.next_end(step, max_steps, periods, marks)
+      end = batches.next_end(step, max_steps, (*periods, refresh_every), marks)
       profiler.before(step + 1)
       with timer.compiling() if is_first else timer.waiting():
         batch = feed.next(end - step)

@@ -178,6 +178,9 @@ def test_a_split_backbone_trains_to_the_same_numbers(runs, fsdp):
     {"backbone__scan": False, "method": "bias", "backbone__frozen_dtype": "bfloat16"},
     {"backbone__scan": False, "backbone__remat": True, "backbone__pool": "map"},
     {"backbone__remat": True, "method": "linear"},
+    # Hooks at every operation; and blocks that differ, though their leaves are stacked.
+    {"method": "ssf"},
+    {"method": "transhp"},
   ],
 )
 def test_blocks_of_every_kind_compute_the_same_when_split(changes):

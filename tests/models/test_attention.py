@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_vit import build, draw, features, images, prompts
 
+from insvp_jax.methods.hooks import UNCHANGED
 from insvp_jax.models import layers
 
 
@@ -47,7 +48,7 @@ def test_padded_sequences_attend_as_they_are(num_queries, num_keys):
 def test_a_backbone_computes_the_same_with_fused_attention(changes, blocks):
   model = build(**changes)
   params = draw(model)
-  given = None if blocks is None else prompts(blocks)
+  given = UNCHANGED if blocks is None else prompts(blocks)
   plain = features(model, params, images(), given)
   fused = features(build(fused_attention=True, **changes), params, images(), given)
   np.testing.assert_allclose(fused, plain, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,7 @@ from insvp_jax.data import ArraySplit, preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.logs import prompt_panels
+from insvp_jax.methods import METHODS, Method
 from insvp_jax.run import load_run
 from insvp_jax.train import report, trainer
 from insvp_jax.train import state as state_lib
@@ -258,6 +260,60 @@ def test_what_no_gradient_sets_survives_a_stop(method, leaf, monkeypatch, tmp_pa
     # All three classes have images, and fall into two coarse ones.
     assert sorted(set(np.asarray(end)[0].tolist())) == [0.0, 1.0]
     np.testing.assert_array_equal(end, prepares[0]["prompter"]["hierarchy"])
+
+
+class Remember(Method):
+  """Scales the feature by the share of training images that were right lately."""
+
+  def setup(self):
+    self.share = self.param("share", nn.initializers.zeros, ())
+    self.times = self.param("times", nn.initializers.zeros, ())
+
+  def adapt_feature(self, feature, *, train=False):
+    return feature * (1 + self.share)
+
+  def trainable_patterns(self):
+    return ("head/.*",)
+
+  def updated_patterns(self):
+    return ("prompter/(share|times)",)
+
+  def refresh_every_epochs(self):
+    return 1
+
+  def refresh(self, params, batches, apply):
+    right = total = 0.0
+    for batch in batches():
+      logits = np.asarray(apply.logits(params, batch["images"]))
+      right += ((logits.argmax(-1) == batch["labels"]) * batch["mask"]).sum()
+      total += batch["mask"].sum()
+    times = params["prompter"]["times"] + 1
+    own = {"share": np.float32(right / total), "times": times}
+    return {**params, "prompter": own}
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+def test_what_is_computed_anew_each_epoch_survives_a_stop(
+  steps_per_call, monkeypatch, tmp_path
+):
+  monkeypatch.setitem(METHODS, "remember", Remember)
+  config = config_of("remember", steps_per_call=steps_per_call)
+  # A call of several steps ends with the epoch by itself.
+  config.eval_every_epochs = config.checkpoint_every_epochs = 0.0
+  config.log_every_steps = 100
+  prepared = prepare(config)
+  train(config, tmp_path / "whole", prepared=prepared)
+  adapter = stored(tmp_path / "whole")[3]["adapter"]
+  # Before each of the two epochs.
+  assert adapter["prompter/times"] == 2 and 0 < adapter["prompter/share"] <= 1
+  for step in (3, 4):
+    workdir = tmp_path / f"stopped{step}"
+    with monkeypatch.context() as patch:
+      at_step(patch, step, stop_by(signal.SIGTERM))
+      with pytest.raises(Stopped):
+        train(config, workdir, prepared=prepared)
+    train(config, workdir, prepared=prepared)
+    assert_same(stored(workdir), stored(tmp_path / "whole"))
 
 
 def test_a_real_ctrl_c_writes_a_checkpoint_and_leaves_the_handlers(
