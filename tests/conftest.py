@@ -47,7 +47,8 @@ QUICKLY_COMPILED = {
 # The files that take longest come first: the processes that share the files then end at
 # about the same time.
 SLOW_FILES = (
-  *("test_golden_methods", "test_processes", "test_killed", "test_benchmarks"),
+  *("test_every_method", "test_golden_methods", "test_processes", "test_killed"),
+  "test_benchmarks",
   *("test_main", "test_population", "test_steps", "test_plan", "test_readme"),
   *("test_vit",),
   *("test_sharding", "test_trainer", "test_tfds_vtab", "test_tfds_stream"),

@@ -25,6 +25,7 @@ CONFIGS = (
   "fgvc",
   "folder",
   "hta",
+  "methods",
   "pretrain",
   "quickstart",
   "vtab",

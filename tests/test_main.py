@@ -173,7 +173,7 @@ def test_no_config_or_a_wrong_one_is_one_line(main, root, tmp_path):
     ([f"--config={vtab}:tsk=x"], ["'tsk=x' after the colon", "Did you mean 'task'?"]),
     ([f"--config={folder}:a=x"], [f"{folder}:a=x", "'a=x' after the colon"]),
     (["--config=vtba"], ["there is no config file vtba", "Did you mean 'vtab'?"]),
-    (["--config=folder:method=linaer"], ["unknown method 'linaer'. Did you mean 'lin"]),
+    (["--config=folder:method=linaer"], ["unknown method 'linaer'. Nearest: linear, "]),
     (["--config", "folder:seed=x"], ["seed is 'x', expected a whole number"]),
     (["--mode=eval"], ["evaluated by a tool: insvp evaluate --run="]),
     (
@@ -222,7 +222,10 @@ MISTAKES = {
   ),
   "keys": (
     f"from ml_collections import ConfigDict\n{GET}  return ConfigDict(dict(seed=1))\n",
-    ["mistake.py: the config lacks backbone.depth, ", " more; start it from insvp_jax"],
+    [
+      "mistake.py: the config lacks adapter.",
+      " more; start it from insvp_jax",
+    ],
   ),
 }
 
@@ -555,9 +558,9 @@ def small_disk(tmp_path):
   "size, file",
   [
     (4, "config.json"),
-    (8, "splits.json"),
-    (16, "parameters.txt"),
-    (24, "metrics.jsonl"),
+    (12, "splits.json"),
+    (20, "parameters.txt"),
+    (28, "metrics.jsonl"),
     (500, "checkpoints"),
   ],
 )

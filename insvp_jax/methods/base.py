@@ -21,7 +21,7 @@ from insvp_jax.methods.hooks import SITES, Adaptation, Hooks
 _BESIDE_THE_FEATURE = frozenset(
   {
     *("trainable_patterns", "updated_patterns", "prompts", "hparam", "clone"),
-    *("head", "merge", "adjust_updates", "claims", "place_hparams"),
+    *("head", "merge", "adjust_updates", "claims", "place_hparams", "prepares"),
   }
 )
 
@@ -224,6 +224,11 @@ class Method(nn.Module):
     """
     del params, reads, targets
     return 0.0
+
+  @nn.nowrap
+  def prepares(self) -> bool:
+    """Returns whether `prepare` has anything to do."""
+    return type(self).prepare is not Method.prepare
 
   @nn.nowrap
   def prepare(

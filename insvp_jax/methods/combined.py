@@ -105,6 +105,10 @@ class Combined(Method):
     return total
 
   @nn.nowrap
+  def prepares(self) -> bool:
+    return any(part.prepares() for _, part in self.parts)
+
+  @nn.nowrap
   def prepare(self, params, batches, apply):
     return self._with_own("prepare", params, batches, apply)
 
@@ -115,6 +119,8 @@ class Combined(Method):
     Each sees its own parameters as the method's; the whole model has those of all.
     """
     for name, part in self.parts:
+      if function == "prepare" and not part.prepares():
+        continue
       everyone = params.get("prompter", {})
 
       def whole(own, everyone=everyone, name=name):

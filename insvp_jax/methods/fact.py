@@ -3,11 +3,11 @@
 Source: Jie and Deng 2023, "FacT: Factor-Tuning for Lightweight Adaptation on Vision
 Transformer", section 3.2; indices as in its code.
 
-A block's weights are 12 matrices [d, d]: query, key, value, out, and four each of the
-MLP's layers, whose hidden width is 4 d. The update of each is scale * u S v, u [d, r]
-and v [r, d] shared by all. FacT-TT (tensor train) has S [r, r] for each matrix:
-2 d r + 12 l r^2 parameters. FacT-TK (Tucker) has S_j = sum_k core[:, :, k] p[k, j],
-core [r, r, r], p [r, 12 l]: 2 d r + 12 l r + r^3 parameters.
+A block's weights are 4 + 2 c matrices [d, d]: query, key, value, out, and c each of the
+MLP's layers, whose hidden width is c d (c = 4 in the paper). The update of each is
+scale * u S v, u [d, r] and v [r, d] shared by all n = l (4 + 2 c). FacT-TT (tensor
+train) has S [r, r] for each: 2 d r + n r^2 parameters. FacT-TK (Tucker) has
+S_j = sum_k core[:, :, k] p[k, j], core [r, r, r], p [r, n]: 2 d r + n r + r^3.
 """
 
 from collections.abc import Mapping
@@ -27,33 +27,39 @@ from insvp_jax.methods.ops.stacked import StackedDense
 
 _ATTENTION = ("query", "key", "value", "out")
 _SITES = (*_ATTENTION, "fc1", "fc2")
-# Matrices [d, d] in each of the MLP's layers, and in a block.
-_CHUNKS = 4
-_MATRICES = len(_ATTENTION) + 2 * _CHUNKS
 
 
-def _cut(x: Any) -> Any:
-  """Returns [..., 4 c] as [..., 4, c]."""
-  return x.reshape(*x.shape[:-1], _CHUNKS, -1)
+def _cut(x: Any, chunks: int) -> Any:
+  """Returns [..., c k] as [..., c, k]."""
+  return x.reshape(*x.shape[:-1], chunks, -1)
 
 
 def _joined(x: Any) -> Any:
-  """Returns [..., 4, c] as [..., 4 c]; the inverse of `_cut`."""
+  """Returns [..., c, k] as [..., c k]; the inverse of `_cut`."""
   return x.reshape(*x.shape[:-2], -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class FacTHooks(Hooks):
-  """Adds the updates' outputs: a block has S of each site, [r, r], [r, 4r], [4r, r]."""
+  """Adds the updates' outputs: a block has S of each site, [r, r], [r, cr], [cr, r].
+
+  Attributes:
+    chunks: matrices c of each of the MLP's layers.
+  """
+
+  chunks: int = 4
 
   def after(self, p, name, x, y):
     shared, key = p.shared, p.block["dropout_key"]
     if key is not None:
       key = jax.random.fold_in(key, self.at.index(name))
-    hidden = _joined(_cut(x) @ shared["u"]) if name == "fc2" else x @ shared["u"]
+    if name == "fc2":
+      hidden = _joined(_cut(x, self.chunks) @ shared["u"])
+    else:
+      hidden = x @ shared["u"]
     hidden = drop_tokens(key, shared["dropout"], hidden @ p.block[name])
     if name == "fc1":
-      update = _joined(_cut(hidden) @ shared["v"])
+      update = _joined(_cut(hidden, self.chunks) @ shared["v"])
     else:
       update = hidden @ shared["v"]
     return y + shared["scale"] * update
@@ -76,17 +82,22 @@ class _FacT(Method):
   @classmethod
   def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields; see `Method.resolve`."""
-    if spec.mlp_dim != _CHUNKS * spec.width:
+    if spec.mlp_dim % spec.width:
       raise ValueError(
-        f"mlp_dim is {spec.mlp_dim}, but FacT cuts the MLP's layers into {_CHUNKS} "
-        f"matrices of width x width: it needs a backbone with mlp_dim = {_CHUNKS} x "
-        f"{spec.width} = {_CHUNKS * spec.width}."
+        f"mlp_dim is {spec.mlp_dim}, but FacT cuts the MLP's layers into matrices of "
+        f"width x width: it needs a backbone whose mlp_dim is a multiple of its width, "
+        f"{spec.width}."
       )
     return super().resolve(spec, values)
 
+  @property
+  def _chunks(self) -> int:
+    """Matrices [d, d] in each of the MLP's layers."""
+    return self.spec.mlp_dim // self.spec.width
+
   @nn.nowrap
   def hooks(self) -> Hooks:
-    return FacTHooks(at=_SITES)
+    return FacTHooks(at=_SITES, chunks=self._chunks)
 
   def setup(self) -> None:
     """Creates u and v."""
@@ -126,11 +137,11 @@ class _FacT(Method):
     for name in _SITES:
       core = cores[name]
       if name == "fc2":
-        # Each chunk of inputs with its rows of S: [l, 4, d, r] to [l, 4 d, r].
-        core = u @ core.reshape(len(core), _CHUNKS, self.rank, self.rank)
+        # Each chunk of inputs with its rows of S: [l, c, d, r] to [l, c d, r].
+        core = u @ core.reshape(len(core), self._chunks, self.rank, self.rank)
         update = core.reshape(len(core), -1, self.rank) @ v
       elif name == "fc1":
-        update = _joined(_cut(u @ core) @ v)
+        update = _joined(_cut(u @ core, self._chunks) @ v)
       else:
         update = u @ core @ v
       kernel = sites[name]["kernel"] + self.scale * update
@@ -146,9 +157,9 @@ class FacTTT(_FacT):
   def setup(self) -> None:
     """Creates u, v and the small matrices."""
     super().setup()
-    rank = self.rank
+    rank, many = self.rank, self._chunks * self.rank
     shapes = {name: (rank, rank) for name in _ATTENTION}
-    shapes |= {"fc1": (rank, _CHUNKS * rank), "fc2": (_CHUNKS * rank, rank)}
+    shapes |= {"fc1": (rank, many), "fc2": (many, rank)}
     for name, shape in shapes.items():
       init = torch_uniform(shape[0])
       setattr(self, name, StackedDense(self.spec.depth, shape, init, bias_init=None))
@@ -171,20 +182,21 @@ class FacTTK(_FacT):
     super().setup()
     rank, xavier = self.rank, nn.initializers.xavier_uniform()
     self.core = self.param("core", xavier, (rank,) * 3)
-    self.p = self.param("p", xavier, (rank, _MATRICES * self.spec.depth))
+    matrices = (len(_ATTENTION) + 2 * self._chunks) * self.spec.depth
+    self.p = self.param("p", xavier, (rank, matrices))
 
   def _factors(self) -> Mapping[str, Any]:
     return {"core": self.core, "p": self.p}
 
   @nn.nowrap
   def _cores(self, factors: Mapping[str, Any]) -> dict[str, Any]:
-    depth, rank, first = self.spec.depth, self.rank, len(_ATTENTION)
-    matrices = factors["core"] @ factors["p"]  # [r, r, 12 l]
-    matrices = matrices.reshape(rank, rank, depth, _MATRICES).transpose(2, 3, 0, 1)
+    depth, rank, chunks = self.spec.depth, self.rank, self._chunks
+    matrices = factors["core"] @ factors["p"]  # [r, r, l (4 + 2 c)]
+    matrices = matrices.reshape(rank, rank, depth, -1).transpose(2, 3, 0, 1)
     cores = {name: matrices[:, i] for i, name in enumerate(_ATTENTION)}
-    # Column m of the MLP's is column m div 4 of matrix m mod 4, as in the code.
+    # Column m of the MLP's is column m div c of matrix m mod c, as in the code.
     fc1, fc2 = (
-      chunks.transpose(0, 2, 3, 1).reshape(depth, rank, _CHUNKS * rank)
-      for chunks in (matrices[:, first:-_CHUNKS], matrices[:, -_CHUNKS:])
+      layer.transpose(0, 2, 3, 1).reshape(depth, rank, chunks * rank)
+      for layer in (matrices[:, len(_ATTENTION) : -chunks], matrices[:, -chunks:])
     )
     return cores | {"fc1": fc1, "fc2": fc2.transpose(0, 2, 1)}

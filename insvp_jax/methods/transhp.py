@@ -204,10 +204,12 @@ class TransHP(Method):
     return total
 
   @nn.nowrap
+  def prepares(self) -> bool:
+    return self.hierarchy is None
+
+  @nn.nowrap
   def prepare(self, params, batches, apply):
     """Returns the parameters, with the hierarchy that the features' means give."""
-    if self.hierarchy is not None:
-      return params
     # Slow to import.
     from sklearn.cluster import AgglomerativeClustering
 

@@ -191,14 +191,16 @@ class VPT(Method):
     return {"feature": jnp.repeat(self._tokens(1, False), len(images), axis=1)}
 
   @nn.nowrap
+  def prepares(self) -> bool:
+    return self.prompt_init == "class_means"
+
+  @nn.nowrap
   def prepare(self, params, batches, apply):
-    """Returns the parameters, with class means as prompts if these start so.
+    """Returns the parameters, with class means as prompts.
 
     They are means of the class tokens that enter the prompts' block. Those that enter
     block 0 are all the same, so it takes those that leave it.
     """
-    if self.prompt_init != "class_means":
-      return params
 
     def class_tokens(images: Any) -> np.ndarray:
       probe = Adaptation(hooks=_ReadClassTokens())

@@ -14,8 +14,7 @@ from insvp_jax.data import preprocess
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
-from insvp_jax.methods.base import Apply, Method
-from insvp_jax.methods.combined import Combined
+from insvp_jax.methods.base import Apply
 from insvp_jax.train import batches
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program
@@ -36,7 +35,7 @@ def prepare_params(
     ValueError: the method returned a parameter of another shape.
   """
   method = program.model.prompter
-  if not _prepares(method):
+  if not method.prepares():
     return params
   on_device = state_lib.cast_frozen(params, program.mask, config, np.asarray)
   on_device = sharding_lib.device_put(on_device, program.state_sharding.params)
@@ -88,11 +87,6 @@ def refresh_state(
 def _tools(config: ConfigDict, program: Program, split: Split) -> tuple[Any, Apply]:
   """Returns what a method computes with: (batches, apply)."""
   return functools.partial(_batches, config, program, split), program.apply
-
-
-def _prepares(method: Method) -> bool:
-  parts = method.parts.methods.values() if isinstance(method, Combined) else (method,)
-  return any(type(part).prepare is not Method.prepare for part in parts)
 
 
 def _whole(batch: dict[str, Array]) -> dict[str, Array]:

@@ -60,6 +60,13 @@ def test_a_method_s_own_grid_is_valid(method, name):
   assert trials.scaled(config, default=True) is config
 
 
+def test_every_method_has_a_grid_for_adamw():
+  assert {method for method, name in GRIDS if name == "adamw"} == set(METHODS)
+  # Several methods together have the first one's.
+  both = trials.grid_of(grid_config("lora+insvp"), default=True)
+  assert both == trials.grid_of(grid_config("lora"), default=True)
+
+
 def test_vpt_s_own_grid_has_forty_points():
   config = grid_config("vpt_deep")
   config.optim.name = "sgd"

@@ -248,6 +248,24 @@ def test_a_diverged_candidate_loses_and_the_search_goes_on(install, tmp_path, ca
   assert "lr 0.1, wd 0: the loss is nan at step 2." in capsys.readouterr().out
 
 
+def test_combined_methods_are_searched_like_any(install, tmp_path):
+  fake = install(best_at(0.01), lambda config: config.lora.dropout)
+  methods = ("vpt_deep+lora", "linear")
+  config = search_config(tune__methods=methods)
+  config.tune.wd, config.tune.seeds = (0.1,), (0,)
+  config.tune.grid.dropout = (0.1, 0.3)
+  summary = tune.run(config, tmp_path)
+  chosen = summary["vpt_deep+lora"]
+  assert (chosen["lr"], chosen["dropout"]) == (0.01, 0.1)
+  # A field that both have is set in both.
+  assert {(c.vpt_deep.dropout, c.lora.dropout) for c, *_ in fake.trials[:6]} == {
+    (0.1, 0.1),
+    (0.3, 0.3),
+  }
+  assert chosen["test_accuracies"] == [0.1]
+  assert (tmp_path / "vpt_deep+lora" / "seed0" / "result.json").exists()
+
+
 def test_methods_side_by_side_make_a_table(install, tmp_path, capsys):
   install(best_at(0.01), lambda c: 0.5 + 0.1 * c.seed + 0.2 * (c.method == "insvp"))
   methods = ("insvp", "linear")
