@@ -127,9 +127,12 @@ def create_train_step(
     targets = losses.targets(
       batch["labels"], model.head.num_classes, loss["label_smoothing"]
     )
-    # Features stand for images only where nothing is mixed (see features.py).
-    if "features" not in batch:
-      images, targets = losses.mix(
+    if "features" in batch:
+      # They stand for images only where nothing is mixed (see features.py).
+      inputs, method = batch["features"], "classify"
+    else:
+      method = None
+      inputs, targets = losses.mix(
         mix_key,
         preprocess.normalise(preset, batch["images"]),
         targets,
@@ -142,17 +145,9 @@ def create_train_step(
 
     def loss_fn(trainable):
       params = trees.merge(trainable, frozen)
-      given, method = (
-        (images, None)
-        if "features" not in batch
-        else (
-          batch["features"],
-          "classify",
-        )
-      )
       logits, sown = model.apply(
         _variables(model, params, state.hparams),
-        given,
+        inputs,
         train=True,
         rngs={"dropout": dropout_key},
         mutable=["reads", "updated"],
