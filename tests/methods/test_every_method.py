@@ -57,6 +57,9 @@ COMBINED = ("insvp+lora", "vpt_deep+bias")
 NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
 # Its leaves cannot be split where blocks share them.
 NEEDS_UNROLLED = {"partial"}
+# Stored and restored between the steps: a leaf of each kind. What a checkpoint does
+# with a leaf does not depend on the method.
+STORED = {"insvp", "e2vpt", "lora", "mlp", "transhp", "full", "vpt_deep+bias"}
 CLASSES = 3
 
 
@@ -96,7 +99,7 @@ def on_host(params):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_alike_in_every_form(name, tmp_path):
-  """Two steps: unrolled in a population of two trials; and scanned, stored between.
+  """Two steps: unrolled as two trials at once; and scanned, for some stored between.
 
   Of the methods every second one has `remat` where the others have not. (Every method
   in all four forms takes minutes; it was run once.)
@@ -128,14 +131,14 @@ def test_trains_alike_in_every_form(name, tmp_path):
     params = {**params, "backbone": stack(params["backbone"])}
   state = create_state(config, program, params)
   state, _ = program.train_step(state, batch())
-  with Checkpointer(tmp_path, mask=program.mask, meta={}) as checkpointer:
-    checkpointer.save(state, progress={}, force=True)
-    checkpointer.wait()
-    restored = checkpointer.restore(create_state(config, program, params))
-  after, resumed = (
-    on_host(program.train_step(each, batch())[0].params) for each in (state, restored)
-  )
-  for leaf, value in after.items():
+  if name in STORED:
+    with Checkpointer(tmp_path, mask=program.mask, meta={}) as checkpointer:
+      checkpointer.save(state, progress={}, force=True)
+      checkpointer.wait()
+      restored = checkpointer.restore(create_state(config, program, params))
+    resumed = on_host(program.train_step(restored, batch())[0].params)
+  after = on_host(program.train_step(state, batch())[0].params)
+  for leaf, value in after.items() if name in STORED else ():
     assert value.tobytes() == resumed[leaf].tobytes(), leaf
   # Alone, scanned, with the other `remat`: the same as the trial of its lr.
   expected = trees.unflatten(trials[0])
