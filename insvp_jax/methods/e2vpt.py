@@ -26,7 +26,7 @@ from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, Hooks
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
-from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
+from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_uniform
 from insvp_jax.methods.ops.stacked import per_block
 
 PIECES = 16
@@ -123,7 +123,7 @@ class E2VPT(Method):
   def setup(self) -> None:
     """Creates the prompts, [l, p, d] and [l, h, m, e], and masks that are trained."""
     spec = self.spec
-    init = symmetric_uniform(vpt_bound(spec.patch_size, spec.width))
+    init = vpt_uniform(spec.patch_size, spec.width)
     shape = (spec.depth, self.prompt_length, spec.width)
     self.common_prompt = self.param("common_prompt", init, shape)
     head_width = spec.width // spec.num_heads

@@ -20,7 +20,7 @@ from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, Hooks
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
-from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
+from insvp_jax.methods.ops.initializers import vpt_uniform
 
 _TEMPERATURE = "prompter/temperature"
 
@@ -106,7 +106,7 @@ class Gated(Method):
   def setup(self) -> None:
     """Creates the prompts [1, p, d], gates [l - 1] and temperatures [l]."""
     spec = self.spec
-    init = symmetric_uniform(vpt_bound(spec.patch_size, spec.width))
+    init = vpt_uniform(spec.patch_size, spec.width)
     shape = (1, self.prompt_length, spec.width)
     self.common_prompt = self.param("common_prompt", init, shape)
     if spec.depth > 1:

@@ -36,9 +36,8 @@ from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, Hooks
 from insvp_jax.methods.ops.dropout import block_keys, drop
 from insvp_jax.methods.ops.initializers import (
-  symmetric_uniform,
   torch_uniform,
-  vpt_bound,
+  vpt_uniform,
 )
 from insvp_jax.methods.ops.stacked import StackedDense
 
@@ -130,7 +129,7 @@ class VAPT(Method):
     """Creates the prompts of the first blocks and the makers of the others."""
     spec, size, length = self.spec, self.kernel, self.prompt_length
     made, side = spec.depth - self.static_blocks, spec.grid - self.kernel + 1
-    init = symmetric_uniform(vpt_bound(spec.patch_size, spec.width))
+    init = vpt_uniform(spec.patch_size, spec.width)
     shape = (self.static_blocks, length, spec.width)
     self.common_prompt = self.param("common_prompt", init, shape)
     ones, zeros = nn.initializers.ones, nn.initializers.zeros

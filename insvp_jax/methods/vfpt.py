@@ -20,7 +20,7 @@ from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
-from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
+from insvp_jax.methods.ops.initializers import vpt_uniform
 
 # The axes of [..., p, d] that are transformed.
 _AXES = {"all": (-2, -1), "hidden": (-1,), "sequence": (-2,)}
@@ -64,7 +64,7 @@ class VFPT(Method):
   def setup(self) -> None:
     """Creates the prompts [l, p, d], as VPT's."""
     spec = self.spec
-    init = symmetric_uniform(vpt_bound(spec.patch_size, spec.width))
+    init = vpt_uniform(spec.patch_size, spec.width)
     shape = (spec.depth if self.deep else 1, self.prompt_length, spec.width)
     self.common_prompt = self.param("common_prompt", init, shape)
     self.prompt_dropout = Dropout(self.hparam("dropout"))

@@ -17,9 +17,8 @@ from insvp_jax.methods.hooks import Adaptation, BlockPrompts, Hooks
 from insvp_jax.methods.ops.class_means import class_means
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import (
-  symmetric_uniform,
   torch_uniform,
-  vpt_bound,
+  vpt_uniform,
 )
 from insvp_jax.methods.vpt_pixels import PIXEL_PROMPTS
 
@@ -151,7 +150,7 @@ class VPT(Method):
   def setup(self) -> None:
     """Creates the prompts [l, p, d] and, if asked for, their projection."""
     width = self.project or self.spec.width
-    init = symmetric_uniform(vpt_bound(self.spec.patch_size, width))
+    init = vpt_uniform(self.spec.patch_size, width)
     num_tokens = {
       "add": self.spec.num_prefix + self.spec.num_patches,
       "add-1": 1,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.base import BackboneSpec
-from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
+from insvp_jax.methods.ops.initializers import vpt_uniform
 
 # ImageNet's, as published, whatever the backbone's own inputs are.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,7 +29,7 @@ class PixelStrip(nn.Module):
   def setup(self) -> None:
     """Creates the prompt [s, s * P, 3]."""
     size = self.spec.patch_size
-    init = symmetric_uniform(vpt_bound(size, self.spec.width))
+    init = vpt_uniform(size, self.spec.width)
     self.prompt = self.param("prompt", init, (size, size * self.length, 3))
 
   def __call__(self, embed: Callable[[Array], Array]) -> Float[Array, "1 p d"]:
@@ -79,7 +79,7 @@ class PixelChannels(nn.Module):
   def setup(self) -> None:
     """Creates the channels [S, S, c] and the kernel [s, s, c, d]."""
     spec = self.spec
-    init = symmetric_uniform(vpt_bound(spec.patch_size, spec.width))
+    init = vpt_uniform(spec.patch_size, spec.width)
     pixels = (spec.image_size, spec.image_size, self.length)
     self.prompt = self.param("prompt", init, pixels)
     kernel = (spec.patch_size, spec.patch_size, self.length, spec.width)

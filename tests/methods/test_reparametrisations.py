@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_counts import trainable_count
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, HookArrays, create_method
@@ -24,27 +23,6 @@ def shapes_of(method):
     return method.init(jax.random.key(0), images, images, method="adapt")["params"]
 
   return jax.eval_shape(init, images)
-
-
-@pytest.mark.parametrize(
-  ("name", "kwargs", "expected"),
-  [
-    ("lora", {}, 294_912),
-    ("lora", {"rank": 1}, 36_864),
-    ("lora", {"fused": True}, 294_912),
-    ("lora", {"fused": True, "rank": 1}, 36_864),
-    ("ssf", {}, 205_824),
-    ("fact_tt", {}, 61_440),
-    ("fact_tt", {"rank": 8}, 21_504),
-    ("fact_tt", {"rank": 32}, 196_608),
-    ("fact_tk", {}, 30_976),
-    ("fact_tk", {"rank": 32}, 86_528),
-    ("repadapter", {}, 239_808),
-    ("repadapter", {"branches": ("attn",)}, 119_904),
-  ],
-)
-def test_parameters_on_b16(name, kwargs, expected):
-  assert trainable_count(name, kwargs) == expected
 
 
 def draw_sites(rng):

@@ -29,3 +29,8 @@ def vpt_bound(patch_size: int, prompt_width: int) -> float:
   sqrt(6 / (3 * patch_size^2 + prompt_width)); 0.0625 for ViT-B/16.
   """
   return math.sqrt(6 / (3 * patch_size**2 + prompt_width))
+
+
+def vpt_uniform(patch_size: int, prompt_width: int) -> Initializer:
+  """Returns VPT's distribution of prompts: uniform within `vpt_bound`."""
+  return symmetric_uniform(vpt_bound(patch_size, prompt_width))
