@@ -2,7 +2,8 @@
 
 `compute` takes any golden file of a known family, whatever its sizes, and returns what
 the file holds beside its inputs, under the file's own names. What is special about a
-family stands in `golden_prompts`, `golden_adapters` and `golden_tokens`.
+family stands in `golden_prompts`, `golden_adapters`, `golden_tokens` and
+`golden_pixels`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import golden_adapters
 from golden_family import Family
+import golden_pixels
 import golden_prompts
 import golden_tokens
 import jax
@@ -27,6 +29,7 @@ from insvp_jax.models.weights.load import load_backbone
 
 FAMILIES = {
   **golden_adapters.FAMILIES,
+  **golden_pixels.FAMILIES,
   **golden_prompts.FAMILIES,
   **golden_tokens.FAMILIES,
 }
@@ -66,8 +69,12 @@ def compute(
   arrays = {**arrays, "config": config}
   family = family_of(config)
   family = dataclasses.replace(family, fields={**family.fields, **fields})
-  case = Case(family, arrays, recipe)
-  results = case.results()
+  if family.method:
+    case = Case(family, arrays, recipe)
+    results = case.results()
+  else:
+    case = types.SimpleNamespace(arrays=arrays, config=config, recipe=recipe)
+    results = {}
   for extra in family.extras:
     results |= extra(case)
   return {name: np.asarray(value) for name, value in results.items()}

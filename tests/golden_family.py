@@ -10,7 +10,8 @@ class Family:
   """How a golden file becomes a model.
 
   Attributes:
-    method: a key of METHODS.
+    method: a key of METHODS; "" where the file has no model: then only `extras` are
+      called.
     fields: the method's own fields.
     names: our name of each of the method's parameters -> its name in the file, or a
       list with a name for each block (None where a block has none). Empty: the same.

@@ -30,6 +30,7 @@ from insvp_jax.methods.ssf import SSF
 from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vapt import VAPT
 from insvp_jax.methods.vfpt import VFPT
+from insvp_jax.methods.vp import VP
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -56,6 +57,7 @@ METHODS: dict[str, type[Method]] = {
   "vapt": VAPT,
   "gated": Gated,
   "transhp": TransHP,
+  "vp": VP,
   "linear": Linear,
   "full": Full,
   "mlp": MLP,

@@ -33,6 +33,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "gated": {"prompt_length": 2},
   "gated:mean": {"prompt_length": 2, "pool": "mean"},
   "transhp": {"levels": (2,)},
+  "vp:random": {"location": "random_patch", "prompt_size": 5},
   "adapter": {"hidden": 2, "activation": "quick_gelu"},
   "adapter:vpt_zero": {"hidden": 2, "adapter_init": "vpt_zero"},
   "adaptformer": {"hidden": 2},
