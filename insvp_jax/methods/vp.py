@@ -6,6 +6,8 @@ to the normalised image, not clipped.
 
 x' = x + prompt, where the prompt is a border of k pixels ("padding"), a square of k x k
 pixels in the top left corner ("fixed_patch"), or that square anywhere ("random_patch").
+Published without a head of its own: the first k classes the backbone was trained on
+stand for the task's (`classifier="source"`); here a head is trained by default.
 Parameters of a border: 12 k (S - k), S pixels per side of an image; of a square: 3 k^2.
 """
 
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.ops.label_mapping import check_enough
 
 _PADDING, _FIXED, _RANDOM = LOCATIONS = ("padding", "fixed_patch", "random_patch")
 
@@ -41,6 +44,17 @@ class VP(Method):
     "the side of smaller images",
     check=checks.positive_int,
   )
+  classifier: str = field(
+    "trained",
+    "trained (a linear head) or source (the first classes of the backbone's own head)",
+    check=checks.one_of("trained", "source"),
+  )
+
+  def __post_init__(self) -> None:
+    """Checks that there are as many source classes as classes."""
+    super().__post_init__()
+    if self.reads_source_head() and self.spec.head_classes:
+      check_enough(self.spec.head_classes, self.num_classes, 1)
 
   @classmethod
   def resolve(cls, spec: BackboneSpec, values):
@@ -92,6 +106,20 @@ class VP(Method):
 
   def prompt_image(self, images, *, train=False):
     return images + self._prompt(train=train).astype(images.dtype)
+
+  @nn.nowrap
+  def reads_source_head(self) -> bool:
+    return self.classifier == "source"
+
+  def adapt_logits(self, logits, *, train=False):
+    del train
+    return logits[:, : self.num_classes] if self.reads_source_head() else logits
+
+  @nn.nowrap
+  def trainable_patterns(self) -> tuple[str, ...]:
+    """Returns the patterns of the prompt and, where one trains, the head."""
+    head = () if self.reads_source_head() else ("head/.*",)
+    return ("prompter/.*", *head)
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns {"image": [b, h, w, 3]}, the same prompt for every image."""

@@ -33,6 +33,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "gated": {"prompt_length": 2},
   "gated:mean": {"prompt_length": 2, "pool": "mean"},
   "transhp": {"levels": (2,)},
+  "vp:source": {"classifier": "source"},
   "vp:random": {"location": "random_patch", "prompt_size": 5},
   "adapter": {"hidden": 2, "activation": "quick_gelu"},
   "adapter:vpt_zero": {"hidden": 2, "adapter_init": "vpt_zero"},
@@ -56,6 +57,8 @@ STILL: dict[str, set[str]] = {
 }
 COMBINED = ("insvp+lora", "vpt_deep+bias")
 NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
+# They read the classes that the backbone was trained on.
+SOURCE_HEAD = {"vp:source"}
 # Its leaves cannot be split where blocks share them.
 NEEDS_UNROLLED = {"partial"}
 CLASSES = 3
@@ -72,6 +75,8 @@ def config_of(name, **changes):
   for field, value in TINY_FIELDS.get(name, {}).items():
     section, _, field = field.rpartition(".")
     config[section or method][field] = value
+  if name in SOURCE_HEAD:
+    config.backbone.head_classes = 7
   return config
 
 
