@@ -161,7 +161,7 @@ class Method(nn.Module):
 
   def prompt_image(
     self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> Float[Array, "b h w c"]:
+  ) -> Float[Array, "b t t c"]:
     """Returns the images as the backbone shall see them."""
     del train
     return images
@@ -183,7 +183,7 @@ class Method(nn.Module):
   def adapt(
     self,
     images: Float[Array, "b h w c"],
-    prompted: Float[Array, "b h w c"],
+    prompted: Float[Array, "b t t c"],
     *,
     embed: Callable[[Array], Array] | None = None,
     train: bool = False,

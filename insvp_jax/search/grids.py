@@ -58,7 +58,7 @@ _METHODS = {
       _VPT,
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "linear", "mlp"),
     ),
-    (_PIXELS, "vp"),
+    (_PIXELS, "vp", "ilm_vp", "autovp"),
   ),
   "adamw": (
     (_INSVP, "insvp"),
@@ -69,7 +69,7 @@ _METHODS = {
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),
       *("linear", "mlp", "bias", "bitfit", "ln_tune", "difffit"),
       *("adapter", "adaptformer", "convpass", "repadapter"),
-      *("lora", "ssf", "fact_tt", "fact_tk", "vp"),
+      *("lora", "ssf", "fact_tt", "fact_tk", "vp", "ilm_vp", "autovp"),
     ),
   ),
 }

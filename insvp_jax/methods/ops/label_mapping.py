@@ -104,7 +104,8 @@ def semantic_mapping(
 
 
 def map_logits(
-  source_logits: Float[Array, "b s"], mapping: Int[Array, "k m"]
+  source_logits: Float[Array, "b s"],
+  mapping: Int[Array, "k m"] | Int[np.ndarray, "k m"],
 ) -> Float[Array, "b k"]:
   """Returns target logits: each the mean of those of its source classes."""
   return jnp.mean(source_logits[:, mapping], axis=-1)
