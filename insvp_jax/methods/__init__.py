@@ -192,12 +192,6 @@ def _create(
       )
   values = {field: value for field, value in kwargs.items() if value is not None}
   created = method(spec, num_classes, **values)
-  if created.reads_source_head() and not spec.head_classes:
-    raise ValueError(
-      f"the method {label!r} reads the classes that the backbone was trained on, but "
-      "its head is not kept: set head_classes (config.backbone.head_classes) to their "
-      "number, e.g. 1000."
-    )
   missing = created.hooks().sites() - spec.sites
   if missing:
     raise ValueError(

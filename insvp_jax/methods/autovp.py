@@ -65,7 +65,9 @@ class AutoVP(LabelMapped):
     1, "source classes whose mean logit is a class's", check=checks.positive_int
   )
   embeddings: str = field(
-    "", "for semantic: .npz file with embeddings of the classes, source and target"
+    "",
+    "for semantic: .npz file with embeddings of the classes, source and target",
+    check=checks.path,
   )
 
   @classmethod

@@ -158,4 +158,10 @@ def create_model(
   prompter = methods.create_method(
     method, spec, num_classes, **dict(method_kwargs or {})
   )
+  if prompter.reads_source_head() and not vit.head_classes:
+    raise ValueError(
+      f"the method {method!r} reads the classes that the backbone was trained on, but "
+      "its head is not kept: set head_classes (config.backbone.head_classes) to their "
+      "number, e.g. 1000."
+    )
   return PromptedClassifier(vit, prompter, prompter.head(Head(num_classes, head_init)))
