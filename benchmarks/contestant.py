@@ -90,7 +90,7 @@ class Contestant:
     mesh = mesh_lib.create_mesh()
     number = 4 * config.batch_size
     self.program = program_lib.create_program(config, num_classes, number, mesh)
-    size = self.program.model.backbone.image_size
+    size = self.program.model.input_size
     split = _random_split(number, size, num_classes)
     self.preset = preprocess.get_preset(PRESET)
     self._rows = mesh_lib.batch_sharding(mesh)
@@ -117,7 +117,7 @@ class Contestant:
     self._predict = self._create_predict()
 
   def _create_predict(self):
-    model, size = self.program.model, self.program.model.backbone.image_size
+    model, size = self.program.model, self.program.model.input_size
 
     def probabilities(params, images):
       inputs = preprocess.eval_preprocess(self.preset, images, size)

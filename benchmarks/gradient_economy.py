@@ -31,7 +31,7 @@ def count_flops(function, *args, compiled: bool = True) -> float:
 
 
 def _images(model: PromptedClassifier, batch_size: int, dtype: Any):
-  size = model.backbone.image_size
+  size = model.input_size
   return jax.ShapeDtypeStruct((batch_size, size, size, 3), dtype)
 
 
@@ -98,7 +98,12 @@ def ratio(
     pass; its train step over the plain backbone's forward pass.
   """
   model = create_model(
-    backbone, method, num_classes=10, method_kwargs=dict(method_kwargs or {})
+    backbone,
+    method,
+    num_classes=10,
+    # For methods that read the classes that a backbone was trained on.
+    backbone_kwargs={"head_classes": 10 if method in ("ilm_vp", "autovp") else 0},
+    method_kwargs=dict(method_kwargs or {}),
   )
   forward = forward_flops(model, batch_size)
   step = train_step_flops(model, batch_size)

@@ -54,6 +54,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.patch_size": (int, "pixels per side of a patch"),
   "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
   "backbone.gelu": (str, "form of the activation: tanh or exact"),
+  "backbone.head_classes": (
+    int,
+    "classes of the head that the backbone was trained with, for methods that read it",
+  ),
   "backbone.dtype": ("float32", "type of the computation: float32 or bfloat16"),
   "backbone.remat": (False, "recompute blocks in the backward pass: saves memory"),
   "backbone.scan": (False, "compile one block for all: saves compile time"),
@@ -122,7 +126,7 @@ LARGEST_AUTOMATIC_BATCH = 32
 # The keys of the section backbone that are fields of `models.vit.ViT`.
 _VIT_FIELDS = (
   *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
-  *("dtype", "remat", "scan", "skip_unread", "fused_attention"),
+  *("dtype", "remat", "scan", "skip_unread", "fused_attention", "head_classes"),
 )
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (

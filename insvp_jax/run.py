@@ -143,7 +143,7 @@ class Run:
       function: of parameters and inputs [b, h, w, 3]; returns arrays [b, ...].
       images: see `Run`.
     """
-    image_size = self.model.backbone.image_size
+    image_size = self.model.input_size
     if name not in self._compiled:
 
       def preprocess_and_apply(params: Any, pixels: Array) -> Any:

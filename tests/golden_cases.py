@@ -2,7 +2,8 @@
 
 `compute` takes any golden file of a known family, whatever its sizes, and returns what
 the file holds beside its inputs, under the file's own names. What is special about a
-family stands in `golden_prompts`, `golden_adapters` and `golden_tokens`.
+family stands in `golden_prompts`, `golden_adapters`, `golden_tokens` and
+`golden_pixels`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import golden_adapters
 from golden_family import Family
+import golden_pixels
 import golden_prompts
 import golden_tokens
 import jax
@@ -27,6 +29,7 @@ from insvp_jax.models.weights.load import load_backbone
 
 FAMILIES = {
   **golden_adapters.FAMILIES,
+  **golden_pixels.FAMILIES,
   **golden_prompts.FAMILIES,
   **golden_tokens.FAMILIES,
 }
@@ -66,8 +69,12 @@ def compute(
   arrays = {**arrays, "config": config}
   family = family_of(config)
   family = dataclasses.replace(family, fields={**family.fields, **fields})
-  case = Case(family, arrays, recipe)
-  results = case.results()
+  if family.method:
+    case = Case(family, arrays, recipe)
+    results = case.results()
+  else:
+    case = types.SimpleNamespace(arrays=arrays, config=config, recipe=recipe)
+    results = {}
   for extra in family.extras:
     results |= extra(case)
   return {name: np.asarray(value) for name, value in results.items()}
@@ -93,16 +100,21 @@ class Case:
     seed, sizes = config["seed"], dict(config["vit"])
     num_classes, size = sizes.pop("num_classes"), sizes["image_size"]
     self.weights = recipe.vit(seed, num_classes=num_classes, **sizes)
+    kwargs = {"num_classes": num_classes, **family.model}
+    more = kwargs.pop("backbone_kwargs", {})
     self.model = create_model(
       "B/16",
       family.method,
-      num_classes=num_classes,
       image_size=size,
-      backbone_kwargs={k: v for k, v in sizes.items() if k != "image_size"},
+      backbone_kwargs={k: v for k, v in sizes.items() if k != "image_size"} | more,
       method_kwargs=family.fields,
+      **kwargs,
     )
-    shape = (config["batch"], size, size, 3)
-    self.images = jnp.asarray(recipe.images(shape, seed))
+    if family.images:
+      self.images = jnp.asarray(family.images(recipe, config))
+    else:
+      shape = (config["batch"], size, size, 3)
+      self.images = jnp.asarray(recipe.images(shape, seed))
     self.labels = jnp.asarray(arrays["labels"])
     # By way of a file, as a user's weights come.
     with tempfile.TemporaryDirectory() as folder:
@@ -117,10 +129,10 @@ class Case:
     self.names = names
     prompter = {ours: self._draw(ours, theirs) for ours, theirs in names.items()}
     prompter |= family.constants
-    self.params = {
-      "backbone": backbone,
-      "head": {leaf: self.weights[f"head/{leaf}"] for leaf in ("kernel", "bias")},
-    }
+    self.params = {"backbone": backbone}
+    if "head" in shapes:
+      head = {leaf: self.weights[f"head/{leaf}"] for leaf in ("kernel", "bias")}
+      self.params["head"] = head
     if prompter:
       self.params["prompter"] = trees.unflatten(prompter)
 
@@ -141,7 +153,7 @@ class Case:
     """Returns one of our parameters; a list of names is stacked over the blocks."""
     shape = self.shapes[ours].shape
     if isinstance(theirs, str):
-      return self.draw(theirs).reshape(shape)
+      return self.draw(theirs).reshape(shape).astype(self.shapes[ours].dtype)
     # A block that has no such parameter in the file.
     nothing = np.zeros(shape[1:], np.float32)
     return np.stack(
@@ -166,19 +178,27 @@ class Case:
     trained = {k: v for k, v in self.params.items() if k != "backbone"}
     backbone = trees.flatten(self.params["backbone"])
     trained["backbone"] = {n: x for n, x in backbone.items() if n in extra}
+    # Integers, such as a mapping of labels, have no gradient.
+    prompter = trees.flatten(trained.get("prompter", {}))
+    integers = {n: x for n, x in prompter.items() if np.asarray(x).dtype.kind == "i"}
+    trained["prompter"] = {n: x for n, x in prompter.items() if n not in integers}
 
     # Weights are arguments: as constants they would be compiled in.
     def loss_fn(trained, backbone, images):
       whole = trees.unflatten({**backbone, **trained["backbone"]})
-      return self.loss({**trained, "backbone": whole}, images)
+      prompter = trees.unflatten({**trained["prompter"], **integers})
+      params = {**trained, "backbone": whole, "prompter": prompter}
+      return self.loss({k: v for k, v in params.items() if v}, images)
 
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, logits), grads = grad_fn(trained, backbone, self.images)
     results = {"logits": logits, "loss": loss}
-    for leaf, value in grads["head"].items():
+    for leaf, value in grads.get("head", {}).items():
       results[f"grad/head/{leaf}"] = value
-    flat = trees.flatten(grads.get("prompter", {}))
+    flat = grads["prompter"]
     for ours, theirs in self.names.items():
+      if ours in integers:
+        continue
       if isinstance(theirs, str):
         results[f"grad/{theirs}"] = flat[ours].reshape(self.file_shape(theirs))
         continue

@@ -36,7 +36,7 @@ LAYERS = (
 ONLY = {
   "data": {"data", "config", "files", "paths", "trees"},
   "models": {"models", "methods", "files", "paths", "trees"},
-  "methods": {"methods", "trees"},
+  "methods": {"methods", "files", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),
 }

@@ -36,7 +36,7 @@ def prompt_panels(
     preset: how images become inputs.
     num_images: how many at most.
   """
-  size = model.backbone.image_size
+  size = model.input_size
 
   def compute(params: Any, images: Any) -> tuple[Any, Any, Any]:
     """Returns inputs, prompts by name and prompted inputs, each [b, h, w, 3]."""

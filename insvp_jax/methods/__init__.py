@@ -9,6 +9,7 @@ from insvp_jax.methods import fields
 from insvp_jax.methods.adapter import Adapter
 from insvp_jax.methods.adapter_plus import AdapterPlus
 from insvp_jax.methods.adaptformer import AdaptFormer
+from insvp_jax.methods.autovp import AutoVP
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined, Parts
@@ -19,6 +20,7 @@ from insvp_jax.methods.fact import FacTTK, FacTTT
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.gated import Gated
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
+from insvp_jax.methods.ilm_vp import ILMVP
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
 from insvp_jax.methods.ln_tune import LNTune
@@ -30,6 +32,7 @@ from insvp_jax.methods.ssf import SSF
 from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vapt import VAPT
 from insvp_jax.methods.vfpt import VFPT
+from insvp_jax.methods.vp import VP
 from insvp_jax.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -56,6 +59,9 @@ METHODS: dict[str, type[Method]] = {
   "vapt": VAPT,
   "gated": Gated,
   "transhp": TransHP,
+  "vp": VP,
+  "ilm_vp": ILMVP,
+  "autovp": AutoVP,
   "linear": Linear,
   "full": Full,
   "mlp": MLP,

@@ -40,6 +40,9 @@ class BackboneSpec:
     norm_patterns: regular expressions over the parameters of all LayerNorms, the last
       one at the end.
     embedding_patterns: regular expressions over the patch embedding's parameters.
+    head_classes: classes of the head that the backbone was trained with; 0 where that
+      is not kept.
+    mean, std: of each channel, by which pixels in [0, 1] are normalised.
   """
 
   width: int
@@ -53,6 +56,9 @@ class BackboneSpec:
   block_patterns: tuple[str, ...] = ()
   norm_patterns: tuple[str, ...] = ()
   embedding_patterns: tuple[str, ...] = ()
+  head_classes: int = 0
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
   @property
   def grid(self) -> int:
@@ -73,12 +79,14 @@ class Apply(NamedTuple):
       under an `Adaptation`, None for the plain backbone, and what its hooks' `leave`
       returned, a list with an entry for each block.
     logits: `(params, images) -> logits` [b, k] of the whole model, as in evaluation.
+    source_logits: the same of the head that the backbone was trained with, [b, s].
 
   Results are whole on every device.
   """
 
   backbone: Callable[..., tuple[Array, Any]]
   logits: Callable[..., Array]
+  source_logits: Callable[..., Array]
 
 
 class Method(nn.Module):
@@ -153,10 +161,15 @@ class Method(nn.Module):
 
   def prompt_image(
     self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> Float[Array, "b h w c"]:
+  ) -> Float[Array, "b t t c"]:
     """Returns the images as the backbone shall see them."""
     del train
     return images
+
+  @nn.nowrap
+  def input_size(self) -> int:
+    """Returns the pixels per side of the images that the method gets."""
+    return self.spec.image_size
 
   @nn.nowrap
   def prompted_size(self) -> int:
@@ -170,7 +183,7 @@ class Method(nn.Module):
   def adapt(
     self,
     images: Float[Array, "b h w c"],
-    prompted: Float[Array, "b h w c"],
+    prompted: Float[Array, "b t t c"],
     *,
     embed: Callable[[Array], Array] | None = None,
     train: bool = False,
@@ -194,6 +207,21 @@ class Method(nn.Module):
     """Returns the feature as the head shall see it."""
     del train
     return feature
+
+  @nn.nowrap
+  def reads_source_head(self) -> bool:
+    """Returns whether logits are those of the head that the backbone was trained with.
+
+    Then no head is trained: `adapt_logits` makes the k logits of the s source classes'.
+    """
+    return False
+
+  def adapt_logits(
+    self, logits: Float[Array, "b s"], *, train: bool = False
+  ) -> Float[Array, "b k"]:
+    """Returns the logits of the k classes, of what the head gave."""
+    del train
+    return logits
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what there is to look at, by name; see `Run.prompts`."""
@@ -322,6 +350,8 @@ class Method(nn.Module):
     hooks = self.hooks()
     is_claimed = {
       "head": type(self).head is not Method.head,
+      "input_size": self.input_size() != self.spec.image_size,
+      "logits": self.reads_source_head(),
       "prompted_size": self.prompted_size() != self.spec.image_size,
       "pool": hooks.overrides("pool"),
       "prompts": hooks.makes_prompts,

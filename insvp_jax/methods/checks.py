@@ -53,6 +53,7 @@ def _sequence_of(
 
 boolean = _expect(lambda value: isinstance(value, bool), "True or False")
 finite_number = _expect(_is_finite_number, "a finite number", float)
+path = _expect(lambda value: isinstance(value, str), "a path")
 positive_int = _expect(_is_positive_int, "an integer of at least 1")
 rate = _expect(
   lambda value: _is_finite_number(value) and 0 <= value < 1,

@@ -43,6 +43,18 @@ class Combined(Method):
             f"have their own {claim.replace('_', ' ')}, of which there is one."
           )
         owners[claim] = name
+    if framing := owners.get("input_size"):
+      for name, part in self.parts:
+        if name != framing and "prompt_image" in part.overridden_hooks():
+          raise ValueError(
+            f"the methods {framing!r} and {name!r} cannot be combined: the one takes "
+            "images of a size of its own, the other changes those of the backbone's."
+          )
+    if "logits" in owners and "head" in owners:
+      raise ValueError(
+        f"the methods {owners['logits']!r} and {owners['head']!r} cannot be combined: "
+        "the one trains no head, the other has one of its own."
+      )
     super().__post_init__()
 
   def setup(self) -> None:
@@ -61,6 +73,20 @@ class Combined(Method):
     for part in self._bound().values():
       images = part.prompt_image(images, train=train)
     return images
+
+  @nn.nowrap
+  def input_size(self) -> int:
+    sizes = [part.input_size() for _, part in self.parts]
+    return next((s for s in sizes if s != self.spec.image_size), self.spec.image_size)
+
+  @nn.nowrap
+  def reads_source_head(self) -> bool:
+    return any(part.reads_source_head() for _, part in self.parts)
+
+  def adapt_logits(self, logits, *, train=False):
+    for part in self._bound().values():
+      logits = part.adapt_logits(logits, train=train)
+    return logits
 
   @nn.nowrap
   def prompted_size(self) -> int:
@@ -130,8 +156,12 @@ class Combined(Method):
       def logits(own, images, whole=whole):
         return apply.logits(whole(own), images)
 
+      def source_logits(own, images, whole=whole):
+        return apply.source_logits(whole(own), images)
+
       own = {**params, "prompter": everyone.get(name, {})}
-      own = getattr(part, function)(own, batches, apply._replace(logits=logits))
+      own_apply = apply._replace(logits=logits, source_logits=source_logits)
+      own = getattr(part, function)(own, batches, own_apply)
       params = whole(own)
     return params
 

@@ -1,6 +1,7 @@
 """The classifier: a backbone, a method and a head, joined at the hooks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -22,12 +23,17 @@ class PromptedClassifier(nn.Module):
   """Images in, logits out, under a method.
 
   Parameters: {"backbone": ..., "prompter": ..., "head": ...}; a method without
-  parameters has no "prompter".
+  parameters has no "prompter", and one that reads the backbone's own head no "head".
   """
 
   backbone: ViT
   prompter: Method
   head: nn.Module
+
+  @property
+  def input_size(self) -> int:
+    """Pixels per side of the images that the model takes."""
+    return self.prompter.input_size()
 
   def adapt(
     self, images: Float[Array, "b h w c"], *, train: bool = False
@@ -58,13 +64,25 @@ class PromptedClassifier(nn.Module):
       images: [b, h, w, 3], normalised with the backbone's preset.
       train: whether dropout is on; then `rngs={"dropout": key}` is needed.
     """
-    return self.head(self.features(images, train=train), train=train)
+    return self.classify(self.features(images, train=train), train=train)
 
   def classify(
     self, features: Float[Array, "b d"], *, train: bool = False
   ) -> Float[Array, "b k"]:
     """Returns the logits of features, as from `features`."""
-    return self.head(features, train=train)
+    if self.prompter.reads_source_head():
+      logits = self.backbone.source_logits(features)
+    else:
+      logits = self.head(features, train=train)
+    return self.prompter.adapt_logits(logits, train=train)
+
+  def source_logits(self, images: Float[Array, "b h w c"]) -> Float[Array, "b s"]:
+    """Returns logits of the classes that the backbone was trained on.
+
+    Raises:
+      ValueError: the backbone is kept without its head.
+    """
+    return self.backbone.source_logits(self.features(images))
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what the method lays over the images, by name."""
@@ -112,6 +130,8 @@ def create_model(
   backbone_kwargs: Mapping[str, Any] | None = None,
   method_kwargs: Mapping[str, Any] | None = None,
   head_init: str = "zeros",
+  mean: Sequence[float] = (0.5, 0.5, 0.5),
+  std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> PromptedClassifier:
   """Returns the classifier of a backbone under a method.
 
@@ -123,6 +143,8 @@ def create_model(
     backbone_kwargs: fields of `models.vit.ViT` to override.
     method_kwargs: the method's own fields; of several methods {method: its fields}.
     head_init: a key of `models.heads.HEAD_INITS`.
+    mean, std: of each channel, by which pixels in [0, 1] are normalised; some methods
+      compute with it.
 
   Raises:
     ValueError: an unknown name or field (with the nearest known one), or sizes
@@ -132,7 +154,14 @@ def create_model(
     raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
   trees.lookup(HEAD_INITS, head_init, "head_init")
   vit = create_backbone(backbone, image_size, backbone_kwargs)
+  spec = dataclasses.replace(vit.spec, mean=tuple(mean), std=tuple(std))
   prompter = methods.create_method(
-    method, vit.spec, num_classes, **dict(method_kwargs or {})
+    method, spec, num_classes, **dict(method_kwargs or {})
   )
+  if prompter.reads_source_head() and not vit.head_classes:
+    raise ValueError(
+      f"the method {method!r} reads the classes that the backbone was trained on, but "
+      "its head is not kept: set head_classes (config.backbone.head_classes) to their "
+      "number, e.g. 1000."
+    )
   return PromptedClassifier(vit, prompter, prompter.head(Head(num_classes, head_init)))

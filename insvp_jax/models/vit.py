@@ -20,6 +20,7 @@ from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.hooks import UNCHANGED, Adaptation, HookArrays
 from insvp_jax.models import positions
 from insvp_jax.models.encoder import Encoder, bind_after, unsharded
+from insvp_jax.models.heads import Head
 from insvp_jax.models.layers import MAPHead, PatchEmbedding
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -83,6 +84,8 @@ class ViT(nn.Module):
       blocks compute everything.
     fused_attention: attend by `jax.nn.dot_product_attention`: on NVIDIA GPUs, and with
       dtype "bfloat16", cuDNN's flash attention.
+    head_classes: classes of the head that the backbone was trained with, kept for
+      methods that read it; 0 leaves it away.
     unshard: makes parameters that are sharded over devices whole where they are used, a
       block's within the block. It must keep their values. None leaves them as they are,
       and initialisation needs None.
@@ -101,6 +104,7 @@ class ViT(nn.Module):
   scan: bool = False
   skip_unread: bool = True
   fused_attention: bool = False
+  head_classes: int = 0
   unshard: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
@@ -135,6 +139,9 @@ class ViT(nn.Module):
     )
     if self.pool == "map":
       self.MAPHead_0 = unsharded(MAPHead, self.unshard)(**block)
+    if self.head_classes:
+      # Not zeros where it is drawn: they would tell nothing.
+      self.head = unsharded(Head, self.unshard)(self.head_classes, "torch")
 
   def _check(self) -> None:
     for field, known in (("pool", POOLS), ("gelu", GELUS)):
@@ -183,6 +190,7 @@ class ViT(nn.Module):
         "backbone/Transformer/encoder_norm/.*",
       ),
       embedding_patterns=("backbone/embedding/.*",),
+      head_classes=self.head_classes,
     )
 
   def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
@@ -230,6 +238,8 @@ class ViT(nn.Module):
   ) -> Float[Array, "b d"]:
     """Returns the pooled feature of patch tokens under an adaptation."""
     x = tokens
+    if self.head_classes and self.is_initializing():
+      self.head(jnp.zeros((1, self.width)))
     if self.pool == "tok":
       cls = jnp.broadcast_to(self.cls, (x.shape[0], 1, self.width))
       x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)  # [b, 1 + n, d]
@@ -239,6 +249,19 @@ class ViT(nn.Module):
     if self.pool == "tok":
       return x[:, 0]
     return jnp.mean(x, axis=1) if self.pool == "gap" else self.MAPHead_0(x)
+
+  def source_logits(self, feature: Float[Array, "b d"]) -> Float[Array, "b s"]:
+    """Returns logits of the classes that the backbone was trained on, in float32.
+
+    Raises:
+      ValueError: its head is not kept.
+    """
+    if not self.head_classes:
+      raise ValueError(
+        "this backbone is kept without the head that it was trained with; set "
+        "head_classes to the number of its classes."
+      )
+    return self.head(feature)
 
   def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """Returns the feature [b, d] of images, without any prompt."""

@@ -9,6 +9,7 @@
 | prompts, linear, MLP, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
 | full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
 | Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
+| pixels, SGD | VP's lr of 40 and wd of 0 (main_vision.py), and smaller lrs |
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
 VPT: Jia et al., ECCV 2022; E2VPT, VFPT, VAPT and gated prompts took its grid over;
@@ -47,6 +48,7 @@ _VPT = Grid(
 )
 _FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
 _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
+_PIXELS = Grid(lr=(0.1, 1.0, 10.0, 40.0), wd=(0.0,))
 
 _ADAPTER_PLUS = Grid(lr=(1e-4, 3e-4, 1e-3, 3e-3), wd=(1e-4,))
 # By optimizer: the grid and the methods that are tuned on it.
@@ -56,6 +58,7 @@ _METHODS = {
       _VPT,
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "linear", "mlp"),
     ),
+    (_PIXELS, "vp", "ilm_vp", "autovp"),
   ),
   "adamw": (
     (_INSVP, "insvp"),
@@ -66,7 +69,7 @@ _METHODS = {
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),
       *("linear", "mlp", "bias", "bitfit", "ln_tune", "difffit"),
       *("adapter", "adaptformer", "convpass", "repadapter"),
-      *("lora", "ssf", "fact_tt", "fact_tk"),
+      *("lora", "ssf", "fact_tt", "fact_tk", "vp", "ilm_vp", "autovp"),
     ),
   ),
 }

@@ -146,7 +146,7 @@ def member_bytes(config: ConfigDict, program: Program) -> tuple[int, int]:
 
 def _population_bytes(config: ConfigDict, program: Program, num_members: int) -> int:
   """Returns the bytes that m trials need besides frozen parameters."""
-  model, size = program.model, program.model.backbone.image_size
+  model, size = program.model, program.model.input_size
   trainable, frozen = trees.split(program.shapes, program.mask)
   batch_size = config.batch_size
   images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)

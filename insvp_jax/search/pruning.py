@@ -237,9 +237,7 @@ def _find_scores(
   # On one device, and doubles take twice the memory.
   batch_size = max(1, config.batch_size // (2 * mesh.size))
   normalise = jax.jit(
-    lambda pixels: preprocess.eval_preprocess(
-      run.preset, pixels, run.model.backbone.image_size
-    )
+    lambda pixels: preprocess.eval_preprocess(run.preset, pixels, run.model.input_size)
   )
   batches = (
     {**batch, "images": normalise(batch["images"])}

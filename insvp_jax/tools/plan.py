@@ -82,7 +82,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   task, num_classes, num_train = _task_sizes(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)
-  image_size = program.model.backbone.image_size
+  image_size = program.model.input_size
   stored_size = get_preset(config.data.preset).stored_size(image_size)
   train_on_features = features.are_cached(config, program, num_train)
   train_batch = batches.abstract_batch(config, program, config.batch_size, train=True)

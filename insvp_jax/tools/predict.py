@@ -56,7 +56,7 @@ def _batches(
     try:
       # Resized at once, so that no more than a few large images are in memory.
       pixels = image.read_pixels(run.decode_options)
-      return preprocess.resize(run.preset, pixels, run.model.backbone.image_size)
+      return preprocess.resize(run.preset, pixels, run.model.input_size)
     except ValueError as error:
       return error
 

@@ -57,7 +57,7 @@ def read(run: Any, root: str = "") -> RunData:
     data_config.val_fraction = data_config.test_fraction = 0.0
   elif task == "folder" and stored.is_file():
     data_config.splits_json = str(stored)
-  data = load_data(task, data_config, run.model.backbone.image_size)
+  data = load_data(task, data_config, run.model.input_size)
   columns = _columns(data, run.class_names)
   if not root:
     read_by_run = {data_config.train_split, "val", "test"}

@@ -109,7 +109,7 @@ def create_feed(
       batch_size=config.batch_size,
       seed=config.seed,
       preset=get_preset(config.data.preset),
-      image_size=program.model.backbone.image_size,
+      image_size=program.model.input_size,
       start_step=int(state.step),
       sharding=rows,
     )
@@ -158,7 +158,7 @@ def abstract_batch(
     batch_size: number of images.
     train: whether they have been cropped, where the preset crops.
   """
-  preset, size = get_preset(config.data.preset), program.model.backbone.image_size
+  preset, size = get_preset(config.data.preset), program.model.input_size
   side = size if train and preset.augments else preset.stored_size(size)
   return {
     "images": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),

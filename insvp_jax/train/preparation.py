@@ -98,7 +98,7 @@ def _batches(
 ) -> Iterator[dict[str, Any]]:
   """Yields images as the backbone gets them, with labels and mask on the host."""
   preset = preprocess.get_preset(config.data.preset)
-  size = program.model.backbone.image_size
+  size = program.model.input_size
   rows = mesh_lib.batch_sharding(program.mesh)
   # Of functions that live on, so that they are compiled once.
   normalise = jax.jit(

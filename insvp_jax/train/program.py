@@ -14,12 +14,18 @@ import optax
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
+from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import processes
 from insvp_jax.distributed import sharding as sharding_lib
+from insvp_jax.methods import create_method
 from insvp_jax.methods.base import Apply
 from insvp_jax.methods.hooks import UNCHANGED
-from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.models.classifier import (
+  PromptedClassifier,
+  create_backbone,
+  create_model,
+)
 from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
 
@@ -156,7 +162,11 @@ class Program:
     def apply_backbone(params, images, adaptation=None):
       return backbone(params, images, UNCHANGED if adaptation is None else adaptation)
 
-    return Apply(backbone=apply_backbone, logits=logits)
+    @whole
+    def source_logits(params, images):
+      return model.apply({"params": params}, images, method="source_logits")
+
+    return Apply(apply_backbone, logits, source_logits)
 
   @property
   def _shardings(self):
@@ -242,6 +252,7 @@ def create_program(
 
 def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""
+  preset = preprocess.get_preset(config.data.preset)
   return {
     "backbone": config.backbone.name,
     "method": config.method,
@@ -250,7 +261,18 @@ def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     "backbone_kwargs": config_lib.backbone_kwargs(config),
     "method_kwargs": config_lib.method_kwargs(config),
     "head_init": config.head_init,
+    "mean": preset.mean,
+    "std": preset.std,
   }
+
+
+def input_size(config: ConfigDict) -> int:
+  """Returns the pixels per side of the images that a config's model takes."""
+  vit = create_backbone(
+    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
+  )
+  fields = config_lib.method_kwargs(config)
+  return create_method(config.method, vit.spec, **fields).input_size()
 
 
 def create_state(

@@ -64,7 +64,7 @@ def param_shapes(model: PromptedClassifier) -> dict[str, Any]:
 
 
 def _init(model: PromptedClassifier, key: jax.Array) -> dict[str, Any]:
-  size = model.backbone.image_size
+  size = model.input_size
   return model.init(key, jnp.zeros((1, size, size, 3)))["params"]
 
 

@@ -83,7 +83,7 @@ def create_step_functions(
       resident.take_batch,
       batch_size=config.batch_size,
       preset=preset,
-      image_size=model.backbone.image_size,
+      image_size=model.input_size,
     ),
   )
 
@@ -337,7 +337,7 @@ def create_multi_step(
 
 def _eval_images(model: PromptedClassifier, preset, batch: Batch) -> Array:
   """Returns the backbone's input [b, h, w, 3] where nothing is drawn at random."""
-  size = model.backbone.image_size
+  size = model.input_size
   return preprocess.eval_preprocess(preset, batch["images"], size)
 
 

@@ -32,12 +32,16 @@ from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.methods import Method
-from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache, are_cached
 from insvp_jax.train.preparation import prepare_params, refresh_state
-from insvp_jax.train.program import Program, create_program, create_state
+from insvp_jax.train.program import (
+  Program,
+  create_program,
+  create_state,
+  input_size,
+)
 from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
 from insvp_jax.train.timing import Profiler, Timer
@@ -125,10 +129,12 @@ def prepare(
   mesh = mesh_lib.create_mesh(fsdp=config.backbone.fsdp)
   # `create_program` checks it again: here a wrong size shows before data are read.
   mesh_lib.check_batch_size(config.batch_size, mesh)
-  backbone = create_backbone(
-    config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
-  )
-  data = like.data if like else load_data(config.task, config.data, backbone.image_size)
+  size = input_size(config)
+  # Methods may take images of different sizes.
+  if like and like.program.model.input_size == size:
+    data = like.data
+  else:
+    data = load_data(config.task, config.data, size)
   split = config.data.train_split
   if split not in data.splits:
     raise ValueError(
@@ -145,7 +151,7 @@ def prepare(
     class_counts=np.bincount(labels, minlength=data.num_classes),
   )
   if like:
-    return dataclasses.replace(like, program=program)
+    return dataclasses.replace(like, data=data, program=program)
   loaded: list[str] = []
   weights, identity = state_lib.load_weights(config, program.model, loaded.append)
   return Prepared(data, weights, identity, program, loaded="".join(loaded))

@@ -1,5 +1,6 @@
 """Integer parameter counts of the published methods, by arithmetic on shapes only."""
 
+import dataclasses
 import functools
 
 import jax
@@ -130,6 +131,8 @@ def backbone_shapes():
 def trainable_count(name, fields, num_classes=100):
   """Returns what trains on ViT-B/16 at 224 px besides the linear head."""
   spec, backbone = backbone_shapes()
+  # For those that read the classes that a backbone was trained on.
+  spec = dataclasses.replace(spec, head_classes=1000)
   method = create_method(name, spec, num_classes, **fields)
 
   def embed(images):
@@ -138,6 +141,7 @@ def trainable_count(name, fields, num_classes=100):
 
   def everything(method, images):
     prompted = method.prompt_image(images)
+    method.adapt_logits(jnp.zeros((1, spec.head_classes)))
     return method.adapt(images, prompted, embed=embed)
 
   def init(images):
@@ -146,13 +150,17 @@ def trainable_count(name, fields, num_classes=100):
     head = head.init(jax.random.key(0), jnp.zeros((2, spec.width)))
     return variables.get("params", {}), head["params"]
 
-  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  size = method.input_size()
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   prompter, head = jax.eval_shape(init, images)
   params = {"backbone": backbone, "prompter": prompter, "head": head}
+  if method.reads_source_head():
+    del params["head"]
   params = {part: tree for part, tree in params.items() if tree}
   mask = trees.mask(params, method.trainable_patterns())
   trainable, _ = trees.split(params, mask)
-  return trees.count(trainable) - (spec.width + 1) * num_classes
+  linear = 0 if method.reads_source_head() else (spec.width + 1) * num_classes
+  return trees.count(trainable) - linear
 
 
 @pytest.mark.parametrize(
@@ -208,6 +216,10 @@ def trainable_count(name, fields, num_classes=100):
     ("e2vpt", {"prompt_length": 10}, 138_240 + 170),
     ("e2vpt", {"prompt_length": 50}, 506_880 + 850),
     ("e2vpt", {"token_mask": (), "piece_mask": ()}, 92_160),
+    ("vp", {}, 69_840),
+    ("vp", {"classifier": "source"}, 69_840),
+    ("ilm_vp", {}, 3 * 224**2),
+    ("autovp", {"mapping": "frequency", "resize": False}, 3 * 224**2),
     # The released hierarchy of ImageNet's 1,000 classes.
     (
       "transhp",
@@ -224,7 +236,7 @@ def test_the_catalogue_of_methods_is_what_there_is(root):
   titles, *table = markdown_table.cells((root / "docs" / "methods.md").read_text())
   rows = {row[0].strip("`"): dict(zip(titles, row, strict=True)) for row in table}
   assert list(rows) and set(rows) == set(METHODS)
-  spec, _ = backbone_shapes()
+  spec = dataclasses.replace(backbone_shapes()[0], head_classes=1000)
   for name, row in rows.items():
     assert row["parameters"] == f"{trainable_count(name, {}):,}", name
     method = create_method(name, spec, 100)

@@ -33,6 +33,14 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "gated": {"prompt_length": 2},
   "gated:mean": {"prompt_length": 2, "pool": "mean"},
   "transhp": {"levels": (2,)},
+  "ilm_vp": {"inner_size": SIZE},
+  "autovp": {"inner_size": SIZE, "scale_init": 1.1},
+  "autovp:mapped": {
+    **{"inner_size": SIZE, "resize": False, "additive": True},
+    **{"mapping": "iterative", "sources_per_target": 2},
+  },
+  "vp:source": {"classifier": "source"},
+  "vp:random": {"location": "random_patch", "prompt_size": 5},
   "adapter": {"hidden": 2, "activation": "quick_gelu"},
   "adapter:vpt_zero": {"hidden": 2, "adapter_init": "vpt_zero"},
   "adaptformer": {"hidden": 2},
@@ -48,6 +56,8 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
 CANCELS = r"key/(bias|shift)|specific_prompter/Conv_2/bias"
 # Trainable parameters that two steps leave where they were.
 STILL: dict[str, set[str]] = {
+  # Counted between epochs.
+  **dict.fromkeys(("ilm_vp", "autovp:mapped"), {"prompter/label_mapping"}),
   # Published so: all is zero, and only the last bias has a gradient, ever.
   "adapter:vpt_zero": {
     f"prompter/{leaf}" for leaf in ("down/kernel", "down/bias", "up/kernel")
@@ -55,6 +65,8 @@ STILL: dict[str, set[str]] = {
 }
 COMBINED = ("insvp+lora", "vpt_deep+bias")
 NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
+# They read the classes that the backbone was trained on.
+SOURCE_HEAD = {"vp:source", "ilm_vp", "autovp", "autovp:mapped"}
 # Its leaves cannot be split where blocks share them.
 NEEDS_UNROLLED = {"partial"}
 # Stored and restored between the steps: a leaf of each kind. What a checkpoint does
@@ -74,6 +86,10 @@ def config_of(name, **changes):
   for field, value in TINY_FIELDS.get(name, {}).items():
     section, _, field = field.rpartition(".")
     config[section or method][field] = value
+  if "inner_size" in TINY_FIELDS.get(name, {}):
+    config.image_size = SIZE + 8
+  if name in SOURCE_HEAD:
+    config.backbone.head_classes = 7
   return config
 
 
@@ -197,13 +213,14 @@ def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
     name,
     num_classes=10,
     image_size=64,
-    backbone_kwargs={"depth": 3},
+    backbone_kwargs={"depth": 3, "head_classes": 10 * (name in SOURCE_HEAD)},
     method_kwargs=fields if len(parts) > 1 else fields.get(name, {}),
   )
   shapes = state_lib.param_shapes(model)
   mask = trees.mask(shapes, model.prompter.trainable_patterns())
   trainable, frozen = trees.split(shapes, mask)
-  images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+  size = model.input_size
+  images = jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32)
 
   def loss(trainable, frozen, images):
     params = trees.merge(trainable, frozen)

@@ -28,20 +28,23 @@ def tiny(method="insvp", **kwargs):
 
 
 def shapes(model):
-  size = model.backbone.image_size
+  size = model.input_size
   x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
 
 
 @pytest.mark.parametrize("method", sorted(insvp_jax.METHODS))
 def test_one_tree_of_parameters(method):
-  params = shapes(tiny(method))
-  groups = {"backbone", "head"}
+  # They have the head of the backbone.
+  mapped = method in ("ilm_vp", "autovp")
+  backbone = {**TINY, "head_classes": 4 * mapped}
+  params = shapes(tiny(method, backbone_kwargs=backbone))
+  groups = {"backbone"} if mapped else {"backbone", "head"}
   # These have no parameters of their own, or have them in the head.
   if method not in ("linear", "full", "mlp", "partial", "bias", "bitfit", "ln_tune"):
     groups.add("prompter")
   assert set(params) == groups
-  assert method == "mlp" or params["head"]["kernel"].shape == (16, 3)
+  assert mapped or method == "mlp" or params["head"]["kernel"].shape == (16, 3)
 
 
 def test_hooks_run_in_order_and_see_what_they_should():

@@ -38,7 +38,8 @@ def load_backbone(
   """Returns a model's backbone parameters from an `.npz` file.
 
   Reads the original release's files, big_vision's in both layouts, and what
-  `save_backbone` writes. The head and `pre_logits` are left out. If the position
+  `save_backbone` writes. The head, unless the model keeps it (`ViT.head_classes`), and
+  `pre_logits` are left out. If the position
   embedding has an entry for the class token, it is added to `cls`. A position
   embedding of another resolution is resampled; nothing else is.
 
@@ -77,9 +78,12 @@ def load_backbone(
     return leaves, skipped, changed, missing
 
   # The shapes first: what the model has no place for is not read.
-  fit(npz.read_vit(path, shapes_only=True), True)
-  file = npz.read_vit(path)
+  with_head = vit.head_classes > 0
+  fit(npz.read_vit(path, shapes_only=True, with_head=with_head), True)
+  file = npz.read_vit(path, with_head=with_head)
   leaves, skipped, changed, missing = fit(file, False)
+  if with_head:
+    _check_head(leaves, skipped, path)
   load_report = LoadReport(
     path=str(path),
     layout=file.layout,
@@ -256,6 +260,26 @@ def _fit_leaves(
   if messages:
     raise ValueError("; ".join(messages) + ".")
   return missing
+
+
+def _check_head(
+  leaves: Mapping[str, np.ndarray], skipped: Mapping[str, str], path: Path
+) -> None:
+  """Checks that a file's head tells classes apart, and that it reads the feature.
+
+  Raises:
+    ValueError: it does not.
+  """
+  if npz.HEAD in leaves and not leaves[npz.HEAD].any():
+    raise ValueError(
+      f"the head in {path} is all zeros, as that of the IN-21k release is: it tells no "
+      "classes apart. Take a backbone with a trained head, or head_classes=0."
+    )
+  if any(name.split("/")[-2:-1] == ["pre_logits"] for name in skipped):
+    raise ValueError(
+      f"the head in {path} reads a layer 'pre_logits', which is not kept. Take a "
+      "backbone whose head reads the feature, or head_classes=0."
+    )
 
 
 def _unused_reason(name: str, vit: ViT) -> str | None:

@@ -27,6 +27,7 @@ from insvp_jax import files
 PREFIXES = ("", "params/", "opt/target/", "params/img/", "img/", "backbone/")
 # Every ViT has this leaf, so it tells which prefix a file has.
 EMBEDDING = "embedding/kernel"
+HEAD = "head/kernel"
 
 _STACKED = "Transformer/encoderblock/"
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.*)")
@@ -63,13 +64,16 @@ class VitFile:
   layout: str
 
 
-def read_vit(path: str | os.PathLike[str], *, shapes_only: bool = False) -> VitFile:
+def read_vit(
+  path: str | os.PathLike[str], *, shapes_only: bool = False, with_head: bool = False
+) -> VitFile:
   """Reads the ViT in an `.npz` file of any of the three layouts.
 
   Args:
     path: the file.
     shapes_only: read the headers alone. The leaves are zeros then, which take no
       memory, whatever size the headers claim.
+    with_head: read the head that the ViT was trained with, too.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -83,7 +87,9 @@ def read_vit(path: str | os.PathLike[str], *, shapes_only: bool = False) -> VitF
     stored_name = name.removeprefix(prefix)
     if not name.startswith(prefix):
       skipped[name] = "not a part of the ViT"
-    elif stored_name.split("/")[0] in _HEADS:
+    elif stored_name.split("/")[0] in _HEADS and not (
+      with_head and stored_name.startswith("head/")
+    ):
       skipped[name] = "a head of its own is trained for every task"
     else:
       stored_names[name] = stored_name
@@ -287,6 +293,9 @@ def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
   hidden = leaves.get(f"{block}/MlpBlock_0/Dense_0/kernel")
   if hidden is not None and hidden.ndim == 2:
     vit_fields["mlp_dim"] = hidden.shape[1]
+  head = leaves.get(HEAD)
+  if head is not None and head.ndim == 2:
+    vit_fields["head_classes"] = head.shape[1]
   has_map = any(name.startswith("MAPHead_0/") for name in leaves)
   vit_fields["pool"] = "map" if has_map else "tok" if "cls" in leaves else "gap"
   return vit_fields

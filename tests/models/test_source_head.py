@@ -1,0 +1,98 @@
+"""The head that a backbone was trained with: kept where asked, and read by methods."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from insvp_jax import trees
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights.load import load_backbone, save_backbone
+from insvp_jax.train import state as state_lib
+
+SIZES = {"width": 8, "depth": 2, "mlp_dim": 16, "num_heads": 2, "patch_size": 4}
+CLASSES = 5
+
+
+def model_of(method="linear", head_classes=CLASSES, **fields):
+  return create_model(
+    "B/16",
+    method,
+    num_classes=3,
+    image_size=8,
+    backbone_kwargs={**SIZES, "head_classes": head_classes},
+    method_kwargs=fields,
+  )
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """Returns (path of a file with a head, the leaves in it)."""
+  params = state_lib.init_params(model_of(), seed=0)["backbone"]
+  save_backbone(params, tmp_path / "vit.npz")
+  return tmp_path / "vit.npz", trees.flatten(params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_head_is_read_where_it_is_asked_for(saved, scan):
+  path, leaves = saved
+  model = model_of()
+  model = model.clone(backbone=model.backbone.clone(scan=scan))
+  loaded = trees.flatten(load_backbone(path, model))
+  for name in ("head/kernel", "head/bias"):
+    assert leaves[name].any() and np.array_equal(loaded[name], leaves[name])
+  assert "head/kernel" not in trees.flatten(load_backbone(path, model_of("linear", 0)))
+
+  params = {"backbone": trees.unflatten(loaded)}
+  images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+  variables = {"params": params}
+  logits = model.apply(variables, images, method="source_logits")
+  feature = model.apply(variables, images, method="features")
+  expected = feature @ leaves["head/kernel"] + leaves["head/bias"]
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"head/kernel": np.zeros((8, CLASSES))}, "all zeros, as that of the IN-21k"),
+    ({"pre_logits/kernel": np.zeros((8, 8))}, "reads a layer 'pre_logits'"),
+    ({"head/kernel": np.ones((8, 7))}, r"backbone_kwargs=\{'head_classes': 7\}"),
+    ({"head/kernel": None, "head/bias": None}, "only the model has: head/bias"),
+  ],
+)
+def test_a_head_that_cannot_be_read_is_refused(saved, changes, message):
+  path, leaves = saved
+  leaves = {**leaves, **changes}
+  arrays = {n: np.float32(x) for n, x in leaves.items() if x is not None}
+  np.savez(path, **arrays)
+  with pytest.raises(ValueError, match=message):
+    load_backbone(path, model_of())
+  # Without the head the file is as good as any.
+  load_backbone(path, model_of("linear", 0))
+
+
+def test_a_method_that_reads_the_source_s_classes_trains_no_head():
+  model = model_of("vp", classifier="source")
+  params = state_lib.init_params(model, seed=0)
+  assert set(params) == {"backbone", "prompter"}
+  images = jnp.ones((2, 8, 8, 3))
+  source = model.apply({"params": params}, images, method="source_logits")
+  np.testing.assert_array_equal(model.apply({"params": params}, images), source[:, :3])
+
+
+def test_what_needs_a_head_says_so():
+  with pytest.raises(ValueError, match=r"'vp' reads .* set head_classes"):
+    model_of("vp", 0, classifier="source")
+  with pytest.raises(ValueError, match="3 target classes .* head has 2"):
+    model_of("vp", 2, classifier="source")
+  model, images = model_of("linear", 0), jnp.ones((1, 8, 8, 3))
+  params = state_lib.init_params(model, seed=0)
+  with pytest.raises(ValueError, match="kept without the head"):
+    model.apply({"params": params}, images, method="source_logits")
+
+
+def test_methods_that_share_a_head_cannot_be_combined():
+  with pytest.raises(ValueError, match="the one trains no head"):
+    model_of("vp+mlp", vp={"classifier": "source"})
+  model_of("vp+lora", vp={"classifier": "source"}, lora={"rank": 2})
