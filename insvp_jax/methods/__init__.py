@@ -21,6 +21,7 @@ from insvp_jax.methods.gated import Gated
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
+from insvp_jax.methods.lion import LION
 from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
@@ -73,6 +74,7 @@ METHODS: dict[str, type[Method]] = {
   "adaptformer": AdaptFormer,
   "adapter_plus": AdapterPlus,
   "convpass": Convpass,
+  "lion": LION,
 }
 
 

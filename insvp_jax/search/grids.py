@@ -9,6 +9,7 @@
 | prompts, linear, MLP, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
 | full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
 | Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
+| LION, AdamW | nothing published could be read: decades around the audit's |
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
 VPT: Jia et al., ECCV 2022; E2VPT, VFPT, VAPT and gated prompts took its grid over;
@@ -49,6 +50,7 @@ _FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
 _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
 
 _ADAPTER_PLUS = Grid(lr=(1e-4, 3e-4, 1e-3, 3e-3), wd=(1e-4,))
+_LION = Grid(lr=(1e-4, 1e-3, 1e-2), wd=(1e-4, 1e-3))
 # By optimizer: the grid and the methods that are tuned on it.
 _METHODS = {
   "sgd": (
@@ -61,6 +63,7 @@ _METHODS = {
     (_INSVP, "insvp"),
     (_FULL, "full", "partial"),
     (_ADAPTER_PLUS, "adapter_plus"),
+    (_LION, "lion"),
     (
       _AUDIT,
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),

@@ -138,6 +138,7 @@ def trainable_count(name, fields, num_classes=100):
 
   def everything(method, images):
     prompted = method.prompt_image(images)
+    method.adapt_feature(jnp.zeros((1, spec.width)))
     return method.adapt(images, prompted, embed=embed)
 
   def init(images):
@@ -183,6 +184,11 @@ def trainable_count(name, fields, num_classes=100):
     ("e2vpt", {"prompt_length": 10}, 138_240 + 170),
     ("e2vpt", {"prompt_length": 50}, 506_880 + 850),
     ("e2vpt", {"token_mask": (), "piece_mask": ()}, 92_160),
+    # No published count: those of the design.
+    ("lion", {}, 827 + 103_232),
+    ("lion", {"layers": ("pixels",)}, 827),
+    ("lion", {"layers": ("feature",)}, 103_232),
+    ("lion", {"layers": ("feature",), "hidden": 32}, 50_976),
     # The released hierarchy of ImageNet's 1,000 classes.
     (
       "transhp",
