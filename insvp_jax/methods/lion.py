@@ -39,7 +39,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.methods import checks
@@ -228,12 +227,8 @@ class LION(Method):
     Args:
       params: the method's own: `run.params["prompter"]`.
     """
-    kernels = {
-      name: np.asarray(leaf)
+    return {
+      name: (int(jnp.count_nonzero(prune(leaf, self.prune_below))), leaf.size)
       for name, leaf in trees.flatten(params).items()
       if name.endswith("_kernel")
-    }
-    return {
-      name: (int(np.sum(np.abs(kernel) >= self.prune_below)), kernel.size)
-      for name, kernel in kernels.items()
     }

@@ -306,6 +306,9 @@ def test_evaluation_prunes_and_says_what_survives():
     for name, leaf in flat.items()
     if name.endswith("_kernel")
   }
+  # Entries that training has brought to zero are none that survive.
+  unpruned = create_method("lion", SPEC, prune_below=0)
+  assert unpruned.surviving(jax.tree.map(jnp.asarray, pruned)) == counts
   kept, total = np.sum(list(counts.values()), axis=0)
   assert len(counts) == 6 and 0 < kept < total
 
