@@ -23,6 +23,7 @@ from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
 from insvp_jax.methods.ilm_vp import ILMVP
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
+from insvp_jax.methods.lion import LION
 from insvp_jax.methods.ln_tune import LNTune
 from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
@@ -79,6 +80,7 @@ METHODS: dict[str, type[Method]] = {
   "adaptformer": AdaptFormer,
   "adapter_plus": AdapterPlus,
   "convpass": Convpass,
+  "lion": LION,
 }
 
 

@@ -53,6 +53,14 @@ def _sequence_of(
 
 boolean = _expect(lambda value: isinstance(value, bool), "True or False")
 finite_number = _expect(_is_finite_number, "a finite number", float)
+not_negative = _expect(
+  lambda value: _is_finite_number(value) and value >= 0, "a number of at least 0", float
+)
+below_one = _expect(
+  lambda value: _is_finite_number(value) and 0 < value < 1,
+  "a number between 0 and 1, without these",
+  float,
+)
 path = _expect(lambda value: isinstance(value, str), "a path")
 positive_int = _expect(_is_positive_int, "an integer of at least 1")
 rate = _expect(

@@ -10,6 +10,7 @@
 | full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
 | Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
 | pixels, SGD | VP's lr of 40 and wd of 0 (main_vision.py), and smaller lrs |
+| LION, AdamW | nothing published could be read: decades around the audit's |
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
 VPT: Jia et al., ECCV 2022; E2VPT, VFPT, VAPT and gated prompts took its grid over;
@@ -51,6 +52,7 @@ _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
 _PIXELS = Grid(lr=(0.1, 1.0, 10.0, 40.0), wd=(0.0,))
 
 _ADAPTER_PLUS = Grid(lr=(1e-4, 3e-4, 1e-3, 3e-3), wd=(1e-4,))
+_LION = Grid(lr=(1e-4, 1e-3, 1e-2), wd=(1e-4, 1e-3))
 # By optimizer: the grid and the methods that are tuned on it.
 _METHODS = {
   "sgd": (
@@ -64,6 +66,7 @@ _METHODS = {
     (_INSVP, "insvp"),
     (_FULL, "full", "partial"),
     (_ADAPTER_PLUS, "adapter_plus"),
+    (_LION, "lion"),
     (
       _AUDIT,
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),

@@ -142,6 +142,7 @@ def trainable_count(name, fields, num_classes=100):
   def everything(method, images):
     prompted = method.prompt_image(images)
     method.adapt_logits(jnp.zeros((1, spec.head_classes)))
+    method.adapt_feature(jnp.zeros((1, spec.width)))
     return method.adapt(images, prompted, embed=embed)
 
   def init(images):
@@ -220,6 +221,11 @@ def trainable_count(name, fields, num_classes=100):
     ("vp", {"classifier": "source"}, 69_840),
     ("ilm_vp", {}, 3 * 224**2),
     ("autovp", {"mapping": "frequency", "resize": False}, 3 * 224**2),
+    # No published count: those of the design.
+    ("lion", {}, 827 + 103_232),
+    ("lion", {"layers": ("pixels",)}, 827),
+    ("lion", {"layers": ("feature",)}, 103_232),
+    ("lion", {"layers": ("feature",), "hidden": 32}, 50_976),
     # The released hierarchy of ImageNet's 1,000 classes.
     (
       "transhp",

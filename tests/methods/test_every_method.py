@@ -46,6 +46,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "adaptformer": {"hidden": 2},
   "adapter_plus": {"hidden": 2},
   "convpass": {"hidden": 2},
+  "lion": {"channels": 2, "hidden": 4},
   "repadapter": {"hidden": 2},
   "fact_tt": {"rank": 2},
   "fact_tk": {"rank": 2},
