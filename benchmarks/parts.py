@@ -26,7 +26,7 @@ PARTS = (
 
 def _prompt(model, images, train: bool):
   """Returns what the method makes of the images; for `model.apply(method=...)`."""
-  prompted = model.prompter.prompt_image(images, train=train)
+  prompted = model.prompt_image(images, train=train)
   return prompted, model.prompter.adapt(images, prompted, train=train)
 
 

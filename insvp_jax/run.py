@@ -108,11 +108,8 @@ class Run:
   def prompted(self, images: Any) -> Float[np.ndarray, "b h w 3"]:
     """Returns the images as the backbone sees them: normalised and prompted."""
 
-    def prompt_image(model: PromptedClassifier, inputs: Array) -> Array:
-      return model.prompter.prompt_image(inputs)
-
     def prompted(params: Any, inputs: Array) -> Array:
-      return self.model.apply({"params": params}, inputs, method=prompt_image)
+      return self.model.apply({"params": params}, inputs, method="prompt_image")
 
     return self._apply("prompted", prompted, images)
 

@@ -43,11 +43,7 @@ def prompt_panels(
     inputs = preprocess.eval_preprocess(preset, images, size)
     prompts = model.apply({"params": params}, inputs, method="prompts")
     prompts = {name: prompts[name] for name in NAMES if name in prompts}
-
-    def prompt_image(bound: PromptedClassifier, inputs: Any) -> Any:
-      return bound.prompter.prompt_image(inputs)
-
-    prompted = model.apply({"params": params}, inputs, method=prompt_image)
+    prompted = model.apply({"params": params}, inputs, method="prompt_image")
     return inputs, prompts, prompted
 
   local = _local(params)

@@ -12,7 +12,7 @@ import inspect
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from insvp_jax.methods import fields
 from insvp_jax.methods.hooks import SITES, Adaptation, Hooks
@@ -22,6 +22,7 @@ _BESIDE_THE_FEATURE = frozenset(
   {
     *("trainable_patterns", "updated_patterns", "prompts", "hparam", "clone"),
     *("head", "merge", "adjust_updates", "claims", "place_hparams", "prepares"),
+    *("routes", "spare_params"),
   }
 )
 
@@ -162,9 +163,28 @@ class Method(nn.Module):
   def prompt_image(
     self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b t t c"]:
-    """Returns the images as the backbone shall see them."""
+    """Returns the images as the backbone shall see them.
+
+    A method with a `route` gets what that returned as `route=`, too; so does `prompts`.
+    """
     del train
     return images
+
+  def route(self, feature: Float[Array, "b d"]) -> Int[Array, "b"]:
+    """Returns a number of each image that decides how it is prompted.
+
+    It may depend on parameters that never change, and on no other. So it is computed
+    once, of images in memory that are the same in each step.
+
+    Args:
+      feature: of the images as they are, of the plain backbone; without a gradient.
+    """
+    raise NotImplementedError
+
+  @nn.nowrap
+  def routes(self) -> bool:
+    """Returns whether there is a `route`, for which the backbone runs once more."""
+    return type(self).route is not Method.route
 
   @nn.nowrap
   def input_size(self) -> int:
@@ -223,6 +243,16 @@ class Method(nn.Module):
     del train
     return logits
 
+  @nn.nowrap
+  def spare_params(self, params: Mapping[str, Any]) -> int:
+    """Returns how many of the trainable parameters no image can ever reach.
+
+    Args:
+      params: the method's own parameters.
+    """
+    del params
+    return 0
+
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what there is to look at, by name; see `Run.prompts`."""
     del images
@@ -262,7 +292,7 @@ class Method(nn.Module):
   def prepare(
     self,
     params: Mapping[str, Any],
-    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    batches: Callable[..., Iterable[Mapping[str, Any]]],
     apply: Apply,
   ) -> Mapping[str, Any]:
     """Returns all parameters, with what the method computes once before training.
@@ -272,7 +302,8 @@ class Method(nn.Module):
     Args:
       params: of the whole model, at their start.
       batches: makes an iterator over the training images, normalised, as batches of
-        "images", "labels" and "mask" (0 for padding).
+        "images", "labels" and "mask" (0 for padding); `batches(n)` over at most n of
+        them, from everywhere in their order.
       apply: what may be computed.
     """
     del batches, apply
@@ -287,7 +318,7 @@ class Method(nn.Module):
   def refresh(
     self,
     params: Mapping[str, Any],
-    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    batches: Callable[..., Iterable[Mapping[str, Any]]],
     apply: Apply,
   ) -> Mapping[str, Any]:
     """Returns all parameters, with what the method computes anew in training.
@@ -356,6 +387,7 @@ class Method(nn.Module):
       "pool": hooks.overrides("pool"),
       "prompts": hooks.makes_prompts,
       "refresh": self.refresh_every_epochs() > 0,
+      "route": self.routes(),
     }
     return frozenset(name for name, claimed in is_claimed.items() if claimed)
 

@@ -69,10 +69,23 @@ class Combined(Method):
   def hooks(self) -> Hooks:
     return CombinedHooks.of(tuple((name, part.hooks()) for name, part in self.parts))
 
-  def prompt_image(self, images, *, train=False):
+  def prompt_image(self, images, *, route=None, train=False):
     for part in self._bound().values():
-      images = part.prompt_image(images, train=train)
+      routed = {"route": route} if part.routes() else {}
+      images = part.prompt_image(images, train=train, **routed)
     return images
+
+  @nn.nowrap
+  def routes(self) -> bool:
+    return any(part.routes() for _, part in self.parts)
+
+  def route(self, feature):
+    # That there is but one is a claim.
+    return next(p for p in self._bound().values() if p.routes()).route(feature)
+
+  @nn.nowrap
+  def spare_params(self, params):
+    return sum(part.spare_params(params.get(name, {})) for name, part in self.parts)
 
   @nn.nowrap
   def input_size(self) -> int:
@@ -207,10 +220,10 @@ class Combined(Method):
       for part, method in self.parts
     }
 
-  def prompts(self, images):
+  def prompts(self, images, *, route=None):
     prompts = {}
     for part in self._bound().values():
-      prompts |= part.prompts(images)
+      prompts |= part.prompts(images, **({"route": route} if part.routes() else {}))
     return prompts
 
   @nn.nowrap

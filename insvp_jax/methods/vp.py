@@ -19,14 +19,10 @@ from jaxtyping import Array, Float
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.ops import border
 from insvp_jax.methods.ops.label_mapping import check_enough
 
 _PADDING, _FIXED, _RANDOM = LOCATIONS = ("padding", "fixed_patch", "random_patch")
-
-
-def _default_size(spec: BackboneSpec) -> int:
-  """Returns the published 30 pixels, or a quarter of a small image's side."""
-  return max(1, min(30, spec.image_size // 4))
 
 
 class VP(Method):
@@ -39,7 +35,7 @@ class VP(Method):
     check=checks.one_of(*LOCATIONS),
   )
   prompt_size: int | None = field(
-    _default_size,
+    border.default_size,
     "pixels k: of the border's width, of the square's side; None: 30, or a quarter of "
     "the side of smaller images",
     check=checks.positive_int,
@@ -48,6 +44,11 @@ class VP(Method):
     "trained",
     "trained (a linear head) or source (the first classes of the backbone's own head)",
     check=checks.one_of("trained", "source"),
+  )
+  meta: str = field(
+    "",
+    "an .npz file of `insvp meta_init` with the border to start from; empty: N(0, 1)",
+    check=checks.path,
   )
 
   def __post_init__(self) -> None:
@@ -59,22 +60,21 @@ class VP(Method):
   @classmethod
   def resolve(cls, spec: BackboneSpec, values):
     resolved = super().resolve(spec, values)
-    size, is_border = resolved["prompt_size"], resolved["location"] == _PADDING
-    largest = (spec.image_size - 1) // 2 if is_border else spec.image_size
-    if size > largest:
+    is_border = resolved["location"] == _PADDING
+    largest = 0 if is_border else spec.image_size
+    border.check_size(spec, resolved["prompt_size"], largest=largest)
+    if resolved["meta"] and not is_border:
       raise ValueError(
-        f"prompt_size is {size}, but the backbone's images have {spec.image_size} "
-        f"pixels per side; expected an integer from 1 to {largest}."
+        f"meta is {resolved['meta']!r}, which has a border, but location is "
+        f"{resolved['location']!r}; leave one of them out."
       )
     return resolved
 
   def setup(self) -> None:
     """Creates up, down [k, S, 3], left, right [S - 2k, k, 3]; or patch [k, k, 3]."""
     side, k = self.spec.image_size, self.prompt_size
-    shapes = {"patch": (k, k, 3)}
-    if self.location == _PADDING:
-      shapes = {"up": (k, side, 3), "down": (k, side, 3)}
-      shapes |= {"left": (side - 2 * k, k, 3), "right": (side - 2 * k, k, 3)}
+    is_border = self.location == _PADDING
+    shapes = border.shapes(side, k) if is_border else {"patch": (k, k, 3)}
     init = nn.initializers.normal(1.0)
     self.leaves = {name: self.param(name, init, s) for name, s in shapes.items()}
 
@@ -82,9 +82,7 @@ class VP(Method):
     """Returns the prompt as an image that is zero elsewhere."""
     p, side, k = self.leaves, self.spec.image_size, self.prompt_size
     if self.location == _PADDING:
-      hole = jnp.zeros((side - 2 * k, side - 2 * k, 3), p["left"].dtype)
-      middle = jnp.concatenate([p["left"], hole, p["right"]], axis=1)
-      return jnp.concatenate([p["up"], middle, p["down"]])
+      return border.image(p)
     corner = jnp.zeros(2, jnp.int32)
     if self.location == _RANDOM:
       corner = jnp.full(2, (side - k) // 2, jnp.int32)
@@ -114,6 +112,16 @@ class VP(Method):
   def adapt_logits(self, logits, *, train=False):
     del train
     return logits[:, : self.num_classes] if self.reads_source_head() else logits
+
+  @nn.nowrap
+  def prepares(self) -> bool:
+    return bool(self.meta)
+
+  @nn.nowrap
+  def prepare(self, params, batches, apply):
+    del batches, apply
+    leaves = border.read(self.meta, self.spec.image_size, self.prompt_size)
+    return {**params, "prompter": {**params["prompter"], **leaves}}
 
   @nn.nowrap
   def trainable_patterns(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+import jax
+from jaxtyping import Array, Float, Int
 
 from insvp_jax import methods, trees
 from insvp_jax.methods.base import Method
@@ -35,36 +36,72 @@ class PromptedClassifier(nn.Module):
     """Pixels per side of the images that the model takes."""
     return self.prompter.input_size()
 
+  def route(self, images: Float[Array, "b h w c"]) -> Int[Array, "b"]:
+    """Returns the method's `route` of the plain backbone's feature."""
+    feature = self.backbone(images)
+    return self.prompter.route(jax.lax.stop_gradient(feature))
+
+  def _routed(self, images: Array, route: Array | None) -> dict[str, Array]:
+    """Returns {"route": ...} of a method that has one, computed if it is not given."""
+    if not self.prompter.routes():
+      return {}
+    return {"route": self.route(images) if route is None else route}
+
+  def prompt_image(
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    route: Int[Array, "b"] | None = None,
+    train: bool = False,
+  ) -> Float[Array, "b t t c"]:
+    """Returns the images as the backbone sees them; `route` as for `__call__`."""
+    routed = self._routed(images, route)
+    return self.prompter.prompt_image(images, train=train, **routed)
+
   def adapt(
-    self, images: Float[Array, "b h w c"], *, train: bool = False
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    route: Int[Array, "b"] | None = None,
+    train: bool = False,
   ) -> tuple[Array, Adaptation]:
     """Returns (prompted images, the arrays and functions that adapt the backbone)."""
-    prompted = self.prompter.prompt_image(images, train=train)
+    prompted = self.prompt_image(images, route=route, train=train)
     adaptation = self.prompter.adapt(
       images, prompted, embed=self.backbone.patches, train=train
     )
     return prompted, adaptation.replace(hooks=self.prompter.hooks())
 
   def features(
-    self, images: Float[Array, "b h w c"], *, train: bool = False
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    route: Int[Array, "b"] | None = None,
+    train: bool = False,
   ) -> Float[Array, "b d"]:
     """Returns the feature that the head sees."""
-    prompted, adaptation = self.adapt(images, train=train)
+    prompted, adaptation = self.adapt(images, route=route, train=train)
     size = self.prompter.prompted_size()
     tokens = self.backbone.embed(prompted, adaptation, size=size)
     feature = self.backbone.encode(tokens, adaptation)
     return self.prompter.adapt_feature(feature, train=train)
 
   def __call__(
-    self, images: Float[Array, "b h w c"], *, train: bool = False
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    route: Int[Array, "b"] | None = None,
+    train: bool = False,
   ) -> Float[Array, "b k"]:
     """Returns logits [b, k] in float32.
 
     Args:
       images: [b, h, w, 3], normalised with the backbone's preset.
+      route: from `route`, of these images; None computes it where the method has one.
       train: whether dropout is on; then `rngs={"dropout": key}` is needed.
     """
-    return self.classify(self.features(images, train=train), train=train)
+    features = self.features(images, route=route, train=train)
+    return self.classify(features, train=train)
 
   def classify(
     self, features: Float[Array, "b d"], *, train: bool = False
@@ -86,7 +123,7 @@ class PromptedClassifier(nn.Module):
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what the method lays over the images, by name."""
-    return self.prompter.prompts(images)
+    return self.prompter.prompts(images, **self._routed(images, None))
 
 
 def create_backbone(

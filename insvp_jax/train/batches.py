@@ -83,7 +83,12 @@ class ResidentFeed:
 
 
 def create_feed(
-  config: ConfigDict, program: Program, split: Split, state: Any, features: Any = None
+  config: ConfigDict,
+  program: Program,
+  split: Split,
+  state: Any,
+  features: Any = None,
+  route: Any = None,
 ) -> StreamFeed | ResidentFeed:
   """Returns what the loop takes its steps from.
 
@@ -93,6 +98,7 @@ def create_feed(
     split: the training examples.
     state: before the next step, which says where in the data the run stands.
     features: features and labels of the split on the devices, where they are cached.
+    route: of a split in memory, where it is cached.
   """
   steps_per_call, on_cpu = config.steps_per_call, _platform(program) == "cpu"
   rows = mesh_lib.batch_sharding(program.mesh)
@@ -100,9 +106,9 @@ def create_feed(
   many = steps_per_call > 1 or (
     steps_per_call == 0 and (features is not None or not on_cpu)
   )
-  arrays = features
-  if arrays is None and many and isinstance(split, ArraySplit):
-    arrays = resident.put_split(split, rows)
+  arrays, is_routed = features, route is not None
+  if arrays is None and isinstance(split, ArraySplit) and (many or is_routed):
+    arrays = resident.put_split(split, rows) | ({"route": route} if is_routed else {})
   if arrays is None or not many:
     batches = pipeline.train_batches(
       split if arrays is None else arrays,
@@ -177,6 +183,7 @@ def eval_batches(
   program: Program,
   split: Split,
   features: Mapping[str, Array] | None = None,
+  route: Array | None = None,
 ) -> Iterator[dict[str, Array]]:
   """Returns every example of a split once, in padded batches with a "mask".
 
@@ -185,14 +192,20 @@ def eval_batches(
     program: made for it.
     split: the examples.
     features: from `FeatureCache.arrays`; the batches have features then, else images.
+    route: from `RouteCache.array`; it goes with the images.
   """
   size = eval_batch_size(config, program)
   rows = mesh_lib.batch_sharding(program.mesh)
-  if features is None:
-    return pipeline.eval_batches(split, batch_size=size, sharding=rows)
+  images = pipeline.eval_batches(split, batch_size=size, sharding=rows)
+  if features is None and route is None:
+    return images
   take = jax.jit(_take, static_argnames="size", out_shardings=rows)
   starts = range(0, len(split), size)
-  return (take(dict(features), np.int32(start), size=size) for start in starts)
+  if features is not None:
+    return (take(dict(features), np.int32(start), size=size) for start in starts)
+  known = {"route": route, "labels": resident.put_array(split.labels, route.sharding)}
+  taken = (take(known, np.int32(start), size=size) for start in starts)
+  return ({**batch, **rows} for batch, rows in zip(images, taken, strict=True))
 
 
 def _take(arrays, start, size: int):

@@ -15,7 +15,7 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
-from insvp_jax.data.splits import Split
+from insvp_jax.data.splits import ArraySplit, Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import batches
 from insvp_jax.train.program import Program
@@ -37,9 +37,13 @@ def are_constant(config: ConfigDict, program: Program) -> bool:
     for name, is_trainable in trees.flatten(program.mask).items()
     if not name.startswith("head/")
   )
+  return not (adapts or trains) and _is_same_in_each_step(config)
+
+
+def _is_same_in_each_step(config: ConfigDict) -> bool:
+  """Returns whether a training image is neither augmented nor mixed."""
   mixes = config.loss.mixup_alpha > 0 or config.loss.cutmix_alpha > 0
-  augments = preprocess.get_preset(config.data.preset).augments
-  return not (adapts or trains or mixes or augments)
+  return not (mixes or preprocess.get_preset(config.data.preset).augments)
 
 
 def nbytes(program: Program, num_examples: int) -> int:
@@ -120,6 +124,65 @@ class FeatureCache:
 
     while self._entries and used() > limit:
       self._entries.pop(next(iter(self._entries)))
+
+
+class RouteCache:
+  """The route of each image of some splits in memory, where the method has one."""
+
+  def __init__(self):
+    """Holds nothing yet."""
+    self._entries: dict[Any, Array] = {}
+
+  def array(
+    self,
+    config: ConfigDict,
+    program: Program,
+    split: Split,
+    params: Mapping[str, Any],
+    *,
+    train: bool,
+    seed: int | None = None,
+  ) -> Array | None:
+    """Returns the route of a split's images, int32 [n or more].
+
+    Args:
+      config: the whole configuration; `cache_features` turns it off.
+      program: made for it.
+      split: the examples.
+      params: of the whole model, on the devices; of several trials those of all.
+      train: whether the images are to be trained on, which may augment or mix them.
+      seed: that the backbone was drawn with; None for a loaded one.
+
+    Returns:
+      A replicated array; None where the route is computed in each step: of streams, of
+      images that change and of a backbone that trains.
+    """
+    is_trainable = trees.flatten(program.mask)
+    trains = any(is_trainable[n] for n in is_trainable if n.startswith("backbone/"))
+    is_constant = not trains and (not train or _is_same_in_each_step(config))
+    if not (program.model.prompter.routes() and config.cache_features and is_constant):
+      return None
+    if not isinstance(split, ArraySplit):
+      return None
+    flat, carried = trees.flatten(params), trees.flatten(program.carried)
+    fixed = {n: flat[n] for n in flat if n.startswith("prompter/") and not carried[n]}
+    key = (
+      *(split.digest, seed, config.data.preset, config.backbone.frozen_dtype),
+      trees.digest(jax.device_get(fixed)),
+    )
+    if key not in self._entries:
+      shapes = trees.flatten(program.shapes)
+      # Of several trials the first: what differs between them does not matter.
+      one = {n: x if x.shape == shapes[n].shape else x[0] for n, x in flat.items()}
+      whole = trees.unflatten(one)
+      rows = []
+      for batch in batches.eval_batches(config, program, split):
+        rows.append(program.route_step(whole, batch))
+        # Batches that wait for the device hold their images: one at a time.
+        jax.block_until_ready(rows[-1])
+      join = jax.jit(jnp.concatenate, out_shardings=mesh_lib.replicated(program.mesh))
+      self._entries[key] = join(rows)
+    return self._entries[key]
 
 
 def _compute(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import trees
-from insvp_jax.data import preprocess
+from insvp_jax.data import preprocess, splits
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
@@ -94,9 +94,18 @@ def _whole(batch: dict[str, Array]) -> dict[str, Array]:
 
 
 def _batches(
-  config: ConfigDict, program: Program, split: Split
+  config: ConfigDict, program: Program, split: Split, limit: int | None = None
 ) -> Iterator[dict[str, Any]]:
-  """Yields images as the backbone gets them, with labels and mask on the host."""
+  """Yields images as the backbone gets them, with labels and mask on the host.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    split: the training images.
+    limit: of how many at most, at even distances; None for all.
+  """
+  if limit is not None and limit < len(split):
+    split = splits.to_memory(split, np.arange(limit) * len(split) // limit)
   preset = preprocess.get_preset(config.data.preset)
   size = program.model.input_size
   rows = mesh_lib.batch_sharding(program.mesh)

@@ -138,6 +138,17 @@ class Program:
     )
 
   @functools.cached_property
+  def route_step(self) -> Any:
+    """Jitted `(params, batch) -> route`, in full on every device."""
+    replicated, sharded = self._shardings
+    # Parameters lie where they are: of several trials they are taken out of a stack.
+    return jax.jit(
+      self.functions.route,
+      in_shardings=(None, sharded),
+      out_shardings=replicated,
+    )
+
+  @functools.cached_property
   def apply(self) -> Apply:
     """What a method computes with, jitted; see `preparation`."""
     model = sharding_lib.unshard_in_use(self.model, self.mesh)

@@ -38,6 +38,7 @@ class StepFunctions:
     train: `(state, batch) -> (state, metrics)`; see `create_train_step`.
     evaluate: `(params, batch, hparams) -> sums`; see `create_eval_step`.
     features: `(params, batch) -> features`; see `create_feature_step`.
+    route: `(params, batch) -> route`, int32 [b]; see `PromptedClassifier.route`.
     make_batch: `(arrays, order, seed, step) -> batch` of examples that live on the
       devices; see `resident.take_batch`.
   """
@@ -45,6 +46,7 @@ class StepFunctions:
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   evaluate: Callable[..., dict[str, Average]]
   features: Callable[[Mapping[str, Any], Batch], Array]
+  route: Callable[[Mapping[str, Any], Batch], Array]
   make_batch: Callable[..., Batch]
 
 
@@ -79,6 +81,7 @@ def create_step_functions(
     ),
     evaluate=create_eval_step(model, preset=preset),
     features=create_feature_step(model, preset=preset),
+    route=create_route_step(model, preset=preset),
     make_batch=functools.partial(
       resident.take_batch,
       batch_size=config.batch_size,
@@ -114,7 +117,8 @@ def create_train_step(
       of a mixed target their mean. None counts all alike.
 
   Returns:
-    A pure function of batches {"images" or "features", "labels"}. Its metrics are
+    A pure function of batches {"images" or "features", "labels"}, with a "route" where
+    that is known (see `PromptedClassifier.route`). Its metrics are
     scalars: loss (mean, in nats), accuracy (against the unmixed labels, in [0, 1]),
     grad_norm (of the trainable leaves), param_norm (of the same leaves after the
     update), all float32, and step (int32, counted from 1).
@@ -127,8 +131,10 @@ def create_train_step(
     targets = losses.targets(
       batch["labels"], model.head.num_classes, loss["label_smoothing"]
     )
+    # Features, and the route, stand for images only where nothing is mixed (see
+    # features.py).
+    known = {"route": batch["route"]} if "route" in batch else {}
     if "features" in batch:
-      # They stand for images only where nothing is mixed (see features.py).
       inputs, method = batch["features"], "classify"
     else:
       method = None
@@ -152,6 +158,7 @@ def create_train_step(
         rngs={"dropout": dropout_key},
         mutable=["reads", "updated"],
         method=method,
+        **known,
       )
       nats = losses.cross_entropy(logits, targets)
       if class_weights is not None:
@@ -237,7 +244,8 @@ def create_eval_step(
     if "features" in batch:
       logits = model.apply(variables, batch["features"], method="classify")
     else:
-      logits = model.apply(variables, _eval_images(model, preset, batch))
+      known = {"route": batch["route"]} if "route" in batch else {}
+      logits = model.apply(variables, _eval_images(model, preset, batch), **known)
     targets = losses.targets(batch["labels"], model.head.num_classes)
     is_real = batch["mask"] > 0
     is_correct = jnp.argmax(logits, axis=-1) == batch["labels"]
@@ -267,6 +275,18 @@ def create_feature_step(
     return features.astype(jnp.float32)
 
   return feature_step
+
+
+def create_route_step(
+  model: PromptedClassifier, *, preset: preprocess.Preset
+) -> Callable[..., Array]:
+  """Returns `route_step(params, batch) -> route`, int32 [b]."""
+
+  def route_step(params: Mapping[str, Any], batch: Batch) -> Array:
+    images = _eval_images(model, preset, batch)
+    return model.apply({"params": params}, images, method="route")
+
+  return route_step
 
 
 def create_multi_step(

@@ -34,7 +34,7 @@ from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_te
 from insvp_jax.methods import Method
 from insvp_jax.train import batches, evaluate, optim, report
 from insvp_jax.train import state as state_lib
-from insvp_jax.train.features import FeatureCache, are_cached
+from insvp_jax.train.features import FeatureCache, RouteCache, are_cached
 from insvp_jax.train.preparation import prepare_params, refresh_state
 from insvp_jax.train.program import (
   Program,
@@ -61,6 +61,7 @@ class Prepared:
     backbone: the backbone's identity, as stored with each run.
     program: the model and its steps.
     cache: features of the splits, where they are constant.
+    routes: of the splits, where the method has a route.
     loaded: what loading the backbone did, in a line; "" for random weights.
   """
 
@@ -69,6 +70,7 @@ class Prepared:
   backbone: Mapping[str, Any]
   program: Program
   cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
+  routes: RouteCache = dataclasses.field(default_factory=RouteCache)
   loaded: str = ""
 
   def features(
@@ -85,6 +87,26 @@ class Prepared:
     seed = config.seed if self.weights is None else None
     return self.cache.arrays(
       config, self.program, self.data.splits[split], params["backbone"], seed
+    )
+
+  def route(
+    self, config: ConfigDict, split: str, params: Mapping[str, Any], *, train: bool
+  ) -> Array | None:
+    """Returns the route of a split's images; None where it is not cached.
+
+    Args:
+      config: of the run.
+      split: its name.
+      params: of the whole model, or of several trials.
+      train: whether the images are to be trained on.
+    """
+    return self.routes.array(
+      config,
+      self.program,
+      self.data.splits[split],
+      params,
+      train=train,
+      seed=config.seed if self.weights is None else None,
     )
 
   def first_params(self, config: ConfigDict) -> Mapping[str, Any]:
@@ -104,9 +126,11 @@ class Prepared:
   ) -> dict[str, Any]:
     """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
     features = self.features(config, split, state.params)
+    route = self.route(config, split, state.params, train=False)
+    examples = self.data.splits[split]
     return evaluate.evaluate(
       lambda batch: self.program.eval_step(state.params, batch, state.hparams),
-      batches.eval_batches(config, self.program, self.data.splits[split], features),
+      batches.eval_batches(config, self.program, examples, features, route),
     )
 
 
@@ -361,11 +385,12 @@ def train_loop(
 
   timer.restart()
   split = prepared.data.splits[split_name]
-  is_cached = are_cached(config, program, len(split))
-  with timer.computing_features() if is_cached else contextlib.nullcontext():
+  passes = are_cached(config, program, len(split)) or program.model.prompter.routes()
+  with timer.computing_features() if passes else contextlib.nullcontext():
     features = prepared.features(config, split_name, state.params)
+    route = prepared.route(config, split_name, state.params, train=True)
   with timer.compiling():
-    feed = batches.create_feed(config, program, split, state, features)
+    feed = batches.create_feed(config, program, split, state, features, route)
   timer.add(0, 0)
 
   profile_steps = config_lib.profile_steps(config)
