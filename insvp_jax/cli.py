@@ -21,6 +21,7 @@ COMMANDS = {
   "evaluate": ("print a run's accuracy on the splits of its task", "evaluate"),
   "visualize": ("draw the prompts of a run", "visualize"),
   "prepare": ("list the published data sets, check or prepare them", "prepare_data"),
+  "meta_init": ("learn a border over several tasks for dam_vp and vp", "meta_init"),
   "export": ("write a run's backbone to an .npz file", "export"),
 }
 # The flags of `insvp_jax.main` that a command stands for.

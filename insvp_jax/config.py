@@ -31,7 +31,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "total_steps": (0, "train steps; 0: from total_epochs"),
   "image_size": (0, "pixels per side; 0: the backbone's own"),
   "head_init": ("torch", "initialisation of the head: zeros, torch or vpt"),
-  "cache_features": (True, "compute features once, where only the head trains"),
+  "cache_features": (
+    True,
+    "compute features and routes once, where they do not change",
+  ),
   # Calls of 2 and of 200 steps give the same bits; with 1 a step is its own program.
   "steps_per_call": (0, "steps of a call, with data on the device; 0: automatic"),
   "log_every_steps": (50, "train steps from one line of metrics to the next"),
@@ -86,6 +89,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   # The optimizer of the trainable parameters, and its schedule.
   "optim.name": ("adamw", "adamw or sgd"),
   "optim.lr": (1e-3, "learning rate at the schedule's peak"),
+  "optim.head_lr": (0.0, "the head's own learning rate at the peak; 0: optim.lr"),
   "optim.wd": (1e-4, "weight decay"),
   "optim.b1": (0.9, "AdamW's decay of the mean of gradients"),
   "optim.b2": (0.999, "AdamW's decay of the mean of squared gradients"),

@@ -14,6 +14,7 @@ from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.bias import Bias, BitFit
 from insvp_jax.methods.combined import Combined, Parts
 from insvp_jax.methods.convpass import Convpass
+from insvp_jax.methods.dam_vp import DAMVP
 from insvp_jax.methods.difffit import DiffFit
 from insvp_jax.methods.e2vpt import E2VPT
 from insvp_jax.methods.fact import FacTTK, FacTTT
@@ -61,6 +62,7 @@ METHODS: dict[str, type[Method]] = {
   "gated": Gated,
   "transhp": TransHP,
   "vp": VP,
+  "dam_vp": DAMVP,
   "ilm_vp": ILMVP,
   "autovp": AutoVP,
   "linear": Linear,

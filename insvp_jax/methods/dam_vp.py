@@ -21,8 +21,8 @@ in a run's result. Prototypes do not train.
 
 The published distances belong to features: 10 to those of a ViT-B of ImageNet-21k
 behind its dense layer and tanh, which this package (as VPT and InsVP) leaves out; 31 to
-those of a ViT-B without. The code takes the first images of a shuffled epoch, augmented;
-here they come from everywhere in the split, as in evaluation.
+those of a ViT-B without. The code takes the first images of a shuffled epoch, and
+augments them; here they come from everywhere in the split, as in evaluation.
 
 The code means to train with momentum 0.9 and the head with an lr of its own, 0.1. By a
 misspelt key it has no momentum, and its schedule gives the head the borders' lr. Here
@@ -47,7 +47,7 @@ from insvp_jax.methods.ops import border
 
 # Training images that are clustered, at most.
 MOST_IMAGES = 1000
-# Images of noise that tell which neurons are active, and how many are looked at at once.
+# Images of noise that tell which neurons are active, and how many make a batch.
 _NUM_NOISE, _NOISE_BATCH = 512, 64
 # The published distance, for the features of this width.
 _DISTANCE, _WIDTH = 31, 768
@@ -226,7 +226,11 @@ class DAMVP(Method):
     prototypes = np.zeros((self.max_clusters, self.spec.width), np.float32)
     for i in range(num):
       prototypes[i] = clustered[labels == i].mean(axis=0, dtype=np.float64)
-    own = {**params["prompter"], "prototypes": prototypes, "num_clusters": np.int32(num)}
+    own = {
+      **params["prompter"],
+      "prototypes": prototypes,
+      "num_clusters": np.int32(num),
+    }
     side, size = self.spec.image_size, self.prompt_size
     start = border.read(self.meta, side, size) if self.meta else {}
     is_used = (np.arange(self.max_clusters) < num)[:, None, None, None]

@@ -10,6 +10,7 @@
 | full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
 | Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
 | pixels, SGD | VP's lr of 40 and wd of 0 (main_vision.py), and smaller lrs |
+| DAM-VP, SGD | VP's lrs, and DAM-VP's lr of the head (adapter.py) |
 | LION, AdamW | nothing published could be read: decades around the audit's |
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
@@ -31,11 +32,13 @@ class Grid:
     wd: weight decays.
     lr_scale_by_batch: the images that `lr` is meant for: it is multiplied by (images
       per update) / this. 0 leaves it as it is.
+    head_lr: the head's own lr, the same at all points; 0 is `lr`.
   """
 
   lr: tuple[float, ...]
   wd: tuple[float, ...]
   lr_scale_by_batch: int = 0
+  head_lr: float = 0.0
 
 
 _INSVP = Grid(
@@ -50,6 +53,7 @@ _VPT = Grid(
 _FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
 _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
 _PIXELS = Grid(lr=(0.1, 1.0, 10.0, 40.0), wd=(0.0,))
+_DAM_VP = dataclasses.replace(_PIXELS, head_lr=0.1)
 
 _ADAPTER_PLUS = Grid(lr=(1e-4, 3e-4, 1e-3, 3e-3), wd=(1e-4,))
 _LION = Grid(lr=(1e-4, 1e-3, 1e-2), wd=(1e-4, 1e-3))
@@ -61,6 +65,7 @@ _METHODS = {
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "linear", "mlp"),
     ),
     (_PIXELS, "vp", "ilm_vp", "autovp"),
+    (_DAM_VP, "dam_vp"),
   ),
   "adamw": (
     (_INSVP, "insvp"),
@@ -72,7 +77,8 @@ _METHODS = {
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "transhp"),
       *("linear", "mlp", "bias", "bitfit", "ln_tune", "difffit"),
       *("adapter", "adaptformer", "convpass", "repadapter"),
-      *("lora", "ssf", "fact_tt", "fact_tk", "vp", "ilm_vp", "autovp"),
+      *("lora", "ssf", "fact_tt", "fact_tk", "vp", "dam_vp"),
+      *("ilm_vp", "autovp"),
     ),
   ),
 }

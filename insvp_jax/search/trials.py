@@ -79,11 +79,12 @@ def published_grid(config: ConfigDict) -> Grid | None:
 
 
 def scaled(config: ConfigDict, default: bool) -> ConfigDict:
-  """Returns the config with its lr in the units of the method's own grid, if used."""
+  """Returns the config with what the method's own grid says of its lr, if used."""
   grid = published_grid(config)
   if default and not config.tune.lr and grid:
     config = config.copy_and_resolve_references()
     config.optim.lr_scale_by_batch = grid.lr_scale_by_batch
+    config.optim.head_lr = config.optim.head_lr or grid.head_lr
   return config
 
 

@@ -166,6 +166,7 @@ _NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number >= 0")
 _BELOW_ONE = (lambda value: 0 <= value < 1 and np.float32(value) < 1, "in [0, 1)")
 _RANGES = {
   "lr": _NOT_NEGATIVE,
+  "head_lr": _NOT_NEGATIVE,
   "wd": _NOT_NEGATIVE,
   "b1": _BELOW_ONE,
   "b2": _BELOW_ONE,

@@ -68,8 +68,23 @@ def _other_pixels(config: ConfigDict) -> list[str]:
   ]
 
 
-def run_text(config: ConfigDict, program: Program, data: TaskData) -> str:
-  """Returns what one run is: its steps and numbers."""
+def spare_params(program: Program, state: state_lib.TrainState) -> int:
+  """Returns how many trainable parameters no image reaches."""
+  own = state.params.get("prompter", {})
+  return program.model.prompter.spare_params(own)
+
+
+def run_text(
+  config: ConfigDict, program: Program, data: TaskData, spare: int = 0
+) -> str:
+  """Returns what one run is: its steps and numbers.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    data: the task's splits.
+    spare: from `spare_params`.
+  """
   split = data.splits[config.data.train_split]
   peak_lr = optim.peak_lr(config.optim, config.batch_size)
   lines = [
@@ -77,6 +92,10 @@ def run_text(config: ConfigDict, program: Program, data: TaskData) -> str:
     f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
     f"seed {config.seed}",
     features.summary_line(config, program, split),
+    f"{spare:,} of the prompter's parameters are spare: no image reaches them, and no "
+    "result counts them"
+    if spare
+    else "",
   ]
   return "\n".join(filter(None, lines))
 
@@ -182,6 +201,7 @@ def result(
   meta: Mapping[str, Any],
   *,
   step: int,
+  spare: int = 0,
   val: Mapping[str, Any] | None,
   test: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -193,6 +213,7 @@ def result(
     timer: of the run.
     meta: from `run_meta`.
     step: the last one.
+    spare: from `spare_params`; they are not counted.
     val: what `Prepared.evaluate` returned for val; None where it was not evaluated.
     test: the same for test.
   """
@@ -212,9 +233,9 @@ def result(
     "test_accuracy": test and test["accuracy"],
     "num_test_examples": test["num_examples"] if test else 0,
     "test_by_class": test and evaluate.balanced(test, meta["class_names"]),
-    "trainable_params": trees.count(trainable),
-    "prompter_params": trees.count(prompter),
-    "total_params": trees.count(program.shapes),
+    "trainable_params": trees.count(trainable) - spare,
+    "prompter_params": trees.count(prompter) - spare,
+    "total_params": trees.count(program.shapes) - spare,
     "backbone": meta["backbone"],
     "data_sha256": meta["data_sha256"],
     "train_seconds": timer.seconds,

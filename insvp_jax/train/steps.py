@@ -77,6 +77,7 @@ def create_step_functions(
       mask,
       preset=preset,
       loss=config.loss.to_dict(),
+      head_lr=config.optim.head_lr,
       class_weights=class_weights,
     ),
     evaluate=create_eval_step(model, preset=preset),
@@ -99,6 +100,7 @@ def create_train_step(
   *,
   preset: preprocess.Preset,
   loss: Mapping[str, Any],
+  head_lr: float = 0.0,
   class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
@@ -113,6 +115,7 @@ def create_train_step(
     mask: bool tree, True where trainable.
     preset: how uint8 images become the backbone's input.
     loss: the config's `loss` section.
+    head_lr: as for `update_params`.
     class_weights: float32 [k], by which the loss of an example of each class counts;
       of a mixed target their mean. None counts all alike.
 
@@ -174,7 +177,7 @@ def create_train_step(
       trainable
     )
     trainable, opt_state = update_params(
-      optimizer, schedule, mask, state, grads, model.prompter.adjust_updates
+      optimizer, schedule, mask, state, grads, model.prompter.adjust_updates, head_lr
     )
     frozen = {**frozen, **updated}
     correct = jnp.argmax(logits, axis=-1) == batch["labels"]
@@ -200,6 +203,7 @@ def update_params(
   state: TrainState,
   grads: Mapping[str, Any],
   adjust_updates: Callable[..., Mapping[str, Any]] | None = None,
+  head_lr: float = 0.0,
 ) -> tuple[dict[str, Any], Any]:
   """Returns the trainable leaves, by name, and the optimizer's state after an update.
 
@@ -210,6 +214,7 @@ def update_params(
     state: before the update.
     grads: gradients of the trainable leaves, by name.
     adjust_updates: the method's; see `Method.adjust_updates`.
+    head_lr: the head's peak lr; 0 is that of the state.
   """
   trainable, frozen = trees.split(state.params, mask)
   # optax sees the whole tree; the zeros stand for gradients that nobody computes.
@@ -221,7 +226,11 @@ def update_params(
   updates, _ = trees.split(updates, mask)
   factor = schedule(state.step)
   # Two products: the peak lr differs from trial to trial, the factor does not.
-  updates = jax.tree.map(lambda u: u * factor * state.peak_lr, updates)
+  heads = {name for name in updates if name.startswith("head/")}
+  updates = {
+    name: u * factor * (head_lr if head_lr and name in heads else state.peak_lr)
+    for name, u in updates.items()
+  }
   if adjust_updates is not None:
     lr = factor * state.peak_lr
     updates = adjust_updates(updates, params=trainable, grads=grads, lr=lr)

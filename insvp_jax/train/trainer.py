@@ -247,6 +247,7 @@ def train(
     # What the interrupted run counted; {} for a new one.
     progress = checkpointer.progress()
     start_step, timer = int(state.step), Timer.of(progress)
+    spare = report.spare_params(program, state)
     write_json(workdir / "config.json", config_lib.stored(config))
     if data.files:
       lists = stored_splits.to_json(data.class_names, data.files)
@@ -265,7 +266,7 @@ def train(
       if start_step:
         writers.log(f"resumed at step {start_step} of {program.total_steps}")
       else:
-        writers.log(report.run_text(config, program, data))
+        writers.log(report.run_text(config, program, data, spare))
       writers.text("config", report.config_table(config))
 
       if start_step < program.total_steps and processes.is_main_process():
@@ -294,6 +295,7 @@ def train(
         timer,
         meta,
         step=int(state.step),
+        spare=spare,
         val=prepared.evaluate(config, "val", state) if has_val else None,
         test=prepared.evaluate(config, "test", state) if has_test else None,
       )

@@ -140,7 +140,8 @@ def trainable_count(name, fields, num_classes=100):
     return jnp.zeros((len(images), num_patches, spec.width))
 
   def everything(method, images):
-    prompted = method.prompt_image(images)
+    routed = {"route": jnp.zeros(1, jnp.int32)} if method.routes() else {}
+    prompted = method.prompt_image(images, **routed)
     method.adapt_logits(jnp.zeros((1, spec.head_classes)))
     method.adapt_feature(jnp.zeros((1, spec.width)))
     return method.adapt(images, prompted, embed=embed)
@@ -219,6 +220,9 @@ def trainable_count(name, fields, num_classes=100):
     ("e2vpt", {"token_mask": (), "piece_mask": ()}, 92_160),
     ("vp", {}, 69_840),
     ("vp", {"classifier": "source"}, 69_840),
+    # For each cluster.
+    ("dam_vp", {"max_clusters": 1}, 69_840),
+    ("dam_vp", {"max_clusters": 5}, 5 * 69_840),
     ("ilm_vp", {}, 3 * 224**2),
     ("autovp", {"mapping": "frequency", "resize": False}, 3 * 224**2),
     # No published count: those of the design.

@@ -39,6 +39,8 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
     **{"inner_size": SIZE, "resize": False, "additive": True},
     **{"mapping": "iterative", "sources_per_target": 2},
   },
+  "dam_vp": {"max_clusters": 3},
+  "dam_vp:neurons": {"max_clusters": 2, "classifier": "neurons"},
   "vp:source": {"classifier": "source"},
   "vp:random": {"location": "random_patch", "prompt_size": 5},
   "adapter": {"hidden": 2, "activation": "quick_gelu"},

@@ -27,7 +27,7 @@ HOOKS = {
 } - NO_HOOKS
 BESIDE_THE_FEATURE = {
   *("trainable_patterns", "updated_patterns", "prompts", "head", "merge"),
-  *("adjust_updates", "claims", "place_hparams", "prepares"),
+  *("adjust_updates", "claims", "place_hparams", "prepares", "routes", "spare_params"),
 }
 
 

@@ -13,7 +13,15 @@ from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import tools
 from insvp_jax.run import load_run
-from insvp_jax.tools import evaluate, export, predict, prepare_data, run_data, visualize
+from insvp_jax.tools import (
+  evaluate,
+  export,
+  meta_init,
+  predict,
+  prepare_data,
+  run_data,
+  visualize,
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +187,7 @@ TOOLS = {
   "evaluate": evaluate,
   "visualize": visualize,
   "export": export,
+  "meta_init": meta_init,
   "prepare": prepare_data,
 }
 
