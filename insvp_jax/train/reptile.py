@@ -8,8 +8,8 @@ mean of all borders of all tasks,
 
   border <- border + eps mean(border' - border).
 
-The lr of the borders is a cosine from `lr` to 0. The code keeps the border of the lowest
-loss on a batch, or of the best accuracy on a test set; here it is the last one.
+The lr of the borders is a cosine from `lr` to 0. The code keeps the border of the
+lowest loss on a batch, or of the best accuracy on a test set; here it is the last one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
