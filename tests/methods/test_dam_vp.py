@@ -1,5 +1,6 @@
 """DAM-VP: its clusters are scikit-learn's, wherever and whenever images are routed."""
 
+import dataclasses
 import signal
 
 import flax.linen as nn
@@ -38,8 +39,8 @@ FIELDS = {"distance_threshold": 4.6, "max_clusters": 5}
 ONE_BORDER = 12 * 4 * (SIZE - 4)
 
 
-def config_of(**changes):
-  config = tiny_config("dam_vp", **changes)
+def config_of(method="dam_vp", **changes):
+  config = tiny_config(method, **changes)
   config.dam_vp.update(FIELDS)
   return config
 
@@ -137,7 +138,7 @@ def test_routes_are_known_beforehand_where_nothing_changes_them(changes, cached)
 def test_stopped_and_resumed_equals_uninterrupted_however_routes_come(
   monkeypatch, tmp_path, prepared, capsys
 ):
-  config = config_of(optim__name="sgd", optim__lr=2.0, optim__head_lr=0.1)
+  config = config_of()
   trainer.train(config, tmp_path / "whole", prepared=prepared)
   with monkeypatch.context() as patch:
     at_step(patch, 4, stop_by(signal.SIGTERM))
@@ -160,7 +161,7 @@ def test_stopped_and_resumed_equals_uninterrupted_however_routes_come(
   assert len({leaf.tobytes() for leaf in borders}) == num
 
   # A stream routes in each step.
-  stream = prepare(config, streamed(make_data()))
+  stream = dataclasses.replace(prepared, data=streamed(make_data()))
   trainer.train(config, tmp_path / "stream", prepared=stream)
   other = stored(tmp_path / "stream")[3]["adapter"]
   for name, leaf in whole.items():
