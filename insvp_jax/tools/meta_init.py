@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.output.suffix != ".npz":
       raise ValueError(f"--output is {args.output}, expected a path ending in .npz.")
     from insvp_jax import config_files
+    from insvp_jax.models.weights.downloads import atomic_file
     from insvp_jax.train import reptile
 
     try:
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       ),
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.output, **border)
+    with atomic_file(args.output) as temporary, open(temporary, "wb") as file:
+      np.savez(file, **border)
     print(f"{args.output}: a border learnt over {len(configs)} tasks")
 
   return tools.run_tool(work)

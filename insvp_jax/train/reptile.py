@@ -12,7 +12,7 @@ The lr of the borders is a cosine from `lr` to 0. The code keeps the border of t
 lowest loss on a batch, or of the best accuracy on a test set; here it is the last one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -132,32 +132,29 @@ def _open_tasks(
   configs: Sequence[ConfigDict], head_lr: float, inner_steps: int, seed: int
 ) -> tuple[list[_Task], dict[str, Any]]:
   """Returns the tasks, which share one backbone, and the border at the start."""
-  tasks: list[_Task] = []
-  first: trainer.Prepared | None = None
-  host: Mapping[str, Any] = {}
-  border: dict[str, Any] = {}
+  opened: list[tuple[ConfigDict, trainer.Prepared]] = []
   for config in configs:
     config = config.copy_and_resolve_references()
     config.method, config.seed, config.data.train_split = _METHOD, seed, "train"
     config[_METHOD].classifier, config[_METHOD].meta = "trained", ""
     prepared = trainer.prepare(config)
-    if first and _shape_of(prepared) != _shape_of(first):
+    first = opened[0][1] if opened else prepared
+    if _shape_of(prepared) != _shape_of(first):
       raise ValueError(
         f"the task {prepared.data.name!r} has another backbone, image size or "
         f"prompt_size than {first.data.name!r}; a border is learnt for one of each."
       )
-    params = prepared.first_params(config)
     # One backbone for all, there once.
-    host = host or params["backbone"]
-    params = prepared.prepare_params(config, {**params, "backbone": host})
+    opened.append((config, dataclasses.replace(prepared, weights=first.weights)))
+  tasks: list[_Task] = []
+  for config, prepared in opened:
+    params = prepared.prepare_params(config, prepared.first_params(config))
     placed = dict(create_state(config, prepared.program, params).params)
-    if first is None:
-      border = {name: placed["prompter"][name][0] for name in border_lib.SIDES}
-    else:
+    if tasks:
       placed["backbone"] = tasks[0].params["backbone"]
     tasks.append(_open_task(config, prepared, placed, head_lr, inner_steps))
-    first = first or dataclasses.replace(prepared, weights=None)
-  return tasks, border
+  drawn = tasks[0].params["prompter"]
+  return tasks, {name: drawn[name][0] for name in border_lib.SIDES}
 
 
 def _shape_of(prepared: trainer.Prepared) -> tuple[Any, ...]:

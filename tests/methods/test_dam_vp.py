@@ -16,7 +16,6 @@ from tiny_training import (
   assert_same,
   at_step,
   make_data,
-  make_split,
   prepare,
   stop_by,
   stored,
@@ -31,12 +30,16 @@ from insvp_jax.methods.base import Apply
 from insvp_jax.methods.ops import border
 from insvp_jax.run import load_run
 from insvp_jax.search import population
-from insvp_jax.train import trainer
+from insvp_jax.train import preparation, trainer
 
 SPEC = BackboneSpec(8, 1, 16, 1, patch_size=4, image_size=16)
 # Leaves three clusters of the 24 training images.
 FIELDS = {"distance_threshold": 4.6, "max_clusters": 5}
 ONE_BORDER = 12 * 4 * (SIZE - 4)
+
+
+def inputs_of(split):
+  return make_data().splits[split].images / np.float32(127.5) - 1
 
 
 def config_of(method="dam_vp", **changes):
@@ -59,13 +62,16 @@ def start(prepared):
 
 @pytest.fixture(scope="module")
 def features(prepared, start):
-  """What the plain backbone says of each split's images."""
+  """What the plain backbone says of the images of train and test."""
 
   def of(split):
-    inputs = jnp.asarray(split.images) / 127.5 - 1
-    return np.asarray(prepared.program.apply.backbone(start, inputs)[0])
+    rows = []
+    for batch in preparation._batches(config_of(), prepared.program, split):
+      found = prepared.program.apply.backbone(start, batch["images"])[0]
+      rows.append(np.asarray(found)[batch["mask"] > 0])
+    return np.concatenate(rows)
 
-  return {name: of(split) for name, split in prepared.data.splits.items()}
+  return {name: of(prepared.data.splits[name]) for name in ("train", "test")}
 
 
 def test_prototypes_are_the_means_of_scikit_learns_clusters(start, features):
@@ -94,12 +100,9 @@ def test_images_go_to_the_nearest_prototype_in_a_step_and_from_the_cache(
     expected = pairwise_distances_argmin(features[name], nearest)
     cached = prepared.route(config, name, start, train=name == "train")
     np.testing.assert_array_equal(np.asarray(cached)[: len(expected)], expected)
-    inputs = jnp.asarray(prepared.data.splits[name].images) / 127.5 - 1
-    in_step = jax.jit(
-      lambda p, x: program.model.apply({"params": p}, x, method="route")
-    )
-    np.testing.assert_array_equal(in_step(start, inputs), expected)
     used |= set(expected)
+  in_step = jax.jit(lambda p, x: program.model.apply({"params": p}, x, method="route"))
+  np.testing.assert_array_equal(in_step(start, inputs_of("test")), expected)
   assert used == set(range(num))
   # Trials share what their routes depend on.
   stacked = population.stack_program(program)
@@ -130,7 +133,7 @@ def test_routes_are_known_beforehand_where_nothing_changes_them(changes, cached)
   own.program.__dict__["route_step"] = lambda params, batch: (
     routed.append(batch) or jnp.zeros(8, jnp.int32)
   )
-  params = own.first_params(config)
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own.program.shapes)
   found = own.route(config, "train", params, train=True)
   assert (found is not None) == cached == bool(routed)
 
@@ -171,8 +174,8 @@ def test_stopped_and_resumed_equals_uninterrupted_however_routes_come(
   test = make_data().splits["test"]
   accuracy = np.mean(run.predict(test.images).argmax(axis=1) == test.labels)
   assert accuracy == pytest.approx(result["test_accuracy"])
-  prompts, inputs = run.prompts(test.images)["image"], run.preprocess(test.images)
-  np.testing.assert_allclose(run.prompted(test.images), inputs + prompts, atol=1e-6)
+  prompts, prompted = run.prompts(test.images)["image"], run.prompted(test.images)
+  np.testing.assert_allclose(prompted, inputs_of("test") + prompts, atol=1e-5)
   assert 1 < len(np.unique(prompts[:, 0, 0, 0])) <= num
 
 
@@ -221,23 +224,18 @@ def test_too_many_clusters_are_joined_and_no_image_reaches_a_spare_one():
   assert method.spare_params(params) == 2 * ONE_BORDER
 
 
-def test_at_most_a_thousand_images_are_clustered(monkeypatch):
+def test_at_most_a_thousand_images_are_clustered(
+  monkeypatch, prepared, start, features
+):
+  seen, original = [], dam_vp_lib.cluster
+  monkeypatch.setattr(
+    dam_vp_lib, "cluster", lambda rows, *cut: seen.append(rows) or original(rows, *cut)
+  )
+  assert dam_vp_lib.MOST_IMAGES == 1000
   monkeypatch.setattr(dam_vp_lib, "MOST_IMAGES", 5)
-  data, config, seen = make_data(), config_of(), []
-  original = dam_vp_lib.cluster
-
-  def cluster(features, *args):
-    seen.append(features)
-    return original(features, *args)
-
-  monkeypatch.setattr(dam_vp_lib, "cluster", cluster)
-  split = make_split(24, 0)
-  own = prepare(config, data)
-  params = own.prepare_params(config, own.first_params(config))
+  prepared.prepare_params(config_of(), start)
   # From everywhere in the split.
-  inputs = jnp.asarray(split.images[[0, 4, 9, 14, 19]]) / 127.5 - 1
-  expected = own.program.apply.backbone(params, inputs)[0]
-  np.testing.assert_allclose(seen[0], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(seen[0], features["train"][[0, 4, 9, 14, 19]])
 
 
 def test_defaults_are_those_published_at_224_pixels():

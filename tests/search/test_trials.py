@@ -52,6 +52,11 @@ def test_a_method_s_own_grid_is_valid(method, name):
     assert list(values) == sorted(set(values)) and min(values) >= 0
   scaled = trials.scaled(config, default=True)
   assert scaled.optim.lr_scale_by_batch == grid.lr_scale_by_batch
+  assert scaled.optim.head_lr == grid.head_lr
+  if grid.head_lr:
+    # One of the config's own stays.
+    config.optim.head_lr = 0.5
+    assert trials.scaled(config, default=True).optim.head_lr == 0.5
   # Only where it is asked for, and the config has none.
   config.optim.lr_scale_by_batch = 7
   assert trials.scaled(config, default=False) is config

@@ -8,12 +8,13 @@ from tiny_training import (
   SIZE,
   make_data,
   make_split,
-  prepare,
   tiny_config,
   write_images,
 )
 
 from insvp_jax.data import TaskData
+from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods.base import Apply
 from insvp_jax.methods.ops import border as border_lib
 from insvp_jax.tools import meta_init
 from insvp_jax.train import losses, reptile, trainer
@@ -37,50 +38,45 @@ CHANGED = {"distance_threshold": 4.6, "max_clusters": 4}
 
 def test_the_common_border_moves_towards_the_mean_of_all(monkeypatch):
   """Of two tasks with several clusters, against a loop over them."""
-  sizes = {"train": 16}
-  tasks = [
-    TaskData(f"task{i}", ("a", "b", "c"), {"train": make_split(n, i)})
-    for i in range(2)
-    for n in sizes.values()
-  ]
-  given = iter(tasks)
+  splits = [{"train": make_split(16, seed)} for seed in range(2)]
+  tasks = [TaskData(f"task{i}", ("a", "b", "c"), s) for i, s in enumerate(splits)]
+  given, opened, seen = iter(tasks), [], []
   monkeypatch.setattr(trainer, "load_data", lambda *_: next(given))
+  original = reptile._open_task
+
+  def open_task(config, prepared, params, *more):
+    opened.append((prepared.program.model, jax.device_get(params)))
+    return original(config, prepared, params, *more)
+
+  monkeypatch.setattr(reptile, "_open_task", open_task)
   # One batch of all images: each of two epochs is one step.
   config = tiny_config("linear", batch_size=16)
   config.dam_vp.update(CHANGED)
-  seen = []
   found = reptile.learn_border(
     [config, config],
     **{"epochs": 2, "lr": 0.8, "head_lr": 0.2, "outer_lr": 0.3, "inner_steps": 2},
     on_epoch=lambda epoch, loss: seen.append((epoch, loss)),
   )
-  config = tiny_config("dam_vp", batch_size=16)
-  config.dam_vp.update(CHANGED)
+  model, first = opened[0]
+  start = {n: first["prompter"][n][0] for n in border_lib.SIDES}
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(trained, params, images, targets):
+    prompter = {**params["prompter"], **trained["prompter"]}
+    whole = {**params, "prompter": prompter, "head": trained["head"]}
+    logits = model.apply({"params": whole}, images)
+    return jnp.mean(losses.cross_entropy(logits, targets))
+
   changes, values = [], []
-  for data in tasks:
-    own = prepare(config, data)
-    params = own.prepare_params(config, own.first_params(config))
-    model, split = own.program.model, data.splits["train"]
-    images = jnp.asarray(split.images) / 127.5 - 1
+  for data, (_, params) in zip(tasks, opened, strict=True):
+    split = data.splits["train"]
+    images = split.images / np.float32(127.5) - 1
     targets = losses.targets(jnp.asarray(split.labels), 3)
-    start = {n: params["prompter"][n][0] for n in border_lib.SIDES}
-    num = int(params["prompter"]["num_clusters"])
-    trained = {
-      "prompter": {n: jnp.stack([x] * 4) for n, x in start.items()},
-      "head": params["head"],
-    }
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(trained, params=params, model=model, images=images, targets=targets):
-      prompter = {**params["prompter"], **trained["prompter"]}
-      whole = {**params, "prompter": prompter, "head": trained["head"]}
-      return jnp.mean(
-        losses.cross_entropy(model.apply({"params": whole}, images), targets)
-      )
-
+    borders = {n: np.stack([x] * 4) for n, x in start.items()}
+    trained = {"prompter": borders, "head": params["head"]}
     for step in range(2):
-      value, grads = loss(trained)
+      value, grads = loss(trained, params, images, targets)
       values += [value] if step == 0 else []
       # Half of 0.8, by the cosine, which is 0 in the second epoch.
       rates = {"prompter": 0.4, "head": 0.2}
@@ -88,6 +84,7 @@ def test_the_common_border_moves_towards_the_mean_of_all(monkeypatch):
         part: jax.tree.map(lambda p, g, r=r: p - r * g, trained[part], grads[part])
         for part, r in rates.items()
       }
+    num = int(params["prompter"]["num_clusters"])
     changes += [
       {n: trained["prompter"][n][i] - start[n] for n in start} for i in range(num)
     ]
@@ -108,30 +105,38 @@ def test_two_folders_make_a_border_that_others_start_from(tmp_path, capsys):
   arguments = [f"{config}:{root}" for root in roots]
   assert meta_init.main([*arguments, f"--output={output}", "--epochs=2"]) == 0
   said = capsys.readouterr().out.splitlines()
-  assert [line.split(":")[0] for line in said[:2]] == [
-    f"epoch {i} of 2" for i in (1, 2)
-  ]
+  steps = [line.split(":")[0] for line in said[:2]]
+  assert steps == ["epoch 1 of 2", "epoch 2 of 2"]
   assert said[2] == f"{output}: a border learnt over 2 tasks"
   border = border_lib.read(str(output), SIZE, 4)
   assert {n: x.shape for n, x in border.items()} == border_lib.shapes(SIZE, 4)
 
-  for method in ("dam_vp", "vp"):
-    own = tiny_config(method)
-    own[method].meta = str(output)
-    prepared = prepare(own, make_data())
-    params = prepared.prepare_params(own, prepared.first_params(own))
-    for name, leaf in border.items():
-      first = params["prompter"][name]
-      first = first[0] if method == "dam_vp" else first
-      np.testing.assert_array_equal(first, leaf)
+  spec = BackboneSpec(8, 1, 16, 1, patch_size=4, image_size=SIZE)
+  images = np.eye(3, SIZE * SIZE * 3, dtype=np.float32).reshape(3, SIZE, SIZE, 3)
+  batch = {"images": images, "mask": np.ones(3)}
+  apply = Apply(lambda p, x, a=None: (x.reshape(3, -1)[:, :8], None), None, None)
 
-  own.vp.prompt_size = 3
-  prepared = prepare(own, make_data())
+  def start(name, **fields):
+    method = create_method(name, spec, 3, meta=str(output), **fields)
+    shapes = {n: (2, *x.shape) for n, x in border.items()}
+    own = {n: np.ones(s, np.float32) for n, s in shapes.items()}
+    assert method.prepares()
+    return method.prepare({"prompter": own}, lambda n: iter([batch]), apply)["prompter"]
+
+  of_vp = start("vp")
+  of_dam_vp = start("dam_vp", max_clusters=2, distance_threshold=9.0)
+  assert of_dam_vp["num_clusters"] == 1
+  for name, leaf in border.items():
+    np.testing.assert_array_equal(of_vp[name], leaf)
+    np.testing.assert_array_equal(of_dam_vp[name], [leaf, 0 * leaf])
+
   with pytest.raises(ValueError, match=r"'up' is \[4, 16, 3\], expected \[3, 16, 3\]"):
-    prepared.prepare_params(own, prepared.first_params(own))
+    start("vp", prompt_size=3)
+  with pytest.raises(ValueError, match="leave one of them out"):
+    start("vp", location="fixed_patch")
   np.savez(output, up=np.zeros(3))
   with pytest.raises(ValueError, match="meta.npz has no border of `insvp meta_init`"):
-    border_lib.read(str(output), SIZE, 4)
+    start("vp")
 
 
 @pytest.mark.parametrize(

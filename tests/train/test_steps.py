@@ -10,6 +10,7 @@ from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS, normalise
 from insvp_jax.models.classifier import create_model
 from insvp_jax.train import losses, optim, steps
+from insvp_jax.train.state import TrainState
 
 TINY = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 2}
 BATCH = 4
@@ -157,3 +158,19 @@ def test_eval_step_ignores_padding():
   for name in ("accuracy", "loss"):
     assert (int(whole[name].count), int(half[name].count)) == (8, 4)
     assert float(whole[name].compute()) == pytest.approx(float(half[name].compute()))
+
+
+def test_a_head_may_have_its_own_lr():
+  params = {"head": {"bias": jnp.ones(2)}, "prompter": {"up": jnp.ones(3)}}
+  mask = jax.tree.map(lambda _: True, params)
+  config = defaults()
+  config.optim.name, config.optim.momentum, config.optim.wd = "sgd", 0.0, 0.0
+  optimizer = optim.create_optimizer(config.optim, params, mask)
+  state = TrainState(0, params, optimizer.init(params), None, jnp.float32(4.0))
+  grads = jax.tree.map(jnp.ones_like, trees.flatten(params))
+  for head_lr, expected in ((0.0, 4.0), (0.1, 0.1)):
+    moved, _ = steps.update_params(
+      optimizer, lambda step: 0.5, mask, state, grads, head_lr=head_lr
+    )
+    np.testing.assert_allclose(moved["prompter/up"], 1 - 0.5 * 4.0)
+    np.testing.assert_allclose(moved["head/bias"], 1 - 0.5 * expected, rtol=1e-6)
