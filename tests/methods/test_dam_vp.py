@@ -136,6 +136,14 @@ def test_routes_are_known_beforehand_where_nothing_changes_them(changes, cached)
   params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own.program.shapes)
   found = own.route(config, "train", params, train=True)
   assert (found is not None) == cached == bool(routed)
+  # Alone and beside others.
+  model, images = own.program.model, jnp.zeros((2, SIZE, SIZE, 3))
+  jax.eval_shape(lambda p: model.apply({"params": p}, images), params)
+  prompts = jax.eval_shape(
+    lambda p: model.apply({"params": p}, images, method="prompts"), params
+  )
+  assert prompts["image"].shape == images.shape
+  assert model.prompter.spare_params(params["prompter"]) == 5 * ONE_BORDER
 
 
 def test_stopped_and_resumed_equals_uninterrupted_however_routes_come(
