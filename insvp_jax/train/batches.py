@@ -205,7 +205,7 @@ def eval_batches(
     return (take(dict(features), np.int32(start), size=size) for start in starts)
   known = {"route": route, "labels": resident.put_array(split.labels, route.sharding)}
   taken = (take(known, np.int32(start), size=size) for start in starts)
-  return ({**batch, **rows} for batch, rows in zip(images, taken, strict=True))
+  return ({**batch, **more} for batch, more in zip(images, taken, strict=True))
 
 
 def _take(arrays, start, size: int):
