@@ -19,10 +19,12 @@ at 224 px. How many clusters there are is known only with the data, so that ther
 room for `max_clusters`; what is left over is zero, reached by no image, and not counted
 in a run's result. Prototypes do not train.
 
-The published distances belong to features: 10 to those of a ViT-B of ImageNet-21k
+The published distances belong each to one backbone: 10 to a ViT-B of ImageNet-21k
 behind its dense layer and tanh, which this package (as VPT and InsVP) leaves out; 31 to
-those of a ViT-B without. The code takes the first images of a shuffled epoch, and
-augments them; here they come from everywhere in the split, as in evaluation.
+a ViT-B of ImageNet-1k. Features of other backbones are farther apart or nearer: 31
+makes one cluster of all, or each image its own. So the default is the mean distance of
+the images. The code takes the first images of a shuffled epoch, and augments them; here
+they come from everywhere in the split, as in evaluation.
 
 The code means to train with momentum 0.9 and the head with an lr of its own, 0.1. By a
 misspelt key it has no momentum, and its schedule gives the head the borders' lr. Here
@@ -49,23 +51,27 @@ from insvp_jax.methods.ops import border
 MOST_IMAGES = 1000
 # Images of noise that tell which neurons are active, and how many make a batch.
 _NUM_NOISE, _NOISE_BATCH = 512, 64
-# The published distance, for the features of this width.
-_DISTANCE, _WIDTH = 31, 768
 
 
 def cluster(
-  features: Float[np.ndarray, "n d"], threshold: float, most: int
+  features: Float[np.ndarray, "n d"], threshold: float | None, most: int
 ) -> Int[np.ndarray, "n"]:
   """Returns the cluster of each feature, from 0 on.
 
   Args:
     features: of at least two images.
-    threshold: the distance at which clusters are no longer joined.
+    threshold: the distance at which clusters are no longer joined; None for the mean
+      distance of two images.
     most: clusters; where the distance leaves more, they are joined until as many are
       left.
   """
   # Slow to import.
   from sklearn.cluster import AgglomerativeClustering
+  from sklearn.metrics import pairwise_distances
+
+  if threshold is None:
+    num = len(features)
+    threshold = pairwise_distances(features).sum(dtype=float) / (num * (num - 1))
 
   def labels(**cut: Any) -> np.ndarray:
     return AgglomerativeClustering(linkage="average", **cut).fit_predict(features)
@@ -105,9 +111,9 @@ class DAMVP(Method):
     check=checks.positive_int,
   )
   distance_threshold: float | int | None = field(
-    lambda spec: _DISTANCE * math.sqrt(spec.width / _WIDTH),
-    "distance of features at which clusters are no longer joined; None: 31 for a width "
-    "of 768, in proportion to the root of the width",
+    None,
+    "distance of features at which clusters are no longer joined, such as the published "
+    "31 for a ViT-B of ImageNet-1k; None: the mean distance of two images",
     check=checks.not_negative,
   )
   classifier: str = field(

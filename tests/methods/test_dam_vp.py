@@ -221,6 +221,11 @@ def test_too_many_clusters_are_joined_and_no_image_reaches_a_spare_one():
   few = dam_vp_lib.cluster(features, 0.0, 3)
   expected = AgglomerativeClustering(3, linkage="average").fit_predict(features)
   np.testing.assert_array_equal(few, expected)
+  # By default at the mean distance.
+  apart = np.linalg.norm(features[:, None] - features, axis=-1).sum() / (20 * 19)
+  by_mean = dam_vp_lib.cluster(features, None, 20)
+  assert 1 < by_mean.max() + 1 < 20
+  np.testing.assert_array_equal(by_mean, dam_vp_lib.cluster(features, apart, 20))
   method = create_method("dam_vp", SPEC, max_clusters=3)
   feature = 0.1 * jnp.ones((2, 8))
   params = method.init(jax.random.key(0), feature, method="route")["params"]
@@ -249,7 +254,7 @@ def test_at_most_a_thousand_images_are_clustered(
 def test_defaults_are_those_published_at_224_pixels():
   spec = BackboneSpec(768, 12, 3072, 12, patch_size=16, image_size=224)
   method = create_method("dam_vp", spec, len(CLASSES))
-  assert (method.prompt_size, method.distance_threshold) == (30, 31)
+  assert method.prompt_size == 30
   assert create_method("dam_vp", SPEC).prompt_size == 4
 
 
