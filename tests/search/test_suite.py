@@ -124,6 +124,38 @@ def test_a_mean_needs_all_of_its_tasks():
   assert cells(suite.format_table(table, NAMES[:2]))[0][-2:] == ["svhn", "mean"]
 
 
+def test_long_tails_have_error_rates_and_groups(tmp_path):
+  names = GROUPS["cifar100_lt"]
+  groups = [{"many": 0.8, "medium": 0.6}, {"many": 0.9, "medium": 0.5, "few": 0.25}]
+  results = {
+    names[0]: {"vpt_deep": {"mean": 0.75, "group_means": groups[0]}},
+    # A single run has no means.
+    names[2]: {
+      "method": "vpt_deep",
+      "test_accuracy": 0.5,
+      "test_by_class": {"groups": {n: {"accuracy": a} for n, a in groups[1].items()}},
+    },
+  }
+  suite._write(tmp_path, results, names)
+  errors, by_group = (tmp_path / "table.md").read_text().split("\n\n")
+  assert cells(errors) == [
+    ["test error, %", *names, "mean"],
+    ["vpt_deep", "25.00", "", "50.00", ""],
+  ]
+  titles, row = cells(by_group)
+  assert titles[1:] == [
+    *("cifar100_lt10 many", "cifar100_lt10 medium"),
+    *(f"cifar100_lt100 {name}" for name in ("many", "medium", "few")),
+  ]
+  assert row == ["vpt_deep", "80.00", "60.00", "90.00", "50.00", "25.00"]
+  with (tmp_path / "table.csv").open() as file:
+    (stored,) = csv.DictReader(file)
+  assert (stored["cifar100_lt10 error"], stored["cifar100_lt100 few"]) == (
+    "25.00",
+    "25.00",
+  )
+
+
 def test_the_groups_of_the_benchmarks():
   sizes = {name: len(members) for name, members in GROUPS.items()}
   assert sizes == {
