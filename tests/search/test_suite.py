@@ -7,9 +7,11 @@ from markdown_table import cells
 import numpy as np
 from PIL import Image
 import pytest
-from tiny_training import tiny_config
+from test_config import load
+from tiny_training import tiny_config, write_images
 
 from insvp_jax.data import GROUPS, TASKS, tasks
+from insvp_jax.methods import METHODS
 from insvp_jax.search import suite
 
 NAMES = ("cifar100", "svhn", "eurosat")
@@ -49,6 +51,25 @@ def _config(root, **changes):
   config.data.root = str(root)
   config.tune.lr, config.tune.seeds = (0.01, 0.1), (0, 1)
   return config
+
+
+def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, tmp_path):
+  images = write_images(tmp_path / "photos")
+  config = load(root, "methods", f"root={images}")
+  assert set(config.tune.methods) < set(METHODS)
+  # As the config says, but for what takes long.
+  config.tune.methods, config.tune.seeds = ("linear", "mlp"), (0,)
+  config.total_epochs, config.data.cache_dir, config.tensorboard = 2.0, "off", False
+  found = suite.run(config, tmp_path / "run")
+  titles, *table = cells((tmp_path / "run/table.md").read_text())
+  assert titles[:2] == ["photos", "test accuracy, %"]
+  assert [row[0] for row in table] == ["linear", "mlp"]
+  for name, row in zip(("linear", "mlp"), table, strict=True):
+    result = json.loads((tmp_path / f"run/{name}/seed0/result.json").read_text())
+    assert row[1:3] == [f"{100 * result['test_accuracy']:.2f}", "1"]
+    assert (result["train_split"], result["num_test_examples"]) == ("train_val", 13)
+    assert found[name]["lr"] in (1e-3, 1e-2) and len(found[name]["trials"]) == 2
+    assert row[-2] == f"{result['trainable_params']:,}"
 
 
 def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
