@@ -6,6 +6,13 @@
 `imbalance` (largest over smallest class) is 10, 50, 100 or all. The images are those
 of the standard selection: 19,573, 12,608 or 10,847. A tenth of them, drawn class by
 class, chooses lr and wd; the final model is trained on all of them.
+
+Results have the accuracy of the classes with many (more than 100), medium and few
+(fewer than 20) training images, too. `imbalance=all` makes a table of error rates at
+10, 50 and 100, as papers report them, and one of these groups. Methods side by side:
+
+  python -m insvp_jax.main --config=configs/cifar100_lt.py:imbalance=all \
+      --config.tune.methods="('vpt_deep', 'lion', 'insvp')"
 """
 
 from insvp_jax.config import parse_arg, published, select

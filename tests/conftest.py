@@ -38,6 +38,7 @@ QUICKLY_COMPILED = {
     "test_few_images",
     "test_golden_methods",
     "test_insvp",
+    "test_lion",
   ),
   *("test_notebook", "test_population", "test_readme", "test_run", "test_steps"),
   *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),

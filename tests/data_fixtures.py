@@ -24,6 +24,7 @@ def data_config(**changes) -> ml_collections.ConfigDict:
     "cache_dir": "off",
     "data_dir": "",
     "subset": "",
+    "shots": 0,
     "lists": "",
     "resident_mb": 1024,
     "duplicates": "warn",

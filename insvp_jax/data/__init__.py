@@ -17,16 +17,20 @@ The way of one image of a `.zip`, from `load_data` to the batch on the device:
    rows ahead, crops and flips them and puts them on the devices.
 5. The train step normalises pixels on the device (`preprocess.normalise`).
 
+With `data.shots`, `load_data` at last keeps so many training images of each class.
+
 A task of TFDS differs in 1 and 2: `sources.tfds` finds records and labels
 (`tfrecords`), divides them (`subsets`, `vpt_lists`) and decodes them (`tfds_stream`).
 `downloads`, `availability` and `original_rows` serve the tool `prepare_data`.
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import ml_collections
 
 from insvp_jax import trees
+from insvp_jax.data import load_or_stream
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.sources import (
   cifar_npz,
@@ -38,6 +42,7 @@ from insvp_jax.data.sources import (
   vtab_folder,
 )
 from insvp_jax.data.splits import ArraySplit, Split, StreamSplit, TaskData
+from insvp_jax.data.subsets import draw_shots
 from insvp_jax.data.tasks import GROUPS, TASKS, Task
 
 __all__ = [
@@ -99,6 +104,14 @@ def load_data(
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
+  data = _load(task, data_config, image_size)
+  return _with_few_shots(data, data_config) if data_config.shots else data
+
+
+def _load(
+  task: str, data_config: ml_collections.ConfigDict, image_size: int
+) -> TaskData:
+  """Returns all images of a task that there is."""
   if task in OTHER_TASKS:
     return OTHER_TASKS[task](data_config, image_size)
   row = TASKS[task]
@@ -110,6 +123,42 @@ def load_data(
       f"leave data.root empty and point data.data_dir to TFDS's folder."
     )
   return _FOLDER_FORMATS[row.folder_format](row, data_config, image_size)
+
+
+def _with_few_shots(data: TaskData, data_config: ml_collections.ConfigDict) -> TaskData:
+  """Returns the task with `shots` training images of each class.
+
+  They are drawn from train by `split_seed`. Val and test stay as they are, and so that
+  no model sees more than these images, the final one trains on train alone: there is
+  no train_val.
+
+  Args:
+    data: the whole task.
+    data_config: the section config.data.
+
+  Raises:
+    ValueError: a class has not so many images.
+  """
+  shots, train = data_config.shots, data.splits["train"]
+  chosen = draw_shots(train.labels, shots, data_config.split_seed, data.class_names)
+  train = train.take(chosen)
+  if isinstance(train, StreamSplit):
+    # So few may fit into memory.
+    preset = get_preset(data_config.preset)
+    train = load_or_stream.load_or_stream(train, data_config, preset, trains=True)
+  replaced = ("train", "train_val")
+  others = {n: split for n, split in data.splits.items() if n not in replaced}
+  files = dict(data.files)
+  if "train" in files:
+    names, labels = files["train"]
+    files["train"] = ([names[i] for i in chosen], labels[chosen])
+  return dataclasses.replace(
+    data,
+    splits={"train": train, **others},
+    source=f"{data.source}, {shots} training images of each class",
+    final_split="train",
+    files=files,
+  )
 
 
 def check_data(

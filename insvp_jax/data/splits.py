@@ -68,6 +68,10 @@ class Split(abc.ABC):
       ValueError: if an image does not decode; the message names it.
     """
 
+  @abc.abstractmethod
+  def take(self, indices: Indices) -> "Split":
+    """Returns the examples at `indices`, in that order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamSplit(Split):
@@ -108,6 +112,16 @@ class StreamSplit(Split):
     self, requests: Iterable[Indices], *, whole: bool = False
   ) -> Iterator[Pixels]:
     return self.open(requests, whole and not self.square)
+
+  def take(self, indices: Indices) -> "StreamSplit":
+    def opened(requests: Iterable[Indices], whole: bool) -> Iterator[Any]:
+      return self.open((indices[request] for request in requests), whole)
+
+    sha = hashlib.sha256(self.identity.encode())
+    sha.update(np.asarray(indices, np.int64))
+    return dataclasses.replace(
+      self, labels=self.labels[indices], identity=sha.hexdigest(), open=opened
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +171,6 @@ class ArraySplit(Split):
     return sha.hexdigest()
 
   def take(self, indices: Indices) -> "ArraySplit":
-    """Returns the examples at `indices`, in that order."""
     return ArraySplit(self.images[indices], self.labels[indices])
 
 

@@ -1,9 +1,9 @@
 """Which images of a training set are train and which are val.
 
 `stratified_mask` and `stratified_parts` draw examples so that classes keep their
-shares. `draw_train_val` applies the rules that published tasks are drawn by
-(`tasks.Subset.rule`): a rule is a function of labels and names, in the order of the
-source, and returns positions.
+shares, `draw_shots` as many of each. `draw_train_val` applies the rules that published
+tasks are drawn by (`tasks.Subset.rule`): a rule is a function of labels and names, in
+the order of the source, and returns positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,6 +120,37 @@ def stratified_parts(
         ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else ""),
       )
   return parts
+
+
+def draw_shots(
+  labels: Int[np.ndarray, "n"], shots: int, seed: int, class_names: Sequence[str]
+) -> Int[np.ndarray, "m"]:
+  """Returns the positions of `shots` examples of each class, ascending.
+
+  With one seed, what few shots choose is a part of what more of them do.
+
+  Args:
+    labels: class of each example.
+    shots: how many of each class.
+    seed: the choice is a pure function of the arguments.
+    class_names: one name per class.
+
+  Raises:
+    ValueError: a class has not so many examples.
+  """
+  counts = np.bincount(labels, minlength=len(class_names))
+  if (fewest := int(counts.min())) < shots:
+    raise ValueError(
+      f"config.data.shots is {shots}, but train has only {fewest} images of the class "
+      f"{class_names[counts.argmin()]!r}; set it to "
+      + (f"at most {fewest}." if fewest else "0, which is all images.")
+    )
+  rng = np.random.Generator(np.random.PCG64(seed))
+  chosen = [
+    rng.permutation(np.flatnonzero(labels == label))[:shots]
+    for label in range(len(class_names))
+  ]
+  return np.sort(np.concatenate(chosen))
 
 
 def draw_train_val(

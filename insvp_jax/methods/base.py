@@ -22,7 +22,7 @@ _BESIDE_THE_FEATURE = frozenset(
   {
     *("trainable_patterns", "updated_patterns", "prompts", "hparam", "clone"),
     *("head", "merge", "adjust_updates", "claims", "place_hparams", "prepares"),
-    *("routes", "spare_params"),
+    *("routes", "spare_params", "measures"),
   }
 )
 
@@ -438,3 +438,17 @@ class Method(nn.Module):
     `refresh` sets them.
     """
     return ()
+
+  @nn.nowrap
+  def measures(self) -> tuple[str, ...]:
+    """Returns names, such as "prompter/gate/sum", of what is logged beside the loss.
+
+    A module sows each array in the collection "measures", where that is mutable, by
+    `sow_measure`; of each the largest entry is logged.
+    """
+    return ()
+
+
+def sow_measure(module: nn.Module, name: str, value: Array) -> None:
+  """Sows what `Method.measures` names; nothing where nobody looks at it."""
+  module.sow("measures", name, value, reduce_fn=lambda _, x: x, init_fn=lambda: None)

@@ -235,6 +235,10 @@ class Combined(Method):
     return self._patterns("updated_patterns")
 
   @nn.nowrap
+  def measures(self) -> tuple[str, ...]:
+    return self._patterns("measures")
+
+  @nn.nowrap
   def _patterns(self, kind: str) -> tuple[str, ...]:
     """Returns the patterns of all methods, with the method's name after "prompter/"."""
     patterns: dict[str, None] = {}

@@ -50,13 +50,11 @@ class Hooks:
 
   Tokens x [b, m, d] start with the prefix (class token) and the patches, row by row;
   prompts whose outputs are read follow. Where only some outputs are read afterwards, as
-  in the last block, `branch` and `leave` see those tokens alone, unless `mixes_tokens`.
-  What a hook returns is cast to the type of what it replaces.
+  in the last block, `branch` and `leave` see those tokens alone. What a hook returns is
+  cast to the type of what it replaces.
 
   Attributes:
     at: the operations and branches that `after` and `branch` are called for.
-    mixes_tokens: what becomes of a token depends on other tokens' streams (beyond the
-      attention): then all tokens are computed.
     makes_prompts: `enter` makes every block's prompts: those of the block before are
       not read.
     reads_prompts: `leave` reads what a block made of its prompts.
@@ -64,7 +62,6 @@ class Hooks:
   """
 
   at: tuple[str, ...] = ()
-  mixes_tokens: bool = False
   makes_prompts: bool = False
   reads_prompts: bool = False
   pools_prompts: bool = False
@@ -226,7 +223,7 @@ class CombinedHooks(Hooks):
   @classmethod
   def of(cls, parts: tuple[tuple[str, Hooks], ...]) -> "CombinedHooks":
     """Returns the combination."""
-    flags = ("mixes_tokens", "makes_prompts", "reads_prompts", "pools_prompts")
+    flags = ("makes_prompts", "reads_prompts", "pools_prompts")
     return cls(
       at=tuple(dict.fromkeys(name for _, hooks in parts for name in hooks.at)),
       parts=parts,

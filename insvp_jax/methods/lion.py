@@ -27,8 +27,10 @@ feature (r `hidden`), d the width. ViT-B/16: 827 + 103,232.
 
 How well the equations are solved, for each image of a batch:
 
-    _, found = model.apply({"params": params}, images, mutable=["residuals"])
-    found["residuals"]["prompter"]["pixels"]["residual"]  # and "feature": ([b],)
+    _, found = model.apply({"params": params}, images, mutable=["measures"])
+    found["measures"]["prompter"]["pixels"]["residual"]  # and "feature": [b]
+
+In training the largest residual of each layer in a batch and the iterations are logged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +41,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.methods import checks
-from insvp_jax.methods.base import BackboneSpec, Method
+from insvp_jax.methods.base import BackboneSpec, Method, sow_measure
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.ops import fixed_point as fp
 from insvp_jax.methods.ops.initializers import torch_uniform
@@ -122,8 +125,10 @@ class Equilibrium(nn.Module):
     injected = _product(x.astype(jnp.float32), inject) + self.bias
     operands = (contract(state, self.contraction), injected)
     z = fp.fixed_point(cell, operands, jnp.zeros_like(injected), **self.options)
-    if self.is_mutable_collection("residuals") and not self.is_initializing():
-      self.sow("residuals", "residual", fp.residual(cell, operands, z))
+    if self.is_mutable_collection("measures") and not self.is_initializing():
+      residual = fp.residual(cell, *jax.lax.stop_gradient((operands, z)))
+      sow_measure(self, "residual", residual)
+      sow_measure(self, "iterations", jnp.float32(self.options["iterations"]))
     return _product(z, output) + self.output_bias
 
 
@@ -205,6 +210,11 @@ class LION(Method):
     return {"image": self.pixels(images, train=False)}
 
   @nn.nowrap
+  def measures(self) -> tuple[str, ...]:
+    kinds = ("residual", "iterations")
+    return tuple(f"prompter/{layer}/{kind}" for layer in self.layers for kind in kinds)
+
+  @nn.nowrap
   def adjust_updates(self, updates, *, params, grads, lr):
     """Lets the critical entries of the kernels step and the others shrink."""
     names = [name for name in updates if re.fullmatch(_KERNELS, name)]
@@ -227,8 +237,12 @@ class LION(Method):
     Args:
       params: the method's own: `run.params["prompter"]`.
     """
-    return {
-      name: (int(jnp.count_nonzero(prune(leaf, self.prune_below))), leaf.size)
+    sizes = {
+      name: np.abs(leaf)
       for name, leaf in trees.flatten(params).items()
       if name.endswith("_kernel")
+    }
+    return {
+      name: (int(np.sum((size > 0) & (size >= self.prune_below))), size.size)
+      for name, size in sizes.items()
     }

@@ -270,8 +270,7 @@ class Encoder(nn.Module):
 
   def _num_read(self, hooks: Hooks) -> int | None:
     """Returns how many tokens the last block has to compute; None for all."""
-    reads_all = hooks.mixes_tokens or hooks.overrides("pool")
-    return None if reads_all else self.num_read
+    return None if hooks.overrides("pool") else self.num_read
 
   def _unrolled(self, x, adaptation):
     block = self._lifted(Block, static_argnums=(3, 4))

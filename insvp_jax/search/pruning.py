@@ -122,23 +122,26 @@ def mask_gradients(
   params: Mapping[str, Any],
   batches: Iterable[Mapping[str, Any]],
   names: Iterable[str],
+  dtype: str = "float64",
 ) -> dict[str, np.ndarray]:
   """Returns the gradient of the mean cross-entropy with respect to masks, in float64.
 
   The scale of a whole token nearly cancels in the norm that it enters a block by: what
   is left of its gradient is the share of the norm's eps in the token's variance. So its
-  score is some 1000 times smaller than those of its pieces, and float32 gets it to 0.1
-  to 5% only: tokens of similar scores would be pruned in another order.
+  score is far smaller than those of its pieces, and other types get it less exactly:
+  tokens of similar scores would be pruned in another order (`benchmarks.mask_scores`).
 
   Args:
     model: the classifier; it is computed without dropout.
     params: all of its parameters, on one device or on the host.
     batches: of "images", normalised, "labels", and "mask" where some are padding.
     names: of the masks, which are parameters of the method.
+    dtype: of the backbone's computation, in place of float64, to be compared with it.
   """
-  backbone = model.backbone.clone(dtype="float64", fused_attention=False)
+  backbone = model.backbone.clone(dtype=dtype, fused_attention=False)
   model = model.clone(backbone=backbone)
-  flat = {n: np.asarray(leaf, np.float64) for n, leaf in trees.flatten(params).items()}
+  number = np.float64 if dtype == "float64" else np.float32
+  flat = {n: np.asarray(leaf, number) for n, leaf in trees.flatten(params).items()}
   masks = {n: x for n, x in flat.items() if n.split("/")[-1] in names}
   others = {n: x for n, x in flat.items() if n not in masks}
 
@@ -153,7 +156,7 @@ def mask_gradients(
   total, num_examples = {name: np.zeros(x.shape) for name, x in masks.items()}, 0.0
   for batch in batches:
     images, labels = batch["images"], batch["labels"]
-    weights = np.asarray(batch.get("mask", np.ones(len(labels))), np.float64)
+    weights = np.asarray(batch.get("mask", np.ones(len(labels))), number)
     # Only here: batches are made as everywhere else.
     with jax.enable_x64(True):
       grads = jax.device_get(gradient(masks, others, images, labels, weights))

@@ -120,6 +120,33 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]
   return table
 
 
+def group_accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+  """Returns {method: {"<task> <group>": mean test accuracy in [0, 1]}}.
+
+  Groups are of classes by their training images; see `train.evaluate.by_group`.
+
+  Args:
+    results: of `run`.
+  """
+  table: dict[str, dict[str, float]] = {}
+  for task, result in results.items():
+    if "test_accuracy" in result:  # a single run
+      groups = (result["test_by_class"] or {}).get("groups", {})
+      means = {name: group["accuracy"] for name, group in groups.items()}
+      result = {result["method"]: {"group_means": means}}
+    for method, summary in result.items():
+      means = summary.get("group_means", {})
+      table.setdefault(method, {}).update(
+        {f"{task} {name}": means[name] for name in tables.GROUPS if name in means}
+      )
+  return table
+
+
+def _are_errors(tasks: Sequence[str]) -> bool:
+  """Returns whether tables show error rates, as papers on long tails do."""
+  return all(TASKS[task].subset().imbalance > 1 for task in tasks)
+
+
 def _columns(tasks: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
   """Returns (title, its tasks): each task, each of several groups, all."""
   columns = [(task, (task,)) for task in tasks]
@@ -134,13 +161,18 @@ def _columns(tasks: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
 
 def _rows(table, tasks: Sequence[str]) -> list[list[str]]:
   """Returns the cells of the table; a mean needs all of its tasks."""
-  columns = _columns(tasks)
-  rows = [["test accuracy, %", *(title for title, _ in columns)]]
+  columns, are_errors = _columns(tasks), _are_errors(tasks)
+  kind = "error" if are_errors else "accuracy"
+  rows = [[f"test {kind}, %", *(title for title, _ in columns)]]
   for method, by_task in table.items():
     cells = []
     for _, column_tasks in columns:
       values = [by_task.get(task) for task in column_tasks]
-      known = [100 * value for value in values if value is not None]
+      known = [
+        100 * (1 - value if are_errors else value)
+        for value in values
+        if value is not None
+      ]
       is_complete = len(known) == len(values)
       cells.append(f"{statistics.mean(known):.2f}" if is_complete else "")
     rows.append([method, *cells])
@@ -152,7 +184,7 @@ def format_table(
 ) -> str:
   """Returns a Markdown table: a row per method, a column per task, and means.
 
-  The means are VTAB's: unweighted over tasks.
+  The means are VTAB's: unweighted over tasks. Of long tails it shows error rates.
 
   Args:
     table: from `accuracies`.
@@ -164,8 +196,19 @@ def format_table(
 
 def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
   """Writes suite.json, table.md and table.csv."""
-  table = accuracies(results)
+  table, by_group = accuracies(results), group_accuracies(results)
   write_json(workdir / "suite.json", results)
-  write_text(workdir / "table.md", format_table(table, tasks))
-  titles, *rows = _rows(table, tasks)
-  write_text(workdir / "table.csv", tables.csv_text([["method", *titles[1:]], *rows]))
+  (_, *titles), *rows = _rows(table, tasks)
+  text = format_table(table, tasks)
+  groups = list(dict.fromkeys(name for row in by_group.values() for name in row))
+  group_rows = [[tables.percents(by_group[m].get(g)) for g in groups] for m in table]
+  if groups:
+    group_titles = ["test accuracy by training images, %", *groups]
+    named = [[m, *cells] for m, cells in zip(table, group_rows, strict=True)]
+    text += f"\n{tables.markdown(named, group_titles)}"
+  write_text(workdir / "table.md", text)
+  if _are_errors(tasks):
+    titles = [f"{title} error" for title in titles]
+  rows = [[*a, *b] for a, b in zip(rows, group_rows, strict=True)]
+  csv_rows = [["method", *titles, *groups], *rows]
+  write_text(workdir / "table.csv", tables.csv_text(csv_rows))

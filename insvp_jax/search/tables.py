@@ -7,6 +7,9 @@ from typing import Any
 
 import tabulate
 
+# Of classes by their number of training images; see `train.evaluate.by_group`.
+GROUPS = ("many", "medium", "few")
+
 
 def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
   """Returns a Markdown table: the first column of words, the others of numbers."""
@@ -17,21 +20,34 @@ def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
   return f"{text}\n"
 
 
+def group_names(summary: Mapping[str, Any]) -> list[str]:
+  """Returns which of `GROUPS` any method has test classes of."""
+  means = [result.get("group_means", {}) for result in summary.values()]
+  return [name for name in GROUPS if any(name in mean for mean in means)]
+
+
+def percents(share: float | None) -> str:
+  """Returns a share as percents, "-" for none."""
+  return "-" if share is None else f"{100 * share:.2f}"
+
+
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as a Markdown table, one row per method."""
   hparams = _searched_hparams(summary)
   is_unbalanced = any(result.get("balanced_mean") for result in summary.values())
+  groups = group_names(summary)
   titles = [task, "test accuracy, %", *["balanced, %"] * is_unbalanced]
+  titles += [f"{name}, %" for name in groups]
   titles += ["seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
   rows = []
   for method, result in summary.items():
-    mean = "-" if result["mean"] is None else f"{100 * result['mean']:.2f}"
+    mean = percents(result["mean"])
     spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
     cells = [method, f"{mean}{spread}"]
     if is_unbalanced:
-      balanced = result.get("balanced_mean")
-      cells.append("-" if balanced is None else f"{100 * balanced:.2f}")
+      cells.append(percents(result.get("balanced_mean")))
+    cells += [percents(result.get("group_means", {}).get(name)) for name in groups]
     cells.append(f"{len(result['seeds'])}")
     cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
     cells += [f"{result['trainable_params']:,}", f"{result['train_seconds']:.0f}"]
@@ -46,6 +62,7 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
     "mean",
     "std",
     "balanced_mean",
+    *GROUPS,
     "seeds",
     "test_accuracies",
     "val_accuracy",
@@ -55,7 +72,7 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
   columns = (*columns, *hparams, "trainable_params", "prompter_params", "train_seconds")
   rows: list[tuple] = [("task", "method", *columns)]
   for method, result in summary.items():
-    cells = (result.get(name) for name in columns)
+    cells = ({**result, **result.get("group_means", {})}.get(name) for name in columns)
     rows.append((task, method, *map(_cell, cells)))
   return csv_text(rows)
 

@@ -32,7 +32,7 @@ from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import create_method, parts_of
 from insvp_jax.search import population, pruning, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
-from insvp_jax.train import report, trainer
+from insvp_jax.train import evaluate, report, trainer
 from insvp_jax.train.program import create_state
 from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
@@ -230,6 +230,7 @@ class Search:
       "mean": statistics.mean(accuracies) if accuracies else None,
       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
       "balanced_mean": _balanced_mean(results),
+      "group_means": _group_means(results),
       "test_accuracies": accuracies,
       "seeds": [result["seed"] for result in results],
       **chosen,
@@ -327,9 +328,20 @@ class Search:
 def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
   """Returns the mean balanced accuracy; None where the test classes are of one size."""
   by_class = [result.get("test_by_class") for result in results]
-  if not all(each and each["imbalance"] > report.UNBALANCED for each in by_class):
+  if not all(each and each["imbalance"] > evaluate.UNBALANCED for each in by_class):
     return None
   return statistics.mean(each["balanced_accuracy"] for each in by_class)
+
+
+def _group_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns the mean accuracy of classes with many, medium and few training images."""
+  # All runs are trained on the same images. Those of before have no groups.
+  groups = [(result.get("test_by_class") or {}).get("groups", {}) for result in results]
+  return {
+    name: statistics.mean(each[name]["accuracy"] for each in groups)
+    for name in groups[0]
+    if all(name in each for each in groups)
+  }
 
 
 def train_trials(

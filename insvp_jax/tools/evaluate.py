@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         )
     for name in names:
       metrics = evaluate_split(run, data, name)
-      by_class = evaluate.balanced(metrics, run.class_names)
+      # Runs of before do not know it.
+      train_count = run.meta.get("train_count")
+      by_class = evaluate.balanced(metrics, run.class_names, train_count)
       print(
         f"{'all' if args.root and not args.splits and name == 'train' else name}: "
         f"accuracy {100 * metrics['accuracy']:.2f}%"

@@ -10,6 +10,12 @@ import numpy as np
 
 # Batches that wait for the device hold their images: not too many at a time.
 _MAX_BATCHES_IN_FLIGHT = 3
+# The largest class of a split per one of the smallest, above which accuracy alone says
+# little.
+UNBALANCED = 1.5
+# Classes with more training images have many, those with fewer have few: the rule of
+# ImageNet-LT (Liu et al. 2019), "Large-scale long-tailed recognition in an open world".
+_MANY, _FEW = 100, 20
 
 
 def evaluate(
@@ -68,18 +74,21 @@ def class_accuracy(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def balanced(
-  evaluated: Mapping[str, Any], class_names: Sequence[str]
+  evaluated: Mapping[str, Any],
+  class_names: Sequence[str],
+  train_count: Sequence[int] | None = None,
 ) -> dict[str, Any]:
   """Returns what accuracy alone would hide in a split of unequal classes.
 
   Args:
     evaluated: what `evaluate` returned for one model.
     class_names: one name per class.
+    train_count: training images of each class; None where they are not known.
 
   Returns:
     `balanced_accuracy`: the mean over classes, in [0, 1]; `worst_class`: its name,
     accuracy and number of examples; `imbalance`: examples of the largest class per one
-    of the smallest. Classes without examples are left out.
+    of the smallest; `groups`: from `by_group`. Classes without examples are left out.
   """
   accuracy, count = evaluated["class_accuracy"], evaluated["class_count"]
   present = np.flatnonzero(count)
@@ -92,7 +101,44 @@ def balanced(
       "num_examples": int(count[worst]),
     },
     "imbalance": float(count.max() / count[present].min()),
+    "groups": {} if train_count is None else by_group(evaluated, train_count),
   }
+
+
+def by_group(
+  evaluated: Mapping[str, Any], train_count: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+  """Returns the accuracy of classes with many, medium and few training images.
+
+  Many are more than 100, few are fewer than 20.
+
+  Args:
+    evaluated: what `evaluate` returned for one model.
+    train_count: training images of each class.
+
+  Returns:
+    For "many", "medium" and "few", as far as there are such classes with examples:
+    `accuracy`, the mean over them, in [0, 1], `num_classes` and `num_examples`. Nothing
+    where all classes are of one group, or have about as many training images.
+  """
+  accuracy, count = evaluated["class_accuracy"], evaluated["class_count"]
+  trained = np.asarray(train_count)
+  if trained.max() <= UNBALANCED * trained.min():
+    return {}
+  is_many, is_few = trained > _MANY, trained < _FEW
+  groups = {}
+  for name, members in (
+    ("many", is_many),
+    ("medium", ~is_many & ~is_few),
+    ("few", is_few),
+  ):
+    if (tested := members & (count > 0)).any():
+      groups[name] = {
+        "accuracy": float(np.mean(accuracy[tested])),
+        "num_classes": int(tested.sum()),
+        "num_examples": int(count[tested].sum()),
+      }
+  return groups if len(groups) > 1 else {}
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from clu import parameter_overview
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 import tabulate
 
 from insvp_jax import config as config_lib
@@ -22,9 +23,6 @@ from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
 from insvp_jax.train.timing import Timer
 
-# The largest class of a split per one of the smallest, above which accuracy alone says
-# little.
-UNBALANCED = 1.5
 _PARTS = ("backbone", "prompter", "head")
 # The packages whose versions a result depends on.
 PACKAGES = ("insvp_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -178,11 +176,13 @@ def run_meta(
     data_sha256: from `data_digest`.
   """
   is_trainable = trees.flatten(program.mask)
+  labels = data.splits[config.data.train_split].labels
   return {
     "format": 1,
     "model": config_lib.to_dict(model_kwargs(config, data.num_classes)),
     "backbone": dict(backbone),
     "class_names": list(data.class_names),
+    "train_count": np.bincount(labels, minlength=data.num_classes).tolist(),
     "preset": config.data.preset,
     "image_size": program.model.backbone.image_size,
     "method": config.method,
@@ -232,7 +232,8 @@ def result(
     "val_accuracy": val and val["accuracy"],
     "test_accuracy": test and test["accuracy"],
     "num_test_examples": test["num_examples"] if test else 0,
-    "test_by_class": test and evaluate.balanced(test, meta["class_names"]),
+    "test_by_class": test
+    and evaluate.balanced(test, meta["class_names"], meta["train_count"]),
     "trainable_params": trees.count(trainable) - spare,
     "prompter_params": trees.count(prompter) - spare,
     "total_params": trees.count(program.shapes) - spare,
@@ -285,13 +286,19 @@ def by_class_text(by_class: Mapping[str, Any]) -> str:
   Args:
     by_class: from `evaluate.balanced`.
   """
-  if by_class["imbalance"] <= UNBALANCED:
-    return ""
-  worst = by_class["worst_class"]
-  return (
-    f" (balanced {100 * by_class['balanced_accuracy']:.2f}%, worst class "
-    f"{worst['name']} {100 * worst['accuracy']:.2f}% of {worst['num_examples']})"
-  )
+  parts = []
+  if by_class["imbalance"] > evaluate.UNBALANCED:
+    worst = by_class["worst_class"]
+    parts = [
+      f"balanced {100 * by_class['balanced_accuracy']:.2f}%",
+      f"worst class {worst['name']} {100 * worst['accuracy']:.2f}% of "
+      f"{worst['num_examples']}",
+    ]
+  parts += [
+    f"{name} {100 * group['accuracy']:.2f}% of {group['num_classes']} classes"
+    for name, group in by_class.get("groups", {}).items()
+  ]
+  return f" ({', '.join(parts)})" if parts else ""
 
 
 def versions() -> dict[str, str]:

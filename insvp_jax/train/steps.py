@@ -41,6 +41,7 @@ class StepFunctions:
     route: `(params, batch) -> route`, int32 [b]; see `PromptedClassifier.route`.
     make_batch: `(arrays, order, seed, step) -> batch` of examples that live on the
       devices; see `resident.take_batch`.
+    measures: names of the metrics that the method adds; see `Method.measures`.
   """
 
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -48,6 +49,7 @@ class StepFunctions:
   features: Callable[[Mapping[str, Any], Batch], Array]
   route: Callable[[Mapping[str, Any], Batch], Array]
   make_batch: Callable[..., Batch]
+  measures: tuple[str, ...] = ()
 
 
 def create_step_functions(
@@ -89,6 +91,7 @@ def create_step_functions(
       preset=preset,
       image_size=model.input_size,
     ),
+    measures=model.prompter.measures(),
   )
 
 
@@ -124,8 +127,11 @@ def create_train_step(
     that is known (see `PromptedClassifier.route`). Its metrics are
     scalars: loss (mean, in nats), accuracy (against the unmixed labels, in [0, 1]),
     grad_norm (of the trainable leaves), param_norm (of the same leaves after the
-    update), all float32, and step (int32, counted from 1).
+    update), all float32, and step (int32, counted from 1); and the method's `measures`,
+    the largest entry of each.
   """
+  measures = model.prompter.measures()
+  sown_collections = ["reads", "updated", *["measures"] * bool(measures)]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.rng, state.step)
@@ -159,7 +165,7 @@ def create_train_step(
         inputs,
         train=True,
         rngs={"dropout": dropout_key},
-        mutable=["reads", "updated"],
+        mutable=sown_collections,
         method=method,
         **known,
       )
@@ -171,11 +177,12 @@ def create_train_step(
         reads = sown["reads"]["backbone"]["Transformer"]["blocks"]
         prompter = params.get("prompter", {})
         value += model.prompter.extra_loss(prompter, reads, targets)
-      return value, (logits, trees.flatten(sown.get("updated", {})))
+      updated = trees.flatten(sown.get("updated", {}))
+      found = trees.flatten(sown.get("measures", {}))
+      return value, (logits, updated, {name: jnp.max(found[name]) for name in measures})
 
-    (value, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      trainable
-    )
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    (value, (logits, updated, measured)), grads = gradient(trainable)
     trainable, opt_state = update_params(
       optimizer, schedule, mask, state, grads, model.prompter.adjust_updates, head_lr
     )
@@ -190,6 +197,7 @@ def create_train_step(
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(trainable),
       "step": state.step,
+      **measured,
     }
     return state, metrics
 
@@ -355,7 +363,8 @@ def create_multi_step(
       return state, order, metrics
 
     zeros = jnp.zeros(jnp.shape(state.peak_lr), jnp.float32)
-    metrics = {**dict.fromkeys(METRICS, zeros), "step": zeros.astype(jnp.int32)}
+    names = (*METRICS, *functions.measures)
+    metrics = {**dict.fromkeys(names, zeros), "step": zeros.astype(jnp.int32)}
     order = resident.epoch_order(seed, state.step // steps_per_epoch, num_examples)
     carry = (state.replace(params=changing), order, metrics)
     state, _, metrics = jax.lax.fori_loop(0, count, body, carry)

@@ -540,7 +540,8 @@ def _log(
   step: int,
 ) -> None:
   """Writes the metrics of a step; of several trials the mean of those left."""
-  scalars = {name: np.asarray(metrics[name]) for name in METRICS}
+  names = (*METRICS, *program.functions.measures)
+  scalars = {name: np.asarray(metrics[name]) for name in names}
   scalars["epoch"] = step / program.steps_per_epoch
   if np.ndim(metrics["loss"]) == 0:
     # As `steps.update_params` computes it; trials each have their own.
@@ -548,7 +549,7 @@ def _log(
     scalars["lr"] = factor * optim.peak_lr(config.optim, config.batch_size)
   else:
     left = [i for i in range(len(metrics["loss"])) if i not in diverged]
-    scalars |= {name: np.mean(scalars[name][left]) for name in METRICS}
+    scalars |= {name: np.mean(scalars[name][left]) for name in names}
     scalars["diverged"] = len(diverged)
   writers.train(step, scalars, images_per_second=timer.images_per_second or 0.0)
 

@@ -1,8 +1,12 @@
+import json
+
 from data_fixtures import data_config, pixels
 import numpy as np
+from PIL import Image
 import pytest
 
 from insvp_jax.data import ArraySplit, TaskData, load_data
+from insvp_jax.data.sources import stored_splits
 
 
 def _split(labels):
@@ -55,3 +59,46 @@ def test_unknown_tasks_and_sizes_are_named():
     load_data("digits", data_config(preset="nope"), 32)
   with pytest.raises(ValueError, match="image_size has to be positive, got 0"):
     load_data("digits", data_config(), 0)
+
+
+def test_few_shots_leave_val_and_test_as_they_are():
+  whole = load_data("digits", data_config(), 8)
+  few = load_data("digits", data_config(shots=2), 8)
+  assert set(few.splits) == {"train", "val", "test"} and few.final_split == "train"
+  assert np.bincount(few.splits["train"].labels).tolist() == [2] * 10
+  for name in ("val", "test"):
+    assert few.splits[name].digest == whole.splits[name].digest
+  again = load_data("digits", data_config(shots=2), 8)
+  other = load_data("digits", data_config(shots=3), 8)
+  read = {"train", "val"}
+  assert few.digest(read) == again.digest(read) != other.digest(read)
+
+
+@pytest.mark.parametrize("resident_mb", [0, 1024])
+def test_few_shots_of_a_folder_are_the_same_in_memory_and_streamed(
+  tmp_path, resident_mb
+):
+  rng = np.random.default_rng(0)
+  for i in range(24):
+    path = tmp_path / "set" / "train" / ("ant", "bee", "cat")[i % 3] / f"{i:02d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+
+  def load(**changes):
+    changes = {"resident_mb": resident_mb, "root": str(tmp_path / "set"), **changes}
+    return load_data("folder", data_config(**changes), 8)
+
+  whole, few = load(resident_mb=1024), load(shots=2)
+  names, labels = few.files["train"]
+  assert labels.tolist() == few.splits["train"].labels.tolist() == [0, 0, 1, 1, 2, 2]
+  # Their pixels are those of the files that are stored with a run.
+  (images,) = few.splits["train"].read([np.arange(6)])
+  position = {name: i for i, name in enumerate(whole.files["train"][0])}
+  (expected,) = whole.splits["train"].read([np.array([position[n] for n in names])])
+  np.testing.assert_array_equal(images, expected)
+  # A run's own lists give the same images again.
+  (tmp_path / "splits.json").write_text(
+    json.dumps(stored_splits.to_json(few.class_names, few.files))
+  )
+  again = load(shots=2, splits_json=str(tmp_path / "splits.json"))
+  assert again.files["train"][0] == names

@@ -11,6 +11,7 @@ import pytest
 from insvp_jax.data import subsets
 from insvp_jax.data.original_rows import tfds_order
 from insvp_jax.data.subsets import (
+  draw_shots,
   draw_train_val,
   long_tail,
   long_tail_sizes,
@@ -342,3 +343,27 @@ def test_published_sizes_add_up():
       (line,) = task.unpublished_sizes(wrong, name)
       assert line.startswith(f"{task.name}: the val split has {subset.val + 1} images")
   assert subsets.SHUFFLE_SEED == 3407
+
+
+@given(
+  counts=st.lists(st.integers(3, 9), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_shots_are_so_many_of_each_class_and_fewer_are_among_more(counts, seed):
+  order = np.random.default_rng(seed).permutation(sum(counts))
+  labels = np.repeat(np.arange(len(counts)), counts)[order]
+  names = [str(label) for label in range(len(counts))]
+  chosen = {shots: draw_shots(labels, shots, seed, names) for shots in (1, 2, 3)}
+  for shots, positions in chosen.items():
+    assert np.all(np.diff(positions) > 0)
+    assert np.bincount(labels[positions]).tolist() == [shots] * len(counts)
+  assert set(chosen[1]) < set(chosen[2]) < set(chosen[3])
+
+
+def test_shots_are_drawn_by_the_seed_and_are_there():
+  labels, names = np.arange(40) % 2, ("ant", "bee")
+  assert draw_shots(labels, 2, 0, names).tolist() == [8, 23, 33, 38]
+  assert draw_shots(labels, 2, 1, names).tolist() != [8, 23, 33, 38]
+  with pytest.raises(ValueError, match="20 images of the class 'ant'; .* at most 20"):
+    draw_shots(labels, 21, 0, names)
+  with pytest.raises(ValueError, match="only 0 images of the class 'cat'; set it to 0"):
+    draw_shots(labels, 1, 0, (*names, "cat"))

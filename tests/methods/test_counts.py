@@ -253,3 +253,16 @@ def test_the_catalogue_of_methods_is_what_there_is(root):
     is_head = type(method).head is not Method.head
     folds = type(method).merge is not Method.merge or not method.overridden_hooks()
     assert row["folds"] == ("yes" if folds and not is_head else ""), name
+
+
+def test_the_comparison_of_the_readme_has_the_methods_and_their_counts(root):
+  text = (root / "README.md").read_text()
+  section = text[text.index("## The comparison of InsVP's paper") :]
+  section = section[: section.index("\n## ", 1)]
+  titles, *table = markdown_table.cells(section)
+  rows = {row[1].strip("`"): dict(zip(titles, row, strict=True)) for row in table}
+  assert len(table) == len(rows) == 18
+  for name in set(rows) & set(METHODS):
+    fields = {"max_clusters": 1} if name == "dam_vp" else {}
+    expected = f"{trainable_count(name, fields):,}"
+    assert rows[name]["parameters"].removesuffix(" a cluster") == expected, name

@@ -7,9 +7,11 @@ from markdown_table import cells
 import numpy as np
 from PIL import Image
 import pytest
-from tiny_training import tiny_config
+from test_config import load
+from tiny_training import tiny_config, write_images
 
 from insvp_jax.data import GROUPS, TASKS, tasks
+from insvp_jax.methods import METHODS
 from insvp_jax.search import suite
 
 NAMES = ("cifar100", "svhn", "eurosat")
@@ -49,6 +51,25 @@ def _config(root, **changes):
   config.data.root = str(root)
   config.tune.lr, config.tune.seeds = (0.01, 0.1), (0, 1)
   return config
+
+
+def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, tmp_path):
+  images = write_images(tmp_path / "photos")
+  config = load(root, "methods", f"root={images}")
+  assert set(config.tune.methods) < set(METHODS)
+  # As the config says, but for what takes long.
+  config.tune.methods, config.tune.seeds = ("linear", "mlp"), (0,)
+  config.total_epochs, config.data.cache_dir, config.tensorboard = 2.0, "off", False
+  found = suite.run(config, tmp_path / "run")
+  titles, *table = cells((tmp_path / "run/table.md").read_text())
+  assert titles[:2] == ["photos", "test accuracy, %"]
+  assert [row[0] for row in table] == ["linear", "mlp"]
+  for name, row in zip(("linear", "mlp"), table, strict=True):
+    result = json.loads((tmp_path / f"run/{name}/seed0/result.json").read_text())
+    assert row[1:3] == [f"{100 * result['test_accuracy']:.2f}", "1"]
+    assert (result["train_split"], result["num_test_examples"]) == ("train_val", 13)
+    assert found[name]["lr"] in (1e-3, 1e-2) and len(found[name]["trials"]) == 2
+    assert row[-2] == f"{result['trainable_params']:,}"
 
 
 def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
@@ -122,6 +143,38 @@ def test_a_mean_needs_all_of_its_tasks():
   assert insvp == ["insvp", "50.00", "25.00", "", "37.50", "", ""]
   assert vpt == ["vpt", *[""] * 6]
   assert cells(suite.format_table(table, NAMES[:2]))[0][-2:] == ["svhn", "mean"]
+
+
+def test_long_tails_have_error_rates_and_groups(tmp_path):
+  names = GROUPS["cifar100_lt"]
+  groups = [{"many": 0.8, "medium": 0.6}, {"many": 0.9, "medium": 0.5, "few": 0.25}]
+  results = {
+    names[0]: {"vpt_deep": {"mean": 0.75, "group_means": groups[0]}},
+    # A single run has no means.
+    names[2]: {
+      "method": "vpt_deep",
+      "test_accuracy": 0.5,
+      "test_by_class": {"groups": {n: {"accuracy": a} for n, a in groups[1].items()}},
+    },
+  }
+  suite._write(tmp_path, results, names)
+  errors, by_group = (tmp_path / "table.md").read_text().split("\n\n")
+  assert cells(errors) == [
+    ["test error, %", *names, "mean"],
+    ["vpt_deep", "25.00", "", "50.00", ""],
+  ]
+  titles, row = cells(by_group)
+  assert titles[1:] == [
+    *("cifar100_lt10 many", "cifar100_lt10 medium"),
+    *(f"cifar100_lt100 {name}" for name in ("many", "medium", "few")),
+  ]
+  assert row == ["vpt_deep", "80.00", "60.00", "90.00", "50.00", "25.00"]
+  with (tmp_path / "table.csv").open() as file:
+    (stored,) = csv.DictReader(file)
+  assert (stored["cifar100_lt10 error"], stored["cifar100_lt100 few"]) == (
+    "25.00",
+    "25.00",
+  )
 
 
 def test_the_groups_of_the_benchmarks():

@@ -2,9 +2,12 @@
 
 import re
 
+import numpy as np
+from PIL import Image
 import pytest
 from tiny_training import SPLITS, tiny_config, write_images
 
+from insvp_jax.run import load_run
 from insvp_jax.tools import evaluate
 from insvp_jax.train import trainer
 
@@ -34,3 +37,41 @@ def test_an_unknown_split_is_one_line(finished, capsys):
   assert evaluate.main(["--run", str(finished[0]), "--splits", "tset"]) == 2
   error = capsys.readouterr().err
   assert error.startswith("insvp_jax: --splits has 'tset'") and "train_val" in error
+
+
+def test_classes_with_few_training_images_are_told_apart(tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  sizes = {
+    "train": {"ant": 24, "bee": 21, "cat": 6},
+    "test": {"ant": 5, "bee": 5, "cat": 5},
+  }
+  for split, of_class in sizes.items():
+    for label, (name, number) in enumerate(of_class.items()):
+      for i in range(number):
+        path = tmp_path / "images" / split / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 180, (16, 16, 3), np.uint8)
+        image[..., label] += 40
+        Image.fromarray(image).save(path)
+  config = tiny_config(
+    "linear", task="folder", total_epochs=1.0, data__val_fraction=0.0
+  )
+  config.data.root = str(tmp_path / "images")
+  result = trainer.train(config, tmp_path / "run")
+  run = load_run(tmp_path / "run")
+  assert run.meta["train_count"] == [24, 21, 6]
+  right = {
+    name: run.predict(sorted((tmp_path / "images/test" / name).iterdir())).argmax(1)
+    == i
+    for i, name in enumerate(sizes["test"])
+  }
+  medium = np.mean([right["ant"].mean(), right["bee"].mean()])
+  assert result["test_by_class"]["groups"] == {
+    "medium": {"accuracy": pytest.approx(medium), "num_classes": 2, "num_examples": 10},
+    "few": {"accuracy": right["cat"].mean(), "num_classes": 1, "num_examples": 5},
+  }
+  assert evaluate.main(["--run", str(tmp_path / "run")]) == 0
+  assert (
+    f"(medium {100 * medium:.2f}% of 2 classes, few "
+    f"{100 * right['cat'].mean():.2f}% of 1 classes), loss"
+  ) in capsys.readouterr().out

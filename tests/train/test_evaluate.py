@@ -10,7 +10,7 @@ import pytest
 
 from insvp_jax.data import ArraySplit, pipeline
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train.evaluate import balanced, evaluate
+from insvp_jax.train.evaluate import balanced, by_group, evaluate
 
 
 def numbered_split(number):
@@ -109,4 +109,32 @@ def test_classes_count_alike_in_balanced_accuracy():
     "balanced_accuracy": 0.5,
     "worst_class": {"name": "fox", "accuracy": 0.25, "num_examples": 8},
     "imbalance": 24.0,
+    "groups": {},
   }
+
+
+def test_the_accuracies_of_many_medium_and_few_are_those_of_numpy():
+  rng = np.random.default_rng(0)
+  # The bounds on both sides, and a class without examples in test.
+  train_count = [500, 101, 100, 20, 19, 1, 0, 60, 5]
+  labels = rng.choice(8, 200)
+  right = rng.random(200) < 0.6
+  evaluated = {
+    "class_accuracy": np.array(
+      [right[labels == c].mean() for c in range(8)] + [np.nan]
+    ),
+    "class_count": np.bincount(labels, minlength=9),
+  }
+  found = by_group(evaluated, train_count)
+  members = {"many": (0, 1), "medium": (2, 3, 7), "few": (4, 5, 6)}
+  assert list(found) == list(members)
+  for name, classes in members.items():
+    means = [np.mean(right[labels == c]) for c in classes]
+    assert found[name] == {
+      "accuracy": pytest.approx(np.mean(means), rel=1e-12),
+      "num_classes": len(classes),
+      "num_examples": int(np.isin(labels, classes).sum()),
+    }
+  # Of one group, or of about one size.
+  assert by_group(evaluated, [300, *[120] * 8]) == {}
+  assert by_group(evaluated, [*[101] * 8, 99]) == {}
