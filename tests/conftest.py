@@ -4,7 +4,7 @@ The package must not be imported at the top of this file: pytest's jaxtyping plu
 has to see its first import, to check the annotations.
 
 In-process tests run on 4 simulated CPU devices and with full float32 matrix products.
-Programs started as subprocesses inherit neither: they see what a user would.
+Programs started as subprocesses inherit neither, but are compiled as quickly.
 """
 
 from collections.abc import Callable
@@ -27,26 +27,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-# These compile many programs and run each for a moment: quick to compile is better than
-# quick to run. What they compare is compiled alike.
-QUICKLY_COMPILED = {
-  *("test_attention", "test_batches", "test_classifier", "test_dropout"),
-  *(
-    "test_evaluate_tool",
-    "test_every_method",
-    "test_features",
-    "test_few_images",
-    "test_golden_methods",
-    "test_insvp",
-    "test_lion",
-  ),
-  *("test_notebook", "test_population", "test_readme", "test_run", "test_steps"),
-  *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),
-  *("test_adapters", "test_e2vpt", "test_gated", "test_hooks", "test_merging"),
-  *("test_own_method", "test_pruning", "test_reparametrisations", "test_sharding"),
-  *("test_transhp", "test_vapt", "test_vfpt", "test_dam_vp", "test_meta_init"),
-}
-
+# Programs of tests are compiled with few of XLA's optimizations, since most run for a
+# moment: quick to compile is better than quick to run. These run for long.
+FULLY_COMPILED = {"test_conv", "test_soak"}
 
 # The files that take longest come first: the processes that share the files then end at
 # about the same time.
@@ -90,6 +73,12 @@ def _configure_jax() -> None:
   jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def _compile_quickly(quickly: bool) -> None:
+  """Says so to this process, and to those that it starts."""
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quickly)
+  jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 def _forbid_network() -> None:
   """Makes a connection to any other machine fail at once, naming it."""
   connect = socket.socket.connect
@@ -119,6 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
   _heed_signals()
   os.environ["MPLBACKEND"] = "Agg"
   _configure_jax()
+  _compile_quickly(True)
   _forbid_network()
   hypothesis.settings.register_profile(
     "insvp_jax", max_examples=25, deadline=None, derandomize=True, database=None
@@ -151,10 +141,9 @@ def _home(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module", autouse=True)
 def _compile(request: pytest.FixtureRequest):
   """Leaves out most of XLA's optimizations where they are not worth their time."""
-  quickly = request.module.__name__ in QUICKLY_COMPILED
-  jax.config.update("jax_disable_most_optimizations", quickly)
+  _compile_quickly(request.module.__name__ not in FULLY_COMPILED)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  _compile_quickly(True)
 
 
 @pytest.fixture(scope="session")
