@@ -112,8 +112,8 @@ class DAMVP(Method):
   )
   distance_threshold: float | int | None = field(
     None,
-    "distance of features at which clusters are no longer joined, such as the "
-    "published 31 for a ViT-B of ImageNet-1k; None: the mean distance of two images",
+    "distance of features at which clusters are no longer joined, as the published 31 "
+    "for a ViT-B of ImageNet-1k; None: the mean distance of two images",
     check=checks.not_negative,
   )
   classifier: str = field(
