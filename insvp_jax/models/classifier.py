@@ -53,7 +53,7 @@ class PromptedClassifier(nn.Module):
     size = self.prompter.prompted_size()
     tokens = self.backbone.embed(prompted, adaptation, size=size)
     feature = self.backbone.encode(tokens, adaptation)
-    return self.prompter.adapt_feature(feature, train=train)
+    return self.prompter.adapt_feature(feature, images, train=train)
 
   def __call__(
     self, images: Float[Array, "b h w c"], *, train: bool = False

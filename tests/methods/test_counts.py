@@ -142,7 +142,7 @@ def trainable_count(name, fields, num_classes=100):
   def everything(method, images):
     prompted = method.prompt_image(images)
     method.adapt_logits(jnp.zeros((1, spec.head_classes)))
-    method.adapt_feature(jnp.zeros((1, spec.width)))
+    method.adapt_feature(jnp.zeros((1, spec.width)), images)
     return method.adapt(images, prompted, embed=embed)
 
   def init(images):
@@ -221,6 +221,7 @@ def trainable_count(name, fields, num_classes=100):
     ("vp", {"classifier": "source"}, 69_840),
     ("ilm_vp", {}, 3 * 224**2),
     ("autovp", {"mapping": "frequency", "resize": False}, 3 * 224**2),
+    ("sidetune", {}, 9_547_585),
     # No published count: those of the design.
     ("lion", {}, 827 + 103_232),
     ("lion", {"layers": ("pixels",)}, 827),
