@@ -111,6 +111,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "tune.methods": ((), "methods side by side; empty: method alone"),
   "tune.lr": ((), "learning rates to try; empty: see --mode"),
   "tune.wd": ((), "weight decays to try; empty: see --mode"),
+  "tune.fields": (
+    (),
+    "fields of methods to try, e.g. (('autovp.mapping', ('full', 'frequency')),)",
+  ),
   "tune.seeds": ((), "seeds of the final runs; empty: seed alone"),
   "tune.select": ("val", "the split that chooses; there is no other"),
   "tune.population": (0, "trials that train together; 0: what the memory holds"),
@@ -491,3 +495,11 @@ def apply_overrides(config: ConfigDict, keys: Collection[str], tunes: bool) -> N
     value = (config[section] if section else config)[field]
     if config.tune[name] or (tunes and name in ("lr", "wd")):
       config.tune[name] = (value,)
+  if overridden := [name for name, _ in config.tune.fields if name in keys]:
+    if "tune.fields" in keys:
+      raise ValueError(
+        f"both --config.{overridden[0]} and a list of its values in "
+        "--config.tune.fields were given; leave one out."
+      )
+    rest = [pair for pair in config.tune.fields if pair[0] not in overridden]
+    config.tune.fields = tuple(rest)
