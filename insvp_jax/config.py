@@ -92,7 +92,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "optim.eps": (1e-8, "AdamW's term in the denominator"),
   "optim.momentum": (0.9, "SGD's momentum"),
   "optim.nesterov": (False, "SGD with Nesterov's momentum"),
-  "optim.schedule": ("cosine", "constant, cosine or cosine_epochwise"),
+  "optim.schedule": ("cosine", "constant, cosine, cosine_epochwise or multistep"),
   "optim.warmup_epochs": (0.0, "epochs of linear warm-up; or set warmup_steps"),
   "optim.warmup_steps": (0, "train steps of linear warm-up"),
   "optim.end_lr_factor": (0.0, "the last lr of a cosine, as a share of the peak"),
