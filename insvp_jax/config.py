@@ -495,11 +495,13 @@ def apply_overrides(config: ConfigDict, keys: Collection[str], tunes: bool) -> N
     value = (config[section] if section else config)[field]
     if config.tune[name] or (tunes and name in ("lr", "wd")):
       config.tune[name] = (value,)
-  if overridden := [name for name, _ in config.tune.fields if name in keys]:
+  # What is no pair is named by `config_checks`, later.
+  pairs = [pair for pair in config.tune.fields if isinstance(pair, tuple) and pair]
+  if overridden := [name for name, *_ in pairs if name in keys]:
     if "tune.fields" in keys:
       raise ValueError(
         f"both --config.{overridden[0]} and a list of its values in "
         "--config.tune.fields were given; leave one out."
       )
-    rest = [pair for pair in config.tune.fields if pair[0] not in overridden]
+    rest = [pair for pair in pairs if pair[0] not in overridden]
     config.tune.fields = tuple(rest)

@@ -629,6 +629,9 @@ def test_a_field_on_the_command_line_is_not_searched():
   config.mlp.dropout = 0.3
   config_lib.apply_overrides(config, {"mlp.dropout"}, tunes=True)
   assert config.tune.fields == (("mlp.hidden_layers", (1, 2)),)
+  # A comma is missing: said later, in one line.
+  wrong = search_config("mlp", tune__fields=("mlp.dropout", (0.1, 0.2)))
+  config_lib.apply_overrides(wrong, {"tune.fields"}, tunes=True)
   keys = {"mlp.hidden_layers", "tune.fields"}
   with pytest.raises(ValueError, match=r"both --config.mlp.hidden_layers and"):
     config_lib.apply_overrides(config, keys, tunes=True)
