@@ -24,7 +24,7 @@ def get_config(arg=""):
   config.optim.warmup_epochs = 0.3
   for method in ("vpt_shallow", "vpt_deep", "vfpt", "vapt", "gated"):
     config[method].prompt_length = 9
-  # These read the classes that a backbone was trained on; boxed has no head.
+  # These need as many source classes as there are classes, and boxed has ten.
   config.tune.methods = tuple(m for m in METHODS if m not in ("ilm_vp", "autovp"))
   config.tune.lr = (1e-3, 1e-2)
   config.tune.seeds = (0, 1, 2)

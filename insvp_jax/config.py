@@ -97,7 +97,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "optim.eps": (1e-8, "AdamW's term in the denominator"),
   "optim.momentum": (0.9, "SGD's momentum"),
   "optim.nesterov": (False, "SGD with Nesterov's momentum"),
-  "optim.schedule": ("cosine", "constant, cosine or cosine_epochwise"),
+  "optim.schedule": ("cosine", "constant, cosine, cosine_epochwise or multistep"),
   "optim.warmup_epochs": (0.0, "epochs of linear warm-up; or set warmup_steps"),
   "optim.warmup_steps": (0, "train steps of linear warm-up"),
   "optim.end_lr_factor": (0.0, "the last lr of a cosine, as a share of the peak"),
@@ -116,6 +116,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "tune.methods": ((), "methods side by side; empty: method alone"),
   "tune.lr": ((), "learning rates to try; empty: see --mode"),
   "tune.wd": ((), "weight decays to try; empty: see --mode"),
+  "tune.fields": (
+    (),
+    "fields of methods to try, e.g. (('autovp.mapping', ('full', 'frequency')),)",
+  ),
   "tune.seeds": ((), "seeds of the final runs; empty: seed alone"),
   "tune.select": ("val", "the split that chooses; there is no other"),
   "tune.population": (0, "trials that train together; 0: what the memory holds"),
@@ -496,3 +500,13 @@ def apply_overrides(config: ConfigDict, keys: Collection[str], tunes: bool) -> N
     value = (config[section] if section else config)[field]
     if config.tune[name] or (tunes and name in ("lr", "wd")):
       config.tune[name] = (value,)
+  # What is no pair is named by `config_checks`, later.
+  pairs = [pair for pair in config.tune.fields if isinstance(pair, tuple) and pair]
+  if overridden := [name for name, *_ in pairs if name in keys]:
+    if "tune.fields" in keys:
+      raise ValueError(
+        f"both --config.{overridden[0]} and a list of its values in "
+        "--config.tune.fields were given; leave one out."
+      )
+    rest = [pair for pair in pairs if pair[0] not in overridden]
+    config.tune.fields = tuple(rest)

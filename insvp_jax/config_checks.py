@@ -1,5 +1,6 @@
 """What can be checked of a configuration before any data or device is touched."""
 
+from collections.abc import Sequence
 import os
 from pathlib import Path
 import re
@@ -9,6 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
+from insvp_jax import trees
+from insvp_jax.methods import METHODS, fields
 
 
 def validate(config: ConfigDict) -> None:
@@ -264,6 +267,7 @@ def _check_tune(tune: ConfigDict) -> None:
       if key == "seeds":
         _check_number("config.tune.seeds has", value, int, *_SEED)
     _check_unique(key, tune[key])
+  _check_tuned_fields(tune.fields)
   for key, values in tune.grid.items():
     for value in values:
       numbers = value if isinstance(value, tuple | list) else (value,)
@@ -274,6 +278,47 @@ def _check_tune(tune: ConfigDict) -> None:
       for number in numbers:
         _check_number(f"config.tune.grid.{key} has", number, float, -_LARGEST, _LARGEST)
     _check_unique(f"grid.{key}", values)
+
+
+_PAIRS = (
+  "pairs of a method's field and its values, e.g. "
+  "--config.tune.fields=\"(('autovp.mapping', ('full', 'frequency')),)\""
+)
+
+
+def _check_tuned_fields(pairs: Sequence[Any]) -> None:
+  """Checks `config.tune.fields`: form, names, types of the values.
+
+  Whether a field can have a value, its method says, once there is one.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  for pair in pairs:
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    if not (is_pair and isinstance(pair[0], str) and isinstance(pair[1], tuple | list)):
+      raise ValueError(f"config.tune.fields has {pair!r}, expected {_PAIRS}.")
+    name, values = pair
+    if not values or None in values or any(values.count(x) > 1 for x in values):
+      raise ValueError(
+        f"config.tune.fields: {name} has the values {values!r}, expected one or more, "
+        "each once, and none of them None."
+      )
+    method, _, field = name.partition(".")
+    known = {
+      f"{section}.{each}"
+      for section in config_lib.method_sections()
+      for each in fields.declared(METHODS[section])
+    }
+    if name not in known:
+      raise ValueError(
+        f"config.tune.fields: {name} is no field of a method, such as autovp.mapping."
+        f"{trees.did_you_mean(name, sorted(known))}"
+      )
+    for value in values:
+      kind = fields.value_types(METHODS[method])[field]
+      _check_value(f"tune.fields: {name}", value, kind)
+  _check_unique("fields", tuple(name for name, _ in pairs))
 
 
 def _check_unique(key: str, values: tuple) -> None:

@@ -236,3 +236,54 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NpzHeader:
       f"{info.file_size - start.tell()}"
     )
   return header
+
+
+# --- .safetensors files.
+
+# What the format's own reader takes.
+_MAX_SAFETENSORS_HEADER = 100_000_000
+_SAFETENSORS_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
+
+def read_safetensors(
+  path: str | os.PathLike, names: Collection[str]
+) -> dict[str, np.ndarray]:
+  """Returns arrays of floating-point numbers in a `.safetensors` file, by name.
+
+  The file is the length of a header, the header in JSON, and the arrays.
+
+  Args:
+    path: the file.
+    names: of the arrays.
+
+  Raises:
+    OSError: it is missing or cannot be read.
+    ValueError: it is no such file, or an array is missing, of another type, or not
+      where the header says.
+  """
+  check_regular(path)
+  with open(path, "rb") as file:
+    num_bytes = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    start = 8 + length
+    if length > _MAX_SAFETENSORS_HEADER or start > num_bytes:
+      raise ValueError("it is no .safetensors file")
+    header = parse_json(file.read(length))
+    arrays = {}
+    for name in names:
+      entry = header.get(name) if isinstance(header, dict) else None
+      if entry is None:
+        raise ValueError(f"there is no array {name!r}")
+      try:
+        dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+        shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+        count = math.prod(shape)
+        is_right = min(shape, default=0) >= 0 and 0 <= first <= last
+        is_right &= last - first == count * dtype.itemsize and start + last <= num_bytes
+      except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the array {name!r} is {entry}") from error
+      if not is_right:
+        raise ValueError(f"the array {name!r} is not where its header says: {entry}")
+      file.seek(start + first)
+      arrays[name] = np.frombuffer(file.read(last - first), dtype).reshape(shape)
+  return arrays

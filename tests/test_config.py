@@ -18,6 +18,7 @@ from insvp_jax.data.preprocess import PRESETS
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.models.classifier import BACKBONE_FIELDS, create_backbone
 from insvp_jax.models.heads import HEAD_INITS
+from insvp_jax.search import trials
 from insvp_jax.train import optim
 
 CONFIGS = (
@@ -26,6 +27,7 @@ CONFIGS = (
   "folder",
   "hta",
   "methods",
+  "pixels",
   "pretrain",
   "quickstart",
   "vtab",
@@ -446,6 +448,33 @@ def test_a_shipped_config_is_valid(root, name):
 
 def test_these_are_all_shipped_configs(root):
   assert sorted(p.stem for p in (root / "configs").glob("*.py")) == sorted(CONFIGS)
+
+
+@pytest.mark.parametrize("method", ["vp", "ilm_vp", "autovp"])
+@pytest.mark.parametrize("backbone", ["augreg_b16_i21k", "boxed"])
+def test_the_pixel_methods_as_published_and_as_ours(root, method, backbone):
+  args = f"method={method},backbone={backbone}"
+  for options in ("", ",published=no", ",search=yes"):
+    config = load(root, "pixels", args + options)
+    config_checks.validate(config)
+    optim.create_schedule(config.optim, total_steps=10**4, steps_per_epoch=100)
+    is_ours = options == ",published=no"
+    assert (config.optim.wd, config.batch_size) == (0.0, 128)
+    assert bool(config.tune.lr) == bool(config.tune.seeds) == is_ours
+    expected = {"vp": (40.0, 1000.0)}.get(method, (config.optim.lr, 200.0))
+    assert is_ours or (config.optim.lr, config.total_epochs) == expected
+    vit = create_backbone(
+      config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
+    )
+    points = trials.points(trials.grid_of(config, default=False))
+    searched = method == "autovp" and options == ",search=yes"
+    assert len(points) == (18 if searched else len(config.tune.lr) or 1)
+    for point in points:
+      kwargs = config_lib.method_kwargs(trials.at(config, **point))
+      created = methods.create_method(method, vit.spec, 10, **kwargs)
+      assert created.reads_source_head() == (method != "vp" or not is_ours)
+  with pytest.raises(ValueError, match="published is 'maybe', expected yes or no"):
+    load(root, "pixels", "published=maybe")
 
 
 def test_vtab_takes_a_task_or_a_group(root):

@@ -30,6 +30,7 @@ from insvp_jax.methods.lora import LoRA
 from insvp_jax.methods.mlp import MLP
 from insvp_jax.methods.partial import Partial
 from insvp_jax.methods.repadapter import RepAdapter
+from insvp_jax.methods.sidetune import Sidetune
 from insvp_jax.methods.ssf import SSF
 from insvp_jax.methods.transhp import TransHP
 from insvp_jax.methods.vapt import VAPT
@@ -82,6 +83,7 @@ METHODS: dict[str, type[Method]] = {
   "adaptformer": AdaptFormer,
   "adapter_plus": AdapterPlus,
   "convpass": Convpass,
+  "sidetune": Sidetune,
   "lion": LION,
 }
 

@@ -222,10 +222,20 @@ class Method(nn.Module):
     return Adaptation()
 
   def adapt_feature(
-    self, feature: Float[Array, "b d"], *, train: bool = False
+    self,
+    feature: Float[Array, "b d"],
+    images: Float[Array, "b h w c"],
+    *,
+    train: bool = False,
   ) -> Float[Array, "b d"]:
-    """Returns the feature as the head shall see it."""
-    del train
+    """Returns the feature as the head shall see it.
+
+    Args:
+      feature: of the backbone.
+      images: normalised, before `prompt_image`.
+      train: whether dropout is on.
+    """
+    del images, train
     return feature
 
   @nn.nowrap

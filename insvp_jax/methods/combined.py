@@ -124,9 +124,9 @@ class Combined(Method):
       prompts=prompts[0] if prompts else None,
     )
 
-  def adapt_feature(self, feature, *, train=False):
+  def adapt_feature(self, feature, images, *, train=False):
     for part in self._bound().values():
-      feature = part.adapt_feature(feature, train=train)
+      feature = part.adapt_feature(feature, images, train=train)
     return feature
 
   @nn.nowrap

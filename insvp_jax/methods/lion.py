@@ -197,7 +197,8 @@ class LION(Method):
       return images
     return images + self.pixels(images, train=train).astype(images.dtype)
 
-  def adapt_feature(self, feature, *, train=False):
+  def adapt_feature(self, feature, images, *, train=False):
+    del images
     if "feature" not in self.layers:
       return feature
     prompt = self.feature(feature[:, None, None], train=train)

@@ -7,6 +7,7 @@
 |---|---|
 | InsVP, AdamW | every lr and wd of InsVP's published scripts (sh/*.sh), unscaled |
 | prompts, linear, MLP, SGD | VPT's tune_vtab.py; lr is per 256 images; momentum 0.9 |
+| Sidetune, AdamW | VPT's finetune grid |
 | full and partial, AdamW | VPT's finetune grid without its lr of 1e-3 and above |
 | Adapter+, AdamW | its lr of 1e-3 and wd of 1e-4 (conf/train), and lrs around it |
 | pixels, SGD | VP's lr of 40 and wd of 0 (main_vision.py), and smaller lrs |
@@ -15,7 +16,7 @@
 | others, AdamW | an audit of 14 methods, each tuned on VTAB-1k's val200 |
 
 VPT: Jia et al., ECCV 2022; E2VPT, VFPT, VAPT and gated prompts took its grid over;
-which one it gave to bias tuning its code does not say.
+which one it gave to bias tuning and Sidetune its code does not say.
 With an lr of 1e-3 and above full fine-tuning collapses on VTAB-1k (the audit: 58.5% on
 average over the 19 tasks), while lr 1e-4 reaches 74% (Adapter+, Steitz and Roth 2024).
 """
@@ -51,6 +52,9 @@ _VPT = Grid(
   lr_scale_by_batch=256,
 )
 _FULL = Grid(lr=(1e-4, 5e-4), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256)
+_SIDETUNE = Grid(
+  lr=(1e-4, 5e-4, 1e-3, 5e-3), wd=(0.0, 1e-4, 1e-3, 1e-2), lr_scale_by_batch=256
+)
 _AUDIT = Grid(lr=(1e-3, 1e-2), wd=(1e-4, 1e-3))
 _PIXELS = Grid(lr=(0.1, 1.0, 10.0, 40.0), wd=(0.0,))
 _DAM_VP = dataclasses.replace(_PIXELS, head_lr=0.1)
@@ -63,6 +67,7 @@ _METHODS = {
     (
       _VPT,
       *("vpt_shallow", "vpt_deep", "e2vpt", "vfpt", "vapt", "gated", "linear", "mlp"),
+      "sidetune",
     ),
     (_PIXELS, "vp", "ilm_vp", "autovp"),
     (_DAM_VP, "dam_vp"),
@@ -71,6 +76,7 @@ _METHODS = {
     (_INSVP, "insvp"),
     (_FULL, "full", "partial"),
     (_ADAPTER_PLUS, "adapter_plus"),
+    (_SIDETUNE, "sidetune"),
     (_LION, "lion"),
     (
       _AUDIT,

@@ -226,7 +226,7 @@ def _find_scores(
   search: Any, chosen: trials.Point, workdir: Path, on_log: Any
 ) -> dict[str, list]:
   """Returns the scores of the masks' entries, from the file or newly computed."""
-  config, prepared = trials.at(search.config, **chosen), search.prepared
+  config, prepared = trials.at(search.config, **chosen), search.prepared_for(chosen)
   data_sha256 = report.data_digest(config, prepared.data, test=False)
   digest = trials.settings(config, (), prepared.backbone, data_sha256)
   path = workdir / trials.FILE

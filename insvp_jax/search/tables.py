@@ -93,7 +93,8 @@ def _searched_hparams(summary: Mapping[str, Any]) -> list[str]:
 def _number(value: Any) -> str:
   if isinstance(value, tuple | list):
     return ", ".join(map(_number, value))
-  return f"{value:g}" if isinstance(value, float | int) else str(value)
+  is_number = isinstance(value, float | int) and not isinstance(value, bool)
+  return f"{value:g}" if is_number else str(value)
 
 
 def _cell(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The trials of a search: which there are, where they are kept, which is chosen.
 
-A trial is a point of a grid: {"lr": ..., "wd": ..., further hparams of the method}.
+A trial is a point of a grid: {"lr": ..., "wd": ..., further hparams of the method}, and
+fields of methods by "<method>.<field>", which make another program of it.
 Each finished one is a line of `trials.jsonl`, on disk before the next begins.
 """
 
@@ -28,7 +29,7 @@ Point = dict[str, Any]
 
 
 def check_keys(config: ConfigDict) -> None:
-  """Checks that each further hparam of the grid belongs to one of the methods.
+  """Checks that each further hparam or field belongs to one of the methods.
 
   Raises:
     ValueError: it does not; the message has the nearest that does.
@@ -43,6 +44,23 @@ def check_keys(config: ConfigDict) -> None:
         f"config.tune.grid.{key} is no hparam of {', '.join(methods)}."
         f"{trees.did_you_mean(key, known)} {names}"
       )
+  searched = {part for method in methods for part in parts_of(method)}
+  for name, _ in config.tune.fields:
+    if name.partition(".")[0] not in searched:
+      raise ValueError(
+        f"config.tune.fields has {name}, but the search is over {', '.join(methods)}; "
+        "add the method to config.tune.methods, or leave its field out."
+      )
+
+
+def fields_of(point: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what of a point is a field of a method: {"<method>.<field>": value}."""
+  return {name: value for name, value in point.items() if "." in name}
+
+
+def hparams_of_point(point: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the names of a point's hparams beside lr and wd, which are data."""
+  return tuple(n for n in point if n not in ("lr", "wd") and "." not in n)
 
 
 def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
@@ -58,8 +76,13 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
   tune, method = config.tune, config.method
   names = hparams_of(method)
   hparams = {k: v for k, v in tune.grid.items() if v and k in names}
+  fields = {
+    name: tuple(values)
+    for name, values in tune.fields
+    if name.partition(".")[0] in parts_of(method)
+  }
   grid = published_grid(config) if default and not tune.lr else None
-  if default and not (tune.lr or tune.wd or hparams or grid):
+  if default and not (tune.lr or tune.wd or hparams or fields or grid):
     raise ValueError(
       f"the grid is empty: config.tune.lr is (), and the method {method!r} has no grid "
       f"of its own for the optimizer {config.optim.name!r}. Give one, e.g. "
@@ -67,6 +90,7 @@ def grid_of(config: ConfigDict, default: bool) -> dict[str, tuple]:
     )
   lr, wd = (grid.lr, grid.wd) if grid else ((config.optim.lr,), (config.optim.wd,))
   return {
+    **fields,
     "wd": tuple(map(float, tune.wd or wd)),
     "lr": tuple(map(float, tune.lr or lr)),
     **hparams,
@@ -89,7 +113,7 @@ def scaled(config: ConfigDict, default: bool) -> ConfigDict:
 
 
 def points(grid: Mapping[str, tuple]) -> list[Point]:
-  """Returns all points of a grid; the lr varies before the wd, the others last."""
+  """Returns all points of a grid; the lr varies before the wd, fields last."""
   hparams = [name for name in grid if name not in ("lr", "wd")]
   # The last factor of a product varies first.
   names = (*hparams, *(name for name in grid if name in ("lr", "wd")))
@@ -112,6 +136,10 @@ def at(config: ConfigDict, **changes: Any) -> ConfigDict:
   }
   for key, value in changes.items():
     value = tuple(value) if isinstance(value, list) else value
+    if "." in key:
+      method, _, field = key.partition(".")
+      copy[method][field] = value
+      continue
     methods = [part for part in parts_of(copy.method) if key in copy.get(part, {})]
     # Of several methods a field of that name is set for each.
     for section in [sections[key]] if key in sections else [copy[m] for m in methods]:
@@ -125,7 +153,8 @@ def point_text(point: Mapping[str, Any]) -> str:
   def text(value: Any) -> str:
     if isinstance(value, tuple | list) and np.size(value) > 2:  # a mask
       return f"{np.sum(value)} of {np.size(value)}"
-    return f"{value:g}" if isinstance(value, float | int) else str(value)
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    return f"{value:g}" if is_number else str(value)
 
   return ", ".join(f"{name} {text(value)}" for name, value in point.items())
 
@@ -147,6 +176,7 @@ def settings(
   varied = {"lr": "optim/lr", "wd": "optim/wd"}
   parts = parts_of(config.method)
   skipped = {varied.get(name, f"{part}/{name}") for name in names for part in parts}
+  skipped |= {name.replace(".", "/") for name in names if "." in name}
   others = set(config_lib.method_sections()) - set(parts)
   shaping = {
     name: value

@@ -14,6 +14,7 @@ the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 202
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 import statistics
@@ -29,10 +30,12 @@ from insvp_jax.checkpoints.files import Damaged, load_json
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json, write_text
-from insvp_jax.methods import create_method, parts_of
+from insvp_jax.methods import parts_of
+from insvp_jax.models.classifier import create_model
 from insvp_jax.search import population, pruning, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
 from insvp_jax.train import evaluate, report, trainer
+from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state
 from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
@@ -45,9 +48,10 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   """Does what a config asks for: one run, or search, retraining and a table.
 
   With `config.tune` empty this is `trainer.train` alone. Otherwise each method of
-  `tune.methods` tries every point of `tune.lr` x `tune.wd` x `tune.grid` on the train
-  split, is chosen by its last accuracy on val, and is trained again, on what the task's
-  protocol says (`TaskData.final_split`), for each of `tune.seeds`; only these runs
+  `tune.methods` tries every point of `tune.lr` x `tune.wd` x `tune.grid`, crossed with
+  its fields in `tune.fields`, on the train split, is chosen by its last accuracy on
+  val, and is trained again, on what the task's protocol says (`TaskData.final_split`),
+  for each of `tune.seeds`; only these runs
   ever see the test split. Finished trials and runs are not repeated when the same
   command is started again.
 
@@ -118,7 +122,7 @@ def first_run(
 def _is_search(config: ConfigDict, mode: str) -> bool:
   tune = config.tune
   lists = (tune.methods, tune.lr, tune.wd, tune.seeds, *tune.grid.values())
-  lists += tuple(tune.prune.values())
+  lists += (tune.fields, *tune.prune.values())
   return mode == "tune" or (mode == "auto" and any(lists))
 
 
@@ -129,7 +133,7 @@ class Search:
     config: of the method; a point of the grid replaces some hparams of it.
     points: of the grid.
     names: of the points' hparams.
-    prepared: data, weights and the trials' program.
+    prepared: data, weights and the program of the first trials; see `prepared_for`.
     percents: to be pruned of each mask; see `pruning`.
   """
 
@@ -157,16 +161,19 @@ class Search:
     self.percents = pruning.percents_of(config, mode == "tune")
     if self.has_choice or self.percents:
       config = trials.at(config, train_split="train")
-    hparams = tuple(name for name in self.names if name not in ("lr", "wd"))
     configs = [trials.at(config, **point) for point in self.points]
-    # The program is the same for all points: what differs is data.
+    for each in configs:
+      # A value that a field cannot have shows before data are read.
+      program_lib.input_size(each)
+    hparams = trials.hparams_of_point(self.points[0])
+    # The program is the same for all points of equal fields: what differs is data.
     self.prepared = prepare(configs[0], like=like, hparams=hparams)
+    self._latest = trials.fields_of(self.points[0]), self.prepared
     # Automatic until now. The final runs keep what the trials had.
     self.config = trials.at(config, batch_size=configs[0].batch_size)
-    spec = self.prepared.program.model.backbone.spec
     for each in configs:
-      num_classes = self.prepared.data.num_classes
-      create_method(each.method, spec, num_classes, **config_lib.method_kwargs(each))
+      kwargs = program_lib.model_kwargs(each, self.prepared.data.num_classes)
+      create_model(**kwargs)
     chosen = (*(self.names if self.has_choice else ()), *self.percents)
     if chosen and not {"train", "val"} <= set(self.prepared.data.splits):
       empty = "".join(f", config.tune.prune.{name} to ()" for name in self.percents)
@@ -192,6 +199,19 @@ class Search:
     """The split that the final runs train on."""
     data = self.prepared.data
     return data.final_split if data.final_split in data.splits else "train"
+
+  def prepared_for(self, point: trials.Point) -> Prepared:
+    """Returns data, weights and program of a point's trial.
+
+    Kept is the latest: points of equal fields follow each other.
+    """
+    fields = trials.fields_of(point)
+    if self._latest[0] != fields:
+      config = trials.at(self.config, **point)
+      hparams = trials.hparams_of_point(point)
+      like = self._latest[1]
+      self._latest = fields, prepare(config, like=like, hparams=hparams)
+    return self._latest[1]
 
   def work(self) -> Work:
     """Returns what there is to do."""
@@ -259,18 +279,19 @@ class Search:
     missing = [point for point in self.points if trials.find(finished, point) is None]
     if missing:
       with trainer.hold_workdir(workdir / "search"):
-        for trial in self._run_trials(missing, workdir / "search", on_log):
-          # As it will be read: pairs become lists.
-          trial = json.loads(json.dumps({**trial, "settings": digest}))
-          trials.append(path, trial)
-          finished.append(trial)
+        for _, group in itertools.groupby(missing, trials.fields_of):
+          for trial in self._run_trials(list(group), workdir / "search", on_log):
+            # As it will be read: pairs become lists.
+            trial = json.loads(json.dumps({**trial, "settings": digest}))
+            trials.append(path, trial)
+            finished.append(trial)
     return [trials.find(finished, point) for point in self.points]
 
   def _run_trials(
     self, points: list[trials.Point], workdir: Path, on_log: OnLog | None
   ) -> Iterator[dict[str, Any]]:
-    """Yields the trials of some points, population by population."""
-    prepared, start = self.prepared, 0
+    """Yields the trials of points of equal fields, population by population."""
+    prepared, start = self.prepared_for(points[0]), 0
     configs = [trials.at(self.config, **point) for point in points]
     limit = population.population_size(
       configs, prepared.program, prepared.data.splits["train"]

@@ -4,6 +4,9 @@ insvp export --run=runs/pretrain --output=backbone.npz
 
 Without the command `insvp` it is python -m insvp_jax.tools.export.
 A method that can be folded into a plain backbone, such as LoRA, is folded into it.
+With --with_head the run's linear head comes along, for methods that read the classes a
+backbone was trained on; whoever does not ask for it (head_classes) loads the same file
+without it.
 It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
 trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
 backbone in the box.
@@ -18,7 +21,12 @@ from insvp_jax import tools
 
 
 def export_backbone(
-  run: Any, output: Path, *, dtype: str = "float32", command: str = ""
+  run: Any,
+  output: Path,
+  *,
+  dtype: str = "float32",
+  command: str = "",
+  with_head: bool = False,
 ) -> dict[str, Any]:
   """Writes `output` and its description; returns the description.
 
@@ -29,10 +37,11 @@ def export_backbone(
     output: path of the .npz.
     dtype: of the stored values, "float32" or "float16" (half the size).
     command: that trained the run; it is stored in the description.
+    with_head: write the run's head, too.
 
   Raises:
-    ValueError: unknown dtype, values that float16 cannot hold, or a method that
-      cannot be folded into a backbone.
+    ValueError: unknown dtype, values that float16 cannot hold, a method that cannot be
+      folded into a backbone, or a head that is not one dense layer.
     OSError: the files cannot be written.
   """
   from insvp_jax.logs.writers import write_json
@@ -40,6 +49,14 @@ def export_backbone(
   from insvp_jax.models.weights.releases import ARCHITECTURE
 
   backbone = merging.merge(run.model, run.params)
+  if with_head:
+    head = run.params.get("head", {})
+    if set(head) != {"kernel", "bias"}:
+      raise ValueError(
+        "this run has no head of one dense layer that could be written with its "
+        "backbone; leave --with_head out."
+      )
+    backbone = {**backbone, "head": head}
   weights.save_backbone(backbone, output, dtype=dtype)
   vit = run.model.backbone
   result = run.result or {}
@@ -57,6 +74,8 @@ def export_backbone(
     "command": command,
     "versions": run.meta["versions"],
   }
+  if with_head:
+    description["head_classes"] = len(run.params["head"]["bias"])
   write_json(output.with_suffix(".json"), description)
   return description
 
@@ -73,6 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   parser.add_argument("--output", required=True, type=Path, help="path of the .npz")
   parser.add_argument("--dtype", default="float32", help="float32 or float16")
   parser.add_argument("--command", default="", help="that trained it, to be recorded")
+  parser.add_argument("--with_head", action="store_true", help="write its head, too")
   args = parser.parse_args(argv)
 
   def work() -> None:
@@ -82,7 +102,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     run = load_run(args.run)
     description = export_backbone(
-      run, args.output, dtype=args.dtype, command=args.command
+      run,
+      args.output,
+      dtype=args.dtype,
+      command=args.command,
+      with_head=args.with_head,
     )
     size = args.output.stat().st_size / 2**20
     print(f"{args.output}: {size:.2f} MiB, sha256 {description['sha256']}")

@@ -57,8 +57,9 @@ def create_schedule(
     cosine: half a cosine from 1 (at W) to end_lr_factor (at T).
     cosine_epochwise: the factor changes only between epochs. Epoch e of a warm-up
       of W epochs has e / W, so that the first epoch trains with lr 0, as VPT does.
-  In the warm-up of the first two, update i (from 0) has (i + 1) / W: 1 / W at first,
-  1 at updates W - 1 and W. Train step s (from 0) belongs to update
+    multistep: 1, a tenth after half of the updates behind W, a hundredth after 72%.
+  In the warm-up of all but cosine_epochwise, update i (from 0) has (i + 1) / W: 1 / W
+  at first, 1 at updates W - 1 and W. Train step s (from 0) belongs to update
   s // accumulate_steps.
 
   Args:
@@ -71,7 +72,8 @@ def create_schedule(
       not end before the run does.
 
   Source: cosine_epochwise is the schedule of VPT (Jia et al., ECCV 2022), the linear
-    start at lr / W that of InsVP (Liu et al., ACM MM 2024).
+    start at lr / W that of InsVP (Liu et al., ACM MM 2024), multistep that of ILM-VP
+    (Chen et al., CVPR 2023) and AutoVP (Tsao et al., ICLR 2024).
   """
   check_optim(optim)
   create = trees.lookup(SCHEDULES, optim["schedule"], "schedule")
@@ -202,6 +204,13 @@ def _stepwise(decay: Callable[[float, int, float], Schedule]):
   return create
 
 
+def _multistep(peak: float, num_updates: int, end: float) -> Schedule:
+  del end
+  # In whole numbers: 72% of 200 epochs is the start of one.
+  boundaries = {-(-num_updates * percent // 100): 0.1 for percent in (50, 72)}
+  return optax.piecewise_constant_schedule(peak, boundaries)
+
+
 def _create_cosine_epochwise(
   optim: Config, total_steps: int, steps_per_epoch: int
 ) -> Schedule:
@@ -289,6 +298,7 @@ def _check_trainable(params: Mapping[str, Any], mask: Mapping[str, Any]) -> None
 SCHEDULES = {
   "constant": _stepwise(lambda peak, _steps, _end: optax.constant_schedule(peak)),
   "cosine": _stepwise(optax.cosine_decay_schedule),
+  "multistep": _stepwise(_multistep),
   "cosine_epochwise": _create_cosine_epochwise,
 }
 OPTIMIZERS = {"adamw": _create_adamw, "sgd": _create_sgd}

@@ -143,7 +143,7 @@ def trainable_count(name, fields, num_classes=100):
     routed = {"route": jnp.zeros(1, jnp.int32)} if method.routes() else {}
     prompted = method.prompt_image(images, **routed)
     method.adapt_logits(jnp.zeros((1, spec.head_classes)))
-    method.adapt_feature(jnp.zeros((1, spec.width)))
+    method.adapt_feature(jnp.zeros((1, spec.width)), images)
     return method.adapt(images, prompted, embed=embed)
 
   def init(images):
@@ -225,6 +225,7 @@ def trainable_count(name, fields, num_classes=100):
     ("dam_vp", {"max_clusters": 5}, 5 * 69_840),
     ("ilm_vp", {}, 3 * 224**2),
     ("autovp", {"mapping": "frequency", "resize": False}, 3 * 224**2),
+    ("sidetune", {}, 9_547_585),
     # No published count: those of the design.
     ("lion", {}, 827 + 103_232),
     ("lion", {"layers": ("pixels",)}, 827),

@@ -48,6 +48,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "adaptformer": {"hidden": 2},
   "adapter_plus": {"hidden": 2},
   "convpass": {"hidden": 2},
+  "sidetune": {"channels": (4, 6, 8, 6, 4)},
   "lion": {"channels": 2, "hidden": 4},
   "repadapter": {"hidden": 2},
   "fact_tt": {"rank": 2},
@@ -199,6 +200,7 @@ def test_no_image_sees_the_others_and_bfloat16_fits(name):
 DEARER = {
   # The frozen half of a pass has no gradient of weights; these train weights.
   "full": 3.1,
+  "sidetune": 3.1,
 }
 
 

@@ -49,7 +49,7 @@ class Example(Method):
   )
   rate: float | int = field(0, "a rate", check=checks.rate, hparam=True)
 
-  def adapt_feature(self, feature, *, train=False):
+  def adapt_feature(self, feature, images, *, train=False):
     return self.hparam("rate") * feature
 
 
@@ -89,9 +89,9 @@ def test_equal_fields_make_equal_methods():
 def test_an_hparam_is_the_field_or_data():
   method = Example(SPEC, rate=0.5)
   feature = jnp.ones((2, 4))
-  assert jnp.all(method.apply({}, feature, method="adapt_feature") == 0.5)
+  assert jnp.all(method.apply({}, feature, None, method="adapt_feature") == 0.5)
   variables = {"hparams": {"rate": jnp.float32(3.0)}}
-  assert jnp.all(method.apply(variables, feature, method="adapt_feature") == 3.0)
+  assert jnp.all(method.apply(variables, feature, None, method="adapt_feature") == 3.0)
 
 
 def test_the_config_follows_from_the_declarations(monkeypatch):

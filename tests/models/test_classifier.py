@@ -60,8 +60,8 @@ def test_hooks_run_in_order_and_see_what_they_should():
       seen.append(("tokens", difference, train))
       return Adaptation(prompts=BlockPrompts(jnp.ones((1, 1, 2, self.spec.width))))
 
-    def adapt_feature(self, feature, *, train=False):
-      seen.append(("feature", feature.shape, train))
+    def adapt_feature(self, feature, images, *, train=False):
+      seen.append(("feature", feature.shape, float(images.sum()), train))
       return 2 * feature
 
   vit = ViT(patch_size=4, image_size=8, **TINY)
@@ -74,7 +74,7 @@ def test_hooks_run_in_order_and_see_what_they_should():
   assert seen == [
     ("image", 0.0, True),
     ("tokens", 1.0, True),
-    ("feature", (2, 16), True),
+    ("feature", (2, 16), 0.0, True),
   ]
   kernel, bias = params["head"]["kernel"], params["head"]["bias"]
   feature = model.apply({"params": params}, images, method="features")

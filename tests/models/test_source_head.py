@@ -52,6 +52,13 @@ def test_the_head_is_read_where_it_is_asked_for(saved, scan):
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_backbone_in_the_box_has_its_ten_classes_where_asked():
+  kwargs = {"num_classes": 3, "backbone_kwargs": {"head_classes": 10}}
+  head = load_backbone("boxed", create_model("boxed", "linear", **kwargs))["head"]
+  assert head["kernel"].shape == (128, 10) and np.ptp(head["kernel"]) > 0.1
+  assert "head" not in load_backbone("boxed", create_model("boxed", num_classes=3))
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

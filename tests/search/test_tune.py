@@ -539,3 +539,99 @@ def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
     tune.run(search_config(), tmp_path)
   lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
   assert len(lines) == 6
+
+
+def test_fields_make_programs_of_their_own_and_are_chosen_on_val(install, tmp_path):
+  def accuracy(config):
+    return 0.1 * config.mlp.hidden_layers + (config.optim.lr == 0.01) * 0.05
+
+  config = search_config("mlp", tune__lr=(0.1, 0.01), tune__wd=())
+  config.tune.fields = (("mlp.hidden_layers", (1, 2)), ("mlp.dropout", (0.0, 0.5)))
+
+  class Killed(BaseException):
+    pass
+
+  def killed(config):
+    if (config.mlp.hidden_layers, config.mlp.dropout) == (2, 0.5):
+      raise Killed
+    return accuracy(config)
+
+  fake = install(killed)
+  with pytest.raises(Killed):
+    tune.run(config, tmp_path)
+  path = tmp_path / "mlp" / "trials.jsonl"
+  before = path.read_text()
+  assert before.count("\n") == 6
+  fake = install(accuracy)
+  summary = tune.run(config, tmp_path)["mlp"]
+  # What was finished is kept; only the missing ones were tried.
+  assert path.read_text().startswith(before) and path.read_text().count("\n") == 8
+  assert [c.mlp.dropout for c, _ in fake.trials] == [0.5, 0.5]
+  assert [c.mlp.hidden_layers for c, _ in fake.trials] == [2, 2]
+  # Equal trials go to the smaller value.
+  chosen = {"lr": 0.01, "mlp.hidden_layers": 2, "mlp.dropout": 0.0}
+  assert {name: summary[name] for name in chosen} == chosen
+  assert summary["searched"] == ["lr", "wd", "mlp.hidden_layers", "mlp.dropout"]
+  for run, _, prepared, _ in fake.runs:
+    assert (run.mlp.hidden_layers, run.mlp.dropout) == (2, 0.0)
+    assert prepared.program.model.head.hidden_layers == 2
+  assert "mlp.dropout" in (tmp_path / "table.md").read_text()
+  fake = install(accuracy)
+  assert tune.run(config, tmp_path)["mlp"] == summary
+  assert not fake.trials and not fake.runs
+
+  # From the start: one program for the two lrs of each pair of fields.
+  fake = install(accuracy)
+  tune.run(config, tmp_path / "whole")
+  programs = [id(prepared.program) for _, prepared in fake.trials]
+  layers = [prepared.program.model.head.hidden_layers for _, prepared in fake.trials]
+  assert layers == [1] * 4 + [2] * 4 and len(set(programs)) == 4
+  assert programs[::2] == programs[1::2]
+  assert len({id(prepared.data) for _, prepared in fake.trials}) == 1
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (("mlp.dropout", (0.1,)), "has 'mlp.dropout', expected pairs of a method's field"),
+    ((("mlp.droput", (0.1,)),), "no field of a method.*Did you mean 'mlp.dropout'"),
+    ((("mlp.dropout", ()),), r"has the values \(\), expected one or more"),
+    ((("mlp.dropout", (0.1, 0.1)),), "each once"),
+    ((("mlp.dropout", (0.1,)), ("mlp.dropout", (0.2,))), "is there twice"),
+    ((("mlp.dropout", ("much",)),), "mlp.dropout is 'much', expected a number"),
+    ((("mlp.dropout", (0.1, 1.5)),), "dropout is 1.5, expected a dropout rate"),
+    ((("vp.location", ("padding",)),), "has vp.location, but the search is over mlp"),
+  ],
+)
+def test_wrong_fields_are_named_before_data_are_read(
+  install, monkeypatch, tmp_path, fields, message
+):
+  install(best_at(0.1))
+  monkeypatch.setattr(trainer, "load_data", lambda *_: pytest.fail("data were read"))
+  config = search_config("mlp", tune__fields=fields)
+  with pytest.raises(ValueError, match=message) as info:
+    tune.run(config, tmp_path)
+  assert "\n" not in str(info.value)
+
+
+def test_what_a_later_trial_lacks_shows_before_the_first_one_trains(install, tmp_path):
+  fake = install(best_at(0.1))
+  config = search_config("vp")
+  config.tune.fields = (("vp.classifier", ("trained", "source")),)
+  with pytest.raises(ValueError, match="its head is not kept: set head_classes"):
+    tune.run(config, tmp_path)
+  assert not fake.trials
+
+
+def test_a_field_on_the_command_line_is_not_searched():
+  config = search_config("mlp")
+  config.tune.fields = (("mlp.dropout", (0.1, 0.2)), ("mlp.hidden_layers", (1, 2)))
+  config.mlp.dropout = 0.3
+  config_lib.apply_overrides(config, {"mlp.dropout"}, tunes=True)
+  assert config.tune.fields == (("mlp.hidden_layers", (1, 2)),)
+  # A comma is missing: said later, in one line.
+  wrong = search_config("mlp", tune__fields=("mlp.dropout", (0.1, 0.2)))
+  config_lib.apply_overrides(wrong, {"tune.fields"}, tunes=True)
+  keys = {"mlp.hidden_layers", "tune.fields"}
+  with pytest.raises(ValueError, match=r"both --config.mlp.hidden_layers and"):
+    config_lib.apply_overrides(config, keys, tunes=True)

@@ -29,6 +29,24 @@ def test_the_backbone_comes_back_as_it_was(tmp_path, capsys):
   assert described["test_accuracy"] == 0.5 and described["command"] == "train it"
 
 
+def test_the_head_comes_along_where_it_is_asked_for(tmp_path, capsys):
+  workdir, model, params = make_run(tmp_path / "run", "linear")
+  output = tmp_path / "backbone.npz"
+  flags = ["--run", str(workdir), "--output", str(output), "--with_head"]
+  assert export.main(flags) == 0
+  described = json.loads(output.with_suffix(".json").read_text())
+  assert described["head_classes"] == 3
+  assert "head" not in weights.load_backbone(str(output), model)
+  with_head = model.backbone.clone(head_classes=3)
+  head = weights.load_backbone(str(output), with_head)["head"]
+  for name in ("kernel", "bias"):
+    np.testing.assert_array_equal(head[name], params["head"][name])
+  workdir, _, _ = make_run(tmp_path / "mlp", "mlp")
+  flags = ["--run", str(workdir), "--output", str(output), "--with_head"]
+  assert export.main(flags) == 2
+  assert "no head of one dense layer" in capsys.readouterr().err
+
+
 def test_half_precision_is_half_the_size(tmp_path):
   workdir, _, _ = make_run(tmp_path / "run", "linear")
   sizes = {}

@@ -127,6 +127,14 @@ def test_epochwise_has_the_factors_of_vpt():
       assert float(lr(step)) == pytest.approx(factor, abs=5e-5)
 
 
+def test_multistep_divides_the_lr_between_epochs():
+  run = {"total_steps": 200 * 7, "steps_per_epoch": 7}
+  lr = schedule(run, schedule="multistep", lr=1.0)
+  epochs = [float(lr(7 * epoch + step)) for epoch in range(200) for step in (0, 6)]
+  expected = [1.0] * 200 + [0.1] * 88 + [0.01] * 112
+  np.testing.assert_allclose(epochs, expected, rtol=1e-6)
+
+
 def test_lr_scales_with_the_images_of_an_update():
   assert float(schedule(lr_scale_by_batch=256)(0)) == pytest.approx(0.1 * 64 / 256)
   lr = schedule(lr_scale_by_batch=256, accumulate_steps=4)

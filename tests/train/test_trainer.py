@@ -269,7 +269,7 @@ class Remember(Method):
     self.share = self.param("share", nn.initializers.zeros, ())
     self.times = self.param("times", nn.initializers.zeros, ())
 
-  def adapt_feature(self, feature, *, train=False):
+  def adapt_feature(self, feature, images, *, train=False):
     return feature * (1 + self.share)
 
   def trainable_patterns(self):
