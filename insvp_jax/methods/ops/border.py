@@ -42,7 +42,9 @@ def shapes(side: int, size: int) -> dict[str, tuple[int, int, int]]:
   return dict(zip(SIDES, (flat, flat, upright, upright), strict=True))
 
 
-def image(leaves: Mapping[str, Float[Array, "..."]]) -> Float[Array, "..."]:
+def image(
+  leaves: Mapping[str, Float[Array | np.ndarray, "..."]],
+) -> Float[Array, "..."]:
   """Returns borders [..., S, S, 3] that are zero within.
 
   Args:

@@ -73,7 +73,8 @@ def read_vit(
     path: the file.
     shapes_only: read the headers alone. The leaves are zeros then, which take no
       memory, whatever size the headers claim.
-    with_head: read the head that the ViT was trained with, too.
+    with_head: read the head that the ViT was trained with, too; where the file has
+      none, that in `<name>_head.npz` beside it.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -97,6 +98,9 @@ def read_vit(
   _check_unique(new_names, path)
   arrays = _read_arrays(path, list(stored_names), shapes_only)
   leaves = {new_names[name]: array for name, array in arrays.items()}
+  beside = path.with_name(f"{path.stem}_head.npz")
+  if with_head and HEAD not in leaves and beside.is_file():
+    leaves |= _read_arrays(beside, _member_names(beside), shapes_only)
   if any(name.startswith(_STACKED) for name in leaves):
     layout = "big_vision's names, stacked blocks"
     try:
