@@ -91,7 +91,7 @@ def test_classes_with_near_features_become_one_coarse_class():
     return np.stack([images, -images], axis=1).astype(np.float32), None
 
   params = {"backbone": {}, "prompter": dict(init(method)), "head": {}}
-  prepared = method.prepare(params, lambda: iter(batches), Apply(backbone, logits=None))
+  prepared = method.prepare(params, lambda: iter(batches), Apply(backbone, None, None))
   two, three = prepared["prompter"]["hierarchy"]
   assert two[0] == two[2] != two[1] == two[3] == two[5]
   assert three[0] == three[2] != three[1] == three[3] != three[5] != three[0]
@@ -111,7 +111,7 @@ def test_as_many_coarse_classes_as_there_are_classes():
   }
   params = {"backbone": {}, "prompter": dict(init(method)), "head": {}}
   apply = Apply(
-    lambda params, images, adaptation=None: (images[:, None], None), logits=None
+    lambda params, images, adaptation=None: (images[:, None], None), None, None
   )
   prepared = method.prepare(params, lambda: iter([batch]), apply)
   np.testing.assert_array_equal(prepared["prompter"]["hierarchy"], [[0, 1]])

@@ -250,7 +250,7 @@ def test_class_means(name, kwargs, sources):
 
   params = {"backbone": {}, "prompter": dict(init(method)["params"]), "head": {}}
   shape = params["prompter"]["common_prompt"].shape
-  prepared = method.prepare(params, lambda: iter(batches), Apply(backbone, logits=None))
+  prepared = method.prepare(params, lambda: iter(batches), Apply(backbone, None, None))
   prompts = prepared["prompter"]["common_prompt"]
   assert prompts.shape == shape and prompts.dtype == np.float32
   # Images 1 and 3 are of class 0, 0 and 2 of class 2.
