@@ -44,7 +44,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
   "multihost": (bool, "join other processes; None: where a cluster is detected"),
   # The ViT; None is what its variant or release says.
-  "backbone.name": ("boxed", "a variant (B/16) or a release (vit_b16_i21k)"),
+  "backbone.name": (
+    "boxed",
+    "a variant (B/16), a release (vit_b16_i21k), a file, timm/... or hf-hub:...",
+  ),
   "backbone.weights": ("", "a path, a name, or random; empty: the release's"),
   "backbone.init": ("default", "how random weights are drawn: default or mimetic"),
   "backbone.width": (int, "token width d"),
@@ -53,7 +56,15 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.num_heads": (int, "attention heads"),
   "backbone.patch_size": (int, "pixels per side of a patch"),
   "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
-  "backbone.gelu": (str, "form of the activation: tanh or exact"),
+  "backbone.gelu": (str, "form of the activation: tanh, exact or quick"),
+  "backbone.mlp": (str, "gelu, or swiglu: a gated MLP"),
+  "backbone.class_token": (bool, "whether there is a class token; None: if it is pooled"),
+  "backbone.registers": (int, "further tokens without a position"),
+  "backbone.layer_scale": (bool, "keep LayerScale; None: where its branch is trained"),
+  "backbone.pre_norm": (bool, "normalise the tokens before the first block"),
+  "backbone.fc_norm": (bool, "normalise the feature in place of the tokens"),
+  "backbone.norm_eps": (float, "epsilon of the norms"),
+  "backbone.projection": (int, "width of a last layer, as CLIP's; 0: none"),
   "backbone.head_classes": (
     int,
     "classes of the head that the backbone was trained with, for methods that read it",
@@ -126,6 +137,8 @@ LARGEST_AUTOMATIC_BATCH = 32
 # The keys of the section backbone that are fields of `models.vit.ViT`.
 _VIT_FIELDS = (
   *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
+  *("mlp", "class_token", "registers", "layer_scale", "pre_norm", "fc_norm"),
+  *("norm_eps", "projection"),
   *("dtype", "remat", "scan", "skip_unread", "fused_attention", "head_classes"),
 )
 # What may change between a run and its resumption; all else shapes the result.

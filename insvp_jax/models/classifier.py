@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -92,10 +93,11 @@ class PromptedClassifier(nn.Module):
 def create_backbone(
   name: str, image_size: int = 0, overrides: Mapping[str, Any] | None = None
 ) -> ViT:
-  """Returns a ViT by variant ("Ti/16") or by a release's name ("vit_b16_i21k").
+  """Returns a ViT by variant ("Ti/16"), by a release's name or by its file of weights.
 
   Args:
-    name: a variant with its patch size, or a name of `pretrained.RELEASES`.
+    name: a variant with its patch size, a name of `RELEASES`, the path of a file, or a
+      repository ("timm/...", "hf-hub:...").
     image_size: pixels per side; 0 is the release's own, or 224.
     overrides: fields of `ViT` that replace the variant's; None leaves one alone.
 
@@ -111,10 +113,10 @@ def create_backbone(
         f"Known: {', '.join(known)}."
       )
   fields: dict[str, Any] = {"image_size": 224}
-  if "/" in name:
+  if "/" in name and not weights.is_file_name(name):
     fields |= decode_variant(name)
   else:
-    fields |= weights.architecture_of(name)
+    fields |= weights.architecture_of(name, overrides)
   fields |= {k: v for k, v in overrides.items() if v is not None}
   if image_size:
     fields["image_size"] = image_size
@@ -136,7 +138,8 @@ def create_model(
   """Returns the classifier of a backbone under a method.
 
   Args:
-    backbone: a variant ("Ti/16") or a release's name ("vit_b16_i21k", "boxed").
+    backbone: a variant ("Ti/16"), a release's name ("vit_b16_i21k", "boxed"), the path
+      of a file of weights, or a repository ("timm/...", "hf-hub:...").
     method: a key of `methods.METHODS`, several joined by "+", or a class of your own.
     num_classes: k, the width of the logits.
     image_size: pixels per side; 0 is the release's own, or 224.
@@ -154,10 +157,19 @@ def create_model(
     raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
   trees.lookup(HEAD_INITS, head_init, "head_init")
   vit = create_backbone(backbone, image_size, backbone_kwargs)
-  spec = dataclasses.replace(vit.spec, mean=tuple(mean), std=tuple(std))
-  prompter = methods.create_method(
-    method, spec, num_classes, **dict(method_kwargs or {})
-  )
+
+  def create_prompter(vit: ViT) -> Method:
+    spec = dataclasses.replace(vit.spec, mean=tuple(mean), std=tuple(std))
+    return methods.create_method(
+      method, spec, num_classes, **dict(method_kwargs or {})
+    )
+
+  prompter = create_prompter(vit)
+  asked = (backbone_kwargs or {}).get("layer_scale")
+  if vit.layer_scale and asked is None and not _trains_scaled(prompter):
+    # Exact and free: the factors are folded into the projections when they are loaded.
+    vit = vit.clone(layer_scale=False)
+    prompter = create_prompter(vit)
   if prompter.reads_source_head() and not vit.head_classes:
     raise ValueError(
       f"the method {method!r} reads the classes that the backbone was trained on, but "
@@ -165,3 +177,19 @@ def create_model(
       "number, e.g. 1000."
     )
   return PromptedClassifier(vit, prompter, prompter.head(Head(num_classes, head_init)))
+
+
+def _trains_scaled(prompter: Method) -> bool:
+  """Returns whether a method trains LayerScale or a projection that it scales."""
+  block = "backbone/Transformer/encoderblock"
+  leaves = [
+    f"{name}/{site}"
+    for name in (block, *(f"{block}_{i}" for i in range(prompter.spec.depth)))
+    for site in (
+      *("LayerScale_0/scale", "LayerScale_1/scale"),
+      *(f"MultiHeadDotProductAttention_0/out/{leaf}" for leaf in ("kernel", "bias")),
+      *(f"MlpBlock_0/Dense_1/{leaf}" for leaf in ("kernel", "bias")),
+    )
+  ]
+  patterns = prompter.trainable_patterns()
+  return any(re.fullmatch(p, leaf) for p in patterns for leaf in leaves)

@@ -16,6 +16,7 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.models.weights import is_file_name, vit_fields
 from insvp_jax.models.weights.releases import release_of
 from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
@@ -161,7 +162,7 @@ def run_meta(
   is_trainable = trees.flatten(program.mask)
   return {
     "format": 1,
-    "model": config_lib.to_dict(model_kwargs(config, data.num_classes)),
+    "model": config_lib.to_dict(_model_kwargs(config, program, data.num_classes)),
     "backbone": dict(backbone),
     "class_names": list(data.class_names),
     "preset": config.data.preset,
@@ -173,6 +174,21 @@ def run_meta(
     "config": config_lib.stored(config),
     "versions": versions(),
   }
+
+
+def _model_kwargs(
+  config: ConfigDict, program: Program, num_classes: int
+) -> dict[str, Any]:
+  """Returns the arguments of `create_model` that make the run's model anywhere.
+
+  The sizes of a backbone from a file are written out: the file may move.
+  """
+  kwargs, vit = model_kwargs(config, num_classes), program.model.backbone
+  if not is_file_name(kwargs["backbone"]):
+    return kwargs
+  fields = vit_fields(vit)
+  kwargs["image_size"] = fields.pop("image_size")
+  return {**kwargs, "backbone_kwargs": fields | kwargs["backbone_kwargs"]}
 
 
 def result(

@@ -1,0 +1,170 @@
+"""What is in a file of weights: which names it uses, below which prefix, and the leaves.
+
+`read` takes any file of `readers` and any names that are known: the `.npz` layouts of
+`npz`, and those of the modules in `NAMES`.
+"""
+
+from collections.abc import Iterable, Mapping
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from insvp_jax.models.weights import names_vit, npz, readers
+from insvp_jax.models.weights.npz import VitFile
+
+# Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `generic_names()`,
+# `invert(leaves, layout)`, and SKIPPED and BESIDE as there.
+NAMES = {"vit": names_vit}
+# Of several models in a file the one whose prefix has the first of these words, else
+# the one with none of them, else the one with the last.
+_PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
+_LAST = ("student", "momentum_encoder", "decoder", "text")
+_HEAD_REASON = "a head of its own is trained for every task"
+
+
+def read(
+  path: str | os.PathLike[str], *, shapes_only: bool = False, with_head: bool = False
+) -> VitFile:
+  """Reads the backbone in a file.
+
+  Args:
+    path: the file.
+    shapes_only: read the headers alone, as far as the format allows. The leaves are
+      zeros then.
+    with_head: read the head that the backbone was trained with, too.
+
+  Raises:
+    FileNotFoundError: there is no such file, or a part of it is missing.
+    ValueError: it is damaged, pickled, or holds no backbone that is known.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"there is no file {path}.")
+  kind = readers.kind_of(path)
+  if kind == "npz" and not _has_others_names(path) or not kind:
+    return npz.read_vit(path, shapes_only=shapes_only, with_head=with_head)
+  file = readers.open_arrays(path, kind)
+  prefix, architecture = find(path, file.shapes)
+  module = NAMES[architecture]
+  inside, skipped = {}, {}
+  for name in file.shapes:
+    short = name.removeprefix(prefix)
+    is_beside = name.split(".", 1)[-1] in module.BESIDE or name in module.BESIDE
+    if is_beside:
+      short = next(beside for beside in module.BESIDE if name.endswith(beside))
+    reason = None
+    if not name.startswith(prefix) and not is_beside:
+      reason = "not a part of the backbone"
+    elif re.match(r"(head|classifier|fc)\.[a-z]*$", short) and not with_head:
+      reason = _HEAD_REASON
+    else:
+      reason = next((v for k, v in module.SKIPPED.items() if re.fullmatch(k, short)), "")
+    if reason:
+      skipped[name] = reason
+    else:
+      inside[name] = short
+  if shapes_only:
+    zero = np.float32(0)
+    arrays = {name: np.broadcast_to(zero, file.shapes[name]) for name in inside}
+  else:
+    arrays = {n: _to_float32(a, n, path) for n, a in file.read(list(inside)).items()}
+  short_arrays = {inside[name]: array for name, array in arrays.items()}
+  try:
+    leaves = module.convert(short_arrays)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  layout = getattr(module, "layout_of", lambda names: None)(short_arrays)
+  text = layout.name if layout else f"the published names of {architecture}"
+  if prefix:
+    text += f", below {prefix!r}"
+  return VitFile(leaves, skipped, text, resize="bicubic", architecture=architecture)
+
+
+def find(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+  """Returns (prefix, architecture) of the backbone among the arrays of a file.
+
+  Raises:
+    ValueError: none is known; the message names what was found and the nearest family.
+  """
+  found = []
+  for prefix in _prefixes(shapes):
+    short = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    found += [(prefix, name) for name, m in NAMES.items() if m.recognise(short)]
+  if found:
+    return min(found, key=lambda item: (_rank(item[0]), len(item[0])))
+  raise ValueError(f"{path} holds no backbone that is known: {_describe(shapes)}")
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+  """Returns "" and all that stands before a dot and has no number in it."""
+  prefixes = {""}
+  for name in names:
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+      if parts[i - 1].isdigit():
+        break
+      prefixes.add(".".join(parts[:i]) + ".")
+  return sorted(prefixes)
+
+
+def _rank(prefix: str) -> float:
+  words = re.split(r"[._]", prefix) + prefix.split(".")
+  for i, word in enumerate(_PREFERRED):
+    if word in words:
+      return i
+  return 10 + max((i + 1 for i, w in enumerate(_LAST) if w in words), default=0)
+
+
+def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
+  """Returns what a file of no known family holds, and which family is nearest."""
+  names = {re.sub(r"\.\d+\.", ".{i}.", name) for name in shapes}
+  ends = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
+  families = {
+    family: {re.sub(r"\.\d+\.", ".{i}.", name) for name in known}
+    for module in NAMES.values()
+    for family, known in module.generic_names().items()
+  }
+  listed = ", ".join(f"{n} {tuple(s)}" for n, s in list(shapes.items())[:3])
+  text = f"it holds {len(shapes)} arrays" + (f", such as {listed}." if shapes else ".")
+  if not families or not shapes:
+    return text
+  nearest = max(families, key=lambda f: len(families[f] & ends) / len(families[f]))
+  shared = families[nearest] & ends
+  lacks = ", ".join(sorted(families[nearest] - ends)[:2])
+  if not shared:
+    return f"{text} No name is one of a known family: {', '.join(families)}."
+  return (
+    f"{text} The nearest known family is {nearest}: it has {len(shared)} of its "
+    f"{len(families[nearest])} kinds of names, but not {lacks}."
+  )
+
+
+def _has_others_names(path: Path) -> bool:
+  """Returns whether an `.npz` file holds names of `NAMES` rather than big_vision's."""
+  try:
+    shapes = readers.open_arrays(path, "npz").shapes
+    find(path, shapes)
+  except (OSError, ValueError):
+    return False
+  return not any(name.endswith(npz.EMBEDDING) for name in shapes)
+
+
+def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+  is_float = np.issubdtype(array.dtype, np.floating) or array.dtype == jnp.bfloat16
+  if not is_float:
+    raise ValueError(f"{name!r} in {path} is {array.dtype}, expected a float type.")
+  array = np.asarray(array, np.float32)
+  if not np.isfinite(array).all():
+    raise ValueError(
+      f"{name!r} in {path} holds NaN or infinite values; the file is unusable."
+    )
+  return array
+
+
+def fields(file: VitFile) -> dict[str, Any]:
+  """Returns the `ViT` fields that a file's names and shapes tell."""
+  return npz.fields(file.leaves) | names_vit.fields(file.leaves, file.layout)
