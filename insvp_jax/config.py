@@ -58,7 +58,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
   "backbone.gelu": (str, "form of the activation: tanh, exact or quick"),
   "backbone.mlp": (str, "gelu, or swiglu: a gated MLP"),
-  "backbone.class_token": (bool, "whether there is a class token; None: if it is pooled"),
+  "backbone.class_token": (
+    bool,
+    "whether there is a class token; None: if pooled",
+  ),
   "backbone.registers": (int, "further tokens without a position"),
   "backbone.layer_scale": (bool, "keep LayerScale; None: where its branch is trained"),
   "backbone.pre_norm": (bool, "normalise the tokens before the first block"),
@@ -78,7 +81,11 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.fsdp": (1, "devices that frozen weights are split over; set scan too"),
   # Where the images come from and how they become inputs.
   "data.root": ("", "folder or .zip of the images; empty: from TFDS"),
-  "data.preset": ("vtab", "pixels: vtab, vpt, insvp_release, cifar or modern"),
+  "data.preset": (
+    "",
+    "pixels: vtab, vpt, insvp_release, cifar, modern, imagenet, clip or siglip; empty: "
+    "as the backbone's",
+  ),
   "data.train_split": ("train", "the split that trains: train or train_val"),
   "data.val_fraction": (0.1, "share of a folder's train for val, if it has no val"),
   "data.test_fraction": (0.2, "share of a folder's train for test, if it has no test"),

@@ -76,7 +76,9 @@ def test_backbone_kwargs_reach_the_vit():
 def test_the_backbone_s_section_has_every_field_of_the_vit():
   config = defaults()
   config.backbone.update(width=8, depth=1, mlp_dim=8, num_heads=1, patch_size=4)
-  config.backbone.update(pool="gap", gelu="exact", head_classes=5)
+  config.backbone.update(pool="gap", gelu="exact", head_classes=5, mlp="swiglu")
+  config.backbone.update(class_token=True, registers=2, layer_scale=True)
+  config.backbone.update(pre_norm=True, fc_norm=True, norm_eps=1e-5, projection=4)
   # The image's size has a key of its own.
   assert {*config_lib.backbone_kwargs(config), "image_size"} == set(BACKBONE_FIELDS)
 

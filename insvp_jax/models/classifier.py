@@ -160,9 +160,7 @@ def create_model(
 
   def create_prompter(vit: ViT) -> Method:
     spec = dataclasses.replace(vit.spec, mean=tuple(mean), std=tuple(std))
-    return methods.create_method(
-      method, spec, num_classes, **dict(method_kwargs or {})
-    )
+    return methods.create_method(method, spec, num_classes, **dict(method_kwargs or {}))
 
   prompter = create_prompter(vit)
   asked = (backbone_kwargs or {}).get("layer_scale")

@@ -212,7 +212,9 @@ class MlpBlock(nn.Module):
   """Dense, GELU, dense; or, with mlp "swiglu", a gated one.
 
   The first layer of the gated one gives 2 `mlp_dim` channels: silu of the first half is
-  multiplied by the second one. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+  multiplied by the second one.
+
+  Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
   """
 
   mlp_dim: int

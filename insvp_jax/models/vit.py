@@ -86,7 +86,7 @@ class ViT(nn.Module):
     layer_scale: scale the channels of each branch. A file's factors are folded into the
       projections before them where the model has none: the same function.
     pre_norm: normalise the tokens before the first block, as CLIP does.
-    fc_norm: normalise the pooled feature in place of the tokens, as MAE does to fine-tune.
+    fc_norm: normalise the pooled feature in place of the tokens, as a fine-tuned MAE.
     norm_eps: of all norms: 1e-6, or 1e-5 (CLIP).
     projection: width of a last layer without bias, as CLIP's; 0 leaves it away.
     dtype: "float32" or "bfloat16", of the computation; parameters keep theirs. With

@@ -21,6 +21,7 @@ from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import create_method
 from insvp_jax.methods.base import Apply
 from insvp_jax.methods.hooks import UNCHANGED
+from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import (
   PromptedClassifier,
   create_backbone,
@@ -250,8 +251,36 @@ def create_program(
   )
 
 
+def fill_in(config: ConfigDict) -> None:
+  """Writes the preset that a config leaves open: how its weights' pixels were made.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such weights; see the message.
+  """
+  if not config.data.preset:
+    source = config.backbone.weights or config.backbone.name
+    pixels = weights_lib.pixels_of(source) or {}
+    # What our own releases were trained on is the protocol's own preset.
+    config.data.preset = (
+      preset_of(pixels) if "resize" in pixels or ("preset" in pixels) else "vtab"
+    )
+
+
+def preset_of(pixels: Mapping[str, Any]) -> str:
+  """Returns the name of the preset of weights, as from `weights.pixels_of`."""
+  if "preset" not in pixels:
+    return preprocess.preset_name(**pixels)
+  preset = preprocess.get_preset(pixels["preset"])
+  if not preset.augments:
+    return preset.name
+  # How it was trained, as one sees it in evaluation.
+  crop = preset.crop / preset.margin
+  return preprocess.preset_name(preset.mean, preset.std, preset.resize, crop)
+
+
 def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""
+  fill_in(config)
   preset = preprocess.get_preset(config.data.preset)
   return {
     "backbone": config.backbone.name,

@@ -10,14 +10,14 @@ from typing import Any
 from clu import parameter_overview
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 import tabulate
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
-from insvp_jax.models.weights import is_file_name, vit_fields
-from insvp_jax.models.weights.releases import release_of
+from insvp_jax.models.weights import is_file_name, pixels_of, vit_fields
 from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
@@ -57,15 +57,34 @@ def shared_text(
 
 
 def _other_pixels(config: ConfigDict) -> list[str]:
-  """Returns a line where the backbone was trained on pixels of another range."""
-  release = release_of(config.backbone.weights or config.backbone.name)
-  preset = get_preset(config.data.preset)
-  if release is None or (release.mean, release.std) == (preset.mean, preset.std):
+  """Returns a line where the backbone was trained on other pixels."""
+  pixels = pixels_of(config.backbone.weights or config.backbone.name)
+  if pixels is None:
     return []
+  preset = get_preset(config.data.preset)
+  if "preset" in pixels:
+    own = get_preset(pixels["preset"])
+    pixels = {"mean": own.mean, "std": own.std}
+  chosen = {
+    "mean": preset.mean,
+    "std": preset.std,
+    "resize": preset.resize,
+    "crop": preset.crop / preset.margin,
+  }
+  numbers = [k for k in pixels if k != "resize"]
+  if chosen["resize"] == pixels.get("resize", chosen["resize"]) and all(
+    np.allclose(chosen[key], pixels[key], atol=1e-4) for key in numbers
+  ):
+    return []
+
+  def text(numbers: Mapping[str, Any]) -> str:
+    return f"mean {list(numbers['mean'])} and std {list(numbers['std'])}" + (
+      f", {numbers['resize']}, crop {numbers['crop']:.4g}" if "resize" in pixels else ""
+    )
+
   return [
-    f"note: the backbone was trained on pixels with mean {list(release.mean)} and std "
-    f"{list(release.std)}; preset {preset.name} has mean {list(preset.mean)} and std "
-    f"{list(preset.std)}"
+    f"note: the backbone was trained on pixels with {text(pixels)}; preset {preset.name} "
+    f"has {text(chosen)}"
   ]
 
 

@@ -5,6 +5,7 @@ from insvp_jax.models.weights.load import load_backbone, save_backbone
 from insvp_jax.models.weights.published import (
   architecture_of,
   is_file_name,
+  pixels_of,
   vit_fields,
 )
 from insvp_jax.models.weights.releases import RELEASES, Release
@@ -18,6 +19,7 @@ __all__ = [
   "file_digest",
   "is_file_name",
   "load_backbone",
+  "pixels_of",
   "resolve",
   "save_backbone",
   "vit_fields",

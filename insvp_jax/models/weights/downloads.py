@@ -30,8 +30,8 @@ def resolve(
 ) -> Path:
   """Returns the local file of a path, a release's name, a repository or a URL.
 
-  A repository of Hugging Face is "timm/..." or "hf-hub:...". An existing file is taken first, then a release in the package, then the cache;
-  what is in none of them is downloaded into the cache. Several processes may want
+  A repository of Hugging Face is "timm/..." or "hf-hub:...". An existing file is
+  taken first, then a release in the package, then the cache; what is in none of them is downloaded into the cache. Several processes may want
   it at once: one downloads. A download that was interrupted is resumed the next time;
   the file is in its place only when it is complete.
 
@@ -78,7 +78,7 @@ def resolve(
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-  """Returns the sha256 of a file's bytes, in hex; of an index and its parts together."""
+  """Returns the sha256 of a file's bytes, in hex; of an index with its parts."""
   digests = []
   parts = readers.parts_of(Path(path)) if str(path).endswith(".json") else [path]
   for part in parts:
@@ -142,8 +142,8 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     reasons.append(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
   raise FileNotFoundError(
     f"the backbone {name!r} is not on this machine and could not be downloaded "
-    f"({reasons[0]}). Download {url}{readers.FILES[0]}, and config.json beside it, where "
-    f"there is a network and put them into {folder}; the cache is set by "
+    f"({reasons[0]}). Download {url}{readers.FILES[0]}, and config.json beside it, "
+    f"where there is a network and put them into {folder}; the cache is set by "
     f"${paths.CACHE_VARIABLE}."
   )
 

@@ -62,7 +62,9 @@ def read(
     elif re.match(r"(head|classifier|fc)\.[a-z]*$", short) and not with_head:
       reason = _HEAD_REASON
     else:
-      reason = next((v for k, v in module.SKIPPED.items() if re.fullmatch(k, short)), "")
+      reason = next(
+        (v for k, v in module.SKIPPED.items() if re.fullmatch(k, short)), ""
+      )
     if reason:
       skipped[name] = reason
     else:
@@ -92,7 +94,9 @@ def find(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
   """
   found = []
   for prefix in _prefixes(shapes):
-    short = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+    short = {
+      n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)
+    }
     found += [(prefix, name) for name, m in NAMES.items() if m.recognise(short)]
   if found:
     return min(found, key=lambda item: (_rank(item[0]), len(item[0])))

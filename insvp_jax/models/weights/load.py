@@ -74,9 +74,7 @@ def load_backbone(
     leaves, skipped = dict(file.leaves), dict(file.skipped)
     try:
       changed = _fit_layers(leaves, vit, expected, file.resize == "bicubic")
-      changed |= _fit_positions(
-        leaves, skipped, vit, release, shapes_only, file.resize
-      )
+      changed |= _fit_positions(leaves, skipped, vit, release, shapes_only, file.resize)
       missing = _fit_leaves(leaves, skipped, vit, expected, allow_missing, allow_unused)
     except ValueError as error:
       fields = _describe_fields(formats.fields(file), vit)

@@ -169,7 +169,11 @@ LAYOUTS = {
   "timm": Layout(
     "timm's names",
     _TIMM,
-    ("patch_embed.proj.weight", "blocks.{i}.norm1.weight", "blocks.{i}.attn.qkv.weight"),
+    (
+      "patch_embed.proj.weight",
+      "blocks.{i}.norm1.weight",
+      "blocks.{i}.attn.qkv.weight",
+    ),
   ),
   "hf_vit": Layout(
     "Hugging Face's names of ViT",
@@ -191,7 +195,11 @@ LAYOUTS = {
   "openai_clip": Layout(
     "OpenAI's names of CLIP",
     _OPENAI_CLIP,
-    ("conv1.weight", "class_embedding", "transformer.resblocks.{i}.attn.in_proj_weight"),
+    (
+      "conv1.weight",
+      "class_embedding",
+      "transformer.resblocks.{i}.attn.in_proj_weight",
+    ),
   ),
   "hf_tower": Layout(
     "Hugging Face's names of CLIP and SigLIP",
@@ -304,8 +312,8 @@ def invert(
           array = left.pop(ours)
           in_two = layout in ("openai_clip", "hf_tower") and ours == "pos_embedding"
           array = array[0] if in_two else array
-          arrays[theirs] = array.reshape(-1) if theirs[-15:] == "class_embedding" else (
-            array
+          arrays[theirs] = (
+            array.reshape(-1) if theirs[-15:] == "class_embedding" else (array)
           )
         continue
       modules_i = (modules,) if isinstance(modules, str) else modules
@@ -352,9 +360,7 @@ def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
   return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
-def fields(
-  leaves: Mapping[str, np.ndarray], layout: str
-) -> dict[str, Any]:
+def fields(leaves: Mapping[str, np.ndarray], layout: str) -> dict[str, Any]:
   """Returns the fields of `ViT` that the names of a file tell, beside its shapes.
 
   Args:

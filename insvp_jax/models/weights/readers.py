@@ -164,7 +164,9 @@ def _open_torch(path: Path) -> ArrayFile:
       tree = torch.load(path, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
     reason = next(
-      (line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line),
+      (
+        line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line
+      ),
       str(error).splitlines()[0],
     )
     raise ValueError(
