@@ -83,8 +83,8 @@ def _other_pixels(config: ConfigDict) -> list[str]:
     )
 
   return [
-    f"note: the backbone was trained on pixels with {text(pixels)}; preset {preset.name} "
-    f"has {text(chosen)}"
+    f"note: the backbone was trained on pixels with {text(pixels)}; preset "
+    f"{preset.name} has {text(chosen)}"
   ]
 
 

@@ -31,7 +31,8 @@ def resolve(
   """Returns the local file of a path, a release's name, a repository or a URL.
 
   A repository of Hugging Face is "timm/..." or "hf-hub:...". An existing file is
-  taken first, then a release in the package, then the cache; what is in none of them is downloaded into the cache. Several processes may want
+  taken first, then a release in the package, then the cache; what is in none of them
+  is downloaded into the cache. Several processes may want
   it at once: one downloads. A download that was interrupted is resumed the next time;
   the file is in its place only when it is complete.
 

@@ -1,4 +1,4 @@
-"""What is in a file of weights: which names it uses, below which prefix, and the leaves.
+"""What is in a file of weights: whose names, below which prefix, and the leaves.
 
 `read` takes any file of `readers` and any names that are known: the `.npz` layouts of
 `npz`, and those of the modules in `NAMES`.
@@ -16,8 +16,8 @@ import numpy as np
 from insvp_jax.models.weights import names_vit, npz, readers
 from insvp_jax.models.weights.npz import VitFile
 
-# Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `generic_names()`,
-# `invert(leaves, layout)`, and SKIPPED and BESIDE as there.
+# Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `invert(leaves)`.
+# What else the first one has, others may have.
 NAMES = {"vit": names_vit}
 # Of several models in a file the one whose prefix has the first of these words, else
 # the one with none of them, else the one with the last.
@@ -50,25 +50,7 @@ def read(
   file = readers.open_arrays(path, kind)
   prefix, architecture = find(path, file.shapes)
   module = NAMES[architecture]
-  inside, skipped = {}, {}
-  for name in file.shapes:
-    short = name.removeprefix(prefix)
-    is_beside = name.split(".", 1)[-1] in module.BESIDE or name in module.BESIDE
-    if is_beside:
-      short = next(beside for beside in module.BESIDE if name.endswith(beside))
-    reason = None
-    if not name.startswith(prefix) and not is_beside:
-      reason = "not a part of the backbone"
-    elif re.match(r"(head|classifier|fc)\.[a-z]*$", short) and not with_head:
-      reason = _HEAD_REASON
-    else:
-      reason = next(
-        (v for k, v in module.SKIPPED.items() if re.fullmatch(k, short)), ""
-      )
-    if reason:
-      skipped[name] = reason
-    else:
-      inside[name] = short
+  inside, skipped = _choose(file.shapes, prefix, module, with_head)
   if shapes_only:
     zero = np.float32(0)
     arrays = {name: np.broadcast_to(zero, file.shapes[name]) for name in inside}
@@ -84,6 +66,30 @@ def read(
   if prefix:
     text += f", below {prefix!r}"
   return VitFile(leaves, skipped, text, resize="bicubic", architecture=architecture)
+
+
+def _choose(
+  names: Iterable[str], prefix: str, module: Any, with_head: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns {name: without its prefix} of what is read, {name: why not} of the rest."""
+  inside, skipped = {}, {}
+  for name in names:
+    short = name.removeprefix(prefix)
+    beside = [b for b in getattr(module, "BESIDE", ()) if f".{name}".endswith(f".{b}")]
+    if beside:
+      short = beside[0]
+    elif not name.startswith(prefix):
+      skipped[name] = "not a part of the backbone"
+      continue
+    known = getattr(module, "SKIPPED", {}).items()
+    reason = next((why for k, why in known if re.fullmatch(k, short)), "")
+    if not with_head and re.fullmatch(r"(head|classifier|fc|head\.fc)\.[a-z]+", short):
+      reason = _HEAD_REASON
+    if reason:
+      skipped[name] = reason
+    else:
+      inside[name] = short
+  return inside, skipped
 
 
 def find(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
@@ -130,6 +136,7 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
   families = {
     family: {re.sub(r"\.\d+\.", ".{i}.", name) for name in known}
     for module in NAMES.values()
+    if hasattr(module, "generic_names")
     for family, known in module.generic_names().items()
   }
   listed = ", ".join(f"{n} {tuple(s)}" for n, s in list(shapes.items())[:3])

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from insvp_jax.models.weights import npz
+
 _BLOCK = "Transformer/encoderblock_{i}"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
 _MLP = f"{_BLOCK}/MlpBlock_0"
@@ -290,44 +292,37 @@ def invert(
   Raises:
     ValueError: these names have no word for one of the leaves.
   """
-  blocks = [int(m[1]) for n in leaves if (m := re.match(r".*encoderblock_(\d+)/", n))]
   left, arrays = dict(leaves), {}
-  if layout == "hf_dinov2" and "Transformer/encoderblock_0/LayerScale_0/scale" not in (
-    left
-  ):
-    ones = np.ones(left["embedding/bias"].shape, np.float32)
-    for i in set(blocks):
+  depth = npz.num_blocks(leaves)
+  first = f"{_BLOCK}/LayerScale_0/scale".format(i=0)
+  if layout == "hf_dinov2" and first not in left:
+    # These files always have it.
+    ones = np.ones_like(left["embedding/bias"])
+    for i in range(depth):
       for k in (0, 1):
-        left[f"Transformer/encoderblock_{i}/LayerScale_{k}/scale"] = ones
-  has_entry = "cls" in left and (layout != "timm" or "registers" not in left)
-  if has_entry and "pos_embedding" in left:
-    # The class token's entry is in `cls` already.
-    zero = np.zeros_like(left["cls"])
-    left["pos_embedding"] = np.concatenate([zero, left["pos_embedding"]], axis=1)
+        left[f"{_BLOCK}/LayerScale_{k}/scale".format(i=i)] = ones
+  if "cls" in left and (layout != "timm" or "registers" not in left):
+    # An entry for the class token, which has it already.
+    entry = [np.zeros_like(left["cls"]), left["pos_embedding"]]
+    left["pos_embedding"] = np.concatenate(entry, axis=1)
   for key, modules in LAYOUTS[layout].table.items():
-    for i in range(max(blocks, default=-1) + 1 if "{i}" in key else 1):
-      theirs = key.replace("{i}", str(i))
+    modules = (modules,) if isinstance(modules, str) else modules
+    for i in range(depth if "{i}" in key else 1):
+      theirs, ours = key.format(i=i), [module.format(i=i) for module in modules]
       if not key.endswith("*"):
-        if (ours := modules.format(i=i)) in left:
-          array = left.pop(ours)
-          in_two = layout in ("openai_clip", "hf_tower") and ours == "pos_embedding"
-          array = array[0] if in_two else array
-          arrays[theirs] = (
-            array.reshape(-1) if theirs[-15:] == "class_embedding" else (array)
-          )
+        if ours[0] in left:
+          arrays[theirs] = _tokens_to_theirs(key, left.pop(ours[0]))
         continue
-      modules_i = (modules,) if isinstance(modules, str) else modules
-      modules_i = [module.format(i=i) for module in modules_i]
       for leaf in ("kernel", "scale", "bias"):
-        ours = [f"{module}/{leaf}" for module in modules_i]
-        if all(name in left for name in ours):
-          parts = [_to_theirs(name, left.pop(name)) for name in ours]
+        names = [f"{module}/{leaf}" for module in ours]
+        if all(name in left for name in names):
+          parts = [_to_theirs(name, left.pop(name)) for name in names]
           name = theirs.replace("*", "bias" if leaf == "bias" else "weight")
-          arrays[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+          arrays[name] = np.concatenate(parts)
   if left:
     raise ValueError(
-      f"{LAYOUTS[layout].name} have no word for {', '.join(sorted(left)[:3])}; write an "
-      ".npz, or other names."
+      f"{LAYOUTS[layout].name} have no word for {', '.join(sorted(left)[:3])}; write "
+      "an .npz, or other names."
     )
   return arrays
 
@@ -336,6 +331,15 @@ def _tokens(ours: str, array: np.ndarray) -> np.ndarray:
   """Returns tokens and positions with a first axis of 1."""
   if ours in ("cls", "registers", "pos_embedding") or ours.endswith("/probe"):
     return array.reshape(1, -1, array.shape[-1])
+  return array
+
+
+def _tokens_to_theirs(theirs: str, array: np.ndarray) -> np.ndarray:
+  """Returns tokens and positions with the axes that their name has."""
+  if theirs in ("embeddings.class_embedding", "class_embedding"):
+    return array[0, 0]
+  if theirs in ("embeddings.position_embedding.weight", "positional_embedding"):
+    return array[0]
   return array
 
 

@@ -123,8 +123,8 @@ def _member_names(path: Path) -> list[str]:
     start = file.read(64)
   if not start.startswith(b"PK"):
     raise ValueError(
-      f"{path} is not an .npz file (it starts with {start[:16]!r}), nor .safetensors, nor "
-      "PyTorch's. Expected one of these; a web page or a bare pickle is refused."
+      f"{path} is not an .npz file (it starts with {start[:16]!r}), nor .safetensors, "
+      "nor PyTorch's. Expected one of these; a web page or a bare pickle is refused."
     )
   try:
     with zipfile.ZipFile(path) as archive:

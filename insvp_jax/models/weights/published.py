@@ -57,8 +57,8 @@ def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
   fields = _fields_of(path)
   if "num_heads" not in fields and overrides.get("num_heads") is None:
     raise ValueError(
-      f"{path} does not tell how many heads its blocks of width {fields['width']} have; "
-      "set num_heads (config.backbone.num_heads)."
+      f"{path} does not tell how many heads its blocks of width {fields['width']} "
+      "have; set num_heads (config.backbone.num_heads)."
     )
   return fields
 
@@ -105,7 +105,7 @@ def _image_size(file: Any, fields: Mapping[str, Any], description: Any) -> int:
   positions = file.leaves.get("pos_embedding")
   count = positions.shape[1] if positions is not None else 197
   size = int(count**0.5) * fields["patch_size"]
-  # DINOv2 was trained at 224 px; the last steps, at 518, are what its positions are for.
+  # DINOv2 was trained at 224 px, and at 518 for its last steps alone.
   is_dinov2 = fields.get("layer_scale") and fields["patch_size"] == 14
   return 224 if is_dinov2 and size == 518 else size
 

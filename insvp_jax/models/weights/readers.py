@@ -171,8 +171,8 @@ def _open_torch(path: Path) -> ArrayFile:
     )
     raise ValueError(
       f"{path} holds more than arrays, and is refused: what else a pickle holds could "
-      f"run code ({reason.strip()}). Take the .safetensors file of the same weights, or "
-      "save its state_dict alone."
+      f"run code ({reason.strip()}). Take the .safetensors file of the same weights, "
+      "or save its state_dict alone."
     ) from error
   except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
     raise ValueError(
