@@ -19,6 +19,7 @@ from golden_family import Family
 import golden_pixels
 import golden_prompts
 import golden_tokens
+import golden_torch
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +33,7 @@ FAMILIES = {
   **golden_pixels.FAMILIES,
   **golden_prompts.FAMILIES,
   **golden_tokens.FAMILIES,
+  **golden_torch.FAMILIES,
 }
 
 
@@ -46,6 +48,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     name = "insvp_release"
   elif not name and "prompt_length" in config and "vit" in config:
     name = "vpt"
+  elif not name and "patch_tokens_sample" in config:
+    name = "dinov2"
+  elif not name and "vit" in config and "pool" in config:
+    name = "vit_torch"
   # "vpt_add_deep" is of the family "vpt".
   prefixes = [family for family in FAMILIES if name.startswith(family)]
   if not prefixes:
@@ -63,7 +69,8 @@ def compute(
     recipe: the module golden/recipe.py, which draws the parameters.
     **fields: of the method, beside those that the file asks for.
   """
-  config = arrays["config"]
+  # A file of real weights has none: what it pins tells what it is.
+  config = arrays.get("config", dict.fromkeys(arrays))
   if not isinstance(config, Mapping):
     config = json.loads(str(config))
   arrays = {**arrays, "config": config}

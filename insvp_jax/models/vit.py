@@ -298,9 +298,26 @@ class ViT(nn.Module):
     self, tokens: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
   ) -> Float[Array, "b d"]:
     """Returns the pooled feature of patch tokens under an adaptation."""
-    x = tokens
     if self.head_classes and self.is_initializing():
       self.head(jnp.zeros((1, self.projection or self.width)))
+    x = self.Transformer(self._with_prefix(tokens), adaptation)
+    if not adaptation.hooks.overrides("pool"):
+      x = self._pool(x)
+    if self.fc_norm:
+      after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
+      y = self.norm_of_feature(x)
+      x = y if after is None else after("encoder_norm", x, y)
+    return self.project(x) if self.projection else x
+
+  def tokens(self, images: Float[Array, "b h w c"]) -> Float[Array, "b m d"]:
+    """Returns the tokens of the last block, normalised unless the feature is.
+
+    Without `skip_unread` these are all: class token, registers, patches row by row.
+    """
+    return self.Transformer(self._with_prefix(self.embed(images)))
+
+  def _with_prefix(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+    """Returns what the first block gets: [b, num_prefix + n, d]."""
     prefix = [self.cls] if self.has_cls else []
     if self.registers:
       prefix.append(self.register_tokens)
@@ -309,17 +326,8 @@ class ViT(nn.Module):
         jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], *token.shape[1:]))
         for token in prefix
       ]
-      x = jnp.concatenate([*prefix, x], axis=1)  # [b, num_prefix + n, d]
-    if self.pre_norm:
-      x = self.norm_before(x)
-    x = self.Transformer(x, adaptation)
-    if not adaptation.hooks.overrides("pool"):
-      x = self._pool(x)
-    if self.fc_norm:
-      after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
-      y = self.norm_of_feature(x)
-      x = y if after is None else after("encoder_norm", x, y)
-    return self.project(x) if self.projection else x
+      x = jnp.concatenate([*prefix, x], axis=1)
+    return self.norm_before(x) if self.pre_norm else x
 
   def _pool(self, x: Float[Array, "b m d"]) -> Float[Array, "b d"]:
     if self.pool == "tok":

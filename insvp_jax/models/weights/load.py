@@ -40,9 +40,10 @@ def load_backbone(
   Reads the original release's `.npz` files, big_vision's in both layouts, what
   `save_backbone` writes, and `.safetensors` and PyTorch files in the names of timm and
   others (`names_vit.LAYOUTS`). The head, unless the model keeps it
-  (`ViT.head_classes`), and `pre_logits` are left out. If the position embedding has an entry for the class token, it is added to `cls`. A position
-  embedding of another resolution is resampled; nothing else is. LayerScale is folded
-  into the projections before it where the model has none, which is exact.
+  (`ViT.head_classes`), and `pre_logits` are left out. If the position
+  embedding has an entry for the class token, it is added to `cls`. One of another
+  resolution is resampled; nothing else is. LayerScale is folded into the projections
+  before it where the model has none, which is exact.
 
   Args:
     path_or_name: a path, a key of `RELEASES`, a repository of Hugging Face, or a URL;
