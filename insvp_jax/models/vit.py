@@ -296,7 +296,7 @@ class ViT(nn.Module):
 
   def encode(
     self, tokens: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b d"]:
+  ) -> Float[Array, "b f"]:
     """Returns the pooled feature of patch tokens under an adaptation."""
     if self.head_classes and self.is_initializing():
       self.head(jnp.zeros((1, self.projection or self.width)))
@@ -348,6 +348,6 @@ class ViT(nn.Module):
       )
     return self.head(feature)
 
-  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """Returns the feature [b, d] of images, without any prompt."""
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
+    """Returns the feature [b, f] of images, without any prompt."""
     return self.encode(self.embed(images))

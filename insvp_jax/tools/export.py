@@ -1,8 +1,10 @@
-"""Writes the backbone of a run to an .npz with big_vision's names.
+"""Writes the backbone of a run to a file that this package and others read.
 
 insvp export --run=runs/pretrain --output=backbone.npz
+insvp export --run=runs/svhn --output=backbone.safetensors --names=timm
 
-Without the command `insvp` it is python -m insvp_jax.tools.export.
+An .npz has big_vision's names, a .safetensors timm's or, with --names=hf, Hugging
+Face's. Without the command `insvp` it is python -m insvp_jax.tools.export.
 A method that can be folded into a plain backbone, such as LoRA, is folded into it.
 It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
 trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
@@ -18,7 +20,12 @@ from insvp_jax import tools
 
 
 def export_backbone(
-  run: Any, output: Path, *, dtype: str = "float32", command: str = ""
+  run: Any,
+  output: Path,
+  *,
+  dtype: str = "float32",
+  names: str = "timm",
+  command: str = "",
 ) -> dict[str, Any]:
   """Writes `output` and its description; returns the description.
 
@@ -26,8 +33,9 @@ def export_backbone(
 
   Args:
     run: from `load_run`.
-    output: path of the .npz.
+    output: path of the .npz or .safetensors.
     dtype: of the stored values, "float32" or "float16" (half the size).
+    names: of a .safetensors file: "timm" or "hf".
     command: that trained the run; it is stored in the description.
 
   Raises:
@@ -37,13 +45,11 @@ def export_backbone(
   """
   from insvp_jax.logs.writers import write_json
   from insvp_jax.models import merging, weights
-  from insvp_jax.models.weights.releases import ARCHITECTURE
 
   backbone = merging.merge(run.model, run.params)
-  weights.save_backbone(backbone, output, dtype=dtype)
-  vit = run.model.backbone
+  weights.save_backbone(backbone, output, dtype=dtype, names=names)
   result = run.result or {}
-  description = {field: getattr(vit, field) for field in ARCHITECTURE}
+  description = weights.vit_fields(run.model.backbone)
   description |= {
     "sha256": weights.file_digest(output),
     "dtype": dtype,
@@ -70,19 +76,24 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "export", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--output", required=True, type=Path, help="path of the .npz")
+  parser.add_argument(
+    "--output", required=True, type=Path, help="path of the .npz or .safetensors"
+  )
   parser.add_argument("--dtype", default="float32", help="float32 or float16")
+  parser.add_argument("--names", default="timm", help="of .safetensors: timm or hf")
   parser.add_argument("--command", default="", help="that trained it, to be recorded")
   args = parser.parse_args(argv)
 
   def work() -> None:
-    if args.output.suffix != ".npz":
-      raise ValueError(f"--output is {args.output}, expected a path ending in .npz.")
+    if args.output.suffix not in (".npz", ".safetensors"):
+      raise ValueError(
+        f"--output is {args.output}, expected a path ending in .npz or .safetensors."
+      )
     from insvp_jax.run import load_run
 
     run = load_run(args.run)
     description = export_backbone(
-      run, args.output, dtype=args.dtype, command=args.command
+      run, args.output, dtype=args.dtype, names=args.names, command=args.command
     )
     size = args.output.stat().st_size / 2**20
     print(f"{args.output}: {size:.2f} MiB, sha256 {description['sha256']}")

@@ -83,7 +83,9 @@ def _choose(
       continue
     known = getattr(module, "SKIPPED", {}).items()
     reason = next((why for k, why in known if re.fullmatch(k, short)), "")
-    if not with_head and re.fullmatch(r"(head|classifier|fc|head\.fc)\.[a-z]+", short):
+    if not with_head and re.fullmatch(
+      r"(head|classifier|fc|head\.fc)\.(weight|bias)", short
+    ):
       reason = _HEAD_REASON
     if reason:
       skipped[name] = reason
@@ -121,7 +123,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
   return sorted(prefixes)
 
 
-def _rank(prefix: str) -> float:
+def _rank(prefix: str) -> int:
   words = re.split(r"[._]", prefix) + prefix.split(".")
   for i, word in enumerate(_PREFERRED):
     if word in words:
@@ -134,7 +136,7 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
   names = {re.sub(r"\.\d+\.", ".{i}.", name) for name in shapes}
   ends = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
   families = {
-    family: {re.sub(r"\.\d+\.", ".{i}.", name) for name in known}
+    family: known
     for module in NAMES.values()
     if hasattr(module, "generic_names")
     for family, known in module.generic_names().items()
@@ -143,13 +145,13 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
   text = f"it holds {len(shapes)} arrays" + (f", such as {listed}." if shapes else ".")
   if not families or not shapes:
     return text
-  nearest = max(families, key=lambda f: len(families[f] & ends) / len(families[f]))
-  shared = families[nearest] & ends
-  lacks = ", ".join(sorted(families[nearest] - ends)[:2])
-  if not shared:
+  shares = {f: len(ends.intersection(known)) for f, known in families.items()}
+  nearest = max(families, key=lambda f: shares[f] / len(families[f]))
+  lacks = ", ".join([name for name in families[nearest] if name not in ends][:2])
+  if not shares[nearest]:
     return f"{text} No name is one of a known family: {', '.join(families)}."
   return (
-    f"{text} The nearest known family is {nearest}: it has {len(shared)} of its "
+    f"{text} The nearest known family is {nearest}: it has {shares[nearest]} of its "
     f"{len(families[nearest])} kinds of names, but not {lacks}."
   )
 

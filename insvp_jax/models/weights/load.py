@@ -17,7 +17,7 @@ from insvp_jax import trees
 from insvp_jax.models import positions
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
-from insvp_jax.models.weights import formats, npz
+from insvp_jax.models.weights import formats, names_vit, npz
 from insvp_jax.models.weights.downloads import atomic_file, resolve
 from insvp_jax.models.weights.releases import Release, release_of
 from insvp_jax.models.weights.report import LoadReport, abbreviate
@@ -109,20 +109,26 @@ def save_backbone(
   path: str | os.PathLike[str],
   *,
   dtype: str = "float32",
+  names: str = "timm",
 ) -> None:
-  """Writes a backbone to an `.npz` file in big_vision's names, one group per block.
+  """Writes a backbone to a file: `.npz`, or `.safetensors` in others' names.
 
-  The same parameters always give the same bytes. The file appears whole or not at
-  all. float32 comes back exactly; float16 halves the file and rounds.
+  An `.npz` has big_vision's names, one group per block. The same parameters always give
+  the same bytes. The file appears whole or not at all. float32 comes back exactly;
+  float16 halves the file and rounds.
 
   Args:
     params_backbone: nested dict, `params["backbone"]`, of either layout.
     path: where to write.
     dtype: "float32" or "float16".
+    names: of a `.safetensors` file: "timm", or "hf", Hugging Face's.
 
   Raises:
-    ValueError: no backbone, unknown dtype, or values that the dtype cannot hold.
+    ValueError: no backbone, unknown dtype or names, values that the dtype cannot hold,
+      or parameters that the names have no word for.
   """
+  if names not in ("timm", "hf"):
+    raise ValueError(f"names is {names!r}, expected 'timm' or 'hf'.")
   if dtype not in ("float32", "float16"):
     raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float16'.")
   flat = trees.flatten(params_backbone)
@@ -132,8 +138,13 @@ def save_backbone(
       f"{abbreviate(flat) or 'nothing'}; pass params['backbone']."
     )
   flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
+  path, flat = Path(path), npz.unroll(flat)
+  is_safe = path.suffix == ".safetensors"
+  if is_safe:
+    layout = names_vit.hf_layout(flat) if names == "hf" else names
+    flat = names_vit.invert(flat, layout)
   arrays = {}
-  for name, leaf in sorted(npz.unroll(flat).items()):
+  for name, leaf in sorted(flat.items()):
     with np.errstate(over="ignore"):
       arrays[name] = leaf.astype(dtype)
     if not np.isfinite(arrays[name]).all():
@@ -141,10 +152,17 @@ def save_backbone(
         f"{name!r} holds NaN, infinite values, or values too large for {dtype}; "
         "nothing was written."
       )
-  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with atomic_file(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **arrays)
+  with atomic_file(path) as temporary:
+    if is_safe:
+      import safetensors.numpy
+
+      contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+      # transformers reads no file without this mark.
+      safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+    else:
+      with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _expected_shapes(vit: ViT) -> dict[str, tuple[int, ...]]:

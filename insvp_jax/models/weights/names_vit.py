@@ -215,7 +215,7 @@ SKIPPED = {
   r"decoder_(embed|pos_embed|blocks|norm|pred)\b.*": "the decoder of pre-training",
   r"pooler\.dense\..*": "a layer that only its own head reads",
   r"head_dist\..*": "the head of the distillation token",
-  r"head\.(\d+|mlp|last_layer)\..*": "the head of pre-training",
+  r"head\.(\d+|mlp\.\d+|last_layer)\..*": "the head of pre-training",
   r"embeddings\.position_ids": "a constant",
 }
 # These lie beside the ViT, not in it.
@@ -245,10 +245,15 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> bool:
   return layout_of(shapes) is not None
 
 
-def generic_names() -> dict[str, set[str]]:
-  """Returns {way of naming: its names}, to find the one that a file is nearest to."""
+def generic_names() -> dict[str, list[str]]:
+  """Returns {way of naming: its names}, to find the one that a file is nearest to.
+
+  What has to be there comes first.
+  """
   return {
-    layout.name: {key.replace("*", "weight") for key in layout.table}
+    layout.name: list(
+      dict.fromkeys((*layout.needs, *(k.replace("*", "weight") for k in layout.table)))
+    )
     for layout in LAYOUTS.values()
   }
 
@@ -305,7 +310,11 @@ def invert(
     # An entry for the class token, which has it already.
     entry = [np.zeros_like(left["cls"]), left["pos_embedding"]]
     left["pos_embedding"] = np.concatenate(entry, axis=1)
+  # transformers has names of its own for the gated MLP of DINOv2.
+  others = ".mlp.fc" if layout == "hf_dinov2" and _is_gated(leaves) else "\n"
   for key, modules in LAYOUTS[layout].table.items():
+    if others in key:
+      continue
     modules = (modules,) if isinstance(modules, str) else modules
     for i in range(depth if "{i}" in key else 1):
       theirs, ours = key.format(i=i), [module.format(i=i) for module in modules]
@@ -325,6 +334,22 @@ def invert(
       "an .npz, or other names."
     )
   return arrays
+
+
+def hf_layout(leaves: Mapping[str, np.ndarray]) -> str:
+  """Returns the key of the layout in which transformers has such a ViT."""
+  if "pre_norm/scale" in leaves or f"{_MAP}/probe" in leaves or "cls" not in leaves:
+    return "hf_tower"
+  has_scale = f"{_BLOCK}/LayerScale_0/scale".format(i=0) in leaves
+  is_dinov2 = has_scale or "registers" in leaves or _is_gated(leaves)
+  return "hf_dinov2" if is_dinov2 else "hf_vit"
+
+
+def _is_gated(leaves: Mapping[str, np.ndarray]) -> bool:
+  mlp = _MLP.format(i=0)
+  return (
+    leaves[f"{mlp}/Dense_0/bias"].shape != leaves[f"{mlp}/Dense_1/kernel"].shape[:1]
+  )
 
 
 def _tokens(ours: str, array: np.ndarray) -> np.ndarray:

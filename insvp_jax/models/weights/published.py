@@ -17,7 +17,7 @@ from insvp_jax.models.weights import downloads, formats, readers, releases
 
 # Of a release's table, of the .json beside our own files, of others' config.json.
 _KNOWN = (*releases.ARCHITECTURE, "class_token", "registers", "mlp", "pre_norm")
-FIELDS = (*_KNOWN, "layer_scale", "fc_norm", "norm_eps")
+FIELDS = (*_KNOWN, "layer_scale", "fc_norm", "norm_eps", "projection")
 _GELUS = {
   **dict.fromkeys(("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"), "tanh"),
   "gelu": "exact",
