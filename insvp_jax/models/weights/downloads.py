@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 import re
 import secrets
+import socket
 import sys
 import time
 from typing import Any
 import urllib.parse
+import urllib.request
 
 import jax
 
@@ -110,9 +112,16 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
 
   What was put into the cache by hand comes first, then `huggingface_hub`'s own cache,
   then the network, by `huggingface_hub`.
+
+  Args:
+    name: "timm/..." or "hf-hub:...", with "@" and a revision where it is not the newest.
+    cache_dir: see `resolve`.
+
+  Raises:
+    ValueError, FileNotFoundError: see `resolve`.
   """
-  repository = name.removeprefix("hf-hub:")
-  url = f"https://huggingface.co/{repository}/resolve/main/"
+  repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+  url = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/"
   folder = Path(cache_dir or paths.cache_dir()).expanduser().absolute()
   folder = folder / _cache_name(url)
   for file in readers.FILES:
@@ -121,32 +130,60 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
   import huggingface_hub
   from huggingface_hub import errors
 
-  reasons = []
-  try:
-    for file in ("config.json", "preprocessor_config.json"):
-      with contextlib.suppress(errors.EntryNotFoundError):
-        huggingface_hub.hf_hub_download(repository, file)
+  def get(file: str, **options: Any) -> Path | None:
+    """Returns a file of the repository; None where it has no such file."""
+    try:
+      file = huggingface_hub.hf_hub_download(
+        repository, file, revision=revision or None, **options
+      )
+    except errors.EntryNotFoundError as error:
+      # Both are subclasses: it is not there, or nobody could be asked.
+      is_offline = isinstance(error, errors.LocalEntryNotFoundError)
+      if is_offline and not options.get("local_files_only"):
+        raise
+      return None
+    return Path(file)
+
+  def find(**options: Any) -> Path | None:
     for file in readers.FILES:
-      try:
-        path = Path(huggingface_hub.hf_hub_download(repository, file))
-      except errors.RemoteEntryNotFoundError:
-        continue
-      if file.endswith(".index.json"):
-        for part in sorted(readers.index_files(path)):
-          huggingface_hub.hf_hub_download(repository, part)
+      path = get(file, **options)
+      if path is not None and file.endswith(".index.json"):
+        if None in [get(part, **options) for part in readers.index_files(path)]:
+          continue
+      if path is not None:
+        for beside in ("config.json", "preprocessor_config.json"):
+          get(beside, **options)
+        return path
+    return None
+
+  try:
+    if path := find(local_files_only=True):
       return path
-    reasons.append(f"it has none of {', '.join(readers.FILES)}")
+    _look_up(huggingface_hub.constants.ENDPOINT)
+    if path := find():
+      return path
+    reason = f"it has none of {', '.join(readers.FILES)}"
   except errors.HFValidationError as error:
     raise ValueError(f"{name!r} is no name of a repository: {error}") from error
   except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
     cause = error.__cause__ or error
-    reasons.append(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
+    reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
   raise FileNotFoundError(
     f"the backbone {name!r} is not on this machine and could not be downloaded "
-    f"({reasons[0]}). Download {url}{readers.FILES[0]}, and config.json beside it, "
-    f"where there is a network and put them into {folder}; the cache is set by "
+    f"({reason}). Download {url}{readers.FILES[0]}, and config.json beside it, where "
+    f"there is a network and put them into {folder}; the cache is set by "
     f"${paths.CACHE_VARIABLE}."
   )
+
+
+def _look_up(url: str) -> None:
+  """Looks a server up, so that without a network nothing is tried again and again.
+
+  Raises:
+    OSError: its name is unknown, and there is no proxy that would know it.
+  """
+  if not urllib.request.getproxies():
+    socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
 
 
 def _packaged_file(name: str) -> Path:

@@ -23,6 +23,7 @@ NAMES = {"vit": names_vit}
 # the one with none of them, else the one with the last.
 _PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
 _LAST = ("student", "momentum_encoder", "decoder", "text")
+_HEAD = r"(head|classifier|fc|head\.fc)\.(weight|bias)"
 _HEAD_REASON = "a head of its own is trained for every task"
 
 
@@ -83,9 +84,7 @@ def _choose(
       continue
     known = getattr(module, "SKIPPED", {}).items()
     reason = next((why for k, why in known if re.fullmatch(k, short)), "")
-    if not with_head and re.fullmatch(
-      r"(head|classifier|fc|head\.fc)\.(weight|bias)", short
-    ):
+    if not with_head and re.fullmatch(_HEAD, short):
       reason = _HEAD_REASON
     if reason:
       skipped[name] = reason
