@@ -175,11 +175,11 @@ def test_the_preset_follows_the_weights(tmp_path, jsons, expected):
     assert preset.mean == preprocess.IMAGENET_MEAN and preset.crop == 224 / 256
   assert not report._other_pixels(config)
   # The user's own choice stands, and is said in a line with the numbers.
-  config.data.preset = "cifar"
+  chosen = config.data.preset = "mean=0,0,0 std=1,1,1 resize=tf1 crop=1"
   program.fill_in(config)
   (line,) = report._other_pixels(config)
-  assert config.data.preset == "cifar" and "\n" not in line
-  assert f"mean {list(preset.mean)}" in line and "preset cifar has mean [0.5" in line
+  assert config.data.preset == chosen and "\n" not in line
+  assert f"mean {list(preset.mean)}" in line and "crop=1 has mean [0.0" in line
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
   then the network, by `huggingface_hub`.
 
   Args:
-    name: "timm/..." or "hf-hub:...", with "@" and a revision where it is not the newest.
+    name: "timm/..." or "hf-hub:...", and "@revision" where it is not the newest one.
     cache_dir: see `resolve`.
 
   Raises:
