@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 import test_families
+import tiny_training
 from tiny_training import tiny_config
 
 from insvp_jax.data import preprocess
 from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.weights import downloads
-from insvp_jax.train import program, report
+from insvp_jax.run import load_run
+from insvp_jax.train import program, report, trainer
 
 REPOSITORY = "facebook/tiny-dinov2"
 
@@ -225,3 +227,21 @@ def test_the_centre_is_kept_in_training_too():
   expected = preprocess.resize(preset, square[0], 28)
   np.testing.assert_array_equal(preprocess.resize_all(preset, square, 28)[0], expected)
   assert (expected != square[0]).any()
+
+
+def test_a_run_on_a_file_is_loaded_though_the_file_moved(tmp_path):
+  folder = tmp_path / "weights"
+  folder.mkdir()
+  put(folder)
+  path = folder / "model.safetensors"
+  fields = {"width": None, "depth": None, "mlp_dim": None, "num_heads": 2}
+  config = tiny_config("linear", total_epochs=1.0)
+  config.backbone.update(fields | {"weights": "", "name": str(path)})
+  workdir = tmp_path / "run"
+  trainer.train(config, workdir, prepared=tiny_training.prepare(config))
+  moved = path.rename(tmp_path / "moved.safetensors")
+  run = load_run(workdir, backbone=moved)
+  vit = run.model.backbone
+  assert (vit.width, vit.image_size, vit.gelu) == (8, 16, "exact")
+  assert run.preset.name == "imagenet" and not vit.layer_scale
+  assert run.predict(np.zeros((1, 9, 7, 3), np.uint8)).shape == (1, 3)

@@ -76,11 +76,9 @@ def test_torch_files_are_never_unpickled(tmp_path):
 
   path = tmp_path / "x.pth"
   torch.save({"state_dict": {"cls_token": torch.ones(3)}, "model": Bomb()}, path)
-  with pytest.raises(
-    ValueError, match="holds more than arrays, and is refused"
-  ) as error:
+  with pytest.raises(ValueError, match="more than arrays, and is refused") as raised:
     create_model(str(path), "linear", num_classes=2)
-  assert "\n" not in str(error.value)
+  assert "\n" not in str(raised.value)
   torch.save({"a": torch.ones(1000)}, path)
   path.write_bytes(path.read_bytes()[:3000])
   with pytest.raises(ValueError, match="truncated or damaged"):

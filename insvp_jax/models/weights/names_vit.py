@@ -310,6 +310,9 @@ def invert(
     # An entry for the class token, which has it already.
     entry = [np.zeros_like(left["cls"]), left["pos_embedding"]]
     left["pos_embedding"] = np.concatenate(entry, axis=1)
+  if "pre_norm/scale" in left and not left["embedding/bias"].any():
+    # The patches have no bias there.
+    del left["embedding/bias"]
   # transformers has names of its own for the gated MLP of DINOv2.
   others = ".mlp.fc" if layout == "hf_dinov2" and _is_gated(leaves) else "\n"
   for key, modules in LAYOUTS[layout].table.items():

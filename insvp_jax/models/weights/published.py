@@ -55,6 +55,8 @@ def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
     return {}
   path = downloads.resolve(name)
   fields = _fields_of(path)
+  if release := releases.release_of(path):
+    fields |= {"pool": release.pool, "gelu": release.gelu, **release.fields}
   if "num_heads" not in fields and overrides.get("num_heads") is None:
     raise ValueError(
       f"{path} does not tell how many heads its blocks of width {fields['width']} "
@@ -159,7 +161,12 @@ def pixels_of(name: str) -> dict[str, Any] | None:
     are no weights.
   """
   if release := releases.release_of(name):
-    return {"mean": release.mean, "std": release.std}
+    geometry = {"resize": release.resize, "crop": release.crop}
+    return {
+      "mean": release.mean,
+      "std": release.std,
+      **(geometry if release.resize else {}),
+    }
   if not is_file_name(name):
     return None
   path = downloads.resolve(name)
