@@ -361,6 +361,46 @@ def test_layer_scale_stays_where_its_branch_is_trained(tmp_path):
   assert "LayerScale: 4 factors folded" in str(load(path)[2])
 
 
+def test_all_fields_at_once_scanned_recomputed_and_in_bfloat16(tmp_path):
+  path, _ = write(tmp_path, "dinov2 registers")
+  fields = {"layer_scale": True, "projection": 4, "pool": "gap", "class_token": True}
+  options = {"pre_norm": True, "num_heads": HEADS}
+  model = create_model(
+    str(path), "linear", num_classes=2, backbone_kwargs={**fields, **options}
+  )
+  new = {"allow_missing": ("projection/.*", "pre_norm/.*")}
+  vit = model.backbone
+  params = weights.load_backbone(path, model, **new)
+  scanned = vit.clone(scan=True, remat=True)
+  stacked = weights.load_backbone(path, scanned, **new)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradient(vit, params):
+    return jax.grad(
+      lambda p: (vit.apply({"params": p}, jnp.asarray(IMAGES)) ** 2).sum()
+    )(params)
+
+  plain, other = gradient(vit, params), gradient(scanned, stacked)
+  np.testing.assert_allclose(
+    other["Transformer"]["encoderblock"]["LayerScale_1"]["scale"][1],
+    plain["Transformer"]["encoderblock_1"]["LayerScale_1"]["scale"],
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  np.testing.assert_allclose(other["registers"], plain["registers"], 1e-4, 1e-5)
+  expected = encode(vit, params, IMAGES)
+  half = encode(scanned.clone(dtype="bfloat16"), stacked, IMAGES)
+  assert np.max(np.abs(half - expected)) < 0.05 * np.max(np.abs(expected))
+
+
+def test_another_activation_than_the_family_s_is_said(tmp_path):
+  path, _ = write(tmp_path, "clip")
+  note = str(load(path, gelu="tanh", norm_eps=1e-6)[2])
+  assert "note: weights of this family have gelu='quick', the model has 'tanh'" in note
+  assert "norm_eps=1e-05, the model has 1e-06" in note
+  assert "note:" not in str(load(path)[2])
+
+
 def test_both_poolings_of_mae(tmp_path):
   path, arrays = write(tmp_path, "mae")
   plain = {"pool": "gap", "class_token": True}

@@ -96,7 +96,7 @@ def load_backbone(
     changed=changed,
     skipped=skipped,
     missing=tuple(missing),
-    notes=_notes(vit, release),
+    notes=_notes(vit, release, formats.fields(file)),
   )
   (report or logging.info)(load_report)
   if missing:
@@ -397,8 +397,18 @@ def _describe_fields(fields: Mapping[str, Any], vit: ViT) -> str:
   return f"The file holds {listed}{variant_text}.{hint}"
 
 
-def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
-  if release is None or not release.url or release.gelu == vit.gelu:
+def _notes(
+  vit: ViT, release: Release | None, fields: Mapping[str, Any]
+) -> tuple[str, ...]:
+  """Returns remarks on what the model computes otherwise than it was trained."""
+  if release is None:
+    return tuple(
+      f"note: weights of this family have {field}={fields[field]!r}, the model has "
+      f"{getattr(vit, field)!r}"
+      for field in ("gelu", "norm_eps")
+      if fields.get(field, getattr(vit, field)) != getattr(vit, field)
+    )
+  if not release.url or release.gelu == vit.gelu:
     return ()
   return (
     f"note: this release was trained with gelu={release.gelu!r}, the model has "
