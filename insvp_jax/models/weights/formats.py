@@ -60,7 +60,7 @@ def read(
   short_arrays = {inside[name]: array for name, array in arrays.items()}
   try:
     leaves = module.convert(short_arrays)
-  except ValueError as error:
+  except (ValueError, KeyError) as error:
     raise ValueError(f"{path}: {error}") from error
   layout = getattr(module, "layout_of", lambda names: None)(short_arrays)
   text = layout.name if layout else f"the published names of {architecture}"
@@ -178,5 +178,11 @@ def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def fields(file: VitFile) -> dict[str, Any]:
-  """Returns the `ViT` fields that a file's names and shapes tell."""
+  """Returns the fields of a backbone that a file's names and shapes tell.
+
+  One that is no ViT is told by "architecture", a key of `NAMES`.
+  """
+  if file.architecture != "vit":
+    fields = NAMES[file.architecture].fields(file.leaves)
+    return {"architecture": file.architecture, **fields}
   return npz.fields(file.leaves) | names_vit.fields(file.leaves, file.layout)

@@ -68,6 +68,8 @@ def load_backbone(
   path = resolve(path_or_name, cache_dir)
   release = release_of(path_or_name) or release_of(path)
 
+  if not isinstance(vit, ViT):
+    return _load_other(path, vit, report or logging.info)
   expected = _expected_shapes(vit)
 
   def fit(file: npz.VitFile, shapes_only: bool) -> tuple[dict, dict, dict, list[str]]:
@@ -102,6 +104,64 @@ def load_backbone(
   if missing:
     leaves |= _init_leaves(vit, missing)
   return trees.unflatten(npz.stack(leaves) if vit.scan else leaves)
+
+
+def _load_other(
+  path: Path, backbone: nn.Module, report: Callable[[LoadReport], Any]
+) -> dict[str, Any]:
+  """As `load_backbone`, for a backbone with stages: every leaf has its own shape.
+
+  Its `stack` puts leaves with one group per block into the layout of `scan`.
+  """
+  single = backbone.clone(scan=False) if backbone.scan else backbone
+  size = backbone.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shapes = jax.eval_shape(single.init, jax.random.key(0), images)["params"]
+  expected = {name: leaf.shape for name, leaf in trees.flatten(shapes).items()}
+  file = formats.read(path, with_head=backbone.head_classes > 0)
+  problems = {
+    "of another shape": [
+      f"{name} is {file.leaves[name].shape} in the file, {shape} in the model"
+      for name, shape in expected.items()
+      if name in file.leaves and file.leaves[name].shape != shape
+    ],
+    "that only the model has": sorted(set(expected) - set(file.leaves)),
+    "that only the file has": sorted(set(file.leaves) - set(expected)),
+  }
+  _raise_problems(path, problems, formats.fields(file), backbone)
+  report(
+    LoadReport(
+      path=str(path),
+      layout=file.layout,
+      num_params=trees.count(file.leaves),
+      loaded=tuple(sorted(file.leaves)),
+      changed={},
+      skipped=dict(file.skipped),
+      missing=(),
+    )
+  )
+  leaves = file.leaves
+  return trees.unflatten(backbone.stack(leaves) if backbone.scan else leaves)
+
+
+def _raise_problems(
+  path: Path,
+  problems: Mapping[str, Sequence[str]],
+  fields: Mapping[str, Any],
+  backbone: nn.Module,
+) -> None:
+  if messages := _messages(problems):
+    known = {k: v for k, v in fields.items() if getattr(backbone, k, v) != v}
+    hint = f" Build the model with backbone_kwargs={known}." if known else ""
+    raise ValueError(f"{path} does not fit the model: {messages}{hint}")
+
+
+def _messages(problems: Mapping[str, Sequence[str]]) -> str:
+  return "; ".join(
+    f"{len(names)} leaves {problem}: {abbreviate(names)}."
+    for problem, names in problems.items()
+    if names
+  )
 
 
 def save_backbone(
@@ -341,13 +401,8 @@ def _fit_leaves(
     "that only the model has": [n for n in missing if not _matches(n, allow_missing)],
     "that only the file has": sorted(set(leaves) - set(expected)),
   }
-  messages = [
-    f"{len(names)} leaves {problem}: {abbreviate(names)}"
-    for problem, names in problems.items()
-    if names
-  ]
-  if messages:
-    raise ValueError("; ".join(messages) + ".")
+  if messages := _messages(problems):
+    raise ValueError(messages)
   return missing
 
 

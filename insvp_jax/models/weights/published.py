@@ -76,6 +76,9 @@ def _fields_of_file(path: str, mtime: int) -> dict[str, Any]:
   fields = formats.fields(file)
   fields.pop("head_classes", None)
   description = description_of(path)
+  if "architecture" in fields:
+    size = description.get("pretrained_cfg", description).get("input_size", (224,))
+    return {"image_size": int(size[-1]), **fields}
   config = description.get("vision_config", description)
   if "hidden_size" in config:
     fields |= {
