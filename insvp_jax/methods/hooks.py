@@ -26,10 +26,13 @@ BRANCHES = ("attn", "mlp")
 # The functions of `Hooks` that a backbone calls without a name of an operation.
 FUNCTIONS = ("enter", "qkv", "leave", "pool")
 # What a method may ask of a backbone besides functions in its blocks: that prompts join
-# its tokens, and that it takes images of another size than its own.
-PROMPTS, PROMPTED_SIZE = "prompts", "prompted_size"
+# its tokens, that it takes images of another size than its own, and that it has
+# LayerNorms.
+PROMPTS, PROMPTED_SIZE, LAYER_NORMS = "prompts", "prompted_size", "layer_norms"
 # All that a backbone can offer.
-SITES = frozenset((*OPERATIONS, *BRANCHES, *FUNCTIONS, PROMPTS, PROMPTED_SIZE))
+SITES = frozenset(
+  (*OPERATIONS, *BRANCHES, *FUNCTIONS, PROMPTS, PROMPTED_SIZE, LAYER_NORMS)
+)
 
 
 class HookArrays(NamedTuple):

@@ -6,7 +6,9 @@ from typing import Any
 import flax.linen as nn
 
 from insvp_jax import trees
-from insvp_jax.models import swin
+from insvp_jax.models import convnext, resnet, swin
+from insvp_jax.models.convnext import ConvNeXt
+from insvp_jax.models.resnet import ResNet
 from insvp_jax.models.swin import Swin
 from insvp_jax.models.vit import ViT
 from insvp_jax.models.vit import decode_variant as decode_vit
@@ -14,7 +16,9 @@ from insvp_jax.models.vit import decode_variant as decode_vit
 # {variant: (class, fields)} of those that are no ViT; a ViT's is its size and its patch
 # size, as in "B/16".
 VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-  name: (Swin, fields) for name, fields in swin.VARIANTS.items()
+  name: (backbone, fields)
+  for backbone, module in ((Swin, swin), (ConvNeXt, convnext), (ResNet, resnet))
+  for name, fields in module.VARIANTS.items()
 }
 _INNER = ("unshard", "parent", "name")
 

@@ -191,3 +191,67 @@ def block_patterns(
         where = f"({where}|stage_{stage + 1}/{follows})"
       patterns.append(f"backbone/{where}/{leaf}")
   return tuple(patterns)
+
+
+class _ScannedBlock(nn.Module):
+  """A block in the form that `nn.scan` wants: (carry, inputs) -> (carry, outputs)."""
+
+  block: type[nn.Module]
+  fields: Mapping[str, Any]
+
+  @nn.compact
+  def __call__(self, x, inputs):
+    block = self.block(**self.fields)
+    # The scanned block's parameters are the block's own, one level up.
+    nn.share_scope(self, block)
+    return block(x), inputs
+
+
+def apply_blocks(
+  x: Array,
+  block: type[nn.Module],
+  fields: Mapping[str, Any],
+  blocks: range,
+  *,
+  remat: bool,
+  scan: bool,
+  unshard: Callable[[Any], Any] | None,
+) -> Array:
+  """Applies blocks that are alike; to be called within a compact module.
+
+  Args:
+    x: what the first one gets.
+    block: their class.
+    fields: of each.
+    blocks: their numbers in the stage.
+    remat: recompute each in the backward pass.
+    scan: compile one for all.
+    unshard: see `models.vit.ViT`.
+  """
+  if not scan:
+    for i in blocks:
+      x = lifted(block, remat, unshard)(**fields, name=f"block_{i}")(x)
+    return x
+  if not blocks:
+    return x
+  scanned = nn.scan(
+    lifted(_ScannedBlock, remat, unshard, prevent_cse=False),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=len(blocks),
+  )(block, fields, name="blocks")
+  return scanned(x, None)[0]
+
+
+def check_coarsest(image_size: int, patch_size: int, num_stages: int) -> None:
+  """Checks that the last stage has a position.
+
+  Raises:
+    ValueError: the images are too small.
+  """
+  coarsest = patch_size * 2 ** (num_stages - 1)
+  if image_size < coarsest:
+    raise ValueError(
+      f"image_size is {image_size}, but one position of the last stage has {coarsest} "
+      "pixels per side; take larger images."
+    )

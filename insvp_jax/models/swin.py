@@ -21,7 +21,13 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from insvp_jax.methods.base import BackboneSpec, Stage
-from insvp_jax.methods.hooks import PROMPTS, UNCHANGED, Adaptation, BlockPrompts
+from insvp_jax.methods.hooks import (
+  LAYER_NORMS,
+  PROMPTS,
+  UNCHANGED,
+  Adaptation,
+  BlockPrompts,
+)
 from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.layers import MlpBlock, PatchEmbedding, join
 from insvp_jax.models.stages import StagedBackbone, block_patterns, lifted
@@ -448,7 +454,7 @@ class Swin(StagedBackbone):
       patch_size=self.patch_size,
       image_size=self.image_size,
       num_prefix=0,
-      sites=frozenset({PROMPTS}),
+      sites=frozenset({PROMPTS, LAYER_NORMS}),
       block_patterns=()
       if self.scan
       else block_patterns(self.depths, follows="downsample"),
