@@ -195,8 +195,8 @@ class SpecificPrompter(nn.Module):
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> list[Float[Array, "b p d"]]:
-    """Returns the prompt tokens of each image, of each width, for all its blocks."""
+  ) -> list[Array]:
+    """Returns the prompt tokens [b, p, d] of each width d, for all its blocks."""
     grids = [specific_grid(width, images.shape[1]) for width in self.widths]
     grid = grids[0]  # They differ after the second convolution.
     activation = ACTIVATIONS[self.activation]

@@ -21,6 +21,8 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   for name, fields in module.VARIANTS.items()
 }
 _INNER = ("unshard", "parent", "name")
+# A class without it computes all tokens anyway.
+_WITHOUT_EFFECT = ("skip_unread",)
 
 
 def is_variant(name: str) -> bool:
@@ -77,7 +79,8 @@ def build(
       given |= {} if value is None else {field: value}
       continue
     default = ViT.__dataclass_fields__.get(field)
-    if value is None or (default is not None and value == default.default):
+    is_default = default is not None and value == default.default
+    if value is None or is_default or field in _WITHOUT_EFFECT:
       continue
     raise ValueError(
       f"unknown backbone field {field!r} of a {backbone.__name__}."

@@ -203,7 +203,7 @@ class ConvNeXt(StagedBackbone):
 
   def encode(
     self, x: Float[Array, "b h w d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b d"]:
+  ) -> Float[Array, "b e"]:
     """Returns the normalised mean of the last positions; no hook is here."""
     del adaptation
     for i in range(len(self.depths)):

@@ -219,7 +219,7 @@ class ResNet(StagedBackbone):
 
   def encode(
     self, x: Float[Array, "b h w d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b d"]:
+  ) -> Float[Array, "b e"]:
     """Returns the mean of the last positions; no hook is here."""
     del adaptation
     for i in range(len(self.depths)):

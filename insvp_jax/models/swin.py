@@ -479,7 +479,7 @@ class Swin(StagedBackbone):
 
   def encode(
     self, tokens: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b d"]:
+  ) -> Float[Array, "b e"]:
     """Returns the mean of the last tokens and prompts, under an adaptation.
 
     Raises:

@@ -4,10 +4,11 @@ Lists here have an entry for each stage that has prompts, the first ones.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.hooks import BlockPrompts
@@ -19,7 +20,7 @@ def widths(spec: BackboneSpec, blocks: int) -> list[int]:
   return [stage.width for stage in spec.stages[: len(spec.stage_counts(blocks))]]
 
 
-def named(spec: BackboneSpec, name: str, arrays: Sequence[Array]) -> dict[str, Array]:
+def named(spec: BackboneSpec, name: str, arrays: Sequence[Any]) -> dict[str, Any]:
   """Returns {name: array} of one stage, {name_0: ..., name_1: ...} of several."""
   if len(spec.stages) == 1:
     return dict(zip((name,), arrays, strict=True))
@@ -28,8 +29,8 @@ def named(spec: BackboneSpec, name: str, arrays: Sequence[Array]) -> dict[str, A
 
 def create(
   method: Method, init: nn.initializers.Initializer, blocks: int, length: int
-) -> list[Float[Array, "l p d"]]:
-  """Creates the parameters "common_prompt", or "common_prompt_<stage>" of several.
+) -> list[Array]:
+  """Creates "common_prompt" [l, p, d], or "common_prompt_<stage>" of several stages.
 
   Args:
     method: whose parameters they are.
@@ -52,26 +53,25 @@ def create(
 
 def drop(
   dropout: Dropout,
-  tokens: Sequence[Float[Array, "l p d"]],
+  tokens: Sequence[Array],
   num_samples: int,
   *,
   train: bool,
-) -> list[Float[Array, "l b_or_1 p d"]]:
-  """Returns prompts that all images share, with dropout drawn for each image."""
+) -> list[Array]:
+  """Returns prompts that all images share, with dropout drawn for each image.
+
+  From [l, p, d] to [l, b or 1, p, d]; the batch axis is 1 where nothing is dropped.
+  """
   return [
     drop_per_sample(dropout, t[:, None], num_samples, train=train) for t in tokens
   ]
 
 
-def join(
-  spec: BackboneSpec, tokens: Sequence[Float[Array, "l b_or_1 p d"]]
-) -> BlockPrompts:
-  """Returns the prompts as the backbone takes them."""
+def join(spec: BackboneSpec, tokens: Sequence[Array]) -> BlockPrompts:
+  """Returns prompts [l, b or 1, p, d] as the backbone takes them."""
   return BlockPrompts(tokens[0] if len(spec.stages) == 1 else tuple(tokens))
 
 
-def for_each(
-  images: Array, tokens: Sequence[Float[Array, "l b_or_1 p d"]]
-) -> list[Float[Array, "l b p d"]]:
-  """Returns the prompts of every image, where all share them."""
+def for_each(images: Array, tokens: Sequence[Array]) -> list[Array]:
+  """Returns prompts [l, b or 1, p, d] of each stage as [l, b, p, d]."""
   return [jnp.repeat(t, len(images) // t.shape[1], axis=1) for t in tokens]
