@@ -283,7 +283,7 @@ class InsVP(Method):
     is_trained = {
       "prompter/patch_prompter/.*": self.use_patch,
       "prompter/global_prompter/.*": self.use_global,
-      "prompter/common_prompt": self.use_common,
+      "prompter/common_prompt.*": self.use_common,
       "prompter/specific_prompter/.*": self.use_specific and self.train_specific,
       "head/.*": True,
     }

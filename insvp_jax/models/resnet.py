@@ -53,9 +53,16 @@ class FrozenBatchNorm(nn.Module):
     return x * factor.astype(x.dtype) + shift.astype(x.dtype)
 
 
-def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+def _conv(
+  width: int,
+  size: int,
+  stride: int,
+  dtype: Any,
+  name: str | None = None,
+  conv: type[nn.Module] = nn.Conv,
+) -> nn.Module:
   pad = size // 2
-  return nn.Conv(
+  return conv(
     width,
     (size, size),
     strides=(stride, stride),
@@ -128,20 +135,6 @@ class ResNetStage(nn.Module):
     )
 
 
-class Stem(nn.Module):
-  """A convolution and a pooling, each of stride 2."""
-
-  width: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-    """Returns the positions of the first stage."""
-    x = _conv(self.width, 7, 2, self.dtype, "conv")(images.astype(self.dtype))
-    x = nn.relu(FrozenBatchNorm(self.dtype, name="norm")(x))
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-
 class ResNet(StagedBackbone):
   """A ResNet of bottleneck blocks without its head.
 
@@ -168,7 +161,8 @@ class ResNet(StagedBackbone):
     self.check()
     check_coarsest(self.image_size, _STEM, len(self.depths))
     dtype = jnp.dtype(self.dtype)
-    self.embedding = unsharded(Stem, self.unshard)(self.width, dtype)
+    self.embedding = _conv(self.width, 7, 2, dtype, conv=self._lifted(nn.Conv))
+    self.embedding_norm = self._lifted(FrozenBatchNorm)(dtype)
     for i, depth in enumerate(self.depths):
       module = ResNetStage(
         width=_EXPANSION * self.width * 2**i,
@@ -181,6 +175,9 @@ class ResNet(StagedBackbone):
       )
       setattr(self, f"stage_{i}", module)
     self.create_head()
+
+  def _lifted(self, module: type[nn.Module]) -> type[nn.Module]:
+    return unsharded(module, self.unshard)
 
   @property
   def spec(self) -> BackboneSpec:
@@ -215,7 +212,8 @@ class ResNet(StagedBackbone):
 
   def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
     """Returns the positions of the first stage, of images of any size."""
-    return self.embedding(images)
+    x = nn.relu(self.embedding_norm(self.embedding(images.astype(self.dtype))))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
   def encode(
     self, x: Float[Array, "b h w d"], adaptation: Adaptation = UNCHANGED

@@ -10,7 +10,7 @@ Shifted Windows", sections 3.1 and 3.2; Jia et al. 2022, "Visual Prompt Tuning",
 appendix A.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -192,7 +192,7 @@ class Block(nn.Module):
 class _Pair(nn.Module):
   """A block and one whose windows are shifted, in the form that `nn.scan` wants."""
 
-  blocks: Sequence[dict[str, Any]]
+  blocks: Sequence[Mapping[str, Any]]
   updates: tuple[bool, bool]
 
   @nn.compact
@@ -259,7 +259,7 @@ class SwinStage(nn.Module):
   grid: int
   window: int
   merges: bool
-  block: dict[str, Any]
+  block: Mapping[str, Any]
   dtype: Any
   remat: bool
   scan: bool

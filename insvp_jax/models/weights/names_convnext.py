@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import re
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns our flat names, with one group per block, of a published file's.
 
   Raises:
-    KeyError: a name that no ConvNeXt has.
+    ValueError: a name that no ConvNeXt has.
   """
   outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
   block = {theirs: ours for ours, theirs in _BLOCK.items()}
@@ -78,8 +79,15 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     elif match and inner in block:
       leaves[f"stage_{match[1]}/block_{match[4]}/{block[inner]}/{leaf}"] = array
     else:
-      raise KeyError(name)
+      raise ValueError(f"{name!r} is no array of a ConvNeXt.")
   return leaves
+
+
+def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the fields of `models.convnext.ConvNeXt` that leaves tell, in our names."""
+  patch, _, _, width = np.shape(leaves["embedding/kernel"])
+  depths = torch_layout.stage_depths(leaves)
+  return {"width": width, "depths": depths, "patch_size": patch}
 
 
 def invert(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

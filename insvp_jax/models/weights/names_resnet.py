@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 import re
+from typing import Any
 
 import numpy as np
 
 from insvp_jax.models.weights import torch_layout
 
+# What is in some files, and why it is not read.
+SKIPPED = {r".*\.num_batches_tracked": "for training a BatchNorm"}
 # Ours -> theirs.
-_OUTSIDE = {"embedding/conv": "conv1", "embedding/norm": "bn1", "head": "fc"}
+_OUTSIDE = {"embedding": "conv1", "embedding_norm": "bn1", "head": "fc"}
 _BLOCK = {
   **{f"conv_{i}": f"conv{i + 1}" for i in range(3)},
   **{f"norm_{i}": f"bn{i + 1}" for i in range(3)},
@@ -26,15 +29,15 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns our flat names, with one group per block, of a published file's.
 
   Raises:
-    KeyError: a name that no ResNet has.
+    ValueError: a name that no ResNet has.
   """
   outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
   block = {theirs: ours for ours, theirs in _BLOCK.items()}
   leaves = {}
   for name, array in arrays.items():
-    module, _, leaf = name.rpartition(".")
-    if leaf == "num_batches_tracked":
+    if any(re.fullmatch(pattern, name) for pattern in SKIPPED):
       continue
+    module, _, leaf = name.rpartition(".")
     leaf, array = torch_layout.renamed(leaf, array)
     match = re.fullmatch(r"layer([1-9])\.([0-9]+)\.(.+)", module)
     if module in outside:
@@ -43,8 +46,14 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       stage = int(match[1]) - 1
       leaves[f"stage_{stage}/block_{match[2]}/{block[match[3]]}/{leaf}"] = array
     else:
-      raise KeyError(name)
+      raise ValueError(f"{name!r} is no array of a ResNet of bottleneck blocks.")
   return leaves
+
+
+def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the fields of `models.resnet.ResNet` that leaves tell, in our names."""
+  width = np.shape(leaves["embedding/kernel"])[-1]
+  return {"width": width, "depths": torch_layout.stage_depths(leaves)}
 
 
 def invert(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,7 +6,9 @@ the four tokens alike.
 """
 
 from collections.abc import Mapping
+import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +31,8 @@ _OUTSIDE = {
   "head": "head",
   "head.fc": "head",
 }
-# What follows from the sizes and is in some files.
-_DERIVED = r".*\.(relative_position_index|attn_mask)"
+# What is in some files, and why it is not read.
+SKIPPED = {r".*\.(relative_position_index|attn_mask)": "follows from the sizes"}
 _BLOCK = r"layers\.([0-9]+)\.blocks\.([0-9]+)\.(.+)\.(weight|bias)"
 _MERGING = r"layers\.([0-9]+)\.downsample\.(norm|reduction)"
 _PROJECTIONS = ("query", "key", "value")
@@ -49,7 +51,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns our flat names, with one group per block, of a published file's.
 
   Raises:
-    KeyError: a name that no Swin Transformer has.
+    ValueError: a name that no Swin Transformer has.
   """
   later = int(_is_microsoft(arrays))
   leaves: dict[str, np.ndarray] = {}
@@ -60,7 +62,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       leaves[f"stage_{stage}/block_{block}/attention/relative_position_bias"] = array
       heads[stage] = array.shape[-1]
   for name, array in arrays.items():
-    if name.endswith(_TABLE) or re.fullmatch(_DERIVED, name):
+    if name.endswith(_TABLE) or any(re.fullmatch(p, name) for p in SKIPPED):
       continue
     module, _, leaf = name.rpartition(".")
     if module in _OUTSIDE:
@@ -84,8 +86,24 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         array = array.reshape(heads[match[1]], -1, array.shape[-1])
       leaves[f"{prefix}/{_THEIRS[match[3]]}/{leaf}"] = array
     else:
-      raise KeyError(name)
+      raise ValueError(f"{name!r} is no array of a Swin Transformer.")
   return leaves
+
+
+def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the fields of `models.swin.Swin` that leaves tell, in our names."""
+  depths = torch_layout.stage_depths(leaves)
+  table = "stage_{}/block_0/attention/relative_position_bias"
+  tables = [np.shape(leaves[table.format(i)]) for i in range(len(depths))]
+  patch, _, _, width = np.shape(leaves["embedding/kernel"])
+  return {
+    "width": width,
+    "depths": depths,
+    "num_heads": tuple(shape[1] for shape in tables),
+    # The last stage's grid may be smaller than a window.
+    "window": (math.isqrt(tables[0][0]) + 1) // 2,
+    "patch_size": patch,
+  }
 
 
 def invert(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

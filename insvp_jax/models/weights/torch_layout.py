@@ -1,5 +1,8 @@
 """PyTorch's layouts of arrays, and ours."""
 
+from collections.abc import Iterable
+import re
+
 import numpy as np
 
 
@@ -30,3 +33,13 @@ def restored(leaf: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     return "weight", weight(array)
   names = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
   return names.get(leaf, leaf), array
+
+
+def stage_depths(names: Iterable[str]) -> tuple[int, ...]:
+  """Returns how many blocks each stage has, of our names with one group per block."""
+  depths: dict[int, int] = {}
+  for name in names:
+    if match := re.match(r"stage_([0-9]+)/block_([0-9]+)/", name):
+      stage, block = int(match[1]), int(match[2])
+      depths[stage] = max(depths.get(stage, 0), block + 1)
+  return tuple(depths[stage] for stage in sorted(depths))
