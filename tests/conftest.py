@@ -43,7 +43,7 @@ QUICKLY_COMPILED = {
   *("test_stored_runs", "test_suite", "test_trainer", "test_tune", "test_vpt"),
   *("test_adapters", "test_e2vpt", "test_gated", "test_hooks", "test_merging"),
   *("test_own_method", "test_pruning", "test_reparametrisations", "test_sharding"),
-  *("test_transhp", "test_vapt", "test_vfpt"),
+  *("test_transhp", "test_vapt", "test_vfpt", "test_architectures"),
 }
 
 

@@ -329,10 +329,12 @@ class InsVP(Method):
         source = self._attended(images)
       specific = self.specific_prompter(source, train=train)
       terms.append([weights[1] * tokens[None] for tokens in specific])
+    if not terms:
+      return [], []
     counts = self.spec.stage_counts(self.prompted_blocks)
     # Specific prompts alone have a block axis of 1: every block gets the same.
     feature = [
       jnp.broadcast_to(sum(parts), (count, *sum(parts).shape[1:]))
       for count, *parts in zip(counts, *terms, strict=True)
     ]
-    return specific, feature if terms else []
+    return specific, feature
