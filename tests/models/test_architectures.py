@@ -45,11 +45,11 @@ def shapes_of(backbone):
 def drawn(backbone, seed=0):
   """Flat parameters that are nowhere zero, so that every path counts."""
   rng = np.random.default_rng(seed)
-  return {
-    # Some are variances.
-    name: np.abs(0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+  leaves = {
+    name: np.asarray(0.3 * rng.normal(size=leaf.shape), np.float32)
     for name, leaf in shapes_of(backbone).items()
   }
+  return {n: np.abs(x) if n.endswith("/var") else x for n, x in leaves.items()}
 
 
 def images(batch=2, size=16):
@@ -256,7 +256,7 @@ def test_prompts_of_some_blocks_scanned_or_not(counts):
   found = swin_features(
     scanned, trees.unflatten(scanned.stack(leaves)), images(), given
   )
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["insvp", "vpt_deep", "vpt_shallow"])
