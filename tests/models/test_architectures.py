@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 from test_sharding import first_batch
@@ -303,7 +304,7 @@ def test_a_swin_trains_alike_on_one_device_and_split_over_four():
       kernel = state.params["backbone"]["stage_1"]["blocks"]["block_0"]["mlp"]
       kernel = kernel["Dense_0"]["kernel"]
       # Pairs of blocks are whole; their kernels are cut.
-      assert kernel.sharding.spec == (None, "fsdp")
+      assert kernel.sharding.spec == PartitionSpec(None, "fsdp")
     state, metrics = program.train_step(state, first_batch(config, program))
     found.append(jax.device_get((state.params["prompter"], metrics["loss"])))
   for one, four in zip(*map(jax.tree.leaves, found), strict=True):
