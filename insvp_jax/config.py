@@ -43,18 +43,20 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "prompt_images": (0, "test images to draw InsVP's prompts for"),
   "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
   "multihost": (bool, "join other processes; None: where a cluster is detected"),
-  # The ViT; None is what its variant or release says.
+  # None is what the backbone's variant or release says.
   "backbone.name": (
     "boxed",
-    "a variant (B/16), a release (vit_b16_i21k), a file, timm/... or hf-hub:...",
+    "a variant (B/16, swin_b), a release, a file, timm/... or hf-hub:...",
   ),
   "backbone.weights": ("", "a path, a name, or random; empty: the release's"),
   "backbone.init": ("default", "how random weights are drawn: default or mimetic"),
-  "backbone.width": (int, "token width d"),
+  "backbone.width": (int, "token width d; of the first stage"),
   "backbone.depth": (int, "number of blocks l"),
+  "backbone.depths": (tuple, "blocks of each stage, of Swin, ConvNeXt and ResNet"),
   "backbone.mlp_dim": (int, "hidden width of the MLP"),
-  "backbone.num_heads": (int, "attention heads"),
+  "backbone.num_heads": (int, "attention heads; of the first stage"),
   "backbone.patch_size": (int, "pixels per side of a patch"),
+  "backbone.window": (int, "tokens per side of a window, of Swin"),
   "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
   "backbone.gelu": (str, "form of the activation: tanh, exact or quick"),
   "backbone.mlp": (str, "gelu, or swiglu: a gated MLP"),
@@ -141,12 +143,13 @@ MAX_INT = 2**31 - 1
 # Two seeds are two runs: all of a seed is used, and it has 32 bits.
 MAX_SEED = 2**32 - 1
 LARGEST_AUTOMATIC_BATCH = 32
-# The keys of the section backbone that are fields of `models.vit.ViT`.
-_VIT_FIELDS = (
+# The keys of the section backbone that are fields of a backbone.
+_BACKBONE_FIELDS = (
   *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
   *("mlp", "class_token", "registers", "layer_scale", "pre_norm", "fc_norm"),
   *("norm_eps", "projection"),
   *("dtype", "remat", "scan", "skip_unread", "fused_attention", "head_classes"),
+  *("depths", "window"),
 )
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
@@ -257,9 +260,9 @@ def method_kwargs(config: ConfigDict) -> dict[str, Any]:
 
 
 def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
-  """Returns the ViT fields that the config sets."""
+  """Returns the backbone's fields that the config sets."""
   section = config.backbone
-  return {f: section[f] for f in _VIT_FIELDS if section[f] is not None}
+  return {f: section[f] for f in _BACKBONE_FIELDS if section[f] is not None}
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:

@@ -44,6 +44,7 @@ QUICKLY_COMPILED = {
   *("test_adapters", "test_e2vpt", "test_gated", "test_hooks", "test_merging"),
   *("test_own_method", "test_pruning", "test_reparametrisations", "test_sharding"),
   *("test_transhp", "test_vapt", "test_vfpt", "test_families", "test_hub"),
+  "test_architectures",
 }
 
 

@@ -2,8 +2,8 @@
 
 `compute` takes any golden file of a known family, whatever its sizes, and returns what
 the file holds beside its inputs, under the file's own names. What is special about a
-family stands in `golden_prompts`, `golden_adapters`, `golden_tokens` and
-`golden_pixels`.
+family stands in `golden_prompts`, `golden_adapters`, `golden_tokens`, `golden_pixels`
+and `golden_backbones`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import types
 from typing import Any
 
 import golden_adapters
+import golden_backbones
 from golden_family import Family
 import golden_pixels
 import golden_prompts
@@ -30,6 +31,7 @@ from insvp_jax.models.weights.load import load_backbone
 
 FAMILIES = {
   **golden_adapters.FAMILIES,
+  **golden_backbones.FAMILIES,
   **golden_pixels.FAMILIES,
   **golden_prompts.FAMILIES,
   **golden_tokens.FAMILIES,
@@ -52,6 +54,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     name = "dinov2"
   elif not name and "vit" in config and "pool" in config:
     name = "vit_torch"
+  elif not name and "swin" in config:
+    name = "swin"
   # "vpt_add_deep" is of the family "vpt".
   prefixes = [family for family in FAMILIES if name.startswith(family)]
   if not prefixes:

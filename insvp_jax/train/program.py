@@ -24,6 +24,7 @@ from insvp_jax.methods.hooks import UNCHANGED
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import (
   PromptedClassifier,
+  block_reads,
   create_backbone,
   create_model,
 )
@@ -154,7 +155,7 @@ class Program:
         {"params": params}, images, adaptation, method=encode, mutable=["reads"]
       )
       reads = sown.get("reads")
-      return feature, reads and reads["backbone"]["Transformer"]["blocks"]
+      return feature, reads and block_reads(reads)
 
     @whole
     def logits(params, images):
@@ -297,11 +298,11 @@ def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
 
 def input_size(config: ConfigDict) -> int:
   """Returns the pixels per side of the images that a config's model takes."""
-  vit = create_backbone(
+  backbone = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   )
   fields = config_lib.method_kwargs(config)
-  return create_method(config.method, vit.spec, **fields).input_size()
+  return create_method(config.method, backbone.spec, **fields).input_size()
 
 
 def create_state(

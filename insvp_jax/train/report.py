@@ -17,6 +17,8 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
+from insvp_jax.models import architectures
+from insvp_jax.models.vit import ViT
 from insvp_jax.models.weights import is_file_name, pixels_of, vit_fields
 from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
@@ -205,6 +207,8 @@ def _model_kwargs(
   kwargs, vit = model_kwargs(config, num_classes), program.model.backbone
   if not is_file_name(kwargs["backbone"]):
     return kwargs
+  if not isinstance(vit, ViT):
+    kwargs["backbone"] = architectures.variant_of(type(vit))
   fields = vit_fields(vit)
   kwargs["image_size"] = fields.pop("image_size")
   return {**kwargs, "backbone_kwargs": fields | kwargs["backbone_kwargs"]}

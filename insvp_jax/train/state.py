@@ -21,7 +21,7 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import parts_of
-from insvp_jax.models import mimetic
+from insvp_jax.models import architectures, mimetic
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
 
@@ -119,8 +119,8 @@ def load_weights(
     ValueError, FileNotFoundError: there are no such weights; see the message.
   """
   source = config.backbone.weights or config.backbone.name
-  name, weights = config.backbone.name, config.backbone.weights
-  if "/" in name and not weights and not weights_lib.is_file_name(name):
+  is_variant = architectures.is_variant(config.backbone.name)
+  if is_variant and not config.backbone.weights:
     raise ValueError(
       f"config.backbone.name is {config.backbone.name!r}, an architecture without "
       "weights. Set config.backbone.weights to a path or to a release's name, or to "

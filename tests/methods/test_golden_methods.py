@@ -14,7 +14,7 @@ import pytest
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 # Of files whose methods are elsewhere or not there yet.
-OTHERS = ("swin",)
+OTHERS = ()
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 FILES = sorted(
   str(path.relative_to(SHARED).with_suffix(""))

@@ -13,17 +13,30 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from insvp_jax.models.weights import names_vit, npz, readers
+from insvp_jax.models.weights import (
+  names_convnext,
+  names_resnet,
+  names_swin,
+  names_vit,
+  npz,
+  readers,
+)
 from insvp_jax.models.weights.npz import VitFile
 
 # Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `invert(leaves)`.
 # What else the first one has, others may have.
-NAMES = {"vit": names_vit}
+NAMES = {
+  "vit": names_vit,
+  "swin": names_swin,
+  "convnext": names_convnext,
+  "resnet": names_resnet,
+}
 # Of several models in a file the one whose prefix has the first of these words, else
 # the one with none of them, else the one with the last.
 _PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
 _LAST = ("student", "momentum_encoder", "decoder", "text")
 _HEAD = r"(head|classifier|fc|head\.fc)\.(weight|bias)"
+_CONSTANTS = r".*\.(relative_position_index|attn_mask|num_batches_tracked)"
 _HEAD_REASON = "a head of its own is trained for every task"
 
 
@@ -84,6 +97,8 @@ def _choose(
       continue
     known = getattr(module, "SKIPPED", {}).items()
     reason = next((why for k, why in known if re.fullmatch(k, short)), "")
+    if re.fullmatch(_CONSTANTS, short):
+      reason = "a constant or a counter"
     if not with_head and re.fullmatch(_HEAD, short):
       reason = _HEAD_REASON
     if reason:

@@ -12,12 +12,13 @@ import re
 from typing import Any
 
 from insvp_jax import files
-from insvp_jax.models.vit import VARIANTS, ViT
+from insvp_jax.models.vit import VARIANTS
 from insvp_jax.models.weights import downloads, formats, readers, releases
 
 # Of a release's table, of the .json beside our own files, of others' config.json.
 _KNOWN = (*releases.ARCHITECTURE, "class_token", "registers", "mlp", "pre_norm")
 FIELDS = (*_KNOWN, "layer_scale", "fc_norm", "norm_eps", "projection")
+FIELDS += ("depths", "window")
 _GELUS = {
   **dict.fromkeys(("gelu_pytorch_tanh", "gelu_tanh", "gelu_new"), "tanh"),
   "gelu": "exact",
@@ -57,6 +58,8 @@ def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
   fields = _fields_of(path)
   if release := releases.release_of(path):
     fields |= {"pool": release.pool, "gelu": release.gelu, **release.fields}
+  if "architecture" in fields:
+    return fields
   if "num_heads" not in fields and overrides.get("num_heads") is None:
     raise ValueError(
       f"{path} does not tell how many heads its blocks of width {fields['width']} "
@@ -131,9 +134,9 @@ def _read_json(path: Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def vit_fields(vit: ViT) -> dict[str, Any]:
+def vit_fields(vit: Any) -> dict[str, Any]:
   """Returns the fields that a backbone's file does not need to be asked for again."""
-  return {field: getattr(vit, field) for field in FIELDS}
+  return {field: getattr(vit, field) for field in FIELDS if hasattr(vit, field)}
 
 
 # Of files that say nothing of their pixels.
