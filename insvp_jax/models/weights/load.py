@@ -150,6 +150,7 @@ def _raise_problems(
   fields: Mapping[str, Any],
   backbone: nn.Module,
 ) -> None:
+  """Raises a `ValueError` that says what does not fit, and what would."""
   if messages := _messages(problems):
     known = {k: v for k, v in fields.items() if getattr(backbone, k, v) != v}
     hint = f" Build the model with backbone_kwargs={known}." if known else ""
@@ -157,11 +158,13 @@ def _raise_problems(
 
 
 def _messages(problems: Mapping[str, Sequence[str]]) -> str:
-  return "; ".join(
-    f"{len(names)} leaves {problem}: {abbreviate(names)}."
+  """Returns a sentence; "" where nothing is wrong."""
+  texts = [
+    f"{len(names)} leaves {problem}: {abbreviate(names)}"
     for problem, names in problems.items()
     if names
-  )
+  ]
+  return "; ".join(texts) + "." if texts else ""
 
 
 def save_backbone(
