@@ -24,6 +24,7 @@ NAMES = {"vit": names_vit}
 _PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
 _LAST = ("student", "momentum_encoder", "decoder", "text")
 _HEAD = r"(head|classifier|fc|head\.fc)\.(weight|bias)"
+_CONSTANTS = r".*\.(relative_position_index|attn_mask|num_batches_tracked)"
 _HEAD_REASON = "a head of its own is trained for every task"
 
 
@@ -84,6 +85,8 @@ def _choose(
       continue
     known = getattr(module, "SKIPPED", {}).items()
     reason = next((why for k, why in known if re.fullmatch(k, short)), "")
+    if re.fullmatch(_CONSTANTS, short):
+      reason = "a constant or a counter"
     if not with_head and re.fullmatch(_HEAD, short):
       reason = _HEAD_REASON
     if reason:

@@ -57,6 +57,8 @@ def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
   fields = _fields_of(path)
   if release := releases.release_of(path):
     fields |= {"pool": release.pool, "gelu": release.gelu, **release.fields}
+  if "architecture" in fields:
+    return fields
   if "num_heads" not in fields and overrides.get("num_heads") is None:
     raise ValueError(
       f"{path} does not tell how many heads its blocks of width {fields['width']} "
