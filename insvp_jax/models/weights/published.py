@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from insvp_jax import files
-from insvp_jax.models.vit import VARIANTS, ViT
+from insvp_jax.models.vit import VARIANTS
 from insvp_jax.models.weights import downloads, formats, readers, releases
 
 # Of a release's table, of the .json beside our own files, of others' config.json.
@@ -133,9 +133,9 @@ def _read_json(path: Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def vit_fields(vit: ViT) -> dict[str, Any]:
+def vit_fields(vit: Any) -> dict[str, Any]:
   """Returns the fields that a backbone's file does not need to be asked for again."""
-  return {field: getattr(vit, field) for field in FIELDS}
+  return {field: getattr(vit, field) for field in FIELDS if hasattr(vit, field)}
 
 
 # Of files that say nothing of their pixels.
