@@ -230,7 +230,7 @@ def _family_pixels(name: str, fields: Mapping[str, Any]) -> tuple:
     return (0.5,) * 3, (0.5,) * 3, "tf1", 1.0
   if fields.get("pre_norm"):
     return _CLIP
-  if fields["pool"] == "map" or re.search(r"siglip", name):
+  if fields.get("pool") == "map" or re.search(r"siglip", name):
     return _SIGLIP
   if re.search(r"augreg|\borig_in21k", name):
     return (0.5,) * 3, (0.5,) * 3, "shorter_side_bicubic", 0.9
