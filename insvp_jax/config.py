@@ -46,17 +46,33 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "prompt_images": (0, "test images to draw InsVP's prompts for"),
   "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
   "multihost": (bool, "join other processes; None: where a cluster is detected"),
-  # The ViT; None is what its variant or release says.
-  "backbone.name": ("boxed", "a variant (B/16) or a release (vit_b16_i21k)"),
+  # None is what the backbone's variant or release says.
+  "backbone.name": (
+    "boxed",
+    "a variant (B/16, swin_b), a release, a file, timm/... or hf-hub:...",
+  ),
   "backbone.weights": ("", "a path, a name, or random; empty: the release's"),
   "backbone.init": ("default", "how random weights are drawn: default or mimetic"),
-  "backbone.width": (int, "token width d"),
+  "backbone.width": (int, "token width d; of the first stage"),
   "backbone.depth": (int, "number of blocks l"),
+  "backbone.depths": (tuple, "blocks of each stage, of Swin, ConvNeXt and ResNet"),
   "backbone.mlp_dim": (int, "hidden width of the MLP"),
-  "backbone.num_heads": (int, "attention heads"),
+  "backbone.num_heads": (int, "attention heads; of the first stage"),
   "backbone.patch_size": (int, "pixels per side of a patch"),
+  "backbone.window": (int, "tokens per side of a window, of Swin"),
   "backbone.pool": (str, "what becomes the feature: tok, gap or map"),
-  "backbone.gelu": (str, "form of the activation: tanh or exact"),
+  "backbone.gelu": (str, "form of the activation: tanh, exact or quick"),
+  "backbone.mlp": (str, "gelu, or swiglu: a gated MLP"),
+  "backbone.class_token": (
+    bool,
+    "whether there is a class token; None: if pooled",
+  ),
+  "backbone.registers": (int, "further tokens without a position"),
+  "backbone.layer_scale": (bool, "keep LayerScale; None: where its branch is trained"),
+  "backbone.pre_norm": (bool, "normalise the tokens before the first block"),
+  "backbone.fc_norm": (bool, "normalise the feature in place of the tokens"),
+  "backbone.norm_eps": (float, "epsilon of the norms"),
+  "backbone.projection": (int, "width of a last layer, as CLIP's; 0: none"),
   "backbone.head_classes": (
     int,
     "classes of the head that the backbone was trained with, for methods that read it",
@@ -70,7 +86,11 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.fsdp": (1, "devices that frozen weights are split over; set scan too"),
   # Where the images come from and how they become inputs.
   "data.root": ("", "folder or .zip of the images; empty: from TFDS"),
-  "data.preset": ("vtab", "pixels: vtab, vpt, insvp_release, cifar or modern"),
+  "data.preset": (
+    "",
+    "pixels: vtab, vpt, insvp_release, cifar, modern, imagenet, clip or siglip; empty: "
+    "as the backbone's",
+  ),
   "data.train_split": ("train", "the split that trains: train or train_val"),
   "data.val_fraction": (0.1, "share of a folder's train for val, if it has no val"),
   "data.test_fraction": (0.2, "share of a folder's train for test, if it has no test"),
@@ -132,10 +152,13 @@ MAX_INT = 2**31 - 1
 # Two seeds are two runs: all of a seed is used, and it has 32 bits.
 MAX_SEED = 2**32 - 1
 LARGEST_AUTOMATIC_BATCH = 32
-# The keys of the section backbone that are fields of `models.vit.ViT`.
-_VIT_FIELDS = (
+# The keys of the section backbone that are fields of a backbone.
+_BACKBONE_FIELDS = (
   *("width", "depth", "mlp_dim", "num_heads", "patch_size", "pool", "gelu"),
+  *("mlp", "class_token", "registers", "layer_scale", "pre_norm", "fc_norm"),
+  *("norm_eps", "projection"),
   *("dtype", "remat", "scan", "skip_unread", "fused_attention", "head_classes"),
+  *("depths", "window"),
 )
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
@@ -246,9 +269,9 @@ def method_kwargs(config: ConfigDict) -> dict[str, Any]:
 
 
 def backbone_kwargs(config: ConfigDict) -> dict[str, Any]:
-  """Returns the ViT fields that the config sets."""
+  """Returns the backbone's fields that the config sets."""
   section = config.backbone
-  return {f: section[f] for f in _VIT_FIELDS if section[f] is not None}
+  return {f: section[f] for f in _BACKBONE_FIELDS if section[f] is not None}
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int] | None:

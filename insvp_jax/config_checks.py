@@ -228,6 +228,7 @@ _RANGES: dict[str, tuple[float | int, float | int]] = {
   "backbone.mlp_dim": (1, 2**18),
   "backbone.num_heads": (1, 2**10),
   "backbone.patch_size": (1, 2**13),
+  "backbone.window": (1, 2**10),
   "plan.num_classes": (0, 2**24),
   "data.val_fraction": _SHARE,
   "data.test_fraction": _SHARE,

@@ -2,8 +2,8 @@
 
 `compute` takes any golden file of a known family, whatever its sizes, and returns what
 the file holds beside its inputs, under the file's own names. What is special about a
-family stands in `golden_prompts`, `golden_adapters`, `golden_tokens` and
-`golden_pixels`.
+family stands in `golden_prompts`, `golden_adapters`, `golden_tokens`, `golden_pixels`
+and `golden_backbones`.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,12 @@ import types
 from typing import Any
 
 import golden_adapters
+import golden_backbones
 from golden_family import Family
 import golden_pixels
 import golden_prompts
 import golden_tokens
+import golden_torch
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,11 @@ from insvp_jax.models.weights.load import load_backbone
 
 FAMILIES = {
   **golden_adapters.FAMILIES,
+  **golden_backbones.FAMILIES,
   **golden_pixels.FAMILIES,
   **golden_prompts.FAMILIES,
   **golden_tokens.FAMILIES,
+  **golden_torch.FAMILIES,
 }
 
 
@@ -46,6 +50,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     name = "insvp_release"
   elif not name and "prompt_length" in config and "vit" in config:
     name = "vpt"
+  elif not name and "patch_tokens_sample" in config:
+    name = "dinov2"
+  elif not name and "vit" in config and "pool" in config:
+    name = "vit_torch"
+  elif not name and "swin" in config:
+    name = "swin"
   # "vpt_add_deep" is of the family "vpt".
   prefixes = [family for family in FAMILIES if name.startswith(family)]
   if not prefixes:
@@ -63,7 +73,8 @@ def compute(
     recipe: the module golden/recipe.py, which draws the parameters.
     **fields: of the method, beside those that the file asks for.
   """
-  config = arrays["config"]
+  # A file of real weights has none: what it pins tells what it is.
+  config = arrays.get("config", dict.fromkeys(arrays))
   if not isinstance(config, Mapping):
     config = json.loads(str(config))
   arrays = {**arrays, "config": config}

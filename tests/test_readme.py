@@ -140,7 +140,8 @@ def config_of(words):
 
 
 @pytest.mark.parametrize(
-  "name", ["data", "training", "measured", "methods", "architecture", "inputs"]
+  "name",
+  ["data", "training", "measured", "methods", "architecture", "inputs", "backbones"],
 )
 def test_the_docs_name_commands_flags_and_files_that_are_there(root, name, capsys):
   text = (root / "docs" / f"{name}.md").read_text()

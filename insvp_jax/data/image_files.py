@@ -86,7 +86,7 @@ class ImageFiles:
     # The digest is the same for a folder, an archive of it and a copy elsewhere: it
     # holds names below the files' common prefix and sizes, but no times.
     start = len(os.path.commonprefix(self.names))
-    sha = hashlib.sha256(f"{preset.resize} {size}".encode())
+    sha = hashlib.sha256(f"{preset.resize_key} {size}".encode())
     # Runs that are older than this setting keep their digests.
     if self.options.max_16bit:
       sha.update(f" {self.options.max_16bit}".encode())

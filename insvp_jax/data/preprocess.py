@@ -15,7 +15,9 @@ passes through three stages:
 Letters in shapes: b batch, h and w height and width in pixels, s = `stored_size`.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,16 @@ from insvp_jax import trees
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # `Preset.resize` in words.
 _RESIZES = {
   "tf1": "stretched bilinearly as TF1 does (no half-pixel centres, no antialias)",
   "antialias": "stretched bilinearly with antialias",
   "shorter_side": "shorter side bilinearly with antialias, aspect ratio kept",
+  "bicubic": "stretched bicubically with antialias",
+  "shorter_side_bicubic": "shorter side bicubically with antialias, aspect ratio kept",
 }
 
 
@@ -44,14 +50,15 @@ class Preset:
     name: the preset's key in `PRESETS`.
     mean: what is subtracted from pixels in [0, 1], per channel.
     std: what the difference is divided by, per channel.
-    resize: "tf1" and "antialias" stretch the image to the stored square and ignore its
-      aspect ratio. "shorter_side" keeps the aspect ratio: training crops from the whole
-      image, evaluation sees the centre.
+    resize: "tf1", "antialias" and "bicubic" stretch the image to the stored square and
+      ignore its aspect ratio. "shorter_side" and "shorter_side_bicubic" keep the aspect
+      ratio: training crops from the whole image, evaluation sees the centre.
     margin: side of the stored square as a multiple of the model's input. Training crops
       at random from the square, evaluation at its centre.
     pad: border that training adds on each side by reflection before the random crop, as
       a share of the model's input size.
     flip: whether training mirrors an image with probability 1/2.
+    crop: share of the resized image's side that is kept, its centre, in training, too.
   """
 
   name: str
@@ -61,6 +68,7 @@ class Preset:
   margin: float = 1.0
   pad: float = 0.0
   flip: bool = False
+  crop: float = 1.0
 
   @property
   def augments(self) -> bool:
@@ -70,7 +78,12 @@ class Preset:
   @property
   def keeps_aspect(self) -> bool:
     """Returns whether the resize keeps an image's aspect ratio."""
-    return self.resize == "shorter_side"
+    return self.resize.startswith("shorter_side")
+
+  @property
+  def resize_key(self) -> str:
+    """Returns what tells stored squares of one size from each other."""
+    return self.resize if self.crop == 1 else f"{self.resize} {self.crop:.6g}"
 
   @property
   def crops_whole_images(self) -> bool:
@@ -98,11 +111,17 @@ class Preset:
     # keeps a product such as 255.99999 from becoming 255.
     return int(image_size * self.margin + 1e-6)
 
+  def resized_size(self, image_size: int) -> int:
+    """Returns the side in pixels that images are resized to before `crop`."""
+    return int(self.stored_size(image_size) / self.crop + 1e-6)
+
   def summary(self) -> str:
     """Returns one line that says all that the preset does."""
     steps = [_RESIZES[self.resize]]
     if self.margin > 1:
       steps.append(f"{self.margin:.4g} x larger, random crop / centre crop in eval")
+    if self.crop < 1:
+      steps.append(f"centre of {self.crop:.4g} x side")
     if self.pad:
       steps.append(f"reflected border of {self.pad:.4g} x side, random crop")
     steps.append("random flip" if self.flip else "no flip")
@@ -125,16 +144,51 @@ PRESETS = {
   "cifar": Preset("cifar", HALF, HALF, "antialias", pad=4 / 32, flip=True),
   # For one's own work: `vtab` without the aliasing of TF1's resize.
   "modern": Preset("modern", HALF, HALF, "antialias"),
+  # As timm, DINO and DINOv2 evaluate; as CLIP does; as SigLIP does.
+  "imagenet": Preset(
+    "imagenet", IMAGENET_MEAN, IMAGENET_STD, "shorter_side_bicubic", crop=0.875
+  ),
+  "clip": Preset("clip", CLIP_MEAN, CLIP_STD, "shorter_side_bicubic"),
+  "siglip": Preset("siglip", HALF, HALF, "bicubic"),
 }
 
 
 def get_preset(name: str) -> Preset:
   """Returns the preset of that name.
 
+  Args:
+    name: a key of `PRESETS`, or all numbers of a preset as `preset_name` writes them.
+
   Raises:
     ValueError: if the name is unknown; the message lists the known ones.
   """
-  return trees.lookup(PRESETS, name, "preset")
+  match = re.fullmatch(r"mean=(\S+) std=(\S+) resize=(\S+) crop=(\S+)", name)
+  if not match:
+    return trees.lookup(PRESETS, name, "preset")
+  try:
+    mean, std = (tuple(map(float, part.split(","))) for part in match.groups()[:2])
+    crop, is_right = float(match[4]), len(mean) == len(std) == 3
+    is_right &= min(std) > 0 and 0.1 <= crop <= 1 and match[3] in _RESIZES
+  except ValueError:
+    is_right = False
+  if not is_right:
+    raise ValueError(
+      f"the preset {name!r} is not usable; expected three numbers each for mean and "
+      f"std, one of {', '.join(_RESIZES)}, and a share in [0.1, 1]."
+    )
+  return Preset(name, mean, std, match[3], crop=crop)
+
+
+def preset_name(
+  mean: Sequence[float], std: Sequence[float], resize: str, crop: float
+) -> str:
+  """Returns the name of the preset with these numbers and without augmentation."""
+  for preset in PRESETS.values():
+    numbers = (*mean, *std, crop), (*preset.mean, *preset.std, preset.crop)
+    if preset.resize == resize and not preset.augments and np.allclose(*numbers):
+      return preset.name
+  mean, std = (",".join(f"{x:.9g}" for x in numbers) for numbers in (mean, std))
+  return f"mean={mean} std={std} resize={resize} crop={crop:.6g}"
 
 
 # --- On the host: from decoded pixels to the stored square.
@@ -211,14 +265,14 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def resize_antialias(
-  image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+  image: UInt8[np.ndarray, "h w 3"], height: int, width: int, bicubic: bool = False
 ) -> UInt8[np.ndarray, "height width 3"]:
-  """Resizes as PIL's BILINEAR (and torchvision's Resize on PIL images) does."""
+  """Resizes as PIL (and torchvision's Resize on PIL images) does, bilinearly or not."""
   from PIL import Image
 
   _check_elongated(*image.shape[:2], height, width)
-  resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-  return np.asarray(resized)
+  kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+  return np.asarray(Image.fromarray(image).resize((width, height), kind))
 
 
 def resize_whole(
@@ -227,7 +281,7 @@ def resize_whole(
   """Resizes an image without cutting the stored square out of it.
 
   Args:
-    preset: how to resize; `preset.stored_size(image_size)` is the shorter side of the
+    preset: how to resize; `preset.resized_size(image_size)` is the shorter side of the
       result.
     image: pixels in [0, 255].
     image_size: side of the model's input in pixels.
@@ -235,17 +289,19 @@ def resize_whole(
   Returns:
     Pixels in [0, 255]; of the aspect ratio of `image` where the preset keeps it.
   """
-  size = preset.stored_size(image_size)
+  size = preset.resized_size(image_size)
   height, width = image.shape[:2]
   if (height, width) == (size, size):
     return image
   if preset.resize == "tf1":
     return np.rint(resize_tf1(image, size, size)).astype(np.uint8)
-  if preset.resize == "antialias":
-    return resize_antialias(image, size, size)
+  bicubic = preset.resize.endswith("bicubic")
+  if not preset.keeps_aspect:
+    return resize_antialias(image, size, size, bicubic)
   # torchvision's Resize: the longer side is truncated, not rounded.
   shorter = min(height, width)
-  return resize_antialias(image, size * height // shorter, size * width // shorter)
+  sides = size * height // shorter, size * width // shorter
+  return resize_antialias(image, *sides, bicubic)
 
 
 def central_square(
@@ -286,7 +342,7 @@ def resize_all(
 ) -> UInt8[np.ndarray, "n s s 3"]:
   """Returns `resize` of each of n images of one size."""
   size = preset.stored_size(image_size)
-  if images.shape[1:3] == (size, size):
+  if images.shape[1:3] == (size, size) and preset.crop == 1:
     return images
   out = np.empty((len(images), size, size, 3), np.uint8)
   for i, image in enumerate(images):

@@ -26,7 +26,8 @@ from insvp_jax.models.classifier import PromptedClassifier
 MIN_SHARDED_SIZE = 2**14
 # A scanned encoder's leaves have the blocks as first axis, and a step takes one block
 # of them. Sharded along that axis, every step would need the part of another device.
-SCANNED_BLOCKS = r"backbone/Transformer/encoderblock/.*"
+# Backbones call the module of stacked blocks by one of these names.
+SCANNED_BLOCKS = r"backbone/(.*/)?(encoderblock|blocks)/.*"
 
 
 def param_shardings(

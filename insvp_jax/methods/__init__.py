@@ -20,7 +20,13 @@ from insvp_jax.methods.e2vpt import E2VPT
 from insvp_jax.methods.fact import FacTTK, FacTTT
 from insvp_jax.methods.full import Full
 from insvp_jax.methods.gated import Gated
-from insvp_jax.methods.hooks import Adaptation, BlockPrompts, HookArrays, Hooks
+from insvp_jax.methods.hooks import (
+  PROMPTS,
+  Adaptation,
+  BlockPrompts,
+  HookArrays,
+  Hooks,
+)
 from insvp_jax.methods.ilm_vp import ILMVP
 from insvp_jax.methods.insvp import InsVP
 from insvp_jax.methods.linear import Linear
@@ -198,10 +204,17 @@ def _create(
       )
   values = {field: value for field, value in kwargs.items() if value is not None}
   created = method(spec, num_classes, **values)
-  missing = created.hooks().sites() - spec.sites
+  missing = created.sites() - spec.sites
   if missing:
+    listed = ", ".join(sorted(spec.sites)) or "none"
     raise ValueError(
       f"the method {label!r} changes what this backbone does not have: "
-      f"{', '.join(sorted(missing))}. It has {', '.join(sorted(spec.sites))}."
+      f"{', '.join(sorted(missing))}. It has {listed}."
+    )
+  if PROMPTS in created.sites() and len(spec.stages) > 1 and not method.BY_STAGE:
+    widths = ", ".join(str(stage.width) for stage in spec.stages)
+    raise ValueError(
+      f"the method {label!r} makes prompts of one width, but the stages of this "
+      f"backbone have {widths}."
     )
   return created

@@ -15,16 +15,40 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from insvp_jax.methods import fields
-from insvp_jax.methods.hooks import SITES, Adaptation, Hooks
+from insvp_jax.methods.hooks import (
+  PROMPTED_SIZE,
+  PROMPTS,
+  SITES,
+  Adaptation,
+  Hooks,
+)
 
 # The public methods of `Method` that do not change the feature of an image.
 _BESIDE_THE_FEATURE = frozenset(
   {
     *("trainable_patterns", "updated_patterns", "prompts", "hparam", "clone"),
     *("head", "merge", "adjust_updates", "claims", "place_hparams", "prepares"),
-    *("routes", "spare_params", "measures"),
+    *("routes", "spare_params", "measures", "sites"),
   }
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Blocks of one width.
+
+  Attributes:
+    width: d.
+    depth: number of blocks.
+    mlp_dim, num_heads: of each; 0 where blocks have none.
+    grid: tokens per side.
+  """
+
+  width: int
+  depth: int
+  mlp_dim: int
+  num_heads: int
+  grid: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +56,11 @@ class BackboneSpec:
   """What a method may know of the backbone.
 
   Attributes:
-    width, depth, mlp_dim, num_heads: sizes; see `models.vit.ViT`.
-    patch_size, image_size: pixels per side.
+    width, depth, mlp_dim, num_heads: sizes; see `models.vit.ViT`. Of several stages the
+      width, mlp_dim and num_heads of the last one, whose width is the feature's, and
+      the number of all blocks.
+    patch_size, image_size: pixels per side; a patch is what becomes one token, or one
+      position of the first stage.
     num_prefix: tokens before the patches (the class token).
     sites: where hooks can be; see `hooks.SITES`.
     block_patterns: regular expression over the names of each block's parameters; ()
@@ -41,9 +68,12 @@ class BackboneSpec:
     norm_patterns: regular expressions over the parameters of all LayerNorms, the last
       one at the end.
     embedding_patterns: regular expressions over the patch embedding's parameters.
+    constant_patterns: regular expressions over leaves that no method trains: a
+      BatchNorm's statistics.
     head_classes: classes of the head that the backbone was trained with; 0 where that
       is not kept.
     mean, std: of each channel, by which pixels in [0, 1] are normalised.
+    stages: the stages, first to last; () stands for the one that the sizes say.
   """
 
   width: int
@@ -57,9 +87,25 @@ class BackboneSpec:
   block_patterns: tuple[str, ...] = ()
   norm_patterns: tuple[str, ...] = ()
   embedding_patterns: tuple[str, ...] = ()
+  constant_patterns: tuple[str, ...] = ()
   head_classes: int = 0
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  stages: tuple[Stage, ...] = ()
+
+  def __post_init__(self) -> None:
+    """Makes the one stage of a backbone that has no more."""
+    if not self.stages:
+      stage = Stage(self.width, self.depth, self.mlp_dim, self.num_heads, self.grid)
+      object.__setattr__(self, "stages", (stage,))
+
+  def stage_counts(self, blocks: int) -> tuple[int, ...]:
+    """Returns how many of the first so many blocks each stage has, without zeros."""
+    counts = []
+    for stage in self.stages:
+      counts.append(min(blocks, stage.depth))
+      blocks -= counts[-1]
+    return tuple(count for count in counts if count)
 
   @property
   def grid(self) -> int:
@@ -105,12 +151,15 @@ class Method(nn.Module):
       differ in them share one compiled step. Derived from the declarations.
     MASKS: {name of a field: entries of a row that are kept at least} of the fields that
       a search may find by pruning; see `fields.field` and `search.pruning`.
+    BY_STAGE: whether the prompts that the method makes are those of each stage; others
+      need a backbone whose blocks all have one width.
   """
 
   spec: BackboneSpec
   num_classes: int = 0
   HPARAMS: ClassVar[tuple[str, ...]] = ()
   MASKS: ClassVar[Mapping[str, int]] = {}
+  BY_STAGE: ClassVar[bool] = False
 
   def __init_subclass__(cls, **kwargs: Any) -> None:
     """Derives `HPARAMS` and `MASKS`."""
@@ -400,6 +449,11 @@ class Method(nn.Module):
       "route": self.routes(),
     }
     return frozenset(name for name, claimed in is_claimed.items() if claimed)
+
+  @nn.nowrap
+  def sites(self) -> frozenset[str]:
+    """Returns what a backbone must have for this method; see `hooks.SITES`."""
+    return self.hooks().sites() | (self.claims() & {PROMPTS, PROMPTED_SIZE})
 
   @classmethod
   def overridden_hooks(cls) -> frozenset[str]:

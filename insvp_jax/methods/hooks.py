@@ -25,8 +25,14 @@ OPERATIONS = (
 BRANCHES = ("attn", "mlp")
 # The functions of `Hooks` that a backbone calls without a name of an operation.
 FUNCTIONS = ("enter", "qkv", "leave", "pool")
+# What a method may ask of a backbone besides functions in its blocks: that prompts join
+# its tokens, that it takes images of another size than its own, and that it has
+# LayerNorms.
+PROMPTS, PROMPTED_SIZE, LAYER_NORMS = "prompts", "prompted_size", "layer_norms"
 # All that a backbone can offer.
-SITES = frozenset((*OPERATIONS, *BRANCHES, *FUNCTIONS))
+SITES = frozenset(
+  (*OPERATIONS, *BRANCHES, *FUNCTIONS, PROMPTS, PROMPTED_SIZE, LAYER_NORMS)
+)
 
 
 class HookArrays(NamedTuple):
@@ -168,8 +174,11 @@ class BlockPrompts:
   VPT-Shallow and l = depth is VPT-Deep.
 
   Attributes:
-    tokens: [l, b, p, d]; b is 1 where all instances share the prompts. The annotation
-      is wide because JAX's transformations put other leaves here.
+    tokens: [l, b, p, d]; b is 1 where all instances share the prompts. For a backbone
+      of several stages a tuple with such an array for each stage that has prompts, the
+      first ones; d is the stage's width, and only the last of them may have fewer sets
+      than the stage has blocks. The annotation is wide because JAX's transformations
+      put other leaves here.
     first: the first block that has prompts.
     carry: whether the blocks after the l carry the prompts along.
   """

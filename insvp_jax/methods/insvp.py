@@ -15,7 +15,7 @@ from insvp_jax import trees
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
-from insvp_jax.methods.hooks import Adaptation, BlockPrompts
+from insvp_jax.methods.hooks import PROMPTS, Adaptation
 from insvp_jax.methods.insvp_prompters import (
   ACTIVATIONS,
   GlobalPrompter,
@@ -25,7 +25,8 @@ from insvp_jax.methods.insvp_prompters import (
   specific_grid,
 )
 from insvp_jax.methods.ops import conv as conv_lib
-from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
+from insvp_jax.methods.ops import stage_prompts
+from insvp_jax.methods.ops.dropout import Dropout
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
 
 PRESETS = ("paper", "release")
@@ -64,7 +65,13 @@ class InsVP(Method):
   whose fusion is convex, the component that is left then has weight 1 (eq. 6 and
   10 at the end of the range; so common prompts alone are VPT-Deep); under
   "release" it keeps its weight. Weights that are given are used as they are.
+
+  On a backbone of several stages (the paper's Swin, of which it says no more) each
+  block has common prompts of its stage's width, and the image a specific prompt for
+  each stage: one trunk, one last convolution per stage.
   """
+
+  BY_STAGE = True
 
   preset: str = field(
     "paper", "paper or release: whose defaults the others have", check=_check_preset
@@ -176,8 +183,20 @@ class InsVP(Method):
       # The paper fuses convexly: a component that stands alone has weight 1.
       if is_alone and resolved["preset"] == "paper" and values.get(name) is None:
         resolved[name] = (1.0, 1.0)
+    has_tokens = resolved["use_common"] or resolved["use_specific"]
+    if has_tokens and PROMPTS not in spec.sites:
+      raise ValueError(
+        "InsVP's feature prompts are tokens, which have no place in this backbone; set "
+        "use_common=False and use_specific=False: its image prompts remain."
+      )
+    if resolved["use_patch"] and spec.image_size % spec.patch_size:
+      raise ValueError(
+        f"InsVP's patch prompt needs whole patches of {spec.patch_size} pixels, but "
+        f"image_size is {spec.image_size}; take a multiple of it or use_patch=False."
+      )
     if resolved["use_specific"]:
-      specific_grid(spec.width, spec.image_size)  # raises where there is none
+      for width in stage_prompts.widths(spec, resolved["prompted_blocks"]):
+        specific_grid(width, spec.image_size)  # raises where there is none
     return resolved
 
   @nn.nowrap
@@ -203,13 +222,14 @@ class InsVP(Method):
     if self.use_common:
       bound = 1.0
       if self.prompt_init == "vpt":
-        bound = vpt_bound(self.spec.patch_size, self.spec.width)
-      shape = (self.prompted_blocks, self.prompt_length, self.spec.width)
-      self.common_prompt = self.param("common_prompt", symmetric_uniform(bound), shape)
+        bound = vpt_bound(self.spec.patch_size, self.spec.stages[0].width)
+      self.common_prompts = stage_prompts.create(
+        self, symmetric_uniform(bound), self.prompted_blocks, self.prompt_length
+      )
       self.common_dropout = Dropout(self.hparam("prompt_dropout"))
     if self.use_specific:
       self.specific_prompter = SpecificPrompter(
-        self.spec.width,
+        stage_prompts.widths(self.spec, self.prompted_blocks),
         self.prompt_length,
         self.specific_kernels,
         self.specific_activation,
@@ -232,8 +252,10 @@ class InsVP(Method):
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     """Returns p_j^F for each prompted block (eq. 10), or nothing if both are off."""
     del embed
-    prompts = self._token_prompts(images, prompted, train)
-    return Adaptation(prompts=BlockPrompts(prompts["feature"]) if prompts else None)
+    _, feature = self._token_prompts(images, prompted, train)
+    if not feature:
+      return Adaptation()
+    return Adaptation(prompts=stage_prompts.join(self.spec, feature))
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns the prompts that exist, by name.
@@ -243,16 +265,16 @@ class InsVP(Method):
 
     Returns:
       "global" p^g, "patch" p^l and "image" p^I, the fused one, [b, h, w, 3];
-      "specific" p^s [b, p, d]; "feature" p^F [l, b, p, d].
+      "specific" p^s [b, p, d]; "feature" p^F [l, b, p, d]. Of several stages
+      "specific_0", "feature_0" and so on.
     """
     attended = self._attended(images)
     prompts = self._image_prompts(attended, train=False)
     prompted = attended + prompts["image"] if prompts else attended
-    prompts |= self._token_prompts(images, prompted, train=False)
-    if "feature" in prompts:
-      # The batch axis is 1 where all images share the tokens.
-      repeats = len(images) // prompts["feature"].shape[1]
-      prompts["feature"] = jnp.repeat(prompts["feature"], repeats, axis=1)
+    specific, feature = self._token_prompts(images, prompted, train=False)
+    feature = stage_prompts.for_each(images, feature)
+    for name, tokens in {"specific": specific, "feature": feature}.items():
+      prompts |= stage_prompts.named(self.spec, name, tokens) if tokens else {}
     return prompts
 
   @nn.nowrap
@@ -261,7 +283,7 @@ class InsVP(Method):
     is_trained = {
       "prompter/patch_prompter/.*": self.use_patch,
       "prompter/global_prompter/.*": self.use_global,
-      "prompter/common_prompt": self.use_common,
+      "prompter/common_prompt.*": self.use_common,
       "prompter/specific_prompter/.*": self.use_specific and self.train_specific,
       "head/.*": True,
     }
@@ -292,28 +314,27 @@ class InsVP(Method):
 
   def _token_prompts(
     self, images: Array, prompted_images: Array, train: bool
-  ) -> dict[str, Array]:
-    """Returns "specific" if that is on, and "feature", the fused tokens."""
+  ) -> tuple[list[Array], list[Array]]:
+    """Returns p^s [b, p, d] and p^F [l, b or 1, p, d] of each stage, or []."""
     weights = self.hparam("feature_fusion")
-    prompts, terms = {}, []
+    terms, specific = [], []
     if self.use_common:
-      common = self._common(len(images), train)  # [l, b or 1, p, d]
-      terms.append(weights[0] * common)
+      common = stage_prompts.drop(
+        self.common_dropout, self.common_prompts, len(images), train=train
+      )
+      terms.append([weights[0] * tokens for tokens in common])
     if self.use_specific:
       source = prompted_images
       if self.specific_input == "original":
         source = self._attended(images)
-      prompts["specific"] = self.specific_prompter(source, train=train)  # [b, p, d]
-      terms.append(weights[1] * prompts["specific"][None])
+      specific = self.specific_prompter(source, train=train)
+      terms.append([weights[1] * tokens[None] for tokens in specific])
     if not terms:
-      return {}
-    feature = sum(terms)
+      return [], []
+    counts = self.spec.stage_counts(self.prompted_blocks)
     # Specific prompts alone have a block axis of 1: every block gets the same.
-    shape = (self.prompted_blocks, *feature.shape[1:])
-    return {**prompts, "feature": jnp.broadcast_to(feature, shape)}
-
-  def _common(self, batch_size: int, train: bool) -> Float[Array, "l b p d"]:
-    """Returns p^c; the batch axis is 1 unless dropout differs by sample."""
-    return drop_per_sample(
-      self.common_dropout, self.common_prompt[:, None], batch_size, train=train
-    )
+    feature = [
+      jnp.broadcast_to(sum(parts), (count, *sum(parts).shape[1:]))
+      for count, *parts in zip(counts, *terms, strict=True)
+    ]
+    return specific, feature

@@ -170,10 +170,12 @@ class SpecificPrompter(nn.Module):
   """Three convolutions with pooling: the specific prompt tokens p^s.
 
   The trunk has 3 -> p -> 3p channels as published; the last convolution emits c
-  channels per token (`specific_grid`), c = 3 where the paper's shapes hold.
+  channels per token (`specific_grid`), c = 3 where the paper's shapes hold. For tokens
+  of several widths, one for each stage of a backbone, the trunk is one and each width
+  has a last convolution of its own.
 
   Attributes:
-    width: token width d.
+    widths: token widths d.
     prompt_length: number of tokens p.
     kernels: the three kernel sizes.
     activation: a key of `ACTIVATIONS`.
@@ -183,7 +185,7 @@ class SpecificPrompter(nn.Module):
   Source: InsVP, eq. 9.
   """
 
-  width: int
+  widths: Sequence[int]
   prompt_length: int
   kernels: Sequence[int]
   activation: str
@@ -193,9 +195,10 @@ class SpecificPrompter(nn.Module):
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], *, train: bool = False
-  ) -> Float[Array, "b p d"]:
-    """Returns the prompt tokens of each image, to be used by every block."""
-    grid = specific_grid(self.width, images.shape[1])
+  ) -> list[Array]:
+    """Returns the prompt tokens [b, p, d] of each width d, for all its blocks."""
+    grids = [specific_grid(width, images.shape[1]) for width in self.widths]
+    grid = grids[0]  # They differ after the second convolution.
     activation = ACTIVATIONS[self.activation]
     p = self.prompt_length
     # Of what the crop cuts off, the convolution needs only what its kernel reaches.
@@ -207,8 +210,14 @@ class SpecificPrompter(nn.Module):
     x = _max_pool(_center(x, images.shape[1] - 2 * grid.crop), 4)
     x = Dropout(self.dropout)(activation(x), train=train)
     x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
-    x = _max_pool(_center(x, grid.size * grid.pool), grid.pool)  # [b, s, s, 3p]
-    x = Dropout(self.dropout)(activation(x), train=train)
-    x = Conv(grid.channels * p, self.kernels[2], form=self.conv)(x)
-    # As PyTorch flattens: a token is its channels' grids, one after the other.
-    return einops.rearrange(x, "b h w (p c) -> b p (c h w)", p=p)
+    pooled: dict[int, Array] = {}  # by rows of a token's grid
+    tokens = []
+    for grid in grids:
+      if grid.size not in pooled:
+        y = _max_pool(_center(x, grid.size * grid.pool), grid.pool)  # [b, s, s, 3p]
+        pooled[grid.size] = Dropout(self.dropout)(activation(y), train=train)
+      y = pooled[grid.size]
+      y = Conv(grid.channels * p, self.kernels[2], form=self.conv)(y)
+      # As PyTorch flattens: a token is its channels' grids, one after the other.
+      tokens.append(einops.rearrange(y, "b h w (p c) -> b p (c h w)", p=p))
+    return tokens

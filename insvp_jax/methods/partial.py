@@ -33,4 +33,5 @@ class Partial(Method):
         "backbone.scan the blocks share their leaves; set backbone.scan=False."
       )
     blocks = self.spec.block_patterns[-self.blocks :]
-    return (*blocks, self.spec.norm_patterns[-1], "head/.*")
+    # A ResNet has no norm after its blocks.
+    return (*blocks, *self.spec.norm_patterns[-1:], "head/.*")

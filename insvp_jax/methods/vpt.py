@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.fields import field
-from insvp_jax.methods.hooks import Adaptation, BlockPrompts
-from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
+from insvp_jax.methods.hooks import Adaptation
+from insvp_jax.methods.ops import stage_prompts
+from insvp_jax.methods.ops.dropout import Dropout
 from insvp_jax.methods.vpt_base import TOKEN_LOCATIONS, VPT
 from insvp_jax.methods.vpt_pixels import PIXEL_PROMPTS
 
@@ -75,9 +76,10 @@ class VPTShallow(VPT):
     if self.location == "below":
       return Adaptation(shared=self.pixels())
     if self.location == "prepend-pixel":
-      tokens = self.pixels(embed)[None]  # [1, 1, p, d]
-      tokens = drop_per_sample(self.prompt_dropout, tokens, len(images), train=train)
-      return Adaptation(prompts=BlockPrompts(tokens))
+      tokens = stage_prompts.drop(
+        self.prompt_dropout, [self.pixels(embed)], len(images), train=train
+      )
+      return Adaptation(prompts=stage_prompts.join(self.spec, tokens))
     return super().adapt(images, prompted, embed=embed, train=train)
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:

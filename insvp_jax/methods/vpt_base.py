@@ -13,7 +13,8 @@ import numpy as np
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
-from insvp_jax.methods.hooks import Adaptation, BlockPrompts, Hooks
+from insvp_jax.methods.hooks import PROMPTS, Adaptation, BlockPrompts, Hooks
+from insvp_jax.methods.ops import stage_prompts
 from insvp_jax.methods.ops.class_means import class_means
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import (
@@ -26,6 +27,10 @@ from insvp_jax.methods.vpt_pixels import PIXEL_PROMPTS
 TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 # Where prompts join the sequence.
 _JOINING = ("prepend", "prepend-pixel")
+# What these fields are where the stages of a backbone differ in width.
+_BY_STAGE = {
+  **{"project": None, "deep_shared": False, "prompted_from": "first", "expand": True},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ class VPT(Method):
   the middle of it and the paper's example.
   """
 
+  BY_STAGE = True
+
   prompt_length: int = field(50, "prompt tokens p per block", check=checks.positive_int)
   project: int | None = field(
     None,
@@ -95,6 +102,17 @@ class VPT(Method):
   def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = super().resolve(spec, values)
     location, pool = resolved["location"], resolved["pool"]
+    if location in _JOINING and PROMPTS not in spec.sites:
+      raise ValueError(
+        f"location is {location!r}, but this backbone has no tokens that prompts could "
+        "join; of VPT it takes vpt_shallow with location='pad'."
+      )
+    for name, value in _BY_STAGE.items() if len(spec.stages) > 1 else ():
+      if resolved.get(name, value) != value:
+        raise ValueError(
+          f"{name} is {resolved[name]!r}, but the stages of this backbone differ in "
+          f"width; leave {name} out."
+        )
     if resolved["project"] is not None and location in PIXEL_PROMPTS:
       raise ValueError(
         f"project is {resolved['project']}, but prompts with location {location!r} are "
@@ -149,8 +167,15 @@ class VPT(Method):
 
   def setup(self) -> None:
     """Creates the prompts [l, p, d] and, if asked for, their projection."""
-    width = self.project or self.spec.width
+    width = self.project or self.spec.stages[0].width
     init = vpt_uniform(self.spec.patch_size, width)
+    self.prompt_dropout = Dropout(self.hparam("dropout"))
+    if len(self.spec.stages) > 1:
+      if self.location == "prepend":
+        self.stage_prompts = stage_prompts.create(
+          self, init, len(self._blocks()), self.prompt_length
+        )
+      return
     num_tokens = {
       "add": self.spec.num_prefix + self.spec.num_patches,
       "add-1": 1,
@@ -164,21 +189,27 @@ class VPT(Method):
         kernel_init=nn.initializers.normal(math.sqrt(2 / self.spec.width)),
         bias_init=torch_uniform(width),
       )
-    self.prompt_dropout = Dropout(self.hparam("dropout"))
 
-  def _tokens(self, num_samples: int, train: bool) -> Float[Array, "l b_or_1 p d"]:
-    """Returns the prompts of each block that has its own."""
+  def _tokens(self, num_samples: int, train: bool) -> list[Array]:
+    """Returns the prompts [l, b or 1, p, d] of blocks that have own, by stage."""
+    if len(self.spec.stages) > 1:
+      return stage_prompts.drop(
+        self.prompt_dropout, self.stage_prompts, num_samples, train=train
+      )
     tokens = self.common_prompt
     if self.project is not None:
       tokens = self.projection(tokens)
     tokens = jnp.expand_dims(tokens, 1)  # [l, 1, p, d]
     tokens = jnp.broadcast_to(tokens, (len(self._blocks()), *tokens.shape[1:]))
-    return drop_per_sample(self.prompt_dropout, tokens, num_samples, train=train)
+    return [drop_per_sample(self.prompt_dropout, tokens, num_samples, train=train)]
 
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     """Returns the prompts; their batch axis is 1 unless dropout is on."""
     del prompted, embed
     tokens, blocks = self._tokens(len(images), train), self._blocks()
+    if self.location == "prepend" and len(self.spec.stages) > 1:
+      return Adaptation(prompts=stage_prompts.join(self.spec, tokens))
+    (tokens,) = tokens
     if self.location == "prepend":
       return Adaptation(prompts=BlockPrompts(tokens, blocks.start, self._carry()))
     # Nothing is added in the other blocks.
@@ -186,8 +217,12 @@ class VPT(Method):
     return Adaptation(blocks=jnp.pad(tokens, (others, (0, 0), (0, 0), (0, 0))))
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
-    """Returns {"feature": [l, b, p, d]}, the same prompts for every image."""
-    return {"feature": jnp.repeat(self._tokens(1, False), len(images), axis=1)}
+    """Returns {"feature": [l, b, p, d]}, the same prompts for every image.
+
+    Of several stages "feature_0", "feature_1" and so on.
+    """
+    tokens = stage_prompts.for_each(images, self._tokens(1, False))
+    return stage_prompts.named(self.spec, "feature", tokens)
 
   @nn.nowrap
   def prepares(self) -> bool:

@@ -29,7 +29,7 @@ class PixelStrip(nn.Module):
   def setup(self) -> None:
     """Creates the prompt [s, s * P, 3]."""
     size = self.spec.patch_size
-    init = vpt_uniform(size, self.spec.width)
+    init = vpt_uniform(size, self.spec.stages[0].width)
     self.prompt = self.param("prompt", init, (size, size * self.length, 3))
 
   def __call__(self, embed: Callable[[Array], Array]) -> Float[Array, "1 p d"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -11,13 +12,20 @@ from jaxtyping import Array, Float, Int
 from insvp_jax import methods, trees
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.hooks import Adaptation
-from insvp_jax.models import weights
+from insvp_jax.models import architectures, weights
 from insvp_jax.models.heads import HEAD_INITS, Head
-from insvp_jax.models.vit import ViT, decode_variant
+from insvp_jax.models.vit import ViT
 
-BACKBONE_FIELDS = tuple(
-  name for name in ViT.__dataclass_fields__ if name not in ("unshard", "parent", "name")
-)
+
+def block_reads(reads: Mapping[str, Any]) -> Any:
+  """Returns what the hooks of the blocks kept: a list with an entry for each block.
+
+  Args:
+    reads: the collection of that name, where the backbone has sown it.
+  """
+  while isinstance(reads, Mapping):
+    reads = reads["blocks"] if "blocks" in reads else next(iter(reads.values()))
+  return reads
 
 
 class PromptedClassifier(nn.Module):
@@ -27,7 +35,7 @@ class PromptedClassifier(nn.Module):
   parameters has no "prompter", and one that reads the backbone's own head no "head".
   """
 
-  backbone: ViT
+  backbone: nn.Module
   prompter: Method
   head: nn.Module
 
@@ -128,34 +136,29 @@ class PromptedClassifier(nn.Module):
 
 def create_backbone(
   name: str, image_size: int = 0, overrides: Mapping[str, Any] | None = None
-) -> ViT:
-  """Returns a ViT by variant ("Ti/16") or by a release's name ("vit_b16_i21k").
+) -> nn.Module:
+  """Returns a backbone by variant ("Ti/16", "swin_b"), by a release's name or its file.
 
   Args:
-    name: a variant with its patch size, or a name of `pretrained.RELEASES`.
+    name: a key of `architectures.VARIANTS`, a ViT's variant with its patch size, a name
+      of `RELEASES`, the path of a file, or a repository ("timm/...", "hf-hub:...").
     image_size: pixels per side; 0 is the release's own, or 224.
-    overrides: fields of `ViT` that replace the variant's; None leaves one alone.
+    overrides: fields of the class that replace the variant's; None leaves one alone.
 
   Raises:
     ValueError: unknown name or field, or sizes that do not fit together.
   """
   overrides = dict(overrides or {})
-  for field in overrides:
-    if field not in BACKBONE_FIELDS or field == "image_size":
-      known = [f for f in BACKBONE_FIELDS if f != "image_size"]
-      raise ValueError(
-        f"unknown backbone field {field!r}.{trees.did_you_mean(field, known)} "
-        f"Known: {', '.join(known)}."
-      )
-  fields: dict[str, Any] = {"image_size": 224}
-  if "/" in name:
-    fields |= decode_variant(name)
+  backbone, fields = ViT, {"image_size": 224}
+  if architectures.is_variant(name):
+    backbone, sizes = architectures.decode_variant(name)
+    fields |= sizes
   else:
-    fields |= weights.architecture_of(name)
-  fields |= {k: v for k, v in overrides.items() if v is not None}
+    fields |= weights.architecture_of(name, overrides)
+    backbone = architectures.CLASSES[fields.pop("architecture", "vit")]
   if image_size:
     fields["image_size"] = image_size
-  return ViT(**fields)
+  return architectures.build(backbone, fields, overrides)
 
 
 def create_model(
@@ -173,11 +176,13 @@ def create_model(
   """Returns the classifier of a backbone under a method.
 
   Args:
-    backbone: a variant ("Ti/16") or a release's name ("vit_b16_i21k", "boxed").
+    backbone: a variant ("Ti/16", "swin_b"), a release's name ("vit_b16_i21k", "boxed"),
+      the path of a file of weights, or a repository ("timm/...", "hf-hub:...").
     method: a key of `methods.METHODS`, several joined by "+", or a class of your own.
     num_classes: k, the width of the logits.
     image_size: pixels per side; 0 is the release's own, or 224.
-    backbone_kwargs: fields of `models.vit.ViT` to override.
+    backbone_kwargs: fields of the backbone's class to override, e.g. of
+      `models.vit.ViT`.
     method_kwargs: the method's own fields; of several methods {method: its fields}.
     head_init: a key of `models.heads.HEAD_INITS`.
     mean, std: of each channel, by which pixels in [0, 1] are normalised; some methods
@@ -190,15 +195,40 @@ def create_model(
   if num_classes < 1:
     raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
   trees.lookup(HEAD_INITS, head_init, "head_init")
-  vit = create_backbone(backbone, image_size, backbone_kwargs)
-  spec = dataclasses.replace(vit.spec, mean=tuple(mean), std=tuple(std))
-  prompter = methods.create_method(
-    method, spec, num_classes, **dict(method_kwargs or {})
-  )
-  if prompter.reads_source_head() and not vit.head_classes:
+  built = create_backbone(backbone, image_size, backbone_kwargs)
+
+  def create_prompter(backbone: nn.Module) -> Method:
+    spec = dataclasses.replace(backbone.spec, mean=tuple(mean), std=tuple(std))
+    return methods.create_method(method, spec, num_classes, **dict(method_kwargs or {}))
+
+  prompter = create_prompter(built)
+  asked = (backbone_kwargs or {}).get("layer_scale")
+  has_scale = getattr(built, "layer_scale", False)
+  if has_scale and asked is None and not _trains_scaled(prompter):
+    # Exact and free: the factors are folded into the projections when they are loaded.
+    built = built.clone(layer_scale=False)
+    prompter = create_prompter(built)
+  if prompter.reads_source_head() and not built.head_classes:
     raise ValueError(
       f"the method {method!r} reads the classes that the backbone was trained on, but "
       "its head is not kept: set head_classes (config.backbone.head_classes) to their "
       "number: 10 of boxed, 21843 of AugReg's on ImageNet-21k."
     )
-  return PromptedClassifier(vit, prompter, prompter.head(Head(num_classes, head_init)))
+  head = prompter.head(Head(num_classes, head_init))
+  return PromptedClassifier(built, prompter, head)
+
+
+def _trains_scaled(prompter: Method) -> bool:
+  """Returns whether a method trains LayerScale or a projection that it scales."""
+  block = "backbone/Transformer/encoderblock"
+  leaves = [
+    f"{name}/{site}"
+    for name in (block, *(f"{block}_{i}" for i in range(prompter.spec.depth)))
+    for site in (
+      *("LayerScale_0/scale", "LayerScale_1/scale"),
+      *(f"MultiHeadDotProductAttention_0/out/{leaf}" for leaf in ("kernel", "bias")),
+      *(f"MlpBlock_0/Dense_1/{leaf}" for leaf in ("kernel", "bias")),
+    )
+  ]
+  patterns = prompter.trainable_patterns()
+  return any(re.fullmatch(p, leaf) for p in patterns for leaf in leaves)

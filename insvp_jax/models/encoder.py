@@ -18,7 +18,14 @@ from insvp_jax.methods.hooks import (
   Hooks,
   block_of,
 )
-from insvp_jax.models.layers import LAYER_NORM_EPS, After, Attention, MlpBlock, join
+from insvp_jax.models.layers import (
+  LAYER_NORM_EPS,
+  After,
+  Attention,
+  LayerScale,
+  MlpBlock,
+  join,
+)
 
 
 def bind_after(hooks: Hooks, arrays: HookArrays) -> After:
@@ -48,6 +55,9 @@ class Block(nn.Module):
   dtype: Any
   fused_attention: bool = False
   hooks: Hooks = Hooks()
+  mlp: str = "gelu"
+  layer_scale: bool = False
+  norm_eps: float = LAYER_NORM_EPS
 
   @nn.compact
   def __call__(
@@ -80,10 +90,13 @@ class Block(nn.Module):
     after = bind_after(hooks, arrays)
 
     def norm(name: str, site: str) -> Callable[[Array], Array]:
-      layer = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name=name)
+      layer = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
       return lambda x: layer(x) if after is None else after(site, x, layer(x))
 
     def branch(site: str, stream: Array, normed: Array, out: Array) -> Array:
+      if self.layer_scale:
+        name = "LayerScale_0" if site == "attn" else "LayerScale_1"
+        out = LayerScale(self.dtype, name=name)(out)
       if site not in hooks.at:
         return out
       return hooks.branch(arrays, site, stream, normed, out).astype(out.dtype)
@@ -117,7 +130,7 @@ class Block(nn.Module):
     out = attention(read, y, kv_prompts, after, change_qkv)
     x = x + branch("attn", x, read, out)
     y = norm("LayerNorm_1", "norm2")(x)
-    mlp = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")
+    mlp = MlpBlock(self.mlp_dim, self.gelu, self.dtype, self.mlp, name="MlpBlock_0")
     x = x + branch("mlp", x, y, mlp(y, after))
     if in_sequence:
       x, prompts = x[:, :num_tokens], x[:, num_tokens:]
@@ -187,9 +200,10 @@ class Encoder(nn.Module):
   """The stack of blocks and the final norm.
 
   Attributes:
-    depth, mlp_dim, num_heads, gelu, dtype, remat, scan, fused_attention, unshard: see
-      `ViT`.
+    depth, mlp_dim, num_heads, gelu, dtype, remat, scan, fused_attention, unshard, mlp,
+      layer_scale, norm_eps: see `ViT`.
     num_read: how many tokens, the first ones, are returned; None for all.
+    final_norm: whether the tokens are normalised at the end.
   """
 
   depth: int
@@ -202,6 +216,10 @@ class Encoder(nn.Module):
   num_read: int | None = None
   unshard: Callable[[Any], Any] | None = None
   fused_attention: bool = False
+  mlp: str = "gelu"
+  layer_scale: bool = False
+  norm_eps: float = LAYER_NORM_EPS
+  final_norm: bool = True
 
   @nn.compact
   def __call__(
@@ -233,10 +251,15 @@ class Encoder(nn.Module):
     if reads is not None:
       self.sow("reads", "blocks", reads, reduce_fn=lambda _, new: new, init_fn=list)
     arrays = HookArrays(None, adaptation.shared)
-    layer = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="encoder_norm")
     after = bind_after(hooks, arrays)
 
+    layer = None
+    if self.final_norm:
+      layer = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="encoder_norm")
+
     def norm(x: Array) -> Array:
+      if layer is None:
+        return x
       return layer(x) if after is None else after("encoder_norm", x, layer(x))
 
     if hooks.overrides("pool"):
@@ -251,6 +274,9 @@ class Encoder(nn.Module):
       "dtype": self.dtype,
       "fused_attention": self.fused_attention,
       "hooks": hooks,
+      "mlp": self.mlp,
+      "layer_scale": self.layer_scale,
+      "norm_eps": self.norm_eps,
     }
 
   def _remat_policy(self) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The layers of the Vision Transformer, with big_vision's parameter names."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import einops
@@ -10,6 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LAYER_NORM_EPS = 1e-6
+GELUS = {
+  "tanh": nn.gelu,
+  "exact": functools.partial(nn.gelu, approximate=False),
+  # CLIP's: x sigmoid(1.702 x).
+  "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+MLPS = ("gelu", "swiglu")
 # `(name, input, output) -> output`: `Hooks.after` with its arrays; None where no method
 # changes an operation.
 After = Callable[[str, Array, Array], Array] | None
@@ -185,12 +193,34 @@ def join(x: Array, prompts: Array) -> Array:
   return jnp.concatenate([x, prompts.astype(x.dtype)], axis=1)
 
 
+class LayerScale(nn.Module):
+  """Multiplies each channel of a branch; starts as DINOv2's.
+
+  Source: Touvron et al. 2021, "Going deeper with Image Transformers", eq. 4.
+  """
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Returns the scaled outputs of a branch."""
+    scale = self.param("scale", nn.initializers.constant(1e-5), (x.shape[-1],))
+    return x * scale.astype(self.dtype)
+
+
 class MlpBlock(nn.Module):
-  """Dense, GELU, dense."""
+  """Dense, GELU, dense; or, with mlp "swiglu", a gated one.
+
+  The first layer of the gated one gives 2 `mlp_dim` channels: silu of the first half is
+  multiplied by the second one.
+
+  Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+  """
 
   mlp_dim: int
   gelu: str
   dtype: Any
+  mlp: str = "gelu"
 
   @nn.compact
   def __call__(
@@ -203,10 +233,15 @@ class MlpBlock(nn.Module):
       "dtype": self.dtype,
     }
     width = x.shape[-1]
-    hidden = nn.Dense(self.mlp_dim, **options)(x)
+    is_gated = self.mlp == "swiglu"
+    hidden = nn.Dense((1 + is_gated) * self.mlp_dim, **options)(x)
     if after is not None:
       hidden = after("fc1", x, hidden)
-    hidden = nn.gelu(hidden, approximate=self.gelu == "tanh")
+    if is_gated:
+      gate, hidden = jnp.split(hidden, 2, axis=-1)
+      hidden = jax.nn.silu(gate) * hidden
+    else:
+      hidden = GELUS[self.gelu](hidden)
     out = nn.Dense(width, **options)(hidden)
     return out if after is None else after("fc2", hidden, out)
 
@@ -221,6 +256,7 @@ class MAPHead(nn.Module):
   num_heads: int
   gelu: str
   dtype: Any
+  norm_eps: float = LAYER_NORM_EPS
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
@@ -232,6 +268,6 @@ class MAPHead(nn.Module):
       self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0"
     )
     x = attention(probe, x)
-    y = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="LayerNorm_0")(x)
+    y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
     x = x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
     return x[:, 0]

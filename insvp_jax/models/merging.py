@@ -37,6 +37,13 @@ def _stacked(params_backbone: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return npz.stack({name: np.asarray(leaf) for name, leaf in flat.items()})
 
 
+def _module_of(name: str, leaves: Mapping[str, Any]) -> str:
+  """Returns the module of an operation; the last norm may be the feature's."""
+  if name == "encoder_norm" and "fc_norm/scale" in leaves:
+    return "fc_norm"
+  return _MODULES[name]
+
+
 def read_sites(params_backbone: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
   """Returns the backbone's operations as `Method.merge` takes them, in float64.
 
@@ -53,6 +60,7 @@ def read_sites(params_backbone: Mapping[str, Any]) -> dict[str, dict[str, np.nda
     lead = 1 if module.startswith(_BLOCK) else 0
     axes = lead + _INPUT_AXES.get(name, 1)
     sites[name] = {}
+    module = _module_of(name, leaves)
     for leaf in ("kernel", "scale", "bias"):
       if (value := leaves.get(f"{module}/{leaf}")) is None:
         continue
@@ -87,6 +95,7 @@ def write_sites(
       }
   leaves = _stacked(params_backbone)
   for name, module in _MODULES.items():
+    module = _module_of(name, leaves)
     for leaf, value in sites[name].items():
       old = leaves[f"{module}/{leaf}"]
       leaves[f"{module}/{leaf}"] = value.reshape(old.shape).astype(old.dtype)

@@ -43,11 +43,15 @@ def mimetic(backbone: dict[str, Any], seed: int) -> dict[str, Any]:
     seed: of the noise.
 
   Raises:
-    ValueError: the blocks are scanned.
+    ValueError: the blocks are scanned, or it is no ViT.
   """
   flat = {name: np.array(leaf) for name, leaf in trees.flatten(backbone).items()}
   if any("encoderblock/" in name for name in flat):
     raise ValueError("mimetic initialisation needs unrolled blocks; set scan=False.")
+  if "pos_embedding" not in flat:
+    raise ValueError(
+      "mimetic initialisation is a Vision Transformer's; set backbone.init='default'."
+    )
   rng = np.random.default_rng(seed)
   grid = round(flat["pos_embedding"].shape[1] ** 0.5)
   width = flat["pos_embedding"].shape[2]

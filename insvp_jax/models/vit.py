@@ -8,6 +8,7 @@ variants and names as in google-research/big_vision.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +18,17 @@ from jaxtyping import Array, Float
 
 from insvp_jax import trees
 from insvp_jax.methods.base import BackboneSpec
-from insvp_jax.methods.hooks import UNCHANGED, Adaptation, HookArrays
+from insvp_jax.methods.hooks import SITES, UNCHANGED, Adaptation, HookArrays
 from insvp_jax.models import positions
 from insvp_jax.models.encoder import Encoder, bind_after, unsharded
 from insvp_jax.models.heads import Head
-from insvp_jax.models.layers import MAPHead, PatchEmbedding
+from insvp_jax.models.layers import (
+  GELUS,
+  LAYER_NORM_EPS,
+  MLPS,
+  MAPHead,
+  PatchEmbedding,
+)
 
 # name: (width, depth, mlp_dim, num_heads)
 VARIANTS = {
@@ -37,7 +44,6 @@ VARIANTS = {
   "G": (1664, 48, 8192, 16),
 }
 POOLS = ("tok", "gap", "map")
-GELUS = ("tanh", "exact")
 
 
 def decode_variant(variant: str) -> dict[str, int]:
@@ -73,7 +79,16 @@ class ViT(nn.Module):
     image_size: pixels per side of an image; a multiple of `patch_size`.
     pool: "tok" (class token), "gap" (mean of the patch tokens) or "map"
       (attention pooling). Prompts are never pooled.
-    gelu: "tanh" (JAX releases) or "exact" (PyTorch releases).
+    gelu: "tanh" (JAX releases), "exact" (PyTorch releases) or "quick" (CLIP).
+    mlp: "gelu", or "swiglu": gated, with a first layer of 2 `mlp_dim` channels.
+    class_token: whether a class token is among the tokens; None where it is pooled.
+    registers: further tokens without a position, which are not pooled.
+    layer_scale: scale the channels of each branch. A file's factors are folded into the
+      projections before them where the model has none: the same function.
+    pre_norm: normalise the tokens before the first block, as CLIP does.
+    fc_norm: normalise the pooled feature in place of the tokens, as a fine-tuned MAE.
+    norm_eps: of all norms: 1e-6, or 1e-5 (CLIP).
+    projection: width of a last layer without bias, as CLIP's; 0 leaves it away.
     dtype: "float32" or "bfloat16", of the computation; parameters keep theirs. With
       JAX's x64 turned on also "float64".
     remat: recompute each block in the backward pass; saves memory, costs time.
@@ -99,6 +114,14 @@ class ViT(nn.Module):
   image_size: int
   pool: str = "tok"
   gelu: str = "tanh"
+  mlp: str = "gelu"
+  class_token: bool | None = None
+  registers: int = 0
+  layer_scale: bool = False
+  pre_norm: bool = False
+  fc_norm: bool = False
+  norm_eps: float = LAYER_NORM_EPS
+  projection: int = 0
   dtype: str = "float32"
   remat: bool = False
   scan: bool = False
@@ -120,14 +143,26 @@ class ViT(nn.Module):
       nn.initializers.normal(1 / self.width**0.5),
       (1, num_patches, self.width),
     )
-    if self.pool == "tok":
+    if self.has_cls:
       self.cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+    if self.registers:
+      self.register_tokens = self.param(
+        "registers", nn.initializers.normal(1e-6), (1, self.registers, self.width)
+      )
     block = {
       "mlp_dim": self.mlp_dim,
       "num_heads": self.num_heads,
       "gelu": self.gelu,
       "dtype": dtype,
+      "norm_eps": self.norm_eps,
     }
+    norm = functools.partial(
+      unsharded(nn.LayerNorm, self.unshard), epsilon=self.norm_eps, dtype=dtype
+    )
+    if self.pre_norm:
+      self.norm_before = norm(name="pre_norm")
+    if self.fc_norm:
+      self.norm_of_feature = norm(name="fc_norm")
     self.Transformer = Encoder(
       depth=self.depth,
       remat=self.remat,
@@ -135,20 +170,32 @@ class ViT(nn.Module):
       num_read=1 if self.skip_unread and self.pool == "tok" else None,
       unshard=self.unshard,
       fused_attention=self.fused_attention,
+      mlp=self.mlp,
+      layer_scale=self.layer_scale,
+      final_norm=not self.fc_norm,
       **block,
     )
     if self.pool == "map":
       self.MAPHead_0 = unsharded(MAPHead, self.unshard)(**block)
+    if self.projection:
+      self.project = unsharded(nn.Dense, self.unshard)(
+        self.projection, use_bias=False, dtype=dtype, name="projection"
+      )
     if self.head_classes:
       # Not zeros where it is drawn: they would tell nothing.
       self.head = unsharded(Head, self.unshard)(self.head_classes, "torch")
 
   def _check(self) -> None:
-    for field, known in (("pool", POOLS), ("gelu", GELUS)):
+    for field, known in (("pool", POOLS), ("gelu", GELUS), ("mlp", MLPS)):
       if getattr(self, field) not in known:
         raise ValueError(
-          f"{field} is {getattr(self, field)!r}, expected one of {known}."
+          f"{field} is {getattr(self, field)!r}, expected one of {tuple(known)}."
         )
+    if self.pool == "tok" and not self.has_cls:
+      raise ValueError(
+        "pool is 'tok', but class_token=False leaves no class token to be pooled; "
+        "expected pool 'gap' or 'map'."
+      )
     # Without x64 JAX would take float32 for it, with a warning.
     is_double = self.dtype == "float64" and jax.config.jax_enable_x64
     if self.dtype not in ("float32", "bfloat16") and not is_double:
@@ -170,8 +217,19 @@ class ViT(nn.Module):
       )
 
   @property
+  def has_cls(self) -> bool:
+    """Whether a class token is among the tokens."""
+    return self.pool == "tok" if self.class_token is None else self.class_token
+
+  @property
+  def num_prefix(self) -> int:
+    """Number of tokens before those of the patches."""
+    return int(self.has_cls) + self.registers
+
+  @property
   def spec(self) -> BackboneSpec:
     """The sizes that a method is built from."""
+    last_norm = "fc_norm" if self.fc_norm else "Transformer/encoder_norm"
     return BackboneSpec(
       width=self.width,
       depth=self.depth,
@@ -179,7 +237,9 @@ class ViT(nn.Module):
       num_heads=self.num_heads,
       patch_size=self.patch_size,
       image_size=self.image_size,
-      num_prefix=int(self.pool == "tok"),
+      num_prefix=self.num_prefix,
+      # Its output is wider than the hidden tokens of the gated MLP.
+      sites=SITES - {"fc1"} if self.mlp == "swiglu" else SITES,
       block_patterns=()
       if self.scan
       else tuple(
@@ -187,7 +247,8 @@ class ViT(nn.Module):
       ),
       norm_patterns=(
         "backbone/Transformer/encoderblock.*/LayerNorm_[01]/.*",
-        "backbone/Transformer/encoder_norm/.*",
+        *(["backbone/pre_norm/.*"] if self.pre_norm else []),
+        f"backbone/{last_norm}/.*",
       ),
       embedding_patterns=("backbone/embedding/.*",),
       head_classes=self.head_classes,
@@ -235,19 +296,43 @@ class ViT(nn.Module):
 
   def encode(
     self, tokens: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b d"]:
+  ) -> Float[Array, "b f"]:
     """Returns the pooled feature of patch tokens under an adaptation."""
-    x = tokens
     if self.head_classes and self.is_initializing():
-      self.head(jnp.zeros((1, self.width)))
-    if self.pool == "tok":
-      cls = jnp.broadcast_to(self.cls, (x.shape[0], 1, self.width))
-      x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)  # [b, 1 + n, d]
-    x = self.Transformer(x, adaptation)
-    if adaptation.hooks.overrides("pool"):
-      return x
+      self.head(jnp.zeros((1, self.projection or self.width)))
+    x = self.Transformer(self._with_prefix(tokens), adaptation)
+    if not adaptation.hooks.overrides("pool"):
+      x = self._pool(x)
+    if self.fc_norm:
+      after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
+      y = self.norm_of_feature(x)
+      x = y if after is None else after("encoder_norm", x, y)
+    return self.project(x) if self.projection else x
+
+  def tokens(self, images: Float[Array, "b h w c"]) -> Float[Array, "b m d"]:
+    """Returns the tokens of the last block, normalised unless the feature is.
+
+    Without `skip_unread` these are all: class token, registers, patches row by row.
+    """
+    return self.Transformer(self._with_prefix(self.embed(images)))
+
+  def _with_prefix(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
+    """Returns what the first block gets: [b, num_prefix + n, d]."""
+    prefix = [self.cls] if self.has_cls else []
+    if self.registers:
+      prefix.append(self.register_tokens)
+    if prefix:
+      prefix = [
+        jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], *token.shape[1:]))
+        for token in prefix
+      ]
+      x = jnp.concatenate([*prefix, x], axis=1)
+    return self.norm_before(x) if self.pre_norm else x
+
+  def _pool(self, x: Float[Array, "b m d"]) -> Float[Array, "b d"]:
     if self.pool == "tok":
       return x[:, 0]
+    x = x[:, self.num_prefix :] if self.pool == "gap" else x
     return jnp.mean(x, axis=1) if self.pool == "gap" else self.MAPHead_0(x)
 
   def source_logits(self, feature: Float[Array, "b d"]) -> Float[Array, "b s"]:
@@ -263,6 +348,6 @@ class ViT(nn.Module):
       )
     return self.head(feature)
 
-  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """Returns the feature [b, d] of images, without any prompt."""
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
+    """Returns the feature [b, f] of images, without any prompt."""
     return self.encode(self.embed(images))

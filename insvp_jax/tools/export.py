@@ -1,8 +1,10 @@
-"""Writes the backbone of a run to an .npz with big_vision's names.
+"""Writes the backbone of a run to a file that this package and others read.
 
 insvp export --run=runs/pretrain --output=backbone.npz
+insvp export --run=runs/svhn --output=backbone.safetensors --names=timm
 
-Without the command `insvp` it is python -m insvp_jax.tools.export.
+An .npz has big_vision's names, a .safetensors timm's or, with --names=hf, Hugging
+Face's. Without the command `insvp` it is python -m insvp_jax.tools.export.
 A method that can be folded into a plain backbone, such as LoRA, is folded into it.
 With --with_head the run's linear head comes along, for methods that read the classes a
 backbone was trained on; whoever does not ask for it (head_classes) loads the same file
@@ -25,6 +27,7 @@ def export_backbone(
   output: Path,
   *,
   dtype: str = "float32",
+  names: str = "timm",
   command: str = "",
   with_head: bool = False,
 ) -> dict[str, Any]:
@@ -34,8 +37,9 @@ def export_backbone(
 
   Args:
     run: from `load_run`.
-    output: path of the .npz.
+    output: path of the .npz or .safetensors.
     dtype: of the stored values, "float32" or "float16" (half the size).
+    names: of a .safetensors file: "timm" or "hf".
     command: that trained the run; it is stored in the description.
     with_head: write the run's head, too.
 
@@ -46,7 +50,6 @@ def export_backbone(
   """
   from insvp_jax.logs.writers import write_json
   from insvp_jax.models import merging, weights
-  from insvp_jax.models.weights.releases import ARCHITECTURE
 
   backbone = merging.merge(run.model, run.params)
   if with_head:
@@ -57,10 +60,9 @@ def export_backbone(
         "backbone; leave --with_head out."
       )
     backbone = {**backbone, "head": head}
-  weights.save_backbone(backbone, output, dtype=dtype)
-  vit = run.model.backbone
+  weights.save_backbone(backbone, output, dtype=dtype, names=names)
   result = run.result or {}
-  description = {field: getattr(vit, field) for field in ARCHITECTURE}
+  description = weights.vit_fields(run.model.backbone)
   description |= {
     "sha256": weights.file_digest(output),
     "dtype": dtype,
@@ -89,15 +91,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "export", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--output", required=True, type=Path, help="path of the .npz")
+  parser.add_argument(
+    "--output", required=True, type=Path, help="path of the .npz or .safetensors"
+  )
   parser.add_argument("--dtype", default="float32", help="float32 or float16")
+  parser.add_argument("--names", default="timm", help="of .safetensors: timm or hf")
   parser.add_argument("--command", default="", help="that trained it, to be recorded")
   parser.add_argument("--with_head", action="store_true", help="write its head, too")
   args = parser.parse_args(argv)
 
   def work() -> None:
-    if args.output.suffix != ".npz":
-      raise ValueError(f"--output is {args.output}, expected a path ending in .npz.")
+    if args.output.suffix not in (".npz", ".safetensors"):
+      raise ValueError(
+        f"--output is {args.output}, expected a path ending in .npz or .safetensors."
+      )
     from insvp_jax.run import load_run
 
     run = load_run(args.run)
@@ -105,6 +112,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       run,
       args.output,
       dtype=args.dtype,
+      names=args.names,
       command=args.command,
       with_head=args.with_head,
     )

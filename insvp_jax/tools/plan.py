@@ -79,6 +79,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   """
   config_checks.validate(config)
   mesh = mesh_lib.create_mesh(devices, fsdp=config.backbone.fsdp)
+  program_lib.fill_in(config)
   task, num_classes, num_train = _task_sizes(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)
@@ -87,7 +88,9 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   train_on_features = features.are_cached(config, program, num_train)
   train_batch = batches.abstract_batch(config, program, config.batch_size, train=True)
   if train_on_features:
-    shape = (config.batch_size, program.model.backbone.spec.width)
+    vit = program.model.backbone
+    width = getattr(vit, "projection", 0) or vit.spec.width
+    shape = (config.batch_size, width)
     train_batch["features"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     del train_batch["images"]
   eval_size = batches.eval_batch_size(config, program)

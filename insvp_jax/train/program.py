@@ -21,8 +21,10 @@ from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import create_method
 from insvp_jax.methods.base import Apply
 from insvp_jax.methods.hooks import UNCHANGED
+from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import (
   PromptedClassifier,
+  block_reads,
   create_backbone,
   create_model,
 )
@@ -164,7 +166,7 @@ class Program:
         {"params": params}, images, adaptation, method=encode, mutable=["reads"]
       )
       reads = sown.get("reads")
-      return feature, reads and reads["backbone"]["Transformer"]["blocks"]
+      return feature, reads and block_reads(reads)
 
     @whole
     def logits(params, images):
@@ -261,8 +263,36 @@ def create_program(
   )
 
 
+def fill_in(config: ConfigDict) -> None:
+  """Writes the preset that a config leaves open: how its weights' pixels were made.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such weights; see the message.
+  """
+  if not config.data.preset:
+    source = config.backbone.weights or config.backbone.name
+    pixels = weights_lib.pixels_of(source) or {}
+    # What our own releases were trained on is the protocol's own preset.
+    config.data.preset = (
+      preset_of(pixels) if "resize" in pixels or ("preset" in pixels) else "vtab"
+    )
+
+
+def preset_of(pixels: Mapping[str, Any]) -> str:
+  """Returns the name of the preset of weights, as from `weights.pixels_of`."""
+  if "preset" not in pixels:
+    return preprocess.preset_name(**pixels)
+  preset = preprocess.get_preset(pixels["preset"])
+  if not preset.augments:
+    return preset.name
+  # How it was trained, as one sees it in evaluation.
+  crop = preset.crop / preset.margin
+  return preprocess.preset_name(preset.mean, preset.std, preset.resize, crop)
+
+
 def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""
+  fill_in(config)
   preset = preprocess.get_preset(config.data.preset)
   return {
     "backbone": config.backbone.name,
@@ -279,11 +309,11 @@ def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
 
 def input_size(config: ConfigDict) -> int:
   """Returns the pixels per side of the images that a config's model takes."""
-  vit = create_backbone(
+  backbone = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   )
   fields = config_lib.method_kwargs(config)
-  return create_method(config.method, vit.spec, **fields).input_size()
+  return create_method(config.method, backbone.spec, **fields).input_size()
 
 
 def create_state(

@@ -17,7 +17,9 @@ from insvp_jax import config as config_lib
 from insvp_jax import trees
 from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
-from insvp_jax.models.weights.releases import release_of
+from insvp_jax.models import architectures
+from insvp_jax.models.vit import ViT
+from insvp_jax.models.weights import is_file_name, pixels_of, vit_fields
 from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
@@ -54,15 +56,34 @@ def shared_text(
 
 
 def _other_pixels(config: ConfigDict) -> list[str]:
-  """Returns a line where the backbone was trained on pixels of another range."""
-  release = release_of(config.backbone.weights or config.backbone.name)
-  preset = get_preset(config.data.preset)
-  if release is None or (release.mean, release.std) == (preset.mean, preset.std):
+  """Returns a line where the backbone was trained on other pixels."""
+  pixels = pixels_of(config.backbone.weights or config.backbone.name)
+  if pixels is None:
     return []
+  preset = get_preset(config.data.preset)
+  if "preset" in pixels:
+    own = get_preset(pixels["preset"])
+    pixels = {"mean": own.mean, "std": own.std}
+  chosen = {
+    "mean": preset.mean,
+    "std": preset.std,
+    "resize": preset.resize,
+    "crop": preset.crop / preset.margin,
+  }
+  numbers = [k for k in pixels if k != "resize"]
+  if chosen["resize"] == pixels.get("resize", chosen["resize"]) and all(
+    np.allclose(chosen[key], pixels[key], atol=1e-4) for key in numbers
+  ):
+    return []
+
+  def text(numbers: Mapping[str, Any]) -> str:
+    return f"mean {list(numbers['mean'])} and std {list(numbers['std'])}" + (
+      f", {numbers['resize']}, crop {numbers['crop']:.4g}" if "resize" in pixels else ""
+    )
+
   return [
-    f"note: the backbone was trained on pixels with mean {list(release.mean)} and std "
-    f"{list(release.std)}; preset {preset.name} has mean {list(preset.mean)} and std "
-    f"{list(preset.std)}"
+    f"note: the backbone was trained on pixels with {text(pixels)}; preset "
+    f"{preset.name} has {text(chosen)}"
   ]
 
 
@@ -179,7 +200,7 @@ def run_meta(
   labels = data.splits[config.data.train_split].labels
   return {
     "format": 1,
-    "model": config_lib.to_dict(model_kwargs(config, data.num_classes)),
+    "model": config_lib.to_dict(_model_kwargs(config, program, data.num_classes)),
     "backbone": dict(backbone),
     "class_names": list(data.class_names),
     "train_count": np.bincount(labels, minlength=data.num_classes).tolist(),
@@ -192,6 +213,23 @@ def run_meta(
     "config": config_lib.stored(config),
     "versions": versions(),
   }
+
+
+def _model_kwargs(
+  config: ConfigDict, program: Program, num_classes: int
+) -> dict[str, Any]:
+  """Returns the arguments of `create_model` that make the run's model anywhere.
+
+  The sizes of a backbone from a file are written out: the file may move.
+  """
+  kwargs, vit = model_kwargs(config, num_classes), program.model.backbone
+  if not is_file_name(kwargs["backbone"]):
+    return kwargs
+  if not isinstance(vit, ViT):
+    kwargs["backbone"] = architectures.variant_of(type(vit))
+  fields = vit_fields(vit)
+  kwargs["image_size"] = fields.pop("image_size")
+  return {**kwargs, "backbone_kwargs": fields | kwargs["backbone_kwargs"]}
 
 
 def result(

@@ -21,7 +21,7 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import parts_of
-from insvp_jax.models import mimetic
+from insvp_jax.models import architectures, mimetic
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
 
@@ -119,7 +119,8 @@ def load_weights(
     ValueError, FileNotFoundError: there are no such weights; see the message.
   """
   source = config.backbone.weights or config.backbone.name
-  if "/" in config.backbone.name and not config.backbone.weights:
+  is_variant = architectures.is_variant(config.backbone.name)
+  if is_variant and not config.backbone.weights:
     raise ValueError(
       f"config.backbone.name is {config.backbone.name!r}, an architecture without "
       "weights. Set config.backbone.weights to a path or to a release's name, or to "
@@ -134,7 +135,7 @@ def load_weights(
     report=lambda loaded: report(f"backbone {config.backbone.name}: {loaded}"),
   )
   identity = {"id": source, "sha256": weights_lib.file_digest(path)}
-  if source not in weights_lib.RELEASES:
+  if source not in weights_lib.RELEASES and not source.startswith(("timm/", "hf-hub:")):
     # The path as given may be relative, but a run can be loaded from any folder.
     identity["source"] = str(path.resolve())
   return weights, identity

@@ -19,7 +19,7 @@ import optax
 
 from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
-from insvp_jax.models.classifier import PromptedClassifier
+from insvp_jax.models.classifier import PromptedClassifier, block_reads
 from insvp_jax.train import losses
 from insvp_jax.train.optim import Schedule
 from insvp_jax.train.state import TrainState
@@ -174,7 +174,7 @@ def create_train_step(
         nats = nats * (targets @ class_weights)
       value = jnp.mean(nats)
       if "reads" in sown:
-        reads = sown["reads"]["backbone"]["Transformer"]["blocks"]
+        reads = block_reads(sown["reads"])
         prompter = params.get("prompter", {})
         value += model.prompter.extra_loss(prompter, reads, targets)
       updated = trees.flatten(sown.get("updated", {}))

@@ -26,6 +26,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "lora": {"rank": 2, "dropout": 0.1},
   "vpt_shallow": {"prompt_length": 2},
   "vpt_shallow:below": {"prompt_length": 1, "location": "below"},
+  "vpt_shallow:pad": {"prompt_length": 2, "location": "pad"},
   "vpt_deep:last": {"prompted_from": "last", "prompted_blocks": 1, "pool": "both"},
   "e2vpt": {"prompt_length": 2, "kv_length": 2},
   "vfpt": {"prompt_length": 4},
@@ -68,7 +69,18 @@ STILL: dict[str, set[str]] = {
   },
 }
 COMBINED = ("insvp+lora", "vpt_deep+bias")
+# Other backbones than the tiny ViT, after an "@".
+BACKBONES: dict[str, dict[str, Any]] = {
+  "swin": {"name": "swin_t", "window": 2},
+  "convnext": {"name": "convnext_t", "num_heads": None},
+  "resnet": {"name": "resnet50", "num_heads": None, "patch_size": None, "width": 4},
+}
+# One of each kind of prompt, and of what trains, on each.
+ELSEWHERE = (
+  *("insvp@swin", "vpt_shallow@swin", "vpt_shallow:pad@convnext", "full@resnet"),
+)
 NAMES = (*METHODS, *(name for name in TINY_FIELDS if ":" in name), *COMBINED)
+NAMES = (*dict.fromkeys((*NAMES, *ELSEWHERE)),)
 # They read the classes that the backbone was trained on.
 SOURCE_HEAD = {"vp:source", "ilm_vp", "autovp", "autovp:mapped"}
 # Its leaves cannot be split where blocks share them.
@@ -76,11 +88,13 @@ NEEDS_UNROLLED = {"partial"}
 # Stored and restored between the steps: a leaf of each kind. What a checkpoint does
 # with a leaf does not depend on the method.
 STORED = {"insvp", "e2vpt", "lora", "mlp", "transhp", "full", "vpt_deep+bias"}
+STORED |= set(ELSEWHERE)
 CLASSES = 3
 
 
 def config_of(name, **changes):
-  """Returns the config of a method on a tiny ViT."""
+  """Returns the config of a method on a tiny ViT, or on the backbone after "@"."""
+  name, _, backbone = name.partition("@")
   # AdamW makes steps out of rounding errors, and decay moves what has no gradient.
   plain = {"optim__name": "sgd", "optim__lr": 0.3, "optim__wd": 0.0}
   # Dropout is drawn for all tokens, or for those that are read.
@@ -94,6 +108,9 @@ def config_of(name, **changes):
     config.image_size = SIZE + 8
   if name in SOURCE_HEAD:
     config.backbone.head_classes = 7
+  if backbone:
+    config.backbone.update(depth=None, mlp_dim=None, depths=(2, 2), patch_size=4)
+    config.backbone.update(BACKBONES[backbone])
   return config
 
 
@@ -104,8 +121,10 @@ def program_of(name, **changes):
   return config, create_program(config, CLASSES, 24, mesh)
 
 
-def stack(backbone):
-  return trees.unflatten(npz.stack(trees.flatten(backbone)))
+def stack(model, backbone):
+  """Returns unrolled parameters of a model's backbone as scanned ones."""
+  stacked = getattr(model.backbone, "stack", npz.stack)
+  return trees.unflatten(stacked(trees.flatten(backbone)))
 
 
 def batch():
@@ -148,7 +167,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   scan = name not in NEEDS_UNROLLED
   config, program = program_of(name, backbone__scan=scan, backbone__remat=not remat)
   if scan:
-    params = {**params, "backbone": stack(params["backbone"])}
+    params = {**params, "backbone": stack(program.model, params["backbone"])}
   state = create_state(config, program, params)
   state, _ = program.train_step(state, batch())
   if name in STORED:
@@ -163,7 +182,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   # Alone, scanned, with the other `remat`: the same as the trial of its lr.
   expected = trees.unflatten(trials[0])
   if scan:
-    expected["backbone"] = stack(expected["backbone"])
+    expected["backbone"] = stack(program.model, expected["backbone"])
   for leaf, value in trees.flatten(expected).items():
     np.testing.assert_allclose(after[leaf], value, rtol=1e-3, atol=1e-5, err_msg=leaf)
 

@@ -14,7 +14,7 @@ import pytest
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 # Of files whose methods are elsewhere or not there yet.
-OTHERS = ("dinov2", "swin", "vit_torch")
+OTHERS = ()
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 FILES = sorted(
   str(path.relative_to(SHARED).with_suffix(""))
@@ -31,6 +31,7 @@ def tolerance_of(name):
 def inputs_of(file):
   """Returns the names of what a file gives, beside what it pins."""
   drawn = {"labels", "config", "token_mask", "piece_mask", "mapping", "resize"}
+  drawn |= {"images", "shapes"}
   if file["config"].get("method") == "ilm_label_mapping":
     drawn |= {name for name in file if name.endswith("/counts")}
   drawn |= {name for name in file if name.endswith(("/predictions", "/labels"))}

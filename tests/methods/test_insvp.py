@@ -487,9 +487,9 @@ def test_specific_prompter_fits_every_width_and_resolution(width, image_size, le
   assert grid.size == fitting[0]
   assert grid.size**2 * grid.channels == width
   assert grid.size * grid.pool <= side < grid.size * (grid.pool + 1)
-  module = SpecificPrompter(width, length, (9, 5, 3), "relu", 0.1)
+  module = SpecificPrompter((width,), length, (9, 5, 3), "relu", 0.1)
   images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
-  prompt, variables = jax.eval_shape(
+  (prompt,), variables = jax.eval_shape(
     lambda x: module.init_with_output(jax.random.key(0), x), images
   )
   assert prompt.shape == (2, length, width)
@@ -500,7 +500,7 @@ def test_specific_prompter_fits_every_width_and_resolution(width, image_size, le
 @pytest.mark.parametrize("kernel", [1, 7, 8, 21])
 def test_pixels_beyond_the_crop_are_left_out_without_a_trace(kernel):
   """The published order: convolve all, activate, crop, pool."""
-  module = SpecificPrompter(16, 2, (kernel, 1, 1), "leaky_relu", 0.0)
+  module = SpecificPrompter((16,), 2, (kernel, 1, 1), "leaky_relu", 0.0)
   images = jnp.asarray(
     np.random.default_rng(0).standard_normal((1, 64, 64, 3), np.float32)
   )
@@ -514,7 +514,8 @@ def test_pixels_beyond_the_crop_are_left_out_without_a_trace(kernel):
     if name == "Conv_1":
       x = nn.max_pool(nn.leaky_relu(x), (3, 3), (3, 3))
   expected = x.reshape(1, 4, 4, 2, 1).transpose(0, 3, 4, 1, 2).reshape(1, 2, 16)
-  np.testing.assert_allclose(module.apply(variables, images), expected, atol=1e-4)
+  (prompt,) = module.apply(variables, images)
+  np.testing.assert_allclose(prompt, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,22 @@ from insvp_jax.models.classifier import create_model
 from insvp_jax.tools import export
 
 
-def test_the_backbone_comes_back_as_it_was(tmp_path, capsys):
+@pytest.mark.parametrize(
+  "name, flags",
+  [
+    ("backbone.npz", []),
+    ("backbone.safetensors", []),
+    ("backbone.safetensors", ["--names", "hf"]),
+  ],
+)
+def test_the_backbone_comes_back_as_it_was(tmp_path, capsys, name, flags):
   workdir, model, params = make_run(tmp_path / "run", "linear")
-  output = tmp_path / "backbone.npz"
+  output = tmp_path / name
   command = ["--run", str(workdir), "--output", str(output), "--command", "train it"]
-  assert export.main(command) == 0
+  assert export.main([*command, *flags]) == 0
+  # The description beside it tells what the names do not.
+  again = create_model(str(output), "linear", num_classes=3)
+  assert again.backbone == model.backbone
   loaded = weights.load_backbone(str(output), model)
   expected = trees.flatten(params["backbone"])
   for name, leaf in trees.flatten(loaded).items():

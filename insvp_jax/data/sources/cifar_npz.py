@@ -51,7 +51,7 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   key = {
     "task": "cifar10_npz",
     "files": [cache.file_fingerprint(path) for path in paths.values()],
-    "resize": preset.resize,
+    "resize": preset.resize_key,
     "size": preset.stored_size(image_size),
   }
 

@@ -45,7 +45,7 @@ def stream(
   """
   size = preset.stored_size(image_size)
   sha = hashlib.sha256(records.digest().encode())
-  sha.update(f"{task.label_rule} {preset.resize} {size} {_DECODER}".encode())
+  sha.update(f"{task.label_rule} {preset.resize_key} {size} {_DECODER}".encode())
   # The sides that TFDS declares; None where images differ in size.
   height, width = builder.info.features["image"].shape[:2]
   return StreamSplit(

@@ -2,7 +2,13 @@
 
 from insvp_jax.models.weights.downloads import file_digest, resolve
 from insvp_jax.models.weights.load import load_backbone, save_backbone
-from insvp_jax.models.weights.releases import RELEASES, Release, architecture_of
+from insvp_jax.models.weights.published import (
+  architecture_of,
+  is_file_name,
+  pixels_of,
+  vit_fields,
+)
+from insvp_jax.models.weights.releases import RELEASES, Release
 from insvp_jax.models.weights.report import LoadReport
 
 __all__ = [
@@ -11,7 +17,10 @@ __all__ = [
   "Release",
   "architecture_of",
   "file_digest",
+  "is_file_name",
   "load_backbone",
+  "pixels_of",
   "resolve",
   "save_backbone",
+  "vit_fields",
 ]

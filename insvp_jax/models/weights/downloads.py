@@ -7,15 +7,17 @@ import os
 from pathlib import Path
 import re
 import secrets
+import socket
 import sys
 import time
 from typing import Any
 import urllib.parse
+import urllib.request
 
 import jax
 
 from insvp_jax import paths, trees
-from insvp_jax.models.weights import releases
+from insvp_jax.models.weights import readers, releases
 
 _GCS_URL = "https://storage.googleapis.com/"
 _TIMEOUT_SECONDS = 60  # without a byte
@@ -28,15 +30,17 @@ def resolve(
   path_or_name: str | os.PathLike[str],
   cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-  """Returns the local `.npz` file of a path, a release's name or a URL.
+  """Returns the local file of a path, a release's name, a repository or a URL.
 
-  An existing file is taken first, then a release in the package, then the cache;
-  what is in none of them is downloaded into the cache. Several processes may want
+  A repository of Hugging Face is "timm/..." or "hf-hub:...". An existing file is
+  taken first, then a release in the package, then the cache; what is in none of them
+  is downloaded into the cache. Several processes may want
   it at once: one downloads. A download that was interrupted is resumed the next time;
   the file is in its place only when it is complete.
 
   Args:
-    path_or_name: a path, a key of `RELEASES`, or a gs:// or https:// URL.
+    path_or_name: a path, also of a folder as Hugging Face has it, a key of `RELEASES`,
+      a repository, or a gs:// or https:// URL.
     cache_dir: folder of downloads; None is `paths.cache_dir()`.
 
   Raises:
@@ -56,11 +60,19 @@ def resolve(
       return _packaged_file(name)
     return _cached_file(name, release.url, release.sha256, cache_dir)
   if name and path.is_dir():
-    raise FileNotFoundError(f"{name} is a directory; give the .npz file itself.")
-  if name.endswith(".npz") or name.startswith(("/", "./", "../", "~")):
+    for inside in readers.FILES:
+      if (path / inside).is_file():
+        return path / inside
     raise FileNotFoundError(
-      f"there is no file {path.absolute()}. Give the path of an .npz file, or the name "
-      "of a release, such as 'boxed' or 'vit_b16_i21k'."
+      f"{name} is a directory without one of {', '.join(readers.FILES)}; give the file "
+      "itself."
+    )
+  if re.match(r"timm/|hf-hub:", name):
+    return _hub_file(name, cache_dir)
+  if name.endswith(readers.SUFFIXES) or name.startswith(("/", "./", "../", "~")):
+    raise FileNotFoundError(
+      f"there is no file {path.absolute()}. Give the path of a file of weights, or the "
+      "name of a release, such as 'boxed' or 'vit_b16_i21k'."
     )
   raise ValueError(
     f"{name!r} is neither a file nor the name of a backbone."
@@ -69,9 +81,15 @@ def resolve(
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-  """Returns the sha256 of a file's bytes, in hex."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  """Returns the sha256 of a file's bytes, in hex; of an index with its parts."""
+  digests = []
+  parts = readers.parts_of(Path(path)) if str(path).endswith(".json") else [path]
+  for part in parts:
+    with open(part, "rb") as file:
+      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+  if len(digests) == 1:
+    return digests[0]
+  return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -87,6 +105,85 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+  """Returns the file of weights of a repository of Hugging Face.
+
+  What was put into the cache by hand comes first, then `huggingface_hub`'s own cache,
+  then the network, by `huggingface_hub`.
+
+  Args:
+    name: "timm/..." or "hf-hub:...", and "@revision" where it is not the newest one.
+    cache_dir: see `resolve`.
+
+  Raises:
+    ValueError, FileNotFoundError: see `resolve`.
+  """
+  repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+  url = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/"
+  folder = Path(cache_dir or paths.cache_dir()).expanduser().absolute()
+  folder = folder / _cache_name(url)
+  for file in readers.FILES:
+    if (folder / file).is_file():
+      return folder / file
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  def get(file: str, **options: Any) -> Path | None:
+    """Returns a file of the repository; None where it has no such file."""
+    try:
+      file = huggingface_hub.hf_hub_download(
+        repository, file, revision=revision or None, **options
+      )
+    except errors.EntryNotFoundError as error:
+      # Both are subclasses: it is not there, or nobody could be asked.
+      is_offline = isinstance(error, errors.LocalEntryNotFoundError)
+      if is_offline and not options.get("local_files_only"):
+        raise
+      return None
+    return Path(file)
+
+  def find(**options: Any) -> Path | None:
+    for file in readers.FILES:
+      path = get(file, **options)
+      if path is not None and file.endswith(".index.json"):
+        if None in [get(part, **options) for part in readers.index_files(path)]:
+          continue
+      if path is not None:
+        for beside in ("config.json", "preprocessor_config.json"):
+          get(beside, **options)
+        return path
+    return None
+
+  try:
+    if path := find(local_files_only=True):
+      return path
+    _look_up(huggingface_hub.constants.ENDPOINT)
+    if path := find():
+      return path
+    reason = f"it has none of {', '.join(readers.FILES)}"
+  except errors.HFValidationError as error:
+    raise ValueError(f"{name!r} is no name of a repository: {error}") from error
+  except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+    cause = error.__cause__ or error
+    reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+  raise FileNotFoundError(
+    f"the backbone {name!r} is not on this machine and could not be downloaded "
+    f"({reason}). Download {url}{readers.FILES[0]}, and config.json beside it, where "
+    f"there is a network and put them into {folder}; the cache is set by "
+    f"${paths.CACHE_VARIABLE}."
+  )
+
+
+def _look_up(url: str) -> None:
+  """Looks a server up, so that without a network nothing is tried again and again.
+
+  Raises:
+    OSError: its name is unknown, and there is no proxy that would know it.
+  """
+  if not urllib.request.getproxies():
+    socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
 
 
 def _packaged_file(name: str) -> Path:

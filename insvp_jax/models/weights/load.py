@@ -17,7 +17,7 @@ from insvp_jax import trees
 from insvp_jax.models import positions
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
-from insvp_jax.models.weights import npz
+from insvp_jax.models.weights import formats, names_vit, npz
 from insvp_jax.models.weights.downloads import atomic_file, resolve
 from insvp_jax.models.weights.releases import Release, release_of
 from insvp_jax.models.weights.report import LoadReport, abbreviate
@@ -35,16 +35,19 @@ def load_backbone(
   allow_unused: Sequence[str] = (),
   cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-  """Returns a model's backbone parameters from an `.npz` file.
+  """Returns a model's backbone parameters from a file of weights.
 
-  Reads the original release's files, big_vision's in both layouts, and what
-  `save_backbone` writes. The head, unless the model keeps it (`ViT.head_classes`), and
-  `pre_logits` are left out. If the position
-  embedding has an entry for the class token, it is added to `cls`. A position
-  embedding of another resolution is resampled; nothing else is.
+  Reads the original release's `.npz` files, big_vision's in both layouts, what
+  `save_backbone` writes, and `.safetensors` and PyTorch files in the names of timm and
+  others (`names_vit.LAYOUTS`). The head, unless the model keeps it
+  (`ViT.head_classes`), and `pre_logits` are left out. If the position
+  embedding has an entry for the class token, it is added to `cls`. One of another
+  resolution is resampled; nothing else is. LayerScale is folded into the projections
+  before it where the model has none, which is exact.
 
   Args:
-    path_or_name: a path, a key of `RELEASES`, or a URL; see `resolve`.
+    path_or_name: a path, a key of `RELEASES`, a repository of Hugging Face, or a URL;
+      see `resolve`.
     model: a `PromptedClassifier` or a `ViT`.
     report: called with the `LoadReport`; None logs it.
     allow_missing: regular expressions over whole names: leaves that the file may
@@ -65,22 +68,25 @@ def load_backbone(
   path = resolve(path_or_name, cache_dir)
   release = release_of(path_or_name) or release_of(path)
 
+  if not isinstance(vit, ViT):
+    return _load_other(path, vit, report or logging.info)
   expected = _expected_shapes(vit)
 
   def fit(file: npz.VitFile, shapes_only: bool) -> tuple[dict, dict, dict, list[str]]:
     leaves, skipped = dict(file.leaves), dict(file.skipped)
     try:
-      changed = _fit_positions(leaves, skipped, vit, release, shapes_only)
+      changed = _fit_layers(leaves, vit, expected, file.resize == "bicubic")
+      changed |= _fit_positions(leaves, skipped, vit, release, shapes_only, file.resize)
       missing = _fit_leaves(leaves, skipped, vit, expected, allow_missing, allow_unused)
     except ValueError as error:
-      fields = _describe_fields(npz.fields(file.leaves), vit)
+      fields = _describe_fields(formats.fields(file), vit)
       raise ValueError(f"{path} does not fit the model: {error} {fields}") from error
     return leaves, skipped, changed, missing
 
   # The shapes first: what the model has no place for is not read.
   with_head = vit.head_classes > 0
-  fit(npz.read_vit(path, shapes_only=True, with_head=with_head), True)
-  file = npz.read_vit(path, with_head=with_head)
+  fit(formats.read(path, shapes_only=True, with_head=with_head), True)
+  file = formats.read(path, with_head=with_head)
   leaves, skipped, changed, missing = fit(file, False)
   if with_head:
     _check_head(leaves, skipped, path)
@@ -92,7 +98,7 @@ def load_backbone(
     changed=changed,
     skipped=skipped,
     missing=tuple(missing),
-    notes=_notes(vit, release),
+    notes=_notes(vit, release, formats.fields(file)),
   )
   (report or logging.info)(load_report)
   if missing:
@@ -100,25 +106,92 @@ def load_backbone(
   return trees.unflatten(npz.stack(leaves) if vit.scan else leaves)
 
 
+def _load_other(
+  path: Path, backbone: nn.Module, report: Callable[[LoadReport], Any]
+) -> dict[str, Any]:
+  """As `load_backbone`, for a backbone with stages: every leaf has its own shape.
+
+  Its `stack` puts leaves with one group per block into the layout of `scan`.
+  """
+  single = backbone.clone(scan=False) if backbone.scan else backbone
+  size = backbone.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shapes = jax.eval_shape(single.init, jax.random.key(0), images)["params"]
+  expected = {name: leaf.shape for name, leaf in trees.flatten(shapes).items()}
+  file = formats.read(path, with_head=backbone.head_classes > 0)
+  problems = {
+    "of another shape": [
+      f"{name} is {file.leaves[name].shape} in the file, {shape} in the model"
+      for name, shape in expected.items()
+      if name in file.leaves and file.leaves[name].shape != shape
+    ],
+    "that only the model has": sorted(set(expected) - set(file.leaves)),
+    "that only the file has": sorted(set(file.leaves) - set(expected)),
+  }
+  _raise_problems(path, problems, formats.fields(file), backbone)
+  report(
+    LoadReport(
+      path=str(path),
+      layout=file.layout,
+      num_params=trees.count(file.leaves),
+      loaded=tuple(sorted(file.leaves)),
+      changed={},
+      skipped=dict(file.skipped),
+      missing=(),
+    )
+  )
+  leaves = file.leaves
+  return trees.unflatten(backbone.stack(leaves) if backbone.scan else leaves)
+
+
+def _raise_problems(
+  path: Path,
+  problems: Mapping[str, Sequence[str]],
+  fields: Mapping[str, Any],
+  backbone: nn.Module,
+) -> None:
+  """Raises a `ValueError` that says what does not fit, and what would."""
+  if messages := _messages(problems):
+    known = {k: v for k, v in fields.items() if getattr(backbone, k, v) != v}
+    hint = f" Build the model with backbone_kwargs={known}." if known else ""
+    raise ValueError(f"{path} does not fit the model: {messages}{hint}")
+
+
+def _messages(problems: Mapping[str, Sequence[str]]) -> str:
+  """Returns a sentence; "" where nothing is wrong."""
+  texts = [
+    f"{len(names)} leaves {problem}: {abbreviate(names)}"
+    for problem, names in problems.items()
+    if names
+  ]
+  return "; ".join(texts) + "." if texts else ""
+
+
 def save_backbone(
   params_backbone: Mapping[str, Any],
   path: str | os.PathLike[str],
   *,
   dtype: str = "float32",
+  names: str = "timm",
 ) -> None:
-  """Writes a backbone to an `.npz` file in big_vision's names, one group per block.
+  """Writes a backbone to a file: `.npz`, or `.safetensors` in others' names.
 
-  The same parameters always give the same bytes. The file appears whole or not at
-  all. float32 comes back exactly; float16 halves the file and rounds.
+  An `.npz` has big_vision's names, one group per block. The same parameters always give
+  the same bytes. The file appears whole or not at all. float32 comes back exactly;
+  float16 halves the file and rounds.
 
   Args:
     params_backbone: nested dict, `params["backbone"]`, of either layout.
     path: where to write.
     dtype: "float32" or "float16".
+    names: of a `.safetensors` file: "timm", or "hf", Hugging Face's.
 
   Raises:
-    ValueError: no backbone, unknown dtype, or values that the dtype cannot hold.
+    ValueError: no backbone, unknown dtype or names, values that the dtype cannot hold,
+      or parameters that the names have no word for.
   """
+  if names not in ("timm", "hf"):
+    raise ValueError(f"names is {names!r}, expected 'timm' or 'hf'.")
   if dtype not in ("float32", "float16"):
     raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float16'.")
   flat = trees.flatten(params_backbone)
@@ -128,8 +201,13 @@ def save_backbone(
       f"{abbreviate(flat) or 'nothing'}; pass params['backbone']."
     )
   flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
+  path, flat = Path(path), npz.unroll(flat)
+  is_safe = path.suffix == ".safetensors"
+  if is_safe:
+    layout = names_vit.hf_layout(flat) if names == "hf" else names
+    flat = names_vit.invert(flat, layout)
   arrays = {}
-  for name, leaf in sorted(npz.unroll(flat).items()):
+  for name, leaf in sorted(flat.items()):
     with np.errstate(over="ignore"):
       arrays[name] = leaf.astype(dtype)
     if not np.isfinite(arrays[name]).all():
@@ -137,10 +215,17 @@ def save_backbone(
         f"{name!r} holds NaN, infinite values, or values too large for {dtype}; "
         "nothing was written."
       )
-  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with atomic_file(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **arrays)
+  with atomic_file(path) as temporary:
+    if is_safe:
+      import safetensors.numpy
+
+      contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+      # transformers reads no file without this mark.
+      safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+    else:
+      with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _expected_shapes(vit: ViT) -> dict[str, tuple[int, ...]]:
@@ -157,12 +242,74 @@ def _expected_shapes(vit: ViT) -> dict[str, tuple[int, ...]]:
   return {name: leaf.shape for name, leaf in npz.unroll(flat).items()}
 
 
+def _fit_layers(
+  leaves: dict[str, np.ndarray],
+  vit: ViT,
+  expected: Mapping[str, tuple[int, ...]],
+  is_others: bool,
+) -> dict[str, str]:
+  """Gives layers of others the model's form, in place: heads, biases, LayerScale.
+
+  Args:
+    leaves: of the file.
+    vit: the model.
+    expected: shapes of its leaves.
+    is_others: whether the file's names are not big_vision's.
+
+  Returns:
+    name -> how the file's values were changed.
+  """
+  changed = {}
+  for name in list(leaves):
+    shape = expected.get(name, ())
+    is_attention = "/MultiHeadDotProductAttention_" in name
+    if is_attention and leaves[name].ndim < len(shape):
+      # Only where the heads are all that is not split.
+      if leaves[name].size == math.prod(shape) and vit.width in leaves[name].shape:
+        leaves[name] = leaves[name].reshape(shape)
+  folded = [name for name in leaves if "/LayerScale_" in name]
+  if folded and not vit.layer_scale:
+    for name in folded:
+      scale, (block, k) = leaves.pop(name), name.split("/LayerScale_")
+      layer = "MultiHeadDotProductAttention_0/out", "MlpBlock_0/Dense_1"
+      for leaf in ("kernel", "bias"):
+        site = f"{block}/{layer[int(k[0])]}/{leaf}"
+        if site in leaves and leaves[site].shape[-1:] == scale.shape:
+          leaves[site] = leaves[site] * scale
+    changed["LayerScale"] = (
+      f"{len(folded)} factors folded into the projections before them, which is exact"
+    )
+  if is_others:
+    # Layers of others may have no bias, in all blocks alike.
+    present = {re.sub(r"_\d+/", "_/", name) for name in leaves}
+    lost = [
+      name
+      for name in expected
+      if name.endswith("/bias") and name.removesuffix("bias") + "kernel" in leaves
+      if re.sub(r"_\d+/", "_/", name) not in present
+    ]
+    if lost:
+      leaves |= {name: np.zeros(expected[name], np.float32) for name in lost}
+      changed[abbreviate(lost)] = "zeros, as the file's layers have no bias"
+  if vit.fc_norm and "fc_norm/scale" not in leaves:
+    if leaves.pop("Transformer/encoder_norm/scale", None) is not None:
+      leaves.pop("Transformer/encoder_norm/bias", None)
+      leaves["fc_norm/scale"] = np.ones((vit.width,), np.float32)
+      leaves["fc_norm/bias"] = np.zeros((vit.width,), np.float32)
+      changed["fc_norm"] = (
+        "not in the file: scale 1 and bias 0, and the norm before the pool is left "
+        "away, as VPT does with MAE"
+      )
+  return changed
+
+
 def _fit_positions(
   leaves: dict[str, np.ndarray],
   skipped: dict[str, str],
   vit: ViT,
   release: Release | None,
   shapes_only: bool,
+  resize: str,
 ) -> dict[str, str]:
   """Fits the position embedding to the model, in place.
 
@@ -173,6 +320,7 @@ def _fit_positions(
     vit: the model.
     release: of the file; some have a fixed position embedding that is not in the file.
     shapes_only: compute no values.
+    resize: "linear" or "bicubic".
 
   Returns:
     name -> how the file's values were changed.
@@ -191,18 +339,22 @@ def _fit_positions(
       f"pos_embedding is {shape}, expected (1, n, width) with n of at most "
       f"{_MAX_POSITIONS}."
     )
-  cls_position, pos_embedding = positions.split_positions(pos_embedding)
-  if cls_position is not None and vit.pool != "tok":
+  own_position, pos_embedding = positions.split_positions(
+    pos_embedding, max(vit.num_prefix, 1)
+  )
+  if own_position is not None and not vit.has_cls:
     skipped["pos_embedding[0]"] = _other_pool("a class token", vit)
-  elif cls_position is not None and "cls" in leaves:
-    if not shapes_only:
-      leaves["cls"] = leaves["cls"] + cls_position
+  # Zeros are what is written where `cls` has it already.
+  elif own_position is not None and "cls" in leaves and own_position.any():
+    leaves["cls"] = leaves["cls"] + own_position[:, :1]
     changed["cls"] = "entry 0 of the position embedding was added"
+    if own_position.shape[1] > 1 and "registers" in leaves:
+      leaves["registers"] = leaves["registers"] + own_position[:, 1:]
   old, new = math.isqrt(pos_embedding.shape[1]), vit.image_size // vit.patch_size
   if shapes_only:
     resampled = np.broadcast_to(np.float32(0), (1, new * new, shape[2]))
   else:
-    resampled = positions.resample_positions(pos_embedding, new)
+    resampled = positions.resample_positions(pos_embedding, new, resize)
   leaves["pos_embedding"] = resampled
   if old != new:
     text = f"resampled from {old} x {old} to {new} x {new} patches"
@@ -252,13 +404,8 @@ def _fit_leaves(
     "that only the model has": [n for n in missing if not _matches(n, allow_missing)],
     "that only the file has": sorted(set(leaves) - set(expected)),
   }
-  messages = [
-    f"{len(names)} leaves {problem}: {abbreviate(names)}"
-    for problem, names in problems.items()
-    if names
-  ]
-  if messages:
-    raise ValueError("; ".join(messages) + ".")
+  if messages := _messages(problems):
+    raise ValueError(messages)
   return missing
 
 
@@ -284,10 +431,12 @@ def _check_head(
 
 def _unused_reason(name: str, vit: ViT) -> str | None:
   """Returns why the model's pooling does not need a leaf; None if it is unknown."""
-  if name == "cls" and vit.pool != "tok":
+  if name == "cls" and not vit.has_cls:
     return _other_pool("a class token", vit)
   if name.startswith("MAPHead_0/") and vit.pool != "map":
     return _other_pool("attention pooling", vit)
+  if name.startswith("projection/") and not vit.projection:
+    return "a projection after the feature; projection=<its width> keeps it"
   return None
 
 
@@ -306,8 +455,18 @@ def _describe_fields(fields: Mapping[str, Any], vit: ViT) -> str:
   return f"The file holds {listed}{variant_text}.{hint}"
 
 
-def _notes(vit: ViT, release: Release | None) -> tuple[str, ...]:
-  if release is None or not release.url or release.gelu == vit.gelu:
+def _notes(
+  vit: ViT, release: Release | None, fields: Mapping[str, Any]
+) -> tuple[str, ...]:
+  """Returns remarks on what the model computes otherwise than it was trained."""
+  if release is None:
+    return tuple(
+      f"note: weights of this family have {field}={fields[field]!r}, the model has "
+      f"{getattr(vit, field)!r}"
+      for field in ("gelu", "norm_eps")
+      if fields.get(field, getattr(vit, field)) != getattr(vit, field)
+    )
+  if not release.url or release.gelu == vit.gelu:
     return ()
   return (
     f"note: this release was trained with gelu={release.gelu!r}, the model has "

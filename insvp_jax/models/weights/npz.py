@@ -57,11 +57,15 @@ class VitFile:
     leaves: '/'-joined name -> float32 array.
     skipped: name in the file -> why it was not read.
     layout: the file's layout, in words.
+    resize: how its positions are resampled; see `positions.resample_positions`.
+    architecture: a key of `formats.NAMES`.
   """
 
   leaves: dict[str, np.ndarray]
   skipped: dict[str, str]
   layout: str
+  resize: str = "linear"
+  architecture: str = "vit"
 
 
 def read_vit(
@@ -123,8 +127,8 @@ def _member_names(path: Path) -> list[str]:
     start = file.read(64)
   if not start.startswith(b"PK"):
     raise ValueError(
-      f"{path} is not an .npz file (it starts with {start[:16]!r}). Expected the zip "
-      "archive that numpy.savez writes; a web page or a pickle is refused."
+      f"{path} is not an .npz file (it starts with {start[:16]!r}), nor .safetensors, "
+      "nor PyTorch's. Expected one of these; a web page or a bare pickle is refused."
     )
   try:
     with zipfile.ZipFile(path) as archive:
@@ -300,6 +304,22 @@ def fields(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
   head = leaves.get(HEAD)
   if head is not None and head.ndim == 2:
     vit_fields["head_classes"] = head.shape[1]
+  second = leaves.get(f"{block}/MlpBlock_0/Dense_1/kernel")
+  if hidden is not None and second is not None and second.ndim == 2:
+    vit_fields["mlp_dim"] = second.shape[0]
+    if hidden.shape[1] == 2 * second.shape[0]:
+      vit_fields["mlp"] = "swiglu"
   has_map = any(name.startswith("MAPHead_0/") for name in leaves)
   vit_fields["pool"] = "map" if has_map else "tok" if "cls" in leaves else "gap"
+  registers = leaves.get("registers")
+  if registers is not None and registers.ndim == 3:
+    vit_fields["registers"] = registers.shape[1]
+  if "pre_norm/scale" in leaves:
+    vit_fields["pre_norm"] = True
+  if "fc_norm/scale" in leaves:
+    vit_fields |= {"fc_norm": True, "pool": "gap"}
+  if "cls" in leaves and vit_fields["pool"] != "tok":
+    vit_fields["class_token"] = True
+  if f"{block}/LayerScale_0/scale" in leaves:
+    vit_fields["layer_scale"] = True
   return vit_fields

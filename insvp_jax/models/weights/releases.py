@@ -1,5 +1,6 @@
 """Known backbones: their sizes and where to download them."""
 
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -37,6 +38,9 @@ class Release:
     mean: that was subtracted from pixels in [0, 1] when it was trained.
     std: that the difference was divided by.
     positions: "learned" (in the file) or "sincos" (fixed, not in the file).
+    fields: further ones of `ViT`.
+    resize, crop: how its images were resized; see `preprocess.Preset`. "" where the
+      protocol says it.
   """
 
   variant: str = ""
@@ -48,6 +52,9 @@ class Release:
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   positions: str = "learned"
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  resize: str = ""
+  crop: float = 1.0
 
 
 def _original(variant: str) -> Release:
@@ -84,6 +91,21 @@ def _deit3(size: str, image_size: int, data: str) -> Release:
   )
 
 
+def _self_supervised(path: str, **fields: Any) -> Release:
+  """He et al. 2022 and Chen et al. 2021: the files of VPT's table of pre-trainings."""
+  return Release(
+    "B/16",
+    f"https://dl.fbaipublicfiles.com/{path}",
+    pool="gap" if fields else "tok",
+    gelu="exact",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    fields=fields,
+    resize="shorter_side_bicubic",
+    crop=0.875,
+  )
+
+
 # Nobody published digests of these files; a person who has verified one can add it.
 RELEASES: dict[str, Release] = {
   "boxed": Release(),
@@ -102,6 +124,11 @@ RELEASES: dict[str, Release] = {
   "vit_s16_i1k_90ep": _baseline(90),
   "vit_s16_i1k_150ep": _baseline(150),
   "vit_s16_i1k_300ep": _baseline(300),
+  "mocov3_b16_i1k": _self_supervised("moco-v3/vit-b-300ep/linear-vit-b-300ep.pth.tar"),
+  # Pooled as VPT does it; fc_norm=False keeps the trained norm before the mean instead.
+  "mae_b16_i1k": _self_supervised(
+    "mae/pretrain/mae_pretrain_vit_base.pth", class_token=True, fc_norm=True
+  ),
 } | {
   f"deit3_{size.lower()}16_{image_size}_i{data}": _deit3(size, image_size, data)
   for size in "SBL"
@@ -123,6 +150,7 @@ def architecture_of(name: str) -> dict[str, Any]:
       "image_size": release.image_size,
       "pool": release.pool,
       "gelu": release.gelu,
+      **release.fields,
     }
   description = read_description(name)
   missing = [field for field in ARCHITECTURE if field not in description]

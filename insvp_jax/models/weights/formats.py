@@ -1,0 +1,203 @@
+"""What is in a file of weights: whose names, below which prefix, and the leaves.
+
+`read` takes any file of `readers` and any names that are known: the `.npz` layouts of
+`npz`, and those of the modules in `NAMES`.
+"""
+
+from collections.abc import Iterable, Mapping
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from insvp_jax.models.weights import (
+  names_convnext,
+  names_resnet,
+  names_swin,
+  names_vit,
+  npz,
+  readers,
+)
+from insvp_jax.models.weights.npz import VitFile
+
+# Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `invert(leaves)`.
+# What else the first one has, others may have.
+NAMES = {
+  "vit": names_vit,
+  "swin": names_swin,
+  "convnext": names_convnext,
+  "resnet": names_resnet,
+}
+# Of several models in a file the one whose prefix has the first of these words, else
+# the one with none of them, else the one with the last.
+_PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
+_LAST = ("student", "momentum_encoder", "decoder", "text")
+_HEAD = r"(head|classifier|fc|head\.fc)\.(weight|bias)"
+_CONSTANTS = r".*\.(relative_position_index|attn_mask|num_batches_tracked)"
+_HEAD_REASON = "a head of its own is trained for every task"
+
+
+def read(
+  path: str | os.PathLike[str], *, shapes_only: bool = False, with_head: bool = False
+) -> VitFile:
+  """Reads the backbone in a file.
+
+  Args:
+    path: the file.
+    shapes_only: read the headers alone, as far as the format allows. The leaves are
+      zeros then.
+    with_head: read the head that the backbone was trained with, too.
+
+  Raises:
+    FileNotFoundError: there is no such file, or a part of it is missing.
+    ValueError: it is damaged, pickled, or holds no backbone that is known.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"there is no file {path}.")
+  kind = readers.kind_of(path)
+  if kind == "npz" and not _has_others_names(path) or not kind:
+    return npz.read_vit(path, shapes_only=shapes_only, with_head=with_head)
+  file = readers.open_arrays(path, kind)
+  prefix, architecture = find(path, file.shapes)
+  module = NAMES[architecture]
+  inside, skipped = _choose(file.shapes, prefix, module, with_head)
+  if shapes_only:
+    zero = np.float32(0)
+    arrays = {name: np.broadcast_to(zero, file.shapes[name]) for name in inside}
+  else:
+    arrays = {n: _to_float32(a, n, path) for n, a in file.read(list(inside)).items()}
+  short_arrays = {inside[name]: array for name, array in arrays.items()}
+  try:
+    leaves = module.convert(short_arrays)
+  except (ValueError, KeyError) as error:
+    raise ValueError(f"{path}: {error}") from error
+  layout = getattr(module, "layout_of", lambda names: None)(short_arrays)
+  text = layout.name if layout else f"the published names of {architecture}"
+  if prefix:
+    text += f", below {prefix!r}"
+  return VitFile(leaves, skipped, text, resize="bicubic", architecture=architecture)
+
+
+def _choose(
+  names: Iterable[str], prefix: str, module: Any, with_head: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns {name: without its prefix} of what is read, {name: why not} of the rest."""
+  inside, skipped = {}, {}
+  for name in names:
+    short = name.removeprefix(prefix)
+    beside = [b for b in getattr(module, "BESIDE", ()) if f".{name}".endswith(f".{b}")]
+    if beside:
+      short = beside[0]
+    elif not name.startswith(prefix):
+      skipped[name] = "not a part of the backbone"
+      continue
+    known = getattr(module, "SKIPPED", {}).items()
+    reason = next((why for k, why in known if re.fullmatch(k, short)), "")
+    if re.fullmatch(_CONSTANTS, short):
+      reason = "a constant or a counter"
+    if not with_head and re.fullmatch(_HEAD, short):
+      reason = _HEAD_REASON
+    if reason:
+      skipped[name] = reason
+    else:
+      inside[name] = short
+  return inside, skipped
+
+
+def find(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+  """Returns (prefix, architecture) of the backbone among the arrays of a file.
+
+  Raises:
+    ValueError: none is known; the message names what was found and the nearest family.
+  """
+  found = []
+  for prefix in _prefixes(shapes):
+    short = {
+      n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)
+    }
+    found += [(prefix, name) for name, m in NAMES.items() if m.recognise(short)]
+  if found:
+    return min(found, key=lambda item: (_rank(item[0]), len(item[0])))
+  raise ValueError(f"{path} holds no backbone that is known: {_describe(shapes)}")
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+  """Returns "" and all that stands before a dot and has no number in it."""
+  prefixes = {""}
+  for name in names:
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+      if parts[i - 1].isdigit():
+        break
+      prefixes.add(".".join(parts[:i]) + ".")
+  return sorted(prefixes)
+
+
+def _rank(prefix: str) -> int:
+  words = re.split(r"[._]", prefix) + prefix.split(".")
+  for i, word in enumerate(_PREFERRED):
+    if word in words:
+      return i
+  return 10 + max((i + 1 for i, w in enumerate(_LAST) if w in words), default=0)
+
+
+def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
+  """Returns what a file of no known family holds, and which family is nearest."""
+  names = {re.sub(r"\.\d+\.", ".{i}.", name) for name in shapes}
+  ends = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
+  families = {
+    family: known
+    for module in NAMES.values()
+    if hasattr(module, "generic_names")
+    for family, known in module.generic_names().items()
+  }
+  listed = ", ".join(f"{n} {tuple(s)}" for n, s in list(shapes.items())[:3])
+  text = f"it holds {len(shapes)} arrays" + (f", such as {listed}." if shapes else ".")
+  if not families or not shapes:
+    return text
+  shares = {f: len(ends.intersection(known)) for f, known in families.items()}
+  nearest = max(families, key=lambda f: shares[f] / len(families[f]))
+  lacks = ", ".join([name for name in families[nearest] if name not in ends][:2])
+  if not shares[nearest]:
+    return f"{text} No name is one of a known family: {', '.join(families)}."
+  return (
+    f"{text} The nearest known family is {nearest}: it has {shares[nearest]} of its "
+    f"{len(families[nearest])} kinds of names, but not {lacks}."
+  )
+
+
+def _has_others_names(path: Path) -> bool:
+  """Returns whether an `.npz` file holds names of `NAMES` rather than big_vision's."""
+  try:
+    shapes = readers.open_arrays(path, "npz").shapes
+    find(path, shapes)
+  except (OSError, ValueError):
+    return False
+  return not any(name.endswith(npz.EMBEDDING) for name in shapes)
+
+
+def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+  is_float = np.issubdtype(array.dtype, np.floating) or array.dtype == jnp.bfloat16
+  if not is_float:
+    raise ValueError(f"{name!r} in {path} is {array.dtype}, expected a float type.")
+  array = np.asarray(array, np.float32)
+  if not np.isfinite(array).all():
+    raise ValueError(
+      f"{name!r} in {path} holds NaN or infinite values; the file is unusable."
+    )
+  return array
+
+
+def fields(file: VitFile) -> dict[str, Any]:
+  """Returns the fields of a backbone that a file's names and shapes tell.
+
+  One that is no ViT is told by "architecture", a key of `NAMES`.
+  """
+  if file.architecture != "vit":
+    fields = NAMES[file.architecture].fields(file.leaves)
+    return {"architecture": file.architecture, **fields}
+  return npz.fields(file.leaves) | names_vit.fields(file.leaves, file.layout)
