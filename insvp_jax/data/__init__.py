@@ -105,7 +105,7 @@ def load_data(
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
   data = _load(task, data_config, image_size)
-  return _with_few_shots(data, data_config) if data_config.shots else data
+  return _with_few_shots(data, data_config) if data_config.get("shots") else data
 
 
 def _load(

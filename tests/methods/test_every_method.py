@@ -121,6 +121,18 @@ def program_of(name, **changes):
   return config, create_program(config, CLASSES, 24, mesh)
 
 
+_BACKBONES: dict[str, Any] = {}
+
+
+def init_params(program):
+  """Returns first parameters; backbones of one kind are drawn once."""
+  model = program.model
+  kind = str(trees.flatten(program.shapes["backbone"]))
+  if kind not in _BACKBONES:
+    _BACKBONES[kind] = state_lib.init_params(model, seed=0)["backbone"]
+  return state_lib.init_params(model, seed=0, weights=_BACKBONES[kind])
+
+
 def stack(model, backbone):
   """Returns unrolled parameters of a model's backbone as scanned ones."""
   stacked = getattr(model.backbone, "stack", npz.stack)
@@ -145,7 +157,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   """
   remat = NAMES.index(name) % 2 == 0
   config, program = program_of(name, backbone__remat=remat)
-  params = state_lib.init_params(program.model, seed=0)
+  params = init_params(program)
   configs = [config, config.copy_and_resolve_references()]
   configs[1].optim.lr = 0.1
   stacked = population.stack_program(program)
@@ -191,7 +203,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
 def test_no_image_sees_the_others_and_bfloat16_fits(name):
   _, program = program_of(name)
   # Nothing is at its start, where many a method is the identity.
-  params = state_lib.init_params(program.model, seed=0)
+  params = init_params(program)
   rng = np.random.default_rng(2)
   params["prompter"] = jax.tree.map(
     lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype),

@@ -28,6 +28,7 @@ HOOKS = {
 BESIDE_THE_FEATURE = {
   *("trainable_patterns", "updated_patterns", "prompts", "head", "merge"),
   *("adjust_updates", "claims", "place_hparams", "prepares", "routes", "spare_params"),
+  "measures",
 }
 
 
