@@ -54,6 +54,21 @@ def test_gradient_economy_shows_every_method_and_preset(benchmark, monkeypatch, 
   assert rows[0][1:] == ["1,234", "2.12", "3.00"]
 
 
+def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, capsys):
+  module = benchmark("mask_scores")
+  monkeypatch.setattr(sys, "argv", ["mask_scores", "--epochs=0.05", "--images=50"])
+  module.main()
+  out = capsys.readouterr().out
+  titles, *rows = cells(out[out.index("| score of") :])
+  assert titles[1:] == ["largest"] + [
+    f"{dtype}, {what}" for dtype in module.TYPES[1:] for what in ("error", "moved")
+  ]
+  assert [row[0] for row in rows] == list(module.NAMES)
+  for row in rows:
+    float32, bfloat16 = (float(row[i].rstrip("%")) for i in (2, 4))
+    assert float(row[1]) > 0 and 0 < float32 < bfloat16
+
+
 def train_step_over_plain_forward(module, preset, conv, compiled):
   model = module.create_model(
     "B/16", num_classes=10, method_kwargs={"preset": preset, "conv": conv}

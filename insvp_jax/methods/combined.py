@@ -71,8 +71,7 @@ class Combined(Method):
 
   def prompt_image(self, images, *, route=None, train=False):
     for part in self._bound().values():
-      routed = {"route": route} if part.routes() else {}
-      images = part.prompt_image(images, train=train, **routed)
+      images = part.prompt_image(images, train=train, **_routed(part, route))
     return images
 
   @nn.nowrap
@@ -223,7 +222,7 @@ class Combined(Method):
   def prompts(self, images, *, route=None):
     prompts = {}
     for part in self._bound().values():
-      prompts |= part.prompts(images, **({"route": route} if part.routes() else {}))
+      prompts |= part.prompts(images, **_routed(part, route))
     return prompts
 
   @nn.nowrap
@@ -249,3 +248,8 @@ class Combined(Method):
           pattern = f"{prefix}/{name}{slash}{rest}"
         patterns[pattern] = None
     return tuple(patterns)
+
+
+def _routed(part: Method, route: Any) -> dict[str, Any]:
+  """Returns the argument `route` of a method that has one."""
+  return {"route": route} if part.routes() else {}
