@@ -164,13 +164,17 @@ def shared_dir() -> Path:
 def golden(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
   """Reads a golden file, such as "vpt_deep", into a dict of arrays by name.
 
-  Its "config" is parsed.
+  Its "config" is parsed; a file of real weights has none: what it pins tells what
+  it is.
   """
 
   def load(name: str) -> dict[str, Any]:
     with np.load(shared_dir / "golden" / f"{name}.npz", allow_pickle=False) as file:
       content: dict[str, Any] = {key: file[key] for key in file.files}
-    content["config"] = json.loads(str(content["config"]))
+    if "config" in content:
+      content["config"] = json.loads(str(content["config"]))
+    else:
+      content["config"] = dict.fromkeys(content)
     return content
 
   return load

@@ -73,8 +73,7 @@ def compute(
     recipe: the module golden/recipe.py, which draws the parameters.
     **fields: of the method, beside those that the file asks for.
   """
-  # A file of real weights has none: what it pins tells what it is.
-  config = arrays.get("config", dict.fromkeys(arrays))
+  config = arrays["config"]
   if not isinstance(config, Mapping):
     config = json.loads(str(config))
   arrays = {**arrays, "config": config}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -203,11 +202,11 @@ def create_model(
 
   prompter = create_prompter(built)
   asked = (backbone_kwargs or {}).get("layer_scale")
-  has_scale = getattr(built, "layer_scale", False)
-  if has_scale and asked is None and not _trains_scaled(prompter):
+  if getattr(built, "layer_scale", False) and asked is None:
     # Exact and free: the factors are folded into the projections when they are loaded.
-    built = built.clone(layer_scale=False)
-    prompter = create_prompter(built)
+    plain = built.without_scales(prompter.trainable_patterns())
+    if plain is not built:
+      built, prompter = plain, create_prompter(plain)
   if prompter.reads_source_head() and not built.head_classes:
     raise ValueError(
       f"the method {method!r} reads the classes that the backbone was trained on, but "
@@ -216,19 +215,3 @@ def create_model(
     )
   head = prompter.head(Head(num_classes, head_init))
   return PromptedClassifier(built, prompter, head)
-
-
-def _trains_scaled(prompter: Method) -> bool:
-  """Returns whether a method trains LayerScale or a projection that it scales."""
-  block = "backbone/Transformer/encoderblock"
-  leaves = [
-    f"{name}/{site}"
-    for name in (block, *(f"{block}_{i}" for i in range(prompter.spec.depth)))
-    for site in (
-      *("LayerScale_0/scale", "LayerScale_1/scale"),
-      *(f"MultiHeadDotProductAttention_0/out/{leaf}" for leaf in ("kernel", "bias")),
-      *(f"MlpBlock_0/Dense_1/{leaf}" for leaf in ("kernel", "bias")),
-    )
-  ]
-  patterns = prompter.trainable_patterns()
-  return any(re.fullmatch(p, leaf) for p in patterns for leaf in leaves)

@@ -19,6 +19,7 @@ from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.heads import Head
 
 _BLOCK = re.compile(r"stage_([0-9]{1,3})/block_([0-9]{1,4})/(.+)")
+_STACKED = re.compile(r"stage_([0-9]{1,3})/blocks/(?:block_([01])/)?(.+)")
 
 
 class StagedBackbone(nn.Module):
@@ -140,19 +141,22 @@ class StagedBackbone(nn.Module):
       stacked[name] = np.stack([by_row[i] for i in range(len(by_row))])
     return stacked
 
-  @nn.nowrap
-  def unstack(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the leaves by name, with one group per block, as without `scan`."""
-    unstacked = {n: x for n, x in leaves.items() if not re.match("stage_.+/blocks/", n)}
-    for stage, depth in enumerate(self.depths):
-      for block in range(depth):
-        place = self.place(block)
-        prefix = place and f"stage_{stage}/{place[0]}/"
-        for name in leaves if place else ():
-          if name.startswith(prefix):
-            new = f"stage_{stage}/block_{block}/{name.removeprefix(prefix)}"
-            unstacked[new] = leaves[name][place[1]]
-    return unstacked
+
+def unstack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns leaves with one group per block; those of other backbones as they are."""
+  alone = {match[1] for match in map(_BLOCK.fullmatch, leaves) if match}
+  unstacked = {}
+  for name, leaf in leaves.items():
+    match = _STACKED.fullmatch(name)
+    if match is None:
+      unstacked[name] = leaf
+      continue
+    stage, half, rest = match.groups()
+    for i, row in enumerate(leaf):
+      # A row is a pair, or a block of all, or of all but the first one.
+      block = i + (stage in alone) if half is None else 2 * i + int(half)
+      unstacked[f"stage_{stage}/block_{block}/{rest}"] = row
+  return unstacked
 
 
 def lifted(

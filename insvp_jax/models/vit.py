@@ -7,8 +7,9 @@ Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", eq. 1-4;
 variants and names as in google-research/big_vision.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -253,6 +254,26 @@ class ViT(nn.Module):
       embedding_patterns=("backbone/embedding/.*",),
       head_classes=self.head_classes,
     )
+
+  def without_scales(self, patterns: Sequence[str]) -> "ViT":
+    """Returns the ViT without LayerScale, unless it or what it scales is trained.
+
+    Args:
+      patterns: regular expressions over the names of the trainable parameters.
+    """
+    block = "backbone/Transformer/encoderblock"
+    leaves = [
+      f"{name}/{site}"
+      for name in (block, *(f"{block}_{i}" for i in range(self.depth)))
+      for site in (
+        *("LayerScale_0/scale", "LayerScale_1/scale"),
+        *(f"MultiHeadDotProductAttention_0/out/{leaf}" for leaf in ("kernel", "bias")),
+        *(f"MlpBlock_0/Dense_1/{leaf}" for leaf in ("kernel", "bias")),
+      )
+    ]
+    if any(re.fullmatch(p, leaf) for p in patterns for leaf in leaves):
+      return self
+    return self.clone(layer_scale=False)
 
   def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
     """Returns patch tokens of images of any size, without positions."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_sharding import first_batch
 from tiny_training import prepare, tiny_config
 
@@ -19,14 +20,21 @@ from insvp_jax.methods import create_method
 from insvp_jax.methods.hooks import Adaptation, BlockPrompts
 from insvp_jax.models import architectures, support, swin
 from insvp_jax.models.classifier import create_backbone, create_model
-from insvp_jax.models.weights import names_convnext, names_resnet, names_swin
+from insvp_jax.models.stages import unstack
+from insvp_jax.models.weights import (
+  load_backbone,
+  names_convnext,
+  names_resnet,
+  names_swin,
+  save_backbone,
+)
 from insvp_jax.train import flops
 from insvp_jax.train import program as program_lib
 from insvp_jax.train import state as state_lib
 
 NAMES = {"swin_t": names_swin, "convnext_t": names_convnext, "resnet50": names_resnet}
 TINY = {
-  "swin_t": {"width": 16, "depths": (2, 2), "num_heads": 2, "window": 2},
+  "swin_t": {"width": 16, "depths": (2, 2), "num_heads": (2, 4), "window": 2},
   "convnext_t": {"width": 16, "depths": (2, 1)},
   "resnet50": {"width": 4, "depths": (2, 2)},
 }
@@ -167,14 +175,59 @@ def test_published_names_come_and_go(variant):
   stacked = scanned.stack({n: x for n, x in leaves.items() if "head/" not in n})
   expected = {name: leaf.shape for name, leaf in shapes_of(scanned).items()}
   assert {name: leaf.shape for name, leaf in stacked.items()} == expected
-  assert scanned.unstack(stacked).keys() == leaves.keys() - {"head/kernel", "head/bias"}
+  back = unstack(stacked)
+  assert back.keys() == leaves.keys() - {"head/kernel", "head/bias"}
+  assert all(np.array_equal(leaf, leaves[name]) for name, leaf in back.items())
   # What the file tells is what was built.
-  known = names.fields(back)
-  if "num_heads" in known:
-    assert known.pop("num_heads") == (2, 4)
+  known = names.fields(leaves)
   assert {name: getattr(backbone, name) for name in known} == known
   with pytest.raises(ValueError, match="'cls_token' is no array of a"):
     names.convert({**published, "cls_token": np.zeros(1)})
+
+
+@pytest.mark.parametrize("variant", TINY)
+def test_a_file_is_a_backbone_and_comes_back(variant, tmp_path):
+  """In published names below a prefix, and in our own; of either layout."""
+  leaves = drawn(tiny(variant, head_classes=3))
+  theirs = {f"model.{n}": x for n, x in NAMES[variant].invert(leaves).items()}
+  theirs = {name: np.ascontiguousarray(x) for name, x in theirs.items()}
+  path = tmp_path / "theirs.safetensors"
+  safetensors.numpy.save_file(theirs, path)
+  files = {"": path}
+  for suffix, layout in (
+    (".npz", "this package's names"),
+    (".safetensors", "published"),
+  ):
+    files[layout] = tmp_path / f"ours{suffix}"
+    save_backbone(trees.unflatten(leaves), files[layout])
+  again = safetensors.numpy.load_file(files["published"])
+  assert {f"model.{n}" for n in again} == theirs.keys()
+  assert all(np.array_equal(theirs[f"model.{n}"], x) for n, x in again.items())
+  for (layout, path), scan in itertools.product(files.items(), (False, True)):
+    backbone = create_backbone(str(path), 16, {"scan": scan, "head_classes": 3})
+    assert backbone == tiny(variant, scan=scan, head_classes=3)
+    reports = []
+    found = trees.flatten(load_backbone(path, backbone, report=reports.append))
+    assert (layout or "'model.'") in reports[0].layout
+    expected = backbone.stack(leaves) if scan else leaves
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(leaf, expected[name]) for name, leaf in found.items())
+    # A head that nothing reads is left out.
+    headless = create_backbone(str(path), 16, {"scan": scan})
+    found = trees.flatten(load_backbone(path, headless, report=reports.append))
+    assert found.keys() == {n for n in expected if not n.startswith("head/")}
+  other = tiny(variant, width=2 * backbone.width)
+  with pytest.raises(ValueError, match="does not fit the model: .* of another shape"):
+    load_backbone(path, other)
+  with pytest.raises(ValueError, match="written in timm's names alone"):
+    save_backbone(trees.unflatten(leaves), path, names="hf")
+
+
+def test_windows_tell_the_size_of_images(tmp_path):
+  sizes = {"width": 16, "depths": (2, 2), "num_heads": (2, 2), "window": 6}
+  backbone = create_backbone("swin_t", 48, sizes)
+  save_backbone(trees.unflatten(drawn(backbone)), tmp_path / "swin.safetensors")
+  assert create_backbone(str(tmp_path / "swin.safetensors")) == backbone
 
 
 def test_microsoft_s_swin_merges_tokens_at_the_end_of_a_stage():
@@ -318,7 +371,7 @@ def test_a_swin_trains_alike_on_one_device_and_split_over_four():
     ("swin_t", {"window": 3}, "4 x 4 tokens, which windows of 3 x 3 do not divide"),
     ("swin_t", {"num_heads": 3}, "width 16 is not divisible by num_heads 3"),
     ("swin_t", {"num_heads": (2, 2, 2)}, "2 stages and num_heads 3"),
-    ("swin_t", {"depths": (2, 2, 2, 2)}, "16 is not a multiple of 32"),
+    ("swin_t", {"depths": (2,) * 4, "num_heads": 2}, "16 is not a multiple of 32"),
     ("swin_t", {"gelu": "erf"}, "gelu is 'erf'"),
     ("convnext_t", {"depths": (1, 1, 1, 1)}, "one position of the last stage has 32"),
     ("convnext_t", {"dtype": "float16"}, "dtype is 'float16'"),

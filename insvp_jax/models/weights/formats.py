@@ -62,6 +62,17 @@ def read(
   if kind == "npz" and not _has_others_names(path) or not kind:
     return npz.read_vit(path, shapes_only=shapes_only, with_head=with_head)
   file = readers.open_arrays(path, kind)
+  if architecture := _owner(file.shapes):
+    leaves = {
+      name: np.broadcast_to(np.float32(0), shape)
+      if shapes_only
+      else _to_float32(file.read([name])[name], name, path)
+      for name, shape in file.shapes.items()
+      if with_head or not name.startswith("head/")
+    }
+    skipped = dict.fromkeys(set(file.shapes) - set(leaves), _HEAD_REASON)
+    text = f"this package's names of {architecture}"
+    return VitFile(leaves, skipped, text, architecture=architecture)
   prefix, architecture = find(path, file.shapes)
   module = NAMES[architecture]
   inside, skipped = _choose(file.shapes, prefix, module, with_head)
@@ -80,6 +91,37 @@ def read(
   if prefix:
     text += f", below {prefix!r}"
   return VitFile(leaves, skipped, text, resize="bicubic", architecture=architecture)
+
+
+def _owner(names: Iterable[str]) -> str:
+  """Returns the architecture, but not the ViT, whose names in this package these are.
+
+  "" for none.
+  """
+  names = frozenset(names)
+  owners = [a for a, m in NAMES.items() if hasattr(m, "owns") and m.owns(names)]
+  return owners[0] if owners else ""
+
+
+def published(leaves: Mapping[str, np.ndarray], names: str) -> dict[str, np.ndarray]:
+  """Returns a backbone's leaves, one group per block, in published names.
+
+  Args:
+    leaves: flat, in this package's names.
+    names: "timm", or "hf", Hugging Face's.
+
+  Raises:
+    ValueError: the names have no word for one of them.
+  """
+  if architecture := _owner(leaves):
+    if names == "hf":
+      raise ValueError(
+        f"a {architecture} is written in timm's names alone; leave out names='hf'."
+      )
+    return NAMES[architecture].invert(leaves)
+  return names_vit.invert(
+    leaves, names_vit.hf_layout(leaves) if names == "hf" else names
+  )
 
 
 def _choose(
@@ -174,6 +216,8 @@ def _has_others_names(path: Path) -> bool:
   """Returns whether an `.npz` file holds names of `NAMES` rather than big_vision's."""
   try:
     shapes = readers.open_arrays(path, "npz").shapes
+    if _owner(shapes):
+      return True
     find(path, shapes)
   except (OSError, ValueError):
     return False

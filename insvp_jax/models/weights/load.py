@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import trees
-from insvp_jax.models import positions
+from insvp_jax.models import positions, stages
 from insvp_jax.models.mimetic import sincos_positions
 from insvp_jax.models.vit import VARIANTS, ViT, decode_variant
-from insvp_jax.models.weights import formats, names_vit, npz
+from insvp_jax.models.weights import formats, npz
 from insvp_jax.models.weights.downloads import atomic_file, resolve
 from insvp_jax.models.weights.releases import Release, release_of
 from insvp_jax.models.weights.report import LoadReport, abbreviate
@@ -176,7 +176,8 @@ def save_backbone(
 ) -> None:
   """Writes a backbone to a file: `.npz`, or `.safetensors` in others' names.
 
-  An `.npz` has big_vision's names, one group per block. The same parameters always give
+  An `.npz` has big_vision's names, one group per block; of what is no ViT, this
+  package's. The same parameters always give
   the same bytes. The file appears whole or not at all. float32 comes back exactly;
   float16 halves the file and rounds.
 
@@ -184,7 +185,7 @@ def save_backbone(
     params_backbone: nested dict, `params["backbone"]`, of either layout.
     path: where to write.
     dtype: "float32" or "float16".
-    names: of a `.safetensors` file: "timm", or "hf", Hugging Face's.
+    names: of a `.safetensors` file: "timm", or "hf", Hugging Face's (of a ViT).
 
   Raises:
     ValueError: no backbone, unknown dtype or names, values that the dtype cannot hold,
@@ -201,11 +202,10 @@ def save_backbone(
       f"{abbreviate(flat) or 'nothing'}; pass params['backbone']."
     )
   flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
-  path, flat = Path(path), npz.unroll(flat)
+  path, flat = Path(path), stages.unstack(npz.unroll(flat))
   is_safe = path.suffix == ".safetensors"
   if is_safe:
-    layout = names_vit.hf_layout(flat) if names == "hf" else names
-    flat = names_vit.invert(flat, layout)
+    flat = formats.published(flat, names)
   arrays = {}
   for name, leaf in sorted(flat.items()):
     with np.errstate(over="ignore"):

@@ -1,6 +1,6 @@
 """ConvNeXt's published names: timm's and the authors', and ours."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import re
 from typing import Any
 
@@ -50,6 +50,11 @@ def _timm(name: str) -> str:
   for authors, timm in _AUTHORS.items():
     name = name.replace(f".{authors}.", f".{timm}.")
   return name
+
+
+def owns(names: Collection[str]) -> bool:
+  """Returns whether these are the leaves of one, in our names."""
+  return "stage_0/block_0/depthwise/kernel" in names
 
 
 def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """ResNet's published names, torchvision's and timm's alike, and ours."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import re
 from typing import Any
 
@@ -23,6 +23,11 @@ _BLOCK = {
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> bool:
   """Returns whether these are the names of a ResNet of bottleneck blocks."""
   return {"conv1.weight", "layer1.0.conv3.weight"} <= set(shapes)
+
+
+def owns(names: Collection[str]) -> bool:
+  """Returns whether these are the leaves of one, in our names."""
+  return "stage_0/block_0/conv_0/kernel" in names
 
 
 def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ timm, at the end of the stage before it in Microsoft's files. Both order the cha
 the four tokens alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import math
 import re
 from typing import Any
@@ -45,6 +45,11 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _is_microsoft(names: Mapping[str, object]) -> bool:
   return any(name.startswith("layers.0.downsample.") for name in names)
+
+
+def owns(names: Collection[str]) -> bool:
+  """Returns whether these are the leaves of one, in our names."""
+  return "stage_0/block_0/attention/relative_position_bias" in names
 
 
 def convert(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

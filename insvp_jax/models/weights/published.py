@@ -80,8 +80,7 @@ def _fields_of_file(path: str, mtime: int) -> dict[str, Any]:
   fields.pop("head_classes", None)
   description = description_of(path)
   if "architecture" in fields:
-    size = description.get("pretrained_cfg", description).get("input_size", (224,))
-    return {"image_size": int(size[-1]), **fields}
+    return {"image_size": _staged_size(fields, description), **fields}
   config = description.get("vision_config", description)
   if "hidden_size" in config:
     fields |= {
@@ -107,6 +106,17 @@ def _fields_of_file(path: str, mtime: int) -> dict[str, Any]:
   if "image_size" not in fields:
     fields["image_size"] = _image_size(file, fields, description)
   return fields
+
+
+def _staged_size(fields: Mapping[str, Any], description: Any) -> int:
+  """Returns the pixels per side of a backbone that has no positions to tell them."""
+  if isinstance(description.get("image_size"), int):
+    return description["image_size"]
+  if "window" in fields:
+    # The last stage of the published ones is one window.
+    return fields["patch_size"] * 2 ** (len(fields["depths"]) - 1) * fields["window"]
+  config = description.get("pretrained_cfg", description)
+  return int(config.get("input_size", (224,))[-1])
 
 
 def _image_size(file: Any, fields: Mapping[str, Any], description: Any) -> int:
