@@ -23,8 +23,9 @@ import zlib
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+import safetensors.numpy
 
-from insvp_jax import errors, files
+from insvp_jax import errors, files, trees
 from insvp_jax.checkpoints import files as checkpoint_files
 from insvp_jax.data import cache, decode, folder_or_zip, vpt_lists
 from insvp_jax.data.sources import cifar_npz, stored_splits, tfrecords
@@ -32,7 +33,9 @@ from insvp_jax.data.splits import ArraySplit, TaskData
 from insvp_jax.distributed import lock
 from insvp_jax.logs import writers
 from insvp_jax.models import weights
+from insvp_jax.models.swin import Swin
 from insvp_jax.models.vit import ViT
+from insvp_jax.models.weights import formats, names_swin
 
 # Seconds and bytes that a small input may take.
 MAX_SECONDS, MAX_BYTES = 5.0, 2**30
@@ -357,6 +360,67 @@ def npz_backbone(seed: int) -> None:
     _with_file(data, lambda path: weights.load_backbone(path, vit), "x.npz")
 
 
+def _swin() -> dict[str, np.ndarray]:
+  """Returns the arrays of a Swin Transformer, in published names."""
+  import jax
+
+  swin = Swin(width=4, depths=(1,), num_heads=1, window=1, image_size=4)
+  images = jax.ShapeDtypeStruct((1, 4, 4, 3), np.float32)
+  shapes = trees.flatten(jax.eval_shape(swin.init, jax.random.key(0), images)["params"])
+  leaves = {name: np.ones(leaf.shape, np.float32) for name, leaf in shapes.items()}
+  inverted = names_swin.invert(leaves)
+  return {name: np.ascontiguousarray(array) for name, array in inverted.items()}
+
+
+def _torch_zip() -> bytes:
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, "w") as archive:
+    archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+    archive.writestr("archive/version", b"3\n")
+  return stream.getvalue()
+
+
+def published_weights(seed: int) -> None:
+  """So do others' files of weights, and the JSON files beside them."""
+  rng = random.Random(seed)
+  arrays = _KEPT("swin", _swin)
+  whole = _KEPT("safetensors", lambda: safetensors.numpy.save(arrays))
+  config = {"input_size": [3, 4, 4], "mean": [0.5] * 3, "std": [0.5] * 3}
+  config |= {"crop_pct": 0.9, "interpolation": "bicubic", "architecture": "swin"}
+  index = {"weight_map": dict.fromkeys(arrays, "model.safetensors")}
+  sound = {
+    "config.json": json.dumps(config).encode(),
+    "index.json": json.dumps(index).encode(),
+    "model.safetensors": whole,
+    "model.pth": _KEPT("torch", _torch_zip),
+  }
+  damaged, kind = dict(sound), rng.randrange(6)
+  if kind == 0:
+    damaged["config.json"] = damaged_json(config, rng)
+  elif kind == 1:
+    damaged["index.json"] = damaged_json(index, rng)
+  elif kind == 2:
+    # The lengths fit, but the header says something else.
+    length = 8 + int.from_bytes(whole[:8], "little")
+    header = damaged_json(json.loads(whole[8:length]), rng)
+    size = len(header).to_bytes(8, "little")
+    damaged["model.safetensors"] = size + header + whole[length:]
+  else:
+    name = "model.pth" if kind == 3 else "model.safetensors"
+    damaged[name] = mutate(sound[name], rng)
+  with tempfile.TemporaryDirectory() as folder:
+    for name, data in damaged.items():
+      (Path(folder) / name).write_bytes(data)
+    for name in ("model.safetensors", "model.pth", "index.json"):
+      path = Path(folder) / name
+      with _clear_errors():
+        weights.pixels_of(str(path))
+      with _clear_errors():
+        weights.architecture_of(str(path))
+      with _clear_errors():
+        assert all(np.isfinite(x).all() for x in formats.read(path).leaves.values())
+
+
 def npz_images(seed: int) -> None:
   """So does one of JPEG files."""
   from insvp_jax.data import preprocess
@@ -509,7 +573,7 @@ def stored_splits_lists(seed: int) -> None:
 FUZZERS = (
   *(image_bytes, image_metadata, zip_directory, npz_arrays, npz_backbone, npz_images),
   *(cached_data, record_starts, checksums, run_files, metrics_lines, lock_files),
-  *(split_lists, stored_splits_lists),
+  *(split_lists, stored_splits_lists, published_weights),
 )
 
 

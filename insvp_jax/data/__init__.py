@@ -88,7 +88,8 @@ def load_data(
     task: "folder" (one's own images), "digits" (scikit-learn's), "cifar10_npz", or a
       name in `tasks.TASKS`, which is read from TFDS, or from image files where
       `data_config.root` names them.
-    data_config: the section config.data.
+    data_config: the section config.data. An empty preset is "vtab": which weights'
+      pixels it should follow is not known here.
     image_size: side of the model's input in pixels.
 
   Raises:
@@ -101,6 +102,9 @@ def load_data(
       f"{GROUPS[task][0]!r}; all of them: {LIST_COMMAND} --task={task}."
     )
   trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
+  if not data_config.preset:
+    data_config = data_config.copy_and_resolve_references()
+    data_config.preset = "vtab"
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")

@@ -11,11 +11,10 @@ no bias, and alpha starts at 0: half and half. All of them train. x are the norm
 pixels that the method gets, before any prompt. AlexNet takes images from 63 pixels per
 side on; smaller ones are enlarged to 64, bilinearly, as in `side_size`.
 
-`weights` starts AlexNet from a file with torchvision's names, .npz or .safetensors
-(features.0.weight [64, 3, 11, 11], features.0.bias, features.3, 6, 8, 10); others in
-it, such as the classifier's, are left out. A pickle of PyTorch is not read: convert it
-with `numpy.savez(path, **{k: v.numpy() for k, v in state.items()})`. These weights know
-pixels normalised by ImageNet's mean, as `data.preset=vpt` does.
+`weights` starts AlexNet from a file with torchvision's names (features.0.weight
+[64, 3, 11, 11], features.0.bias, features.3, 6, 8, 10) of any format that backbones
+have; others in it, such as the classifier's, are left out. These weights know pixels
+normalised by ImageNet's mean, as `data.preset=vpt` does.
 
 Parameters: 2,469,696 of the convolutions, 9,216 d of W, and 1; d the width. ViT-B/16:
 9,547,585.
@@ -23,6 +22,7 @@ Parameters: 2,469,696 of the convolutions, 9,216 d of W, and 1; d the width. ViT
 
 from collections.abc import Mapping, Sequence
 import os
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from insvp_jax import files
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
@@ -117,7 +116,7 @@ class Sidetune(Method):
 
   weights: str = field(
     "",
-    "file of torchvision's AlexNet, .npz or .safetensors; empty: a random start",
+    "file of torchvision's AlexNet; empty: a random start",
     check=checks.path,
   )
   side_size: int = field(
@@ -167,22 +166,25 @@ def read_alexnet(
   """Returns the parameters of `AlexNet` from a file with torchvision's names.
 
   Args:
-    path: the file, .npz or .safetensors.
+    path: the file: .npz, .safetensors, or PyTorch's.
     side: parameters whose shapes are expected.
 
   Raises:
     OSError: it is missing or cannot be read.
     ValueError: it is no such file, or lacks an array of that name and shape.
   """
+  from insvp_jax.models.weights import readers  # which knows the methods
+
   names = [f"features.{i}.{leaf}" for i in LAYERS for leaf in ("weight", "bias")]
-  is_npz = os.fspath(path).endswith(".npz")
-  read = files.read_npz if is_npz else files.read_safetensors
   try:
-    arrays = read(path, names)
+    file = readers.open_arrays(Path(path), readers.kind_of(path))
+    if missing := [name for name in names if name not in file.shapes]:
+      raise ValueError(f"there is no array {missing[0]!r} in it.")
+    arrays = file.read(names)
   except ValueError as error:
     raise ValueError(
-      f"sidetune.weights: {os.fspath(path)} has no weights of AlexNet: {error}; "
-      "expected .npz or .safetensors with torchvision's names."
+      f"sidetune.weights: {os.fspath(path)} has no weights of AlexNet in torchvision's "
+      f"names: {error}"
     ) from error
   loaded: dict[str, dict[str, np.ndarray]] = {}
   for index in LAYERS:

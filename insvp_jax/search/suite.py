@@ -19,7 +19,7 @@ from insvp_jax.logs.writers import write_json, write_text
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.search import tables
 from insvp_jax.search import tune as tune_lib
-from insvp_jax.train.program import fill_in
+from insvp_jax.train.program import fill_preset
 
 
 def members(config: ConfigDict, workdir: str | Path) -> list[tuple[ConfigDict, Path]]:
@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   ).image_size
   for task_config, _ in tasks:
-    fill_in(task_config)
+    fill_preset(task_config)
     check_data(task_config.task, task_config.data, size)
   results: dict[str, Any] = {}
   for task_config, task_dir in tasks:

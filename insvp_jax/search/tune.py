@@ -36,7 +36,7 @@ from insvp_jax.search import population, pruning, tables, trials
 from insvp_jax.search.outlook import Outlook, Work, work_of
 from insvp_jax.train import evaluate, report, trainer
 from insvp_jax.train import program as program_lib
-from insvp_jax.train.program import create_state, fill_in
+from insvp_jax.train.program import create_state, fill_preset
 from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
 
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   """
   workdir = Path(workdir)
   config_checks.validate(config)
-  fill_in(config)
+  fill_preset(config)
   if mode not in MODES:
     raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
   for method in config.tune.methods or (config.method,):

@@ -79,7 +79,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   """
   config_checks.validate(config)
   mesh = mesh_lib.create_mesh(devices, fsdp=config.backbone.fsdp)
-  program_lib.fill_in(config)
+  program_lib.fill_preset(config)
   task, num_classes, num_train = _task_sizes(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)

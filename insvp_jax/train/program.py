@@ -263,7 +263,7 @@ def create_program(
   )
 
 
-def fill_in(config: ConfigDict) -> None:
+def fill_preset(config: ConfigDict) -> None:
   """Writes the preset that a config leaves open: how its weights' pixels were made.
 
   Raises:
@@ -292,7 +292,7 @@ def preset_of(pixels: Mapping[str, Any]) -> str:
 
 def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
   """Returns the arguments of `create_model` that a config asks for."""
-  fill_in(config)
+  fill_preset(config)
   preset = preprocess.get_preset(config.data.preset)
   return {
     "backbone": config.backbone.name,

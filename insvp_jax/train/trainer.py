@@ -40,7 +40,7 @@ from insvp_jax.train.program import (
   Program,
   create_program,
   create_state,
-  fill_in,
+  fill_preset,
   input_size,
 )
 from insvp_jax.train.state import TrainState
@@ -150,7 +150,7 @@ def prepare(
     ValueError, FileNotFoundError: bad input; see the message.
   """
   config_checks.validate(config)
-  fill_in(config)
+  fill_preset(config)
   get_preset(config.data.preset)
   mesh = mesh_lib.create_mesh(fsdp=config.backbone.fsdp)
   # `create_program` checks it again: here a wrong size shows before data are read.
@@ -221,7 +221,7 @@ def train(
     config_lib.complete(config)
   is_alone = prepared is None
   prepared = prepared or prepare(config)
-  fill_in(config)
+  fill_preset(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
   _check_profile(config, program.total_steps)
 

@@ -8,7 +8,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -340,26 +339,31 @@ def test_a_swin_s_train_step_computes_no_gradient_of_frozen_weights(method):
   assert 1.8 < step / flops.count(jax.jit(forward).trace(shapes, x).jaxpr) <= 2.4
 
 
-def test_a_swin_trains_alike_on_one_device_and_split_over_four():
+@pytest.mark.parametrize("variant", TINY)
+def test_trains_alike_on_one_device_and_split_over_four(variant):
+  fields = {"width": 64, "depths": (2, 2), "num_heads": 2, "window": 2, "patch_size": 4}
+  if variant != "swin_t":
+    fields = {**TINY[variant], "width": 64, "num_heads": None, "patch_size": None}
+  method = "vpt_deep" if variant == "swin_t" else "bias"
   found = []
   for fsdp in (1, 4):
     config = tiny_config(
-      "vpt_deep", backbone__scan=True, backbone__fsdp=fsdp, optim__wd=0.0
+      method, backbone__scan=True, backbone__fsdp=fsdp, optim__wd=0.0
     )
     # AdamW would make steps out of the rounding errors of gradients that are 0.
     config.optim.name, config.optim.lr = "sgd", 0.3
-    config.backbone.update(name="swin_t", depth=None, mlp_dim=None, width=64)
-    config.backbone.update(depths=(2, 2), num_heads=2, window=2, patch_size=4)
+    config.backbone.update(name=variant, depth=None, mlp_dim=None, **fields)
     program = prepare(config, devices=fsdp).program
     params = state_lib.init_params(program.model, seed=0)
     state = program_lib.create_state(config, program, params)
-    if fsdp == 4:
-      kernel = state.params["backbone"]["stage_1"]["blocks"]["block_0"]["mlp"]
-      kernel = kernel["Dense_0"]["kernel"]
-      # Pairs of blocks are whole; their kernels are cut.
-      assert kernel.sharding.spec == PartitionSpec(None, "fsdp")
+    specs = {n: x.sharding.spec for n, x in trees.flatten(state.params).items()}
+    cut = {name: spec for name, spec in specs.items() if "fsdp" in spec}
+    assert bool(cut) == (fsdp == 4)
+    # Blocks are whole; their kernels are cut.
+    stacked = [spec for name, spec in cut.items() if "/blocks/" in name]
+    assert bool(stacked) == bool(cut) and all(spec[0] is None for spec in stacked)
     state, metrics = program.train_step(state, first_batch(config, program))
-    found.append(jax.device_get((state.params["prompter"], metrics["loss"])))
+    found.append(jax.device_get((state.params, metrics["loss"])))
   for one, four in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-6)
 

@@ -167,7 +167,7 @@ def test_the_preset_follows_the_weights(tmp_path, jsons, expected):
   config = tiny_config()
   config.backbone.weights = ""
   config.backbone.name = str(tmp_path / "model.safetensors")
-  program.fill_in(config)
+  program.fill_preset(config)
   name = config.data.preset
   preset = preprocess.get_preset(name)
   assert preset.name == name and not preset.augments
@@ -178,7 +178,7 @@ def test_the_preset_follows_the_weights(tmp_path, jsons, expected):
   assert not report._other_pixels(config)
   # The user's own choice stands, and is said in a line with the numbers.
   chosen = config.data.preset = "mean=0,0,0 std=1,1,1 resize=tf1 crop=1"
-  program.fill_in(config)
+  program.fill_preset(config)
   (line,) = report._other_pixels(config)
   assert config.data.preset == chosen and "\n" not in line
   assert f"mean {list(preset.mean)}" in line and "crop=1 has mean [0.0" in line
@@ -198,7 +198,7 @@ def test_pixels_of_what_is_no_file(tmp_path):
   assert weights.pixels_of("random") is None and weights.pixels_of("B/16") is None
   assert weights.pixels_of("vit_b16_i21k") == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
   config = tiny_config()
-  program.fill_in(config)
+  program.fill_preset(config)
   assert config.data.preset == "vtab"
   put(tmp_path, preprocessor_config={"image_mean": "x", "image_std": 1})
   with pytest.raises(ValueError, match="is not usable.*name a preset"):

@@ -194,7 +194,7 @@ def pixels_of(name: str) -> dict[str, Any] | None:
     pixels = pixels or _hf_pixels(
       _read_json(path.with_name("preprocessor_config.json"))
     )
-  except (AttributeError, TypeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError, OverflowError) as error:
     raise ValueError(
       f"what stands beside {path} of how its pixels are made is not usable "
       f"({type(error).__name__}: {error}); name a preset (config.data.preset)."

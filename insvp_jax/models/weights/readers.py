@@ -81,9 +81,14 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
     kind: from `kind_of`.
 
   Raises:
-    ValueError: it is damaged, holds more than arrays, or needs torch.
+    ValueError: it is of no kind that is read, is damaged, holds more than arrays, or
+      needs torch.
     FileNotFoundError: a part of it is missing.
   """
+  if not kind:
+    raise ValueError(
+      f"{path} is none of .npz, .safetensors, a PyTorch file, or an index of parts."
+    )
   return {
     "npz": _open_npz,
     "safetensors": _open_safetensors,
@@ -207,8 +212,9 @@ def _listed(path: Path) -> dict[str, str]:
     index = files.parse_json(files.read_bytes(path))
     names = dict(index["weight_map"])
     # Beside the index, nowhere else.
-    if any(Path(file).name != file for file in names.values()):
-      raise ValueError("it names files in other folders")
+    no_files = ("", ".", "..")
+    if any(Path(f).name != f or f in no_files or "\0" in f for f in names.values()):
+      raise ValueError("it names what is no file beside it")
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"{path} is not an index of a file in parts ({type(error).__name__}: {error}); "
