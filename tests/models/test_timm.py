@@ -25,6 +25,7 @@ MODELS = {
     {},
   ),
   "clip": ({"pre_norm": True, "act_layer": "quick_gelu"}, {"gelu": "quick"}),
+  "dinov2 giant": ({"init_values": 1e-1, "mlp_ratio": 4.0, "swiglu": True}, {}),
   "siglip": ({"class_token": False, "global_pool": "map"}, {"gelu": "exact"}),
 }
 
@@ -34,6 +35,9 @@ def test_parity(tmp_path, name):
   torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
   arguments, kwargs = MODELS[name]
   torch.manual_seed(0)
+  if arguments.get("swiglu"):
+    gated = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    arguments = {n: x for n, x in arguments.items() if n != "swiglu"} | gated
   eps = 1e-5 if name == "clip" else 1e-6
   norm = functools.partial(timm.layers.LayerNorm, eps=eps)
   theirs = timm.models.vision_transformer.VisionTransformer(
