@@ -43,6 +43,7 @@ def tiny_config(method: str = "insvp", **changes: Any) -> ConfigDict:
   config.insvp.global_dilations = (1, 1)
   config.vpt_deep.prompt_length = 2
   config.data.cache_dir = "off"
+  config.data.preset = "vtab"
   config.backbone.name = "mu/4"
   config.backbone.weights = "random"
   config.backbone.width = config.backbone.mlp_dim = 16

@@ -47,10 +47,9 @@ def final_states(monkeypatch):
 def search(config, grid, tmp_path, data=None):
   """Returns (configs, program, outcomes) of trials that train together."""
   points = trials.points(grid)
-  hparams = tuple(name for name in points[0] if name not in ("lr", "wd"))
-  # It fills in what the config leaves open.
-  prepared = trainer.prepare(config, hparams=hparams)
   configs = [trials.at(config, **point) for point in points]
+  hparams = tuple(name for name in points[0] if name not in ("lr", "wd"))
+  prepared = trainer.prepare(config, hparams=hparams)
   program = population.stack_program(prepared.program)
   prepared = dataclasses.replace(prepared, program=program, data=data or prepared.data)
   params = state_lib.init_params(program.model, config.seed)
