@@ -29,6 +29,7 @@ BESIDE_THE_FEATURE = {
   *("trainable_patterns", "updated_patterns", "prompts", "head", "merge"),
   *("adjust_updates", "claims", "place_hparams", "prepares", "routes", "spare_params"),
   "measures",
+  "sites",
 }
 
 
