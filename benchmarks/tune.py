@@ -82,8 +82,8 @@ def compare(
   """
   config = create_config(method, backbone, steps)
   lrs = np.geomspace(1e-4, 1e-2, number).tolist()
-  configs = [trials.at(config, lr=lr) for lr in lrs]
   prepared = with_val(trainer.prepare(config))
+  configs = [trials.at(config, lr=lr) for lr in lrs]
   stacked = population.stack_program(prepared.program)
   ways = {
     "one by one": (1, prepared),
