@@ -30,13 +30,14 @@ LAYERS = (
   ("config_checks",),
   ("config",),
   ("methods",),
+  ("array_files",),
   ("errors", "files", "paths", "trees"),
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
   "data": {"data", "config", "files", "paths", "trees"},
-  "models": {"models", "methods", "files", "paths", "trees"},
-  "methods": {"methods", "files", "trees"},
+  "models": {"models", "methods", "array_files", "files", "paths", "trees"},
+  "methods": {"methods", "array_files", "files", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),
 }

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from insvp_jax import array_files
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
@@ -173,11 +174,9 @@ def read_alexnet(
     OSError: it is missing or cannot be read.
     ValueError: it is no such file, or lacks an array of that name and shape.
   """
-  from insvp_jax.models.weights import readers  # which knows the methods
-
   names = [f"features.{i}.{leaf}" for i in LAYERS for leaf in ("weight", "bias")]
   try:
-    file = readers.open_arrays(Path(path), readers.kind_of(path))
+    file = array_files.open_arrays(Path(path), array_files.kind_of(path))
     if missing := [name for name in names if name not in file.shapes]:
       raise ValueError(f"there is no array {missing[0]!r} in it.")
     arrays = file.read(names)

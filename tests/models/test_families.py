@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 import scipy.special
 
-from insvp_jax import trees
+from insvp_jax import array_files, trees
 from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
-from insvp_jax.models.weights import formats, names_vit
+from insvp_jax.models.weights import names_vit
 
 WIDTH, HEADS, HIDDEN, PATCH, GRID, DEPTH = 8, 2, 12, 2, 3, 2
 SIZE = PATCH * GRID
@@ -609,7 +609,7 @@ def test_what_is_written_has_the_published_names(tmp_path):
     _, params, _ = load(path, **kwargs)
     again = tmp_path / "again.safetensors"
     weights.save_backbone(params, again, names=names)
-    shapes = formats.readers.open_arrays(again, "safetensors").shapes
+    shapes = array_files.open_arrays(again, "safetensors").shapes
     _, prefix, others, _ = FAMILIES[family]
     expected = {
       name.removeprefix(prefix): x.shape

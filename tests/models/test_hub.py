@@ -164,7 +164,7 @@ def test_offline_one_line_says_what_to_do(hub, monkeypatch):
 )
 def test_the_preset_follows_the_weights(tmp_path, jsons, expected):
   put(tmp_path, **jsons)
-  config = tiny_config()
+  config = tiny_config(data__preset="")
   config.backbone.weights = ""
   config.backbone.name = str(tmp_path / "model.safetensors")
   program.fill_preset(config)
@@ -197,7 +197,7 @@ def test_a_family_s_own_pixels(tmp_path, family, expected):
 def test_pixels_of_what_is_no_file(tmp_path):
   assert weights.pixels_of("random") is None and weights.pixels_of("B/16") is None
   assert weights.pixels_of("vit_b16_i21k") == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-  config = tiny_config()
+  config = tiny_config(data__preset="")
   program.fill_preset(config)
   assert config.data.preset == "vtab"
   put(tmp_path, preprocessor_config={"image_mean": "x", "image_std": 1})
@@ -235,7 +235,7 @@ def test_a_run_on_a_file_is_loaded_though_the_file_moved(tmp_path):
   put(folder)
   path = folder / "model.safetensors"
   fields = {"width": None, "depth": None, "mlp_dim": None, "num_heads": 2}
-  config = tiny_config("linear", total_epochs=1.0)
+  config = tiny_config("linear", total_epochs=1.0, data__preset="")
   config.backbone.update(fields | {"weights": "", "name": str(path)})
   workdir = tmp_path / "run"
   trainer.train(config, workdir, prepared=tiny_training.prepare(config))

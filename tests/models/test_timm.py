@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from insvp_jax import array_files
 from insvp_jax.models import weights
 from insvp_jax.models.classifier import create_model
 
@@ -62,7 +63,7 @@ def test_parity(tmp_path, name):
   # What is written is what timm reads.
   again = tmp_path / "again.safetensors"
   weights.save_backbone(params["backbone"], again)
-  written = weights.formats.readers.open_arrays(again, "safetensors").shapes
+  written = array_files.open_arrays(again, "safetensors").shapes
   folded = {key for key in state if ".ls1." in key or ".ls2." in key}
   assert set(written) == set(state) - folded
   torch.save({"state_dict": theirs.state_dict(), "epoch": 3}, tmp_path / "x.pth")

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -175,11 +176,12 @@ def test_bad_input_is_one_line_and_status_2(
   assert captured.err.count("\n") == 1
 
 
-def test_of_a_folder_of_runs_the_runs_are_listed(workdir, photos, capsys):
-  assert predict.main([f"--run={workdir.parent}", str(photos / "0.png")]) == 2
+def test_of_a_folder_of_runs_the_runs_are_listed(workdir, photos, tmp_path, capsys):
+  shutil.copytree(workdir, tmp_path / "insvp")
+  assert predict.main([f"--run={tmp_path}", str(photos / "0.png")]) == 2
   first, *others = capsys.readouterr().err.splitlines()
-  assert first.startswith(f"insvp_jax: {workdir.parent} is no run, but holds ")
-  assert f"  {workdir}: insects, insvp, test accuracy 50.00%" in others
+  assert first.startswith(f"insvp_jax: {tmp_path} is no run, but holds ")
+  assert f"  {tmp_path / 'insvp'}: insects, insvp, test accuracy 50.00%" in others
 
 
 TOOLS = {

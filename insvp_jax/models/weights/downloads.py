@@ -16,8 +16,8 @@ import urllib.request
 
 import jax
 
-from insvp_jax import paths, trees
-from insvp_jax.models.weights import readers, releases
+from insvp_jax import array_files, paths, trees
+from insvp_jax.models.weights import releases
 
 _GCS_URL = "https://storage.googleapis.com/"
 _TIMEOUT_SECONDS = 60  # without a byte
@@ -60,16 +60,16 @@ def resolve(
       return _packaged_file(name)
     return _cached_file(name, release.url, release.sha256, cache_dir)
   if name and path.is_dir():
-    for inside in readers.FILES:
+    for inside in array_files.FILES:
       if (path / inside).is_file():
         return path / inside
     raise FileNotFoundError(
-      f"{name} is a directory without one of {', '.join(readers.FILES)}; give the file "
-      "itself."
+      f"{name} is a directory without one of {', '.join(array_files.FILES)}; give the "
+      "file itself."
     )
   if re.match(r"timm/|hf-hub:", name):
     return _hub_file(name, cache_dir)
-  if name.endswith(readers.SUFFIXES) or name.startswith(("/", "./", "../", "~")):
+  if name.endswith(array_files.SUFFIXES) or name.startswith(("/", "./", "../", "~")):
     raise FileNotFoundError(
       f"there is no file {path.absolute()}. Give the path of a file of weights, or the "
       "name of a release, such as 'boxed' or 'vit_b16_i21k'."
@@ -83,7 +83,7 @@ def resolve(
 def file_digest(path: str | os.PathLike[str]) -> str:
   """Returns the sha256 of a file's bytes, in hex; of an index with its parts."""
   digests = []
-  parts = readers.parts_of(Path(path)) if str(path).endswith(".json") else [path]
+  parts = array_files.parts_of(Path(path)) if str(path).endswith(".json") else [path]
   for part in parts:
     with open(part, "rb") as file:
       digests.append(hashlib.file_digest(file, "sha256").hexdigest())
@@ -124,7 +124,7 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
   url = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/"
   folder = Path(cache_dir or paths.cache_dir()).expanduser().absolute()
   folder = folder / _cache_name(url)
-  for file in readers.FILES:
+  for file in array_files.FILES:
     if (folder / file).is_file():
       return folder / file
   import huggingface_hub
@@ -145,10 +145,10 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(file)
 
   def find(**options: Any) -> Path | None:
-    for file in readers.FILES:
+    for file in array_files.FILES:
       path = get(file, **options)
       if path is not None and file.endswith(".index.json"):
-        if None in [get(part, **options) for part in readers.index_files(path)]:
+        if None in [get(part, **options) for part in array_files.index_files(path)]:
           continue
       if path is not None:
         for beside in ("config.json", "preprocessor_config.json"):
@@ -162,7 +162,7 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     _look_up(huggingface_hub.constants.ENDPOINT)
     if path := find():
       return path
-    reason = f"it has none of {', '.join(readers.FILES)}"
+    reason = f"it has none of {', '.join(array_files.FILES)}"
   except errors.HFValidationError as error:
     raise ValueError(f"{name!r} is no name of a repository: {error}") from error
   except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
@@ -170,8 +170,8 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
   raise FileNotFoundError(
     f"the backbone {name!r} is not on this machine and could not be downloaded "
-    f"({reason}). Download {url}{readers.FILES[0]}, and config.json beside it, where "
-    f"there is a network and put them into {folder}; the cache is set by "
+    f"({reason}). Download {url}{array_files.FILES[0]}, and config.json beside it, "
+    f"where there is a network and put them into {folder}; the cache is set by "
     f"${paths.CACHE_VARIABLE}."
   )
 

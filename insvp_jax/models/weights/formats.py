@@ -1,7 +1,7 @@
 """What is in a file of weights: whose names, below which prefix, and the leaves.
 
-`read` takes any file of `readers` and any names that are known: the `.npz` layouts of
-`npz`, and those of the modules in `NAMES`.
+`read` takes any file of `array_files` and any names that are known: the `.npz` layouts
+of `npz`, and those of the modules in `NAMES`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from insvp_jax import array_files
 from insvp_jax.models.weights import (
   names_convnext,
   names_resnet,
   names_swin,
   names_vit,
   npz,
-  readers,
 )
 from insvp_jax.models.weights.npz import VitFile
 
@@ -58,10 +58,10 @@ def read(
   path = Path(path)
   if not path.exists():
     raise FileNotFoundError(f"there is no file {path}.")
-  kind = readers.kind_of(path)
+  kind = array_files.kind_of(path)
   if kind == "npz" and not _has_others_names(path) or not kind:
     return npz.read_vit(path, shapes_only=shapes_only, with_head=with_head)
-  file = readers.open_arrays(path, kind)
+  file = array_files.open_arrays(path, kind)
   if architecture := _owner(file.shapes):
     leaves = {
       name: np.broadcast_to(np.float32(0), shape)
@@ -215,7 +215,7 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _has_others_names(path: Path) -> bool:
   """Returns whether an `.npz` file holds names of `NAMES` rather than big_vision's."""
   try:
-    shapes = readers.open_arrays(path, "npz").shapes
+    shapes = array_files.open_arrays(path, "npz").shapes
     if _owner(shapes):
       return True
     find(path, shapes)

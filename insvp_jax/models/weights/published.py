@@ -11,9 +11,9 @@ from pathlib import Path
 import re
 from typing import Any
 
-from insvp_jax import files
+from insvp_jax import array_files, files
 from insvp_jax.models.vit import VARIANTS
-from insvp_jax.models.weights import downloads, formats, readers, releases
+from insvp_jax.models.weights import downloads, formats, releases
 
 # Of a release's table, of the .json beside our own files, of others' config.json.
 _KNOWN = (*releases.ARCHITECTURE, "class_token", "registers", "mlp", "pre_norm")
@@ -34,7 +34,9 @@ def is_file_name(name: str) -> bool:
   if not name or name in releases.RELEASES:
     return False
   is_remote = re.match(r"(gs|https?)://|timm/|hf-hub:", name)
-  is_path = name.startswith(("/", "./", "../", "~")) or name.endswith(readers.SUFFIXES)
+  is_path = name.startswith(("/", "./", "../", "~")) or name.endswith(
+    array_files.SUFFIXES
+  )
   return bool(is_remote) or is_path or Path(name).expanduser().exists()
 
 
