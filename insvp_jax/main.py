@@ -258,8 +258,10 @@ def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
   from insvp_jax import run
   from insvp_jax.tools import visualize
 
-  picture = run_dir / "prompts.png"
-  visualize.draw(run.load_run(run_dir), picture, rows=config.prompt_images)
+  loaded, picture = run.load_run(run_dir), run_dir / "prompts.png"
+  if not visualize.image_prompts(loaded):
+    return "none: this run has no image prompts to draw"
+  visualize.draw(loaded, picture, rows=config.prompt_images)
   return f"{picture}, the prompts of {config.prompt_images} test images"
 
 

@@ -12,13 +12,26 @@ import jax.numpy as jnp
 from markdown_table import cells
 import numpy as np
 import pytest
+from tiny_runs import METHOD_KWARGS, make_params, make_run
+from tiny_training import CLASSES, SIZE, write_images
 
-from benchmarks import ceilings, checkpoint, epoch, step, turns, yardstick_client
+from benchmarks import (
+  ceilings,
+  checkpoint,
+  epoch,
+  prompt_effects,
+  step,
+  turns,
+  yardstick_client,
+)
 from benchmarks.contestant import Contestant, create_config
+from benchmarks.interventions import Programs
 from benchmarks.parts import PARTS
 from insvp_jax import trees
-from insvp_jax.data import preprocess
+from insvp_jax.config import defaults
+from insvp_jax.data import load_data, preprocess
 from insvp_jax.models.classifier import create_backbone, create_model
+from insvp_jax.run import load_run
 
 
 @pytest.fixture
@@ -358,3 +371,145 @@ def test_checkpoint_weighs_the_items():
   assert trained < found["bytes"]["adapter"] < trained + 10_000
   assert found["bytes"]["optimizer"] > 2 * trained
   assert 0 < found["blocking"] <= found["complete"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """A folder of images, and what a run on them stores of it."""
+  config = defaults()
+  config.data.root = str(write_images(tmp_path_factory.mktemp("photos")))
+  config.data.cache_dir, config.batch_size = "off", 8
+  data = load_data("folder", config.data, SIZE)
+  meta = {
+    "class_names": list(CLASSES),
+    "config": {**config.to_dict(), "task": "folder"},
+    "data_sha256": data.digest(("train", "val", "test")),
+  }
+  return data, meta
+
+
+def test_prompt_effects_of_two_runs(photos, tmp_path, capsys):
+  data, meta = photos
+  runs = {}
+  for method in ("insvp", "vpt_deep"):
+    (tmp_path / method).mkdir()
+    stored = {"meta": meta, "backbone_kwargs": {"depth": 1}}
+    runs[method] = make_run(tmp_path / method, method, **stored)[0]
+  flags = [f"--run={workdir}" for workdir in runs.values()]
+  output = tmp_path / "output"
+  assert prompt_effects.main([*flags, "--batches=2", f"--output={output}"]) == 0
+  said = capsys.readouterr().out.strip().split("\n\n")
+  insvp, vpt = json.loads((output / "prompt_effects.json").read_text())["runs"]
+  assert (output / "prompt_effects.png").stat().st_size > 0
+
+  # What the run itself computes of its val split.
+  val, run = data.splits["val"], load_run(runs["insvp"])
+  right = run.predict(val.images).argmax(-1) == val.labels
+  scores = insvp["interventions"]
+  assert set(scores) == {"specific", "image"} and insvp["images"] == len(val)
+  for score in scores.values():
+    assert score["as is"]["accuracy"] == right.mean()
+    assert 0 < score["varies"] < 1
+    assert len({score[change]["loss"] for change in prompt_effects.CHANGES}) == 4
+
+  end = insvp["features"]["end"]
+  inputs = run.preprocess(val.images)
+  prompts, inputs = (
+    x.reshape(len(val), -1) for x in (run.prompted(val.images) - inputs, inputs)
+  )
+  energy = np.linalg.norm(prompts, axis=1) / np.linalg.norm(inputs, axis=1)
+  assert end["prompt / image"] == pytest.approx(energy.mean(), abs=1e-4)
+  start = insvp["features"]["start"]
+  # The prompts of the seed are smaller than those that the run was given.
+  assert start["prompt / image"] < end["prompt / image"]
+  assert end["cosine, image prompt"] < start["cosine, image prompt"] < 1
+  parts = {"patch_prompter", "global_prompter", "common_prompt", "specific_prompter"}
+  for stage in ("start", "end"):
+    for norms in insvp["gradients"][stage].values():
+      assert set(norms) == {*parts, "head"}
+      assert all(0 < norm["ratio"] <= 1 for norm in norms.values())
+  # Others have what they have.
+  assert vpt["interventions"] == {} and "prompt / image" not in vpt["features"]["end"]
+  assert set(vpt["gradients"]["end"]["off"]) == {"common_prompt", "head"}
+  features, interventions, *gradients = map(cells, said)
+  assert [row[1] for row in features[1:]][2:] == ["-", "-"]
+  assert len(interventions) == 3 and len(gradients) == 2
+
+
+def test_attention_and_gradients_of_a_prompted_model():
+  kwargs = {"num_classes": 3, "image_size": SIZE}
+  fields = METHOD_KWARGS["insvp"]
+  model = create_model("mu/4", **kwargs, method_kwargs=fields)
+  inputs = np.random.default_rng(0).normal(size=(4, SIZE, SIZE, 3)).astype(np.float32)
+  # Queries that are zero attend to all alike.
+  flat = trees.flatten(make_params(model))
+  flat = {name: 0 * leaf if "/query/" in name else leaf for name, leaf in flat.items()}
+  params, programs = trees.unflatten(flat), Programs(model)
+  prompts = programs.prompts(params, inputs)
+  found = programs.prompted(params, inputs, prompts)
+  tokens, prompt_tokens = 17, 2
+  np.testing.assert_allclose(found["entropy"], np.log(tokens + prompt_tokens), 1e-5)
+  np.testing.assert_allclose(found["share"], prompt_tokens / (tokens + prompt_tokens))
+  plain = programs.plain(params, inputs)
+  np.testing.assert_allclose(plain["entropy"], np.log(tokens), 1e-5)
+  assert not plain["share"].any()
+
+  # Prompts that are removed count nothing in the fusion.
+  removed = programs.prompted(params, inputs, jax.tree.map(np.zeros_like, prompts))
+  fields = {**fields, "image_fusion": (0.0, 0.0), "feature_fusion": (0.5, 0.0)}
+  without = create_model("mu/4", **kwargs, method_kwargs=fields)
+  expected = jax.jit(without.apply)({"params": params}, inputs)
+  np.testing.assert_allclose(removed["logits"], expected, atol=1e-4)
+  assert np.abs(found["logits"] - expected).max() > 1e-2
+
+  split = trees.split(params, trees.mask(params, model.prompter.trainable_patterns()))
+  labels, rates = np.array([0, 1, 2, 2]), programs.dropout_rates()
+  grads = {
+    name: programs.gradient(*split, (inputs, labels), jax.random.key(0), values)
+    for name, values in (("on", rates), ("off", dict.fromkeys(rates, 0.0)))
+  }
+  # By hand, of the logits without dropout.
+  errors = np.asarray(jax.nn.softmax(found["logits"])) - np.eye(3)[labels]
+  np.testing.assert_allclose(grads["off"]["head/bias"], errors.mean(0), atol=1e-6)
+  assert np.abs(grads["on"]["head/bias"] - errors.mean(0)).max() > 1e-4
+
+
+def test_prompt_effects_refuses_what_it_would_mislead_about(photos, tmp_path):
+  _, meta = photos
+  for name in ("vpt_deep", "bias"):
+    (tmp_path / name).mkdir()
+  config = {**meta["config"], "data": {"train_split": "train_val"}}
+  on_val = make_run(tmp_path / "vpt_deep", "vpt_deep", meta={**meta, "config": config})[
+    0
+  ]
+  with pytest.raises(SystemExit, match="trained on train_val, so that val says"):
+    prompt_effects.main([f"--run={on_val}"])
+  tuned = make_run(tmp_path / "bias", "bias", meta={**meta, "method": "bias"})[0]
+  with pytest.raises(SystemExit, match="bias trains the backbone"):
+    prompt_effects.main([f"--run={tuned}"])
+
+
+def test_curves_of_the_losses_by_step(tmp_path, capsys):
+  lines = [
+    {"step": 1, "loss": 3.0},
+    {"step": 2, "loss": 2.0},
+    {"step": 2, "val_loss": 2.25, "val_accuracy": 0.5},
+    {"step": 4, "val_loss": 2.0, "val_accuracy": 0.75},
+    {"step": 5, "val_accuracy": 0.75},
+  ]
+  for name, kept in (("some", lines), ("none", lines[:2])):
+    (tmp_path / name).mkdir()
+    text = "".join(f"{json.dumps(line)}\n" for line in kept)
+    (tmp_path / name / "metrics.jsonl").write_text(text)
+  flags = [f"--run={tmp_path / name}" for name in ("some", "none")]
+  flags += ["--curves", f"--output={tmp_path / 'output'}"]
+  assert prompt_effects.main(flags) == 0
+  some, none = capsys.readouterr().out.strip().split("\n\n")
+  assert cells(some)[1:] == [
+    ["2", "2.500", "2.250", "50.0"],
+    ["4", "-", "2.000", "75.0"],
+  ]
+  assert "no validation loss by step" in none and none.count("\n") == 0
+  names = sorted(path.name for path in (tmp_path / "output").iterdir())
+  assert names == ["curves.json", "curves.png"]
+  assert prompt_effects.main([f"--run={tmp_path}/nowhere", "--curves"]) == 2

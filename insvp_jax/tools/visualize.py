@@ -15,6 +15,8 @@ from pathlib import Path
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import tools
@@ -23,6 +25,21 @@ from insvp_jax.tools import run_data
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
 PANEL_INCHES = 1.9
+
+
+def image_prompts(run: Any) -> list[str]:
+  """Returns the keys of `TITLES` that a run's method makes; computes nothing.
+
+  Args:
+    run: from `load_run`.
+  """
+  model, size = run.model, run.model.input_size
+  prompts = jax.eval_shape(
+    lambda params, images: model.apply({"params": params}, images, method="prompts"),
+    run.params,
+    jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+  )
+  return [name for name in TITLES if name in prompts]
 
 
 def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None) -> Any:
@@ -40,18 +57,17 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
     ValueError: the method makes no image prompts, or matplotlib is not installed.
   """
   check_matplotlib()
-  prompts = {k: v for k, v in run.prompts(images).items() if k in TITLES}
-  if not prompts:
+  names = image_prompts(run)
+  if not names:
     raise ValueError(
       f"the method {run.meta.get('method')!r} makes no image prompts, so there is "
-      "nothing to draw; a run of 'insvp' does."
+      "nothing to draw; a run of 'insvp' with its image prompts does."
     )
   from matplotlib.figure import Figure
 
-  probabilities = run.predict(images)
+  prompts, probabilities = run.prompts(images), run.predict(images)
   pixels = run.to_pixels(run.preprocess(images))
   prompted_pixels = run.to_pixels(run.prompted(images))
-  names = [name for name in TITLES if name in prompts]
   columns, rows = len(names) + 2, len(pixels)
   size = (columns * PANEL_INCHES, rows * PANEL_INCHES + 0.4)
   figure = Figure(figsize=size, layout="constrained")

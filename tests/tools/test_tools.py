@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 import pytest
 from tiny_runs import CLASSES, SIZE, make_run
 
-from insvp_jax import tools
+from insvp_jax import main, tools
+from insvp_jax.config import defaults
 from insvp_jax.run import load_run
 from insvp_jax.tools import (
   evaluate,
@@ -302,6 +304,17 @@ def test_visualize_refuses_what_it_cannot_draw(workdir, photos, tmp_path, capsys
   (tmp_path / "file").write_text("")
   assert visualize.main([*arguments, f"--output={tmp_path}/file/a.png"]) == 2
   assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_run_without_image_prompts_ends_without_a_picture(tmp_path, monkeypatch):
+  off = {f"use_{name}": False for name in ("patch", "global", "specific")}
+  without = make_run(tmp_path, method_kwargs={"prompt_length": 2, **off})[0]
+  assert visualize.image_prompts(load_run(without)) == []
+  config = defaults()
+  config.prompt_images = 1
+  monkeypatch.setattr(main, "_MODE", types.SimpleNamespace(value="train"))
+  said = main._draw_prompts(config, without)
+  assert said == "none: this run has no image prompts to draw"
 
 
 def test_spread_takes_from_everywhere():
