@@ -34,8 +34,8 @@ LAYERS = (
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
-  "data": {"data", "config", "files", "paths", "trees"},
-  "models": {"models", "methods", "files", "paths", "trees"},
+  "data": {"data", "config", "errors", "files", "paths", "trees"},
+  "models": {"models", "methods", "errors", "files", "paths", "trees"},
   "methods": {"methods", "files", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),
