@@ -236,7 +236,11 @@ def _weight_map(path: Path) -> dict[str, Path]:
 
 def _open_index(path: Path) -> ArrayFile:
   parts = _weight_map(path)
-  opened = {part: open_arrays(part, kind_of(part)) for part in set(parts.values())}
+  kinds = {part: kind_of(part) for part in set(parts.values())}
+  if indices := [part for part, kind in kinds.items() if kind == "index"]:
+    # Of itself, perhaps.
+    raise ValueError(f"{path} lists {indices[0]}, an index again; expected arrays.")
+  opened = {part: open_arrays(part, kind) for part, kind in kinds.items()}
   if lost := [name for name, part in parts.items() if name not in opened[part].shapes]:
     raise ValueError(f"{path} says that {lost[0]!r} is in {parts[lost[0]]}; it is not.")
 

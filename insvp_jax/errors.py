@@ -1,14 +1,17 @@
-"""How an error reaches a user: bad input in one line, a bug with its traceback."""
+"""How text reaches a user: bad input in one line, a bug with its traceback."""
 
 import codecs
 import io
 from pathlib import Path
 import sys
+import unicodedata
 
 # What this package raises for bad input.
 INPUT_ERRORS = (ValueError, KeyError, FloatingPointError, OSError)
 # How characters are spelt that a terminal or a file behind a pipe cannot take.
 _SPELT = {"±": "+-", "×": "x", "–": "-", "…": "..."}
+# Characters that reorder the text around them, so that it reads as another.
+_BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def is_ours(error: BaseException) -> bool:
@@ -29,12 +32,32 @@ def is_ours(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-  """Returns the message without line breaks."""
+  """Returns the message without line breaks and what else moves the cursor."""
   message: object = error
   # str(KeyError) is the repr of its message; ml_collections puts one in the other.
   while isinstance(message, KeyError | AttributeError) and message.args:
     message = message.args[0]
-  return " ".join(str(message).split())
+  return printable(" ".join(str(message).split()))
+
+
+def printable(text: str) -> str:
+  r"""Returns a text that every terminal can show, on one line.
+
+  Names in files of others may hold anything. Bytes that are no UTF-8 become \xNN, and
+  so do characters that a terminal obeys, and those that reorder the text.
+  """
+  return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+  """Returns a character, or an escape for one that cannot be shown."""
+  # How Python keeps the bytes of file names that are no UTF-8.
+  if "\udc80" <= character <= "\udcff":
+    return f"\\x{ord(character) - 0xDC00:02x}"
+  is_moving = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+  if is_moving or character in _BIDIRECTIONAL:
+    return ascii(character)[1:-1]
+  return character
 
 
 def print_anything() -> None:

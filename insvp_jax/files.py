@@ -20,6 +20,9 @@ import numpy as np
 
 # More than any JSON file or list of this package has.
 MAX_TEXT_BYTES = 2**28
+# How many times smaller than in memory arrays may be on disk, where they are not small:
+# zeros shrink to next to nothing, but trained weights do not.
+_MOST_SHRUNK, _SMALL = 200, 2**30
 # NumPy itself refuses headers above 10,000 characters.
 _MAX_HEADER_BYTES = 2**16
 _KINDS = {
@@ -63,6 +66,16 @@ def check_size(name: str, num_bytes: int, max_bytes: float | int) -> None:
       f"{name} has {num_bytes / 2**20:.1f} MiB, expected at most "
       f"{max_bytes / 2**20:.1f} (of images: config.data.max_file_mb)."
     )
+
+
+def check_claim(num_bytes: int, on_disk: int) -> None:
+  """Checks that arrays do not claim far more memory than their files have bytes.
+
+  Raises:
+    ValueError: they do.
+  """
+  if num_bytes > max(_SMALL, _MOST_SHRUNK * on_disk):
+    raise ValueError(f"its arrays claim {num_bytes} bytes, in files of {on_disk}")
 
 
 def check_writable_in_place(path: str | os.PathLike) -> None:
@@ -201,6 +214,8 @@ def _open_npz(
       members = {info.filename: info for info in archive.infolist()}
       if others := [name for name in members if not name.endswith(".npy")]:
         raise ValueError(f"its member {others[0]!r} is no array")
+      claimed = sum(info.file_size for info in members.values())
+      check_claim(claimed, os.stat(path).st_size)
       yield archive, {name.removesuffix(".npy"): i for name, i in members.items()}
   except OSError:
     raise

@@ -31,6 +31,7 @@ from insvp_jax.checkpoints.files import (
 )
 from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
+from insvp_jax.errors import printable
 from insvp_jax.models import weights
 from insvp_jax.models.classifier import PromptedClassifier, create_model
 from insvp_jax.train import state as state_lib
@@ -176,8 +177,9 @@ def load_run(
   Args:
     path: the run's workdir, its checkpoints directory, or that of one step. If the
       newest checkpoint is damaged, the one before it is loaded, with a warning.
-    backbone: path of the backbone's file, if it has moved. It must be the same file:
-      its digest is compared.
+    backbone: the backbone's file, if it has moved: a path, or a repository or https
+      address to request, which the run's own description alone may not ask for. It must
+      be the same file: its digest is compared.
     device: of the parameters; None is the first local device.
     method: its class, where the run was trained with a method of your own.
 
@@ -220,7 +222,7 @@ def load_run(
   return Run(
     model=model,
     params=trees.unflatten(params),
-    class_names=tuple(meta["class_names"]),
+    class_names=tuple(map(printable, meta["class_names"])),
     preset=preprocess.get_preset(meta["preset"]),
     meta=meta,
     result=_read_result(checkpoint),
@@ -255,6 +257,12 @@ def _load_backbone(
     )
     return params
   file = _find_backbone(identity, path)
+  if not identity.get("sha256"):
+    warnings.warn(
+      f"the run names no sha256 of its backbone, so whether {file} is the one that it "
+      "was trained on is not known.",
+      stacklevel=3,
+    )
   _compare_digest(
     weights.file_digest(file),
     identity,
@@ -266,19 +274,25 @@ def _load_backbone(
 
 
 def _find_backbone(identity: Mapping[str, Any], path: str | os.PathLike | None) -> Path:
-  """Returns the backbone's file: at `path`, or where it was in training."""
+  """Returns the backbone's file: at `path`, or where it was in training.
+
+  Of what a run names only releases are requested where they are not on this machine: a
+  description is a stranger's, and must not make its reader's machine send requests.
+  """
   if path is not None:
     return weights.resolve(os.fspath(path))
   try:
-    return weights.resolve(identity["id"])
+    name = identity["id"]
+    return weights.resolve(name, download=name in weights.RELEASES)
   except FileNotFoundError as error:
     source = identity.get("source")
     if source and Path(source).is_file():
       return Path(source)
     raise FileNotFoundError(
       f"the run's backbone {identity['id']!r} (sha256 {identity.get('sha256')}) is "
-      f"not to be found: {error} If it has moved, pass load_run(..., "
-      "backbone=<path>), or --backbone=<path> to a tool."
+      f"not to be found: {error} Pass load_run(..., backbone=<path>), or "
+      "--backbone=<path> to a tool; a repository or an https address that you trust is "
+      "requested if you pass it so."
     ) from error
 
 
@@ -305,6 +319,12 @@ def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
   missing = [key for key in keys if key not in meta]
   if missing:
     raise ValueError(f"the description of the run at {checkpoint} lacks {missing}.")
+  name, sizes = meta["model"].get("backbone"), meta["model"].get("backbone_kwargs")
+  if weights.is_remote(str(name)) and not weights.are_sizes_known(sizes or {}):
+    raise ValueError(
+      f"the description of the run at {checkpoint} leaves the sizes of its model to "
+      f"{name!r}, which is not requested because a run names it."
+    )
   own = set(meta["model"].get("method", "").split("+")) - set(methods.METHODS)
   if own:
     raise ValueError(

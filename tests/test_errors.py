@@ -27,3 +27,10 @@ def test_what_an_encoding_lacks_is_spelt(monkeypatch, encoding, expected):
   assert file.getvalue().decode(encoding) == expected
   monkeypatch.setattr(sys, "stdout", None)
   errors.print_anything()
+
+
+def test_a_message_moves_no_cursor_and_reads_as_it_is():
+  text = "\x1b]0;title\x07 c\u202elerr\x9b1m\r\n \u00c4\u200d"
+  shown = r"\x1b]0;title\x07 c\u202elerr\x9b1m" + " \u00c4\u200d"
+  assert errors.one_line(ValueError(text)) == shown
+  assert errors.printable(shown) == shown

@@ -202,3 +202,12 @@ def test_texts_are_bounded(tmp_path):
     file.truncate(2**42)
   with pytest.raises(ValueError, match="x.json has 4194304.0 MiB, expected at most"):
     json.loads(files.read_bytes(tmp_path / "x.json"))
+
+
+def test_arrays_are_not_far_larger_than_their_file(tmp_path, monkeypatch):
+  np.savez_compressed(tmp_path / "x.npz", x=np.zeros(2**20, np.uint8))
+  assert files.npz_headers(tmp_path / "x.npz")
+  monkeypatch.setattr(files, "_SMALL", 2**16)
+  for read in (files.npz_headers, files.read_npz):
+    with pytest.raises(ValueError, match="claim 1048704 bytes, in files of"):
+      read(tmp_path / "x.npz")

@@ -35,8 +35,8 @@ LAYERS = (
 )
 # What a part may import of the package where that is less than the order allows.
 ONLY = {
-  "data": {"data", "config", "files", "paths", "trees"},
-  "models": {"models", "methods", "array_files", "files", "paths", "trees"},
+  "data": {"data", "config", "errors", "files", "paths", "trees"},
+  "models": {"models", "methods", "array_files", "errors", "files", "paths", "trees"},
   "methods": {"methods", "array_files", "files", "trees"},
   "config": {"methods", "trees"},
   "trees": set(),

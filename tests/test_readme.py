@@ -141,7 +141,16 @@ def config_of(words):
 
 @pytest.mark.parametrize(
   "name",
-  ["data", "training", "measured", "methods", "architecture", "inputs", "backbones"],
+  [
+    "data",
+    "training",
+    "measured",
+    "methods",
+    "architecture",
+    "inputs",
+    "backbones",
+    "security",
+  ],
 )
 def test_the_docs_name_commands_flags_and_files_that_are_there(root, name, capsys):
   text = (root / "docs" / f"{name}.md").read_text()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,9 @@ from insvp_jax import tools, trees
 from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights import downloads
 from insvp_jax.run import load_run
+from insvp_jax.tools import predict
 from insvp_jax.train import state as state_lib
 
 
@@ -225,6 +228,79 @@ def test_a_backbone_that_has_moved(made, copy):
   source = str(made[0] / "backbone.npz")
   edit_meta(copy, backbone={**identity, "id": "gone/backbone.npz", "source": source})
   assert load_run(copy).class_names == CLASSES
+
+
+@pytest.fixture
+def requests(monkeypatch):
+  """What is asked for of the network, which there is not."""
+  asked = []
+
+  def download(url, *args):
+    asked.append(url)
+    raise OSError("no network")
+
+  def hub_download(repository, file, local_files_only=False, **options):
+    asked.extend([] if local_files_only else [repository])
+    raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+  monkeypatch.setattr(downloads, "_download", download)
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_download)
+  monkeypatch.setattr(downloads, "_look_up", asked.append)
+  return asked
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("http://127.0.0.1:9/x.npz", "https://example.org/x.npz", "gs://bucket/x.npz"),
+    *("timm/x", "hf-hub:a/b"),
+  ],
+)
+def test_a_run_makes_nobody_request_an_address(made, copy, requests, name):
+  meta = json.loads((copy / "checkpoints/1/meta/metadata").read_text())
+  edit_meta(copy, backbone={**meta["backbone"], "id": name, "source": name})
+  with pytest.raises(FileNotFoundError, match="is not requested. .*--backbone=<path>"):
+    load_run(copy)
+  # Nor by leaving out what the file would tell.
+  edit_meta(copy, model={**meta["model"], "backbone": name, "backbone_kwargs": {}})
+  with pytest.raises(ValueError, match="is not requested because a run names it"):
+    load_run(copy, backbone=made[0] / "backbone.npz")
+  assert not requests
+  # The reader may ask for it.
+  edit_meta(copy, model=meta["model"])
+  assert load_run(copy, backbone=made[0] / "backbone.npz").class_names == CLASSES
+  if not name.startswith("http:"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+      load_run(copy, backbone=name)
+    assert requests
+
+
+def test_a_run_may_name_a_release(copy, requests, monkeypatch, tmp_path):
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
+  identity = json.loads((copy / "checkpoints/1/meta/metadata").read_text())["backbone"]
+  edit_meta(copy, backbone={**identity, "id": "vit_b16_i21k"})
+  with pytest.raises(FileNotFoundError, match="no network"):
+    load_run(copy)
+  (url,) = requests
+  assert url.startswith("https://storage.googleapis.com/vit_models/")
+
+
+def test_of_a_backbone_without_a_digest_something_is_said(copy):
+  identity = json.loads((copy / "checkpoints/1/meta/metadata").read_text())["backbone"]
+  for sha256 in (None, ""):
+    edit_meta(copy, backbone={"id": identity["id"], "sha256": sha256})
+    with pytest.warns(UserWarning, match="names no sha256 of its backbone"):
+      load_run(copy)
+
+
+def test_names_of_classes_move_no_cursor(copy, tmp_path, capsys):
+  edit_meta(copy, class_names=["a\x1b[2J", "b\r\n", "c\u202e"])
+  assert load_run(copy).class_names == (r"a\x1b[2J", r"b\r\n", r"c\u202e")
+  Image.fromarray(draw(SIZE, SIZE, 3)).save(tmp_path / "x.png")
+  assert predict.main(["--run", str(copy), str(tmp_path / "x.png")]) == 0
+  printed = capsys.readouterr().out
+  assert len(printed.splitlines()) == 4
+  assert all(line.isprintable() for line in printed.splitlines())
 
 
 def test_a_run_that_contradicts_itself_is_refused(made, copy):

@@ -1,4 +1,4 @@
-"""The code is as ruff, configured in pyproject.toml, wants it."""
+"""The code is as ruff, configured in pyproject.toml, wants it: also its S rules."""
 
 import subprocess
 import sys

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from insvp_jax import files
+from insvp_jax.errors import printable
 
 T = TypeVar("T")
 FOLDER = "checkpoints"
@@ -31,14 +32,18 @@ JSON_FILE = "metadata"  # Orbax's name of the one file of a JSON item.
 # What older checkpoints hold and nothing needs: the optimizer counted updates for the
 # lr schedule, which is a function of the step.
 OBSOLETE = r"opt_state/.*/count"
-# How many times smaller than in memory large arrays may be on disk.
-_MOST_SHRUNK = 200
 # The most runs that the error about a folder of runs lists.
 _MOST_LISTED = 20
 
 
 class Damaged(ValueError):
-  """A checkpoint that cannot be read, or is not as it was written."""
+  """A checkpoint that cannot be read, or is not as it was written.
+
+  Its message may hold names of the checkpoint's own, and is made printable.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(printable(message))
 
 
 def find_steps(path: str | os.PathLike) -> list[Path]:
@@ -159,6 +164,7 @@ def verify(where: Path) -> None:
   for item in ("adapter", "progress", "meta"):
     if not (where / item).is_dir():
       raise Damaged(f"{where} is no checkpoint of this package: it has no {item!r}.")
+  _check_kinds(where)
   # Those of other versions have none; reading still checks then.
   if not (where / CHECKSUMS).exists():
     return
@@ -183,6 +189,24 @@ def verify(where: Path) -> None:
         f"the checkpoint {where} is damaged: the content of {name} has changed "
         "since it was written."
       )
+
+
+def _check_kinds(where: Path) -> None:
+  """Checks that a checkpoint is made of folders and regular files.
+
+  Links to files are followed, as repositories of files are full of them. A pipe or a
+  device would be waited for without end, and a linked folder may lead anywhere.
+
+  Raises:
+    Damaged: it holds something else.
+  """
+  for folder, inner, names in os.walk(where):
+    for path in (Path(folder, name) for name in (*inner, *names)):
+      if not path.is_file() and (path.is_symlink() or not path.is_dir()):
+        raise Damaged(
+          f"the checkpoint {where} is damaged: {path.relative_to(where)} is a link "
+          "to a folder, or no regular file."
+        )
 
 
 def read_json(where: Path, item: str) -> dict[str, Any]:
@@ -268,12 +292,10 @@ def _check_claims(folder: Path, stored: Mapping[str, Any]) -> None:
   except (AttributeError, TypeError) as error:
     raise Damaged(f"{folder} cannot be read: it holds more than arrays.") from error
   on_disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-  # Zeros of an optimizer's state shrink to next to nothing; trained weights do not.
-  if claimed > max(2**30, _MOST_SHRUNK * on_disk):
-    raise Damaged(
-      f"{folder} cannot be read: its arrays claim {claimed} bytes, in files of "
-      f"{on_disk}."
-    )
+  try:
+    files.check_claim(claimed, on_disk)
+  except ValueError as error:
+    raise Damaged(f"{folder} cannot be read: {error}.") from error
 
 
 def check_leaves(

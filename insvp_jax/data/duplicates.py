@@ -10,8 +10,8 @@ import itertools
 from absl import logging
 import numpy as np
 
-from insvp_jax.data.folder_or_zip import printable
 from insvp_jax.data.splits import ArraySplit
+from insvp_jax.errors import printable
 
 # A picture in two of these splits stays in the first.
 _ORDER = ("test", "val", "train")

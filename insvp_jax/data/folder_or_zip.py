@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import errno
 import os
 from pathlib import Path
 import re
 import stat
 import struct
 from typing import Any
-import unicodedata
 import zipfile
 import zlib
 
 from insvp_jax import files
+from insvp_jax.errors import printable
 
 # The end of messages about what config.data.root should be.
 EXPECTED = (
@@ -126,24 +127,6 @@ class FileTree(abc.ABC):
   @abc.abstractmethod
   def fingerprint(self, names: Iterable[str]) -> list[Any]:
     """Returns a JSON-serialisable value that changes when one of the files does."""
-
-
-def printable(name: str) -> str:
-  r"""Returns a name that every terminal can show, on one line.
-
-  Bytes that are no UTF-8 become \xNN, and so do characters that move the cursor.
-  """
-  return name if name.isprintable() else "".join(map(_shown, name))
-
-
-def _shown(character: str) -> str:
-  """Returns a character, or an escape for one that cannot be shown."""
-  # How Python keeps the bytes of file names that are no UTF-8.
-  if "\udc80" <= character <= "\udcff":
-    return f"\\x{ord(character) - 0xDC00:02x}"
-  if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-    return ascii(character)[1:-1]
-  return character
 
 
 @contextlib.contextmanager
@@ -315,16 +298,27 @@ class _Folder(FileTree):
         f"expected a tree of folders, so remove links between them."
       )
 
+  def _path(self, name: str) -> Path:
+    """Returns a file's path; lists name files, and are not always one's own.
+
+    Raises:
+      OSError: the name leads out of the folder, or is none.
+    """
+    inside = _within_root(name)
+    if inside is None or "\0" in name:
+      raise OSError(errno.ENOENT, "no name of a file in this folder")
+    return self.path / inside
+
   def head(self, name: str, size: int) -> bytes | None:
     try:
-      with open(self.path / name, "rb", buffering=0) as file:
+      with open(self._path(name), "rb", buffering=0) as file:
         return file.read(size)
     except OSError:
       return None
 
   def read(self, name: str, max_bytes: int = files.MAX_TEXT_BYTES) -> bytes:
     try:
-      return files.read_bytes(self.path / name, max_bytes)
+      return files.read_bytes(self._path(name), max_bytes)
     except OSError as error:
       raise ValueError(
         f"cannot read {self.full_path(name)} ({error.strerror})."
@@ -337,7 +331,7 @@ class _Folder(FileTree):
     sizes = []
     for name in names:
       try:
-        status = (self.path / name).stat()
+        status = self._path(name).stat()
       except OSError:
         sizes.append(-1)
       else:
@@ -348,7 +342,7 @@ class _Folder(FileTree):
     rows = []
     for name in names:
       try:
-        status = (self.path / name).stat()
+        status = self._path(name).stat()
       except OSError:  # a dangling link: the error of reading it tells more
         rows.append([name])
       else:
@@ -428,7 +422,7 @@ def _unicode_name(info: zipfile.ZipInfo) -> str:
 
 
 def _within_root(name: str) -> str | None:
-  """Returns a member's name without "." and ".." in it; None if it leaves the root."""
+  """Returns a file's name without "." and ".." in it; None if it leaves the root."""
   # Nearly all names; this is called for each.
   if "//" not in name and "/." not in name and not name.startswith(("/", ".")):
     return name.rstrip("/")

@@ -10,7 +10,8 @@ import dataclasses
 import re
 
 from insvp_jax.data import decode
-from insvp_jax.data.folder_or_zip import FileTree, printable
+from insvp_jax.data.folder_or_zip import FileTree
+from insvp_jax.errors import printable
 
 # How much of a file `looks_like_image` wants to see.
 HEAD_BYTES = 256

@@ -29,7 +29,10 @@ def tfds_order(split: str, keys: Sequence[int | str]) -> list[int]:
     split: TFDS's name of the split, e.g. "train".
     keys: keys of its examples, in the order of the original files.
   """
-  digests = [hashlib.md5(f"{split}{key}".encode()).digest() for key in keys]
+  digests = [
+    hashlib.md5(f"{split}{key}".encode(), usedforsecurity=False).digest()
+    for key in keys
+  ]
   return sorted(range(len(keys)), key=lambda i: digests[i])
 
 

@@ -17,6 +17,8 @@ from typing import Any
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
 
+from insvp_jax.errors import printable
+
 # Images that `to_memory` has decoded at a time.
 _CHUNK = 256
 
@@ -200,7 +202,13 @@ class TaskData:
   )
 
   def __post_init__(self):
-    """Checks that labels are class indices and that no split is empty."""
+    """Checks that labels are class indices and that no split is empty.
+
+    Names come from folders, archives and lists of others, and go to terminals and
+    tables: they are made printable here, wherever they were read.
+    """
+    object.__setattr__(self, "name", printable(self.name))
+    object.__setattr__(self, "class_names", tuple(map(printable, self.class_names)))
     # Checked here, because JAX raises no error for an index out of range.
     for split_name, split in self.splits.items():
       if not len(split):

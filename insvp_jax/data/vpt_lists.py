@@ -13,6 +13,7 @@ from typing import Any
 from jaxtyping import Int
 import numpy as np
 
+from insvp_jax import files
 from insvp_jax.data.tasks import Task
 
 # For each split {image name: class id}; ids are whole numbers or text.
@@ -66,7 +67,7 @@ def _read_list(path: Path) -> dict[str, Any]:
     return names
 
   try:
-    text = path.read_text(encoding="utf-8")
+    text = files.read_bytes(path).decode("utf-8")
     members = json.loads(text, object_pairs_hook=note_repeated)
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is no JSON: {error}. Copy it anew.") from error

@@ -7,6 +7,8 @@ from typing import Any
 
 import tabulate
 
+from insvp_jax.errors import printable
+
 # Of classes by their number of training images; see `train.evaluate.by_group`.
 GROUPS = ("many", "medium", "few")
 
@@ -14,8 +16,17 @@ GROUPS = ("many", "medium", "few")
 def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
   """Returns a Markdown table: the first column of words, the others of numbers."""
   aligned = ("left", *["right"] * (len(titles) - 1))
+
+  def cells(row: Sequence[str]) -> list[str]:
+    # A folder's name may hold what ends a cell.
+    return [printable(cell).replace("|", "\\|") for cell in row]
+
   text = tabulate.tabulate(
-    rows, headers=titles, tablefmt="github", disable_numparse=True, colalign=aligned
+    map(cells, rows),
+    headers=cells(titles),
+    tablefmt="github",
+    disable_numparse=True,
+    colalign=aligned,
   )
   return f"{text}\n"
 

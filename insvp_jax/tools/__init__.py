@@ -10,6 +10,9 @@ from typing import Any
 from insvp_jax import errors
 
 RUN_HELP = "the run's workdir, such as runs/folder/insvp/seed0"
+BACKBONE_HELP = (
+  "the backbone's file, if it has moved, or a repository or https address to request"
+)
 
 
 def argument_parser(doc: str, module: str, prog: str | None) -> argparse.ArgumentParser:
@@ -40,7 +43,7 @@ def run_tool(main: Callable[[], None]) -> int:
     if not errors.is_ours(error):
       raise
     notes = getattr(error, "__notes__", ())
-    lines = [f"insvp_jax: {errors.one_line(error)}", *notes]
+    lines = [f"insvp_jax: {errors.one_line(error)}", *map(errors.printable, notes)]
     print("\n".join(lines), file=sys.stderr)
     return 2
   return 0

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "evaluate", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help="the backbone's file, if it has moved")
+  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument("--splits", nargs="+", help="train, val, test (the default), ...")
   parser.add_argument(
     "--root", default="", help="another folder or .zip of images of the run's classes"

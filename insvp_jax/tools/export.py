@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "export", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
+  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument(
     "--output", required=True, type=Path, help="path of the .npz or .safetensors"
   )
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       )
     from insvp_jax.run import load_run
 
-    run = load_run(args.run)
+    run = load_run(args.run, backbone=args.backbone)
     description = export_backbone(
       run,
       args.output,

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "predict", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help="the backbone's file, if it has moved")
+  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument("--top", type=int, default=5, help="how many classes to print")
   parser.add_argument(
     "--skip_corrupt", action="store_true", help="images that do not decode are no error"

@@ -50,6 +50,9 @@ def read(run: Any, root: str = "") -> RunData:
   data_config = config_lib.defaults().data
   known = {name: value for name, value in config["data"].items() if name in data_config}
   data_config.update(known)
+  if data_config.cache_dir:
+    # A run says where its data were, not where a reader's machine is written to.
+    data_config.cache_dir = "off"
   task, stored = config["task"], run.workdir / SPLITS_FILE
   if root:
     task = "folder"

@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "visualize", prog)
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help="the backbone's file, if it has moved")
+  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument(
     "--images",
     nargs="+",

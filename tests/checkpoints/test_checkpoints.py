@@ -459,13 +459,12 @@ def test_a_list_of_checksums_that_is_none_is_damage(saved, tmp_path, entry):
   assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "/dev/zero", "fifo"])
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "/dev/zero"])
 def test_checksums_name_files_of_the_checkpoint(saved, tmp_path, name):
   source, _, _ = saved
   where = tmp_path / "checkpoints" / "3"
   shutil.copytree(source, where)
   (tmp_path / "secret").write_text("x")
-  os.mkfifo(where / "fifo")
   (where / "checksums.json").write_text(json.dumps({name: [1, "a"]}))
   with pytest.raises(files.Damaged, match=f"{name} is missing"):
     files.verify(where)
@@ -511,3 +510,23 @@ def test_json_files_of_a_run_are_read_whole_or_are_damage(tmp_path):
   os.mkfifo(path)
   with pytest.raises(files.Damaged, match="result.json is a pipe"):
     files.load_json(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "file"])
+def test_a_checkpoint_is_made_of_files(saved, tmp_path, kind):
+  where = tmp_path / "checkpoints" / "3"
+  shutil.copytree(saved[0], where)
+  os.mkfifo(tmp_path / "pipe")
+  # As in the cache of a hub.
+  (tmp_path / "file").write_text("x")
+  target = {"device": "/dev/zero", "folder": "/"}.get(kind, tmp_path / kind)
+  (where / "adapter" / "x").symlink_to(target)
+  if kind == "file":
+    files.verify(where)
+    return
+  with pytest.raises(files.Damaged, match="adapter/x is a link to a folder, or no reg"):
+    files.verify(where)
+
+
+def test_what_is_said_of_damage_moves_no_cursor():
+  assert str(files.Damaged("a\x1b[2J\n")) == r"a\x1b[2J\n"

@@ -354,3 +354,15 @@ def test_every_member_is_a_file_or_named(tmp_path_factory, names):
     for name in entries.files:
       assert not {"", ".", ".."} & {*name.split("/")}
       tree.read(name)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "{root}/../secret"])
+def test_a_listed_name_stays_in_its_folder(tmp_path, name):
+  (tmp_path / "set" / "a").mkdir(parents=True)
+  (tmp_path / "secret").write_bytes(b"x")
+  with open_folder_or_zip(str(tmp_path / "set")) as root:
+    for wrong in (name.format(root=tmp_path / "set"), "a\0b"):
+      assert root.sizes([wrong]) == [-1] and root.head(wrong, 1) is None
+      assert root.fingerprint([wrong])[1] == [[wrong]]
+      with pytest.raises(ValueError, match="cannot read"):
+        root.read(wrong)

@@ -102,3 +102,9 @@ def test_few_shots_of_a_folder_are_the_same_in_memory_and_streamed(
   )
   again = load(shots=2, splits_json=str(tmp_path / "splits.json"))
   assert again.files["train"][0] == names
+
+
+def test_names_of_classes_reach_every_terminal():
+  split = _split([0, 1])
+  data = TaskData("x\x1b[2J", ("a\nb", "\u202ec"), {"train": split})
+  assert data.name == r"x\x1b[2J" and data.class_names == (r"a\nb", r"\u202ec")

@@ -475,6 +475,13 @@ def test_a_file_in_parts(tmp_path):
     load(index)
 
 
+def test_an_index_of_itself_is_refused(tmp_path):
+  index = tmp_path / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"x": index.name}}))
+  with pytest.raises(ValueError, match="an index again"):
+    load(index)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_half_precision_becomes_float32(tmp_path, dtype):
   file = published("deit", make_arrays("deit"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import types
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -29,14 +30,16 @@ def hub(tmp_path, monkeypatch):
   folder.mkdir()
   monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
 
-  def download(repository, file, revision=None, local_files_only=False):
+  def download(repository, file, revision=None, local_files_only=False, dry_run=False):
     if " " in repository:
       raise errors.HFValidationError("no blanks")
     if local_files_only:
       raise errors.LocalEntryNotFoundError("not in the cache")
-    asked.append((repository, file, revision))
     if not (folder / file).is_file():
       raise errors.EntryNotFoundError("404")
+    if dry_run:
+      return types.SimpleNamespace(file_size=(folder / file).stat().st_size)
+    asked.append((repository, file, revision))
     return str(folder / file)
 
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -70,6 +73,17 @@ def test_a_repository_in_parts(hub):
   test_families.write_parts(folder, test_families.published(family, arrays))
   assert weights.resolve(f"hf-hub:{REPOSITORY}").name == "model.safetensors.index.json"
   assert {file for _, file, _ in asked} > {"a.safetensors", "b.safetensors"}
+
+
+def test_a_repository_that_is_too_large_is_not_downloaded(hub, monkeypatch):
+  folder, asked = hub
+  put(folder)
+  # All of its parts together are.
+  size = (folder / "model.safetensors").stat().st_size
+  monkeypatch.setenv(downloads.LIMIT_VARIABLE, str((size - 1) / 2**30))
+  with pytest.raises(ValueError, match=f"hf-hub:{REPOSITORY} has more than the"):
+    weights.resolve(f"hf-hub:{REPOSITORY}")
+  assert not asked
 
 
 def test_what_was_put_into_the_cache_by_hand_comes_first(hub, tmp_path):

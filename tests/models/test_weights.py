@@ -1,6 +1,7 @@
 """Backbone files: every layout in and out, known names, and every way to fail."""
 
 import concurrent.futures
+import contextlib
 import gc
 import hashlib
 import http.server
@@ -623,6 +624,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if data is None:
       self.send_error(404)
       return
+    if isinstance(data, str):
+      self.send_response(302)
+      self.send_header("Location", data)
+      self.end_headers()
+      with contextlib.suppress(ConnectionError):
+        for _ in range(1 << 10):
+          self.wfile.write(bytes(1 << 16))
+        server.was_read = True
+      return
     wanted = self.headers.get("Range")
     if server.sends_ranges and wanted:
       start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
@@ -631,9 +641,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
     else:
       self.send_response(200)
-    self.send_header("Content-Length", str(len(data[start:])))
+    if server.says_length:
+      self.send_header("Content-Length", str(len(data[start:])))
     self.end_headers()
-    self.wfile.write(data[start:][: server.breaks_after])
+    # A client that has seen enough closes the connection.
+    with contextlib.suppress(ConnectionError):
+      self.wfile.write(data[start:][: server.breaks_after])
 
   def log_message(self, *args):
     pass
@@ -642,11 +655,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
   """A server on this machine; `files` maps paths to bytes."""
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+  monkeypatch.setattr(downloads, "_SCHEME", "http")
   with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files, server.requests = {}, []
     server.breaks_after, server.sends_ranges = None, True
+    server.says_length, server.was_read = True, False
     server.may_answer = threading.Event()
     server.may_answer.set()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -697,7 +712,7 @@ def test_download_is_cached_and_said(tmp_path, server, published, leaves, capsys
 
 def test_a_url_is_cached_too(tmp_path, server, published, monkeypatch):
   monkeypatch.setattr(downloads, "_GCS_URL", f"{server.url}/")
-  server.files["/some_bucket/a%2Bb/x.npz"] = b"x"
+  server.files["/some_bucket/a%2Bb/x.npz"] = published
   path = weights.resolve("gs://some_bucket/a+b/x.npz")
   assert path == tmp_path / "cache" / "some_bucket" / "a+b" / "x.npz"
   assert weights.resolve(f"{server.url}/some_bucket/a%2Bb/x.npz") == path
@@ -804,8 +819,92 @@ def test_digest_of_a_download_is_checked(tmp_path, server, published, monkeypatc
     weights.resolve("tiny")
 
 
-def test_a_download_is_visible_in_a_file(server, published, monkeypatch, capsys):
-  server.files["/tiny.npz"] = bytes(3 << 20)
+_WRONG = {
+  "a login page": (
+    b"<!DOCTYPE html>",
+    True,
+    "no file of weights: it begins with b'<!D",
+  ),
+  "an error in JSON": (b'{"error": "login"}', True, "no file of weights: it begins"),
+  "a part without a length": (slice(1000), False, "no file of weights"),
+  "too large, as it says": (bytes(2 << 20), True, "more than the 1.0 MiB"),
+  "too large, unsaid": (bytes(2 << 20), False, "more than the 1.0 MiB"),
+  "another scheme": (
+    "file:///etc/passwd",
+    True,
+    "'file:///etc/passwd' is not requested",
+  ),
+  "a private name": ("http://localhost/x.npz", True, "not public"),
+  "a private address": ("http://169.254.169.254/x", True, "not public"),
+  "one inside of IPv6": ("http://[::ffff:10.0.0.1]/x", True, "not public"),
+  "no address": ("http://[", True, "no address"),
+  "a circle": ("/x.npz", True, "more than 5 redirections"),
+}
+
+
+@pytest.mark.parametrize("case", _WRONG)
+def test_a_wrong_download_leaves_nothing(
+  tmp_path, server, published, monkeypatch, case
+):
+  data, server.says_length, expected = _WRONG[case]
+  monkeypatch.setenv(downloads.LIMIT_VARIABLE, str(2**-10))
+  url = f"{server.url}/x.npz"
+  server.files["/x.npz"] = published[data] if isinstance(data, slice) else data
+  with pytest.raises((ValueError, FileNotFoundError), match=re.escape(expected)):
+    weights.resolve(url)
+  assert cached_files(tmp_path) == []
+  # Nor does it stand in the way of the right one, which lies elsewhere on this host.
+  server.files["/x.npz"] = "/tiny.npz"
+  assert weights.resolve(url).read_bytes() == published
+  # What comes with a redirection is nothing to wait for.
+  assert not server.was_read
+
+
+def test_only_https_is_requested(tmp_path, server, published, monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setenv("INSVP_CACHE", str(tmp_path / "cache"))
+  with pytest.raises(ValueError, match="only https:// is: on its way"):
+    weights.resolve(f"{server.url}/tiny.npz")
+  assert not server.requests
+
+
+def test_a_silent_server_is_not_waited_for(tmp_path, server, published, monkeypatch):
+  monkeypatch.setattr(downloads, "_TIMEOUT_SECONDS", 0.05)
+  server.may_answer.clear()
+  with pytest.raises(FileNotFoundError, match="Read timed out"):
+    weights.resolve("tiny")
+  server.may_answer.set()
+  assert cached_files(tmp_path) == []
+
+
+def test_a_part_that_is_a_link_is_not_written_to(tmp_path, server, published):
+  (tmp_path / "mine").write_bytes(b"x")
+  folder = tmp_path / "cache" / server.url.removeprefix("http://")
+  folder.mkdir(parents=True)
+  (folder / ".tiny.npz.part").symlink_to(tmp_path / "mine")
+  with pytest.raises(ValueError, match="is a link to"):
+    weights.resolve("tiny")
+  assert (tmp_path / "mine").read_bytes() == b"x"
+
+
+def test_a_release_is_as_large_as_it_is(monkeypatch):
+  release = releases.RELEASES["vit_b16_i21k"]
+  # Of ViT-B/16 with its head in float32.
+  assert 1.5 < downloads._max_bytes(release) / 412e6 < 2.5
+  assert downloads._max_bytes() == 5 * 2**30
+  monkeypatch.setenv(downloads.LIMIT_VARIABLE, "9")
+  assert downloads._max_bytes(release) == 9 * 2**30
+  monkeypatch.setenv(downloads.LIMIT_VARIABLE, "much")
+  with pytest.raises(ValueError, match="'much', expected a number of GiB, such as 5"):
+    downloads._max_bytes()
+
+
+def test_a_download_is_visible_in_a_file(
+  tmp_path, server, published, monkeypatch, capsys
+):
+  zeros = np.zeros((3 << 20) - 400, np.uint8)
+  content = write(tmp_path / "zeros.npz", {"x": zeros}).read_bytes()
+  server.files["/tiny.npz"] = content + bytes((3 << 20) - len(content))
   monkeypatch.setattr(downloads, "_LINE_SECONDS", 0)
   monkeypatch.setattr(downloads, "_CHUNK", 1 << 20)
   weights.resolve("tiny")

@@ -412,6 +412,11 @@ def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
   assert not fake.trials and not list(tmp_path.iterdir())
 
 
+def test_a_name_makes_no_cells_of_its_own():
+  table = tables.markdown([["a|b\x1b[2J", "1"]], ["x", "y"])
+  assert r"| a\|b\x1b[2J |" in table
+
+
 def test_further_hparams_are_searched_for_and_stand_in_the_tables(install, tmp_path):
   def accuracy(config):
     return 0.9 if config.insvp.image_fusion == (1.0, 2.0) else 0.4

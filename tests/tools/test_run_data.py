@@ -12,7 +12,7 @@ from tiny_training import CLASSES, SPLITS, tiny_config, write_images
 
 from insvp_jax.data import SPLITS_FILE, load_data
 from insvp_jax.run import load_run
-from insvp_jax.tools import evaluate
+from insvp_jax.tools import evaluate, run_data
 from insvp_jax.train import trainer
 
 
@@ -177,3 +177,18 @@ def test_copies_of_training_images_in_test_are_counted_and_can_be_left_out(
   config.data.duplicates = "error"
   with pytest.raises(ValueError, match="Remove them, or set config.data.duplicates"):
     load_data("folder", config.data, 16)
+
+
+def test_a_run_says_not_where_to_write(place, capsys, monkeypatch):
+  run = load_run(place / "run")
+  run.meta["config"]["data"] |= {"cache_dir": str(place / "cache"), "root": "x"}
+  seen = []
+
+  def load(task, config, size):
+    seen.append(config)
+    raise ValueError("enough")
+
+  monkeypatch.setattr(run_data, "load_data", load)
+  with pytest.raises(ValueError, match="enough"):
+    run_data.read(run)
+  assert seen[0].cache_dir == "off" and not (place / "cache").exists()

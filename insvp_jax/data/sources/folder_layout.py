@@ -10,9 +10,10 @@ from absl import logging
 
 from insvp_jax import trees
 from insvp_jax.data import decode, image_kinds
-from insvp_jax.data.folder_or_zip import EXPECTED, FileTree, printable
+from insvp_jax.data.folder_or_zip import EXPECTED, FileTree
 from insvp_jax.data.sources import split_names
 from insvp_jax.data.sources.split_names import SplitName
+from insvp_jax.errors import printable
 
 # Reasons to leave images out, besides those of `image_kinds`.
 _LOOSE = "in no class folder"

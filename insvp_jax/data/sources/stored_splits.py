@@ -12,7 +12,8 @@ import numpy as np
 
 from insvp_jax import files
 from insvp_jax.data import image_kinds
-from insvp_jax.data.folder_or_zip import FileTree, printable
+from insvp_jax.data.folder_or_zip import FileTree
+from insvp_jax.errors import printable
 
 _NAMES = ("train", "val", "test")
 

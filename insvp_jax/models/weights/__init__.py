@@ -4,7 +4,9 @@ from insvp_jax.models.weights.downloads import file_digest, resolve
 from insvp_jax.models.weights.load import load_backbone, save_backbone
 from insvp_jax.models.weights.published import (
   architecture_of,
+  are_sizes_known,
   is_file_name,
+  is_remote,
   pixels_of,
   vit_fields,
 )
@@ -16,8 +18,10 @@ __all__ = [
   "LoadReport",
   "Release",
   "architecture_of",
+  "are_sizes_known",
   "file_digest",
   "is_file_name",
+  "is_remote",
   "load_backbone",
   "pixels_of",
   "resolve",

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import hashlib
+import ipaddress
 import os
 from pathlib import Path
 import re
@@ -16,10 +18,17 @@ import urllib.request
 
 import jax
 
-from insvp_jax import array_files, paths, trees
+from insvp_jax import array_files, files, paths, trees
 from insvp_jax.models.weights import releases
+from insvp_jax.models.weights.releases import Release
 
+# The largest download whose size is not published, in GiB. Not a key of a config: a
+# run brings its config along.
+LIMIT_VARIABLE = "INSVP_MAX_DOWNLOAD_GB"
+_MAX_GIB = 5
 _GCS_URL = "https://storage.googleapis.com/"
+_SCHEME = "https"
+_MAX_REDIRECTIONS = 5
 _TIMEOUT_SECONDS = 60  # without a byte
 _MIB = 1 << 20
 _CHUNK = 1 << 16  # bytes; of one that a broken connection cut nothing is kept
@@ -29,22 +38,28 @@ _LINE_SECONDS = 10  # from line to line where there is no terminal
 def resolve(
   path_or_name: str | os.PathLike[str],
   cache_dir: str | os.PathLike[str] | None = None,
+  *,
+  download: bool = True,
 ) -> Path:
   """Returns the local file of a path, a release's name, a repository or a URL.
 
   A repository of Hugging Face is "timm/..." or "hf-hub:...". An existing file is
   taken first, then a release in the package, then the cache; what is in none of them
-  is downloaded into the cache. Several processes may want
-  it at once: one downloads. A download that was interrupted is resumed the next time;
-  the file is in its place only when it is complete.
+  is downloaded into the cache. Several processes may want it at once: one downloads.
+  A download that was interrupted is resumed the next time; the file is in its place
+  only when it is complete and a file of weights, and a wrong one leaves nothing. Only
+  https is requested. A download may be as large as a release is, others up to 5 GiB or
+  $INSVP_MAX_DOWNLOAD_GB.
 
   Args:
     path_or_name: a path, also of a folder as Hugging Face has it, a key of `RELEASES`,
       a repository, or a gs:// or https:// URL.
     cache_dir: folder of downloads; None is `paths.cache_dir()`.
+    download: whether to request what is not on this machine.
 
   Raises:
-    ValueError: unknown name, or a file of another digest.
+    ValueError: unknown name, a file of another digest, or what was sent is too large,
+      no file of weights, or at no address that may be requested.
     FileNotFoundError: no such file, or the download failed; the message says what to
       download and where to put it.
   """
@@ -53,12 +68,12 @@ def resolve(
   if path.is_file():
     return path
   if re.match(r"(gs|https?)://", name):
-    return _cached_file(name, name, None, cache_dir)
+    return _cached_file(name, Release(url=name), cache_dir, download)
   if name in releases.RELEASES:
     release = releases.RELEASES[name]
     if not release.url:
       return _packaged_file(name)
-    return _cached_file(name, release.url, release.sha256, cache_dir)
+    return _cached_file(name, release, cache_dir, download)
   if name and path.is_dir():
     for inside in array_files.FILES:
       if (path / inside).is_file():
@@ -68,7 +83,7 @@ def resolve(
       "file itself."
     )
   if re.match(r"timm/|hf-hub:", name):
-    return _hub_file(name, cache_dir)
+    return _hub_file(name, cache_dir, download)
   if name.endswith(array_files.SUFFIXES) or name.startswith(("/", "./", "../", "~")):
     raise FileNotFoundError(
       f"there is no file {path.absolute()}. Give the path of a file of weights, or the "
@@ -107,7 +122,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
-def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+def _hub_file(
+  name: str, cache_dir: str | os.PathLike[str] | None, download: bool
+) -> Path:
   """Returns the file of weights of a repository of Hugging Face.
 
   What was put into the cache by hand comes first, then `huggingface_hub`'s own cache,
@@ -115,7 +132,7 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
 
   Args:
     name: "timm/..." or "hf-hub:...", and "@revision" where it is not the newest one.
-    cache_dir: see `resolve`.
+    cache_dir, download: see `resolve`.
 
   Raises:
     ValueError, FileNotFoundError: see `resolve`.
@@ -130,12 +147,19 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
   import huggingface_hub
   from huggingface_hub import errors
 
+  num_bytes = 0
+
   def get(file: str, **options: Any) -> Path | None:
     """Returns a file of the repository; None where it has no such file."""
+    nonlocal num_bytes
+    fetch = functools.partial(
+      huggingface_hub.hf_hub_download, repository, file, revision=revision or None
+    )
     try:
-      file = huggingface_hub.hf_hub_download(
-        repository, file, revision=revision or None, **options
-      )
+      if not options:
+        num_bytes += fetch(dry_run=True).file_size or 0
+        _check_size(name, num_bytes, _max_bytes())
+      file = fetch(**options)
     except errors.EntryNotFoundError as error:
       # Both are subclasses: it is not there, or nobody could be asked.
       is_offline = isinstance(error, errors.LocalEntryNotFoundError)
@@ -159,15 +183,17 @@ def _hub_file(name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
   try:
     if path := find(local_files_only=True):
       return path
-    _look_up(huggingface_hub.constants.ENDPOINT)
-    if path := find():
-      return path
+    if download:
+      _look_up(huggingface_hub.constants.ENDPOINT)
+      if path := find():
+        return path
     reason = f"it has none of {', '.join(array_files.FILES)}"
   except errors.HFValidationError as error:
     raise ValueError(f"{name!r} is no name of a repository: {error}") from error
   except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
     cause = error.__cause__ or error
     reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+  _check_download(name, download)
   raise FileNotFoundError(
     f"the backbone {name!r} is not on this machine and could not be downloaded "
     f"({reason}). Download {url}{array_files.FILES[0]}, and config.json beside it, "
@@ -195,14 +221,26 @@ def _packaged_file(name: str) -> Path:
   return path
 
 
+def _check_download(name: str, download: bool) -> None:
+  """Raises a `FileNotFoundError` where nothing may be requested."""
+  if not download:
+    raise FileNotFoundError(f"{name!r} is not on this machine, and is not requested.")
+
+
 def _cached_file(
-  name: str, url: str, sha256: str | None, cache_dir: str | os.PathLike[str] | None
+  name: str,
+  release: Release,
+  cache_dir: str | os.PathLike[str] | None,
+  download: bool,
 ) -> Path:
   folder = Path(cache_dir or paths.cache_dir()).expanduser()
-  url, target = _https_url(url), folder.absolute() / _cache_name(url)
+  url, sha256 = _https_url(release.url), release.sha256
+  target = folder.absolute() / _cache_name(url)
   if not target.is_file():
+    _check_download(name, download)
+    _check_scheme(url)
     try:
-      _download(url, target, sha256)
+      _download(url, target, sha256, _max_bytes(release))
     except OSError as error:
       # What happened, without what requests and urllib3 wrap around it.
       reason = getattr(error.args[0] if error.args else None, "reason", error)
@@ -230,12 +268,15 @@ def _cache_name(url: str) -> str:
   return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def _download(url: str, target: Path, sha256: str | None) -> None:
+def _download(
+  url: str, target: Path, sha256: str | None, max_bytes: float | int
+) -> None:
   """Downloads a file, or what an interrupted download left to be received.
 
   Several processes may call this at once: one downloads, and the others wait.
   """
   import filelock
+  import requests
 
   target.parent.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(target.with_name(f".{target.name}.lock")):
@@ -243,13 +284,20 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     if target.is_file():
       return
     part, start = target.with_name(f".{target.name}.part"), time.monotonic()
-    received = _receive(url, part, target)
-    actual = file_digest(part)
-    if sha256 not in (None, actual):
-      part.unlink()
-      raise ValueError(
-        f"{url} has sha256 {actual}, expected {sha256}. The download was thrown away."
-      )
+    try:
+      received = _receive(url, part, target, max_bytes)
+      actual = file_digest(part)
+      if sha256 not in (None, actual):
+        raise ValueError(
+          f"{url} has sha256 {actual}, expected {sha256}. The download was thrown away."
+        )
+      _check_content(url, part)
+    except (OSError, ValueError) as error:
+      # What a broken connection left is gone on with the next time.
+      is_broken = isinstance(error, requests.RequestException)
+      if not is_broken or not part.stat().st_size:
+        part.unlink(missing_ok=True)
+      raise
     os.replace(part, target)
     seconds = max(time.monotonic() - start, 1e-3)
     _say(
@@ -258,77 +306,186 @@ def _download(url: str, target: Path, sha256: str | None) -> None:
     )
 
 
-def _receive(url: str, part: Path, target: Path) -> int:
+def _check_content(url: str, part: Path) -> None:
+  """Checks that a download is a file of weights, and not the page of a login.
+
+  Raises:
+    ValueError: it is not, or it is not complete.
+  """
+  try:
+    kind = array_files.kind_of(part)
+    if kind in ("npz", "safetensors"):
+      array_files.open_arrays(part, kind)
+    elif kind != "torch":
+      with part.open("rb") as file:
+        raise ValueError(f"it begins with {file.read(40)!r}")
+  except ValueError as error:
+    raise ValueError(
+      f"what {url} sent is no file of weights: {error}. It was thrown away."
+    ) from error
+
+
+def _receive(url: str, part: Path, target: Path, max_bytes: float | int) -> int:
   """Appends to a file what it lacks of a URL's content; returns how many bytes.
 
   Raises:
-    OSError: no connection, or it broke, or the disk is full. What came stays.
+    OSError: no connection, or it broke, or the disk is full.
+    ValueError: the content is larger than `max_bytes`, or is at no address that may be
+      requested.
   """
-  import pooch
+  import requests
 
-  with part.open("ab") as file:
-    size, total, status = file.tell(), 0, 0
-    responses = contextlib.ExitStack()
-
-    def respond(response: Any, **_: Any) -> None:
-      nonlocal size, total, status
-      # Pooch leaves it open where something fails.
-      responses.callback(response.close)
-      status = response.status_code
-      if status in (200, 416):
-        # It sends the whole file, or has nothing to go on with.
-        file.truncate(0)
-        size = 0
-      if status in (200, 206):
-        total = size + int(response.headers.get("Content-Length", 0))
-        resuming = f", resuming at {_mib(size)}" if size else ""
-        _say(f"downloading {url} ({_mib(total)}) to {target}{resuming}")
-        meter.start(size, total)
-
-    meter = _Meter()
-    headers = {"Accept-Encoding": "identity"}
-    if size:
-      headers["Range"] = f"bytes={size}-"
-    downloader = pooch.HTTPDownloader(
-      progressbar=meter,
-      chunk_size=_CHUNK,
-      timeout=_TIMEOUT_SECONDS,
-      headers=headers,
-      hooks={"response": respond},
-    )
+  files.check_writable_in_place(part)
+  with part.open("ab") as file, requests.Session() as session:
+    # `_request` follows redirections: requests would read all that comes with one.
+    session.get_redirect_target = lambda response: None
+    size = file.tell()
+    response = _request(session, url, size)
+    if size and response.status_code == 416:
+      # There is nothing to go on with.
+      response = _request(session, url, 0)
+    response.raise_for_status()
+    if response.status_code != 206:
+      file.truncate(0)
+      size = 0
+    length = response.headers.get("Content-Length", "")
+    total = size + int(length) if length.isdecimal() else 0
+    _check_size(url, total, max_bytes)
+    resuming = f", resuming at {_mib(size)}" if size else ""
+    _say(f"downloading {url} ({_mib(total)}) to {target}{resuming}")
+    meter, received = _Meter(size, total), 0
     try:
-      downloader(url, file, None)
-    except OSError as error:
-      if status != 416:
-        if error.errno is None and total:
-          raise OSError(
-            f"the connection broke after {file.tell()} of {total} bytes; the next try "
-            "goes on there"
-          ) from error
+      for chunk in response.iter_content(_CHUNK):
+        received += len(chunk)
+        _check_size(url, size + received, max_bytes)
+        file.write(chunk)
+        meter.update(len(chunk))
+    except requests.RequestException as error:
+      if not total:
+        # Nobody knows of how much this is a part.
+        file.truncate(0)
         raise
+      raise requests.ConnectionError(
+        f"the connection broke after {file.tell()} of {total} bytes; the next try "
+        "goes on there"
+      ) from error
     finally:
       meter.close()
-      responses.close()
-    if status != 416:
-      return file.tell() - size
-  return _receive(url, part, target)
+    return received
+
+
+def _request(session: Any, url: str, start: int) -> Any:
+  """Returns the response to a request of a file from some byte on.
+
+  Redirections are followed to where they may lead; see `_redirected`.
+  """
+  headers = {"Accept-Encoding": "identity"}
+  if start:
+    headers["Range"] = f"bytes={start}-"
+  for _ in range(_MAX_REDIRECTIONS):
+    response = session.get(
+      url,
+      headers=headers,
+      stream=True,
+      allow_redirects=False,
+      timeout=_TIMEOUT_SECONDS,
+    )
+    if not response.is_redirect:
+      return response
+    location = response.headers["Location"]
+    response.close()
+    url = _redirected(url, location)
+  raise OSError(f"more than {_MAX_REDIRECTIONS} redirections, the last one to {url}")
+
+
+def _redirected(url: str, location: str) -> str:
+  """Returns where a server leads: to https, and from its host to public ones alone.
+
+  A name that leads to a public address now and to a private one a moment later gets
+  no further than the connection: there is no certificate for it.
+
+  Raises:
+    ValueError: it leads elsewhere.
+  """
+  try:
+    target = urllib.parse.urljoin(url, location)
+    old, new = (urllib.parse.urlsplit(address).hostname for address in (url, target))
+  except ValueError as error:
+    raise ValueError(f"{url} redirects to {location!r}, no address.") from error
+  _check_scheme(target)
+  if new != old and not _is_public(new):
+    raise ValueError(
+      f"{url} redirects to {target}, an address that is not public, and is not "
+      "followed there. Download the file by other means, and give its path."
+    )
+  return target
+
+
+def _is_public(host: str | None) -> bool:
+  """Returns whether all addresses of a host are public ones."""
+  try:
+    found = socket.getaddrinfo(host, None)
+  except (OSError, UnicodeError):
+    # Behind a proxy, which alone knows names; elsewhere connecting fails as well.
+    return True
+  addresses = (ipaddress.ip_address(info[4][0].partition("%")[0]) for info in found)
+  return all((getattr(a, "ipv4_mapped", None) or a).is_global for a in addresses)
+
+
+def _check_scheme(url: str) -> None:
+  """Checks that a URL's content cannot be changed on its way.
+
+  Raises:
+    ValueError: it can.
+  """
+  if not url.startswith(f"{_SCHEME}://") or not url.isprintable():
+    raise ValueError(
+      f"{url!r} is not requested, only {_SCHEME}:// is: on its way the content could "
+      "be changed. Download the file by other means, and give its path."
+    )
+
+
+def _check_size(name: str, num_bytes: int, max_bytes: float | int) -> None:
+  """Checks that a download is not larger than it may be.
+
+  Raises:
+    ValueError: it is.
+  """
+  if num_bytes > max_bytes:
+    raise ValueError(
+      f"{name} has more than the {_mib(max_bytes)} that its download may have, and "
+      f"nothing of it was kept. Raise ${LIMIT_VARIABLE} (in GiB), or download it by "
+      "other means, and give its path."
+    )
+
+
+def _max_bytes(release: Release | None = None) -> float | int:
+  """Returns how large a download may be.
+
+  Args:
+    release: of a release as large as it is; of anything else a number for all.
+
+  Raises:
+    ValueError: what the user has set is no number.
+  """
+  text = os.environ.get(LIMIT_VARIABLE)
+  if not text:
+    return (release and release.max_bytes) or _MAX_GIB * 2**30
+  try:
+    return float(text) * 2**30
+  except ValueError as error:
+    raise ValueError(
+      f"${LIMIT_VARIABLE} is {text!r}, expected a number of GiB, such as {_MAX_GIB}."
+    ) from error
 
 
 class _Meter:
-  """Shows how far a download is: a bar on a terminal, else a line now and then.
+  """Shows how far a download is: a bar on a terminal, else a line now and then."""
 
-  With the methods and the attribute of a progress bar that pooch calls.
-  """
-
-  def __init__(self):
-    """Shows nothing yet."""
-    self.total = self._size = self._shown_size = 0
-    self._shown_at, self._bar = time.monotonic(), None
-
-  def start(self, size: int, total: int) -> None:
-    """Begins at so many bytes of so many."""
+  def __init__(self, size: int, total: int):
+    """Begins at so many bytes of so many; 0 where nobody says of how many."""
     self._size = self._shown_size = size
-    self._all = total
+    self._total, self._shown_at, self._bar = total, time.monotonic(), None
     if sys.stderr.isatty() and jax.process_index() == 0:
       from rich import console, progress
 
@@ -346,17 +503,13 @@ class _Meter:
 
   def update(self, size: int) -> None:
     """Counts bytes that came."""
-    self._size = min(self._size + size, self._all or self._size + size)
+    self._size += size
     if self._bar:
       self._bar.update(self._task, completed=self._size)
     elif time.monotonic() - self._shown_at >= _LINE_SECONDS:
       rate = (self._size - self._shown_size) / (time.monotonic() - self._shown_at)
-      _say(f"  {_mib(self._size)} of {_mib(self._all)}, {_mib(rate)}/s")
+      _say(f"  {_mib(self._size)} of {_mib(self._total)}, {_mib(rate)}/s")
       self._shown_at, self._shown_size = time.monotonic(), self._size
-
-  def reset(self) -> None:
-    """Does nothing: pooch counts everything again at the end."""
-    self.update = lambda size: None
 
   def close(self) -> None:
     """Removes the bar."""

@@ -33,11 +33,20 @@ def is_file_name(name: str) -> bool:
   """
   if not name or name in releases.RELEASES:
     return False
-  is_remote = re.match(r"(gs|https?)://|timm/|hf-hub:", name)
-  is_path = name.startswith(("/", "./", "../", "~")) or name.endswith(
-    array_files.SUFFIXES
-  )
-  return bool(is_remote) or is_path or Path(name).expanduser().exists()
+  is_path = name.startswith(("/", "./", "../", "~"))
+  is_path |= name.endswith(array_files.SUFFIXES)
+  return is_remote(name) or is_path or Path(name).expanduser().exists()
+
+
+def is_remote(name: str) -> bool:
+  """Returns whether a backbone's name is that of a repository or a URL."""
+  return re.match(r"(gs|https?)://|timm/|hf-hub:", name) is not None
+
+
+def are_sizes_known(overrides: Mapping[str, Any]) -> bool:
+  """Returns whether a ViT's sizes are known, so that no file is asked for them."""
+  known = [f for f in releases.ARCHITECTURE if f != "image_size"]
+  return all(overrides.get(field) is not None for field in known)
 
 
 def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
@@ -53,8 +62,7 @@ def architecture_of(name: str, overrides: Mapping[str, Any] | None = None):
   if not is_file_name(name):
     return releases.architecture_of(name)
   overrides = overrides or {}
-  known = [f for f in releases.ARCHITECTURE if f != "image_size"]
-  if all(overrides.get(field) is not None for field in known):
+  if are_sizes_known(overrides):
     return {}
   path = downloads.resolve(name)
   fields = _fields_of(path)

@@ -56,6 +56,20 @@ class Release:
   resize: str = ""
   crop: float = 1.0
 
+  @property
+  def max_bytes(self) -> int:
+    """Returns more bytes than its file has; 0 where its sizes are not known.
+
+    Nobody published the sizes of the files: it is twice what the matrices take in
+    float32, with a head of ImageNet-21k's classes and the layer before it.
+    """
+    if not self.variant:
+      return 0
+    sizes = decode_variant(self.variant)
+    width, depth, mlp_dim = (sizes[name] for name in ("width", "depth", "mlp_dim"))
+    blocks = depth * width * (4 * width + 2 * mlp_dim)
+    return 2 * 4 * (blocks + width * (21_843 + width))
+
 
 def _original(variant: str) -> Release:
   """Dosovitskiy et al. 2021, trained on ImageNet-21k; VPT's and InsVP's backbone."""

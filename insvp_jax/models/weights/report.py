@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from insvp_jax.errors import printable
+
 
 def abbreviate(names: Sequence[str] | Mapping[str, Any], limit: int = 4) -> str:
-  """Returns the first few names, and how many more there are."""
+  """Returns the first few names, printable, and how many more there are."""
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
-  return ", ".join(list(names)[:limit]) + more
+  return ", ".join(map(printable, list(names)[:limit])) + more
 
 
 @dataclasses.dataclass(frozen=True)
