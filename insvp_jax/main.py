@@ -334,7 +334,7 @@ def _usage() -> str:
     "usage: insvp train --config=NAME[:task=...,method=...,root=...] [flags]",
     "   or: python -m insvp_jax.main --config=configs/NAME.py [flags]",
     "",
-    f"Configs: {', '.join(config_files.installed())}",
+    *textwrap.wrap(f"Configs: {', '.join(config_files.installed())}", 88),
     "",
   ]
   for flag in (
