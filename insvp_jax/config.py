@@ -134,6 +134,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "loss.mix_switch_prob": (0.5, "probability of cutmix where mixup is on too"),
   # The search: which values are tried, and what is trained with the chosen ones.
   "tune.methods": ((), "methods side by side; empty: method alone"),
+  "tune.variants": (
+    (),
+    "rows in place of methods: (label, method, ((key, value), ...)) each",
+  ),
   "tune.lr": ((), "learning rates to try; empty: see --mode"),
   "tune.wd": ((), "weight decays to try; empty: see --mode"),
   "tune.fields": (

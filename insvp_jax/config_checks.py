@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
-from insvp_jax.methods import METHODS, fields
+from insvp_jax.config_variants import Variant, is_shared, variants_of
+from insvp_jax.methods import METHODS, fields, parts_of
 
 
 def validate(config: ConfigDict) -> None:
@@ -38,6 +39,7 @@ def validate(config: ConfigDict) -> None:
   _check_home("config.backbone.weights", config.backbone.weights)
   config_lib.profile_steps(config)
   _check_tune(config.tune)
+  _check_variants(config)
   if config.tune.select != "val":
     raise ValueError(
       f"config.tune.select is {config.tune.select!r}, expected 'val'. The test split "
@@ -320,6 +322,74 @@ def _check_tuned_fields(pairs: Sequence[Any]) -> None:
       kind = fields.value_types(METHODS[method])[field]
       _check_value(f"tune.fields: {name}", value, kind)
   _check_unique("fields", tuple(name for name, _ in pairs))
+
+
+def _check_variants(config: ConfigDict) -> None:
+  """Checks `config.tune.variants`: labels, keys, and the config of each row.
+
+  Raises:
+    ValueError: names the row, what it has and what is expected.
+  """
+  labels: dict[str, str] = {}
+  for variant in variants_of(config) if config.tune.variants else ():
+    label, folder = variant.label, variant.folder.lower()
+    where = f"config.tune.variants: {label!r}"
+    is_text = label.isprintable() and "|" not in label and len(label) <= 64
+    if not (is_text and folder):
+      raise ValueError(
+        f"{where} is no label, expected up to 64 characters, letters or digits among "
+        "them and no |: it names a row of tables and a folder."
+      )
+    # Some file systems do not tell cases apart.
+    if folder in labels:
+      raise ValueError(
+        f"{where} and {labels[folder]!r} would have one folder; change a label."
+      )
+    labels[folder] = label
+    _check_changes(where, variant)
+    row = variant.config(config)
+    if "total_epochs" in variant.changes and row.total_steps:
+      raise ValueError(
+        f"{where} changes total_epochs, which has no effect while config.total_steps "
+        f"is {row.total_steps}; set that to 0."
+      )
+    try:
+      validate(row)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
+
+
+def _check_changes(where: str, variant: Variant) -> None:
+  """Checks the keys that a row changes, and the types of their values.
+
+  Args:
+    where: how the message begins.
+    variant: the row.
+
+  Raises:
+    ValueError: the row cannot change a key, or not to this value.
+  """
+  known, parts = config_lib.keys(), parts_of(variant.method)
+  for key, value in variant.changes.items():
+    if key not in known:
+      raise ValueError(
+        f"{where} changes {key}, which is no key of the config."
+        f"{trees.did_you_mean(key, known)}"
+      )
+    if is_shared(key):
+      raise ValueError(
+        f"{where} changes {key}, which all rows share: task, images, backbone, seeds "
+        "and the search are the same. Set it for all of them, or start another search."
+      )
+    section = key.partition(".")[0]
+    if section in METHODS and section not in parts:
+      raise ValueError(
+        f"{where} changes {key}, but its method is {variant.method}; leave it out."
+      )
+    try:
+      _check_value(key, value, known[key][0])
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
 
 
 def _check_unique(key: str, values: tuple) -> None:

@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
       )
   # After the flags: a wrong one costs no start-up time.
   from insvp_jax import config as config_lib
-  from insvp_jax import config_checks
+  from insvp_jax import config_checks, config_variants
 
   config_file = flags.FLAGS["config"].config_filename.split(":")[0]
   workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
@@ -126,6 +126,8 @@ def main(argv: list[str]) -> None:
   overrides = config_flags.get_override_values(flags.FLAGS["config"])
   try:
     config_lib.apply_overrides(config, overrides, _MODE.value == "tune")
+    if _MODE.value != "train":
+      config_variants.check_overrides(config, overrides)
   except ValueError as error:
     _exit_for_bad_input(str(error))
   if _PRINT_CONFIG.value:
@@ -157,16 +159,19 @@ def main(argv: list[str]) -> None:
 
 
 def _plan(config: ConfigDict, num_devices: int) -> None:
-  """Prints what each method needs, and writes plan.json if a workdir was given."""
+  """Prints what each row needs, and writes plan.json if a workdir was given."""
+  from insvp_jax import config_checks, config_variants
   from insvp_jax.logs import writers
   from insvp_jax.tools import plan
 
+  config_checks.validate(config)
   devices = plan.find_devices(num_devices)
   plans = {}
-  for method in config.tune.methods or (config.method,):
-    config.method = method
-    plans[method] = plan.plan(config, devices)
-    print(plan.format_plan(plans[method]), flush=True)
+  for variant in config_variants.variants_of(config):
+    label = variant.label
+    plans[label] = plan.plan(variant.config(config), devices)
+    title = f"{label}: " if label != variant.method else ""
+    print(f"{title}{plan.format_plan(plans[label])}", flush=True)
   if _WORKDIR.value:
     writers.write_json(Path(_WORKDIR.value) / "plan.json", plans)
 
@@ -242,7 +247,7 @@ def _train_or_tune_together(config: ConfigDict, workdir: Path, watch) -> None:
 
 
 def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
-  """Draws the prompts of InsVP's first final run, if the config asks for it.
+  """Draws the prompts of InsVP's first final run that has any on images, if asked to.
 
   Returns:
     Where the picture is, or why there is none; "" where none was asked for.
@@ -250,8 +255,11 @@ def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
   from insvp_jax.distributed import processes
   from insvp_jax.search import tune
 
-  run_dir = tune.first_run(config, workdir, "insvp", _MODE.value)
-  if not (config.prompt_images and run_dir and processes.is_main_process()):
+  if not (config.prompt_images and processes.is_main_process()):
+    return ""
+  run_dirs = tune.first_runs(config, workdir, _MODE.value).values()
+  run_dir = next(filter(_prompts_images, run_dirs), None)
+  if run_dir is None:
     return ""
   if not importlib.util.find_spec("matplotlib"):
     return "not drawn without matplotlib: pip install 'insvp_jax[plots]'"
@@ -263,6 +271,16 @@ def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
     return "none: this run has no image prompts to draw"
   visualize.draw(loaded, picture, rows=config.prompt_images)
   return f"{picture}, the prompts of {config.prompt_images} test images"
+
+
+def _prompts_images(run_dir: Path) -> bool:
+  """Returns whether a run is of InsVP with a patch or a global prompt."""
+  from insvp_jax.checkpoints.files import load_json
+
+  config = load_json(run_dir / "config.json")
+  components = [config["insvp"][name] for name in ("use_patch", "use_global")]
+  # None is the default: there is one.
+  return config["method"] == "insvp" and components != [False, False]
 
 
 def _needs_traceback(error: BaseException) -> bool:
@@ -318,7 +336,7 @@ def _usage() -> str:
     "usage: insvp train --config=NAME[:task=...,method=...,root=...] [flags]",
     "   or: python -m insvp_jax.main --config=configs/NAME.py [flags]",
     "",
-    f"Configs: {', '.join(config_files.installed())}",
+    *textwrap.wrap(f"Configs: {', '.join(config_files.installed())}", 88),
     "",
   ]
   for flag in (

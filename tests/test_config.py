@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, methods, trees
+from insvp_jax import config_checks, config_variants, methods, trees
 from insvp_jax.config import defaults
 from insvp_jax.data import tasks
 from insvp_jax.data.preprocess import PRESETS
@@ -23,6 +23,7 @@ from insvp_jax.search import trials
 from insvp_jax.train import optim
 
 CONFIGS = (
+  "ablation",
   "cifar100_lt",
   "fgvc",
   "folder",
@@ -417,10 +418,10 @@ def test_parse_arg():
 def test_every_config_takes_the_same_arguments(root, name):
   task = {"fgvc": "cub", "hta": "svhn"}.get(name, "svhn")
   arg = f"{task},method=linear,root=photos,seed=7,backbone=boxed"
-  config = load(root, name, arg)
+  config = load(root, name, f"lr,{arg}" if name == "ablation" else arg)
   prefix = f"{name}_" if name in ("fgvc", "hta") else ""
   assert config.task == prefix + task
-  assert config.method == "linear" and set(config.tune.methods) <= {"linear"}
+  assert {v.method for v in config_variants.variants_of(config)} == {"linear"}
   assert config.data.root == "photos"
   assert config.seed == 7 and set(config.tune.seeds) <= {7}
   assert (config.backbone.name, config.image_size) == ("boxed", 0)
@@ -447,9 +448,62 @@ def test_a_shipped_config_is_valid(root, name):
   )
   sizes = (vit.width, vit.depth, vit.mlp_dim, vit.num_heads)
   spec = BackboneSpec(*sizes, vit.patch_size, vit.image_size)
-  for method in config.tune.methods or (config.method,):
-    config.method = method
-    methods.create_method(method, spec, **config_lib.method_kwargs(config))
+  for variant in config_variants.variants_of(config):
+    kwargs = config_lib.method_kwargs(variant.config(config))
+    methods.create_method(variant.method, spec, **kwargs)
+
+
+ABLATIONS = {
+  **{"table5": 9, "fig7_length": 5, "fig7_depth": 5, "fig7_beta": 9, "lr": 4},
+  **{"warmup": 4, "epochs": 4, "wd": 5, "dropout": 4},
+  **{"location": 9, "depth": 9, "pool": 4, "length": 6},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("backbone", ["boxed", "vit_b16_i21k"])
+def test_the_rows_of_an_ablation_can_be_trained(root, name, backbone):
+  config = load(root, "ablation", f"{name},backbone={backbone}")
+  config_checks.validate(config)
+  variants = config_variants.variants_of(config)
+  assert len(variants) == ABLATIONS[name]
+  vit = create_backbone(backbone, 0, {})
+  for variant in variants:
+    row = variant.config(config)
+    kwargs = config_lib.method_kwargs(row)
+    methods.create_method(variant.method, vit.spec, **kwargs)
+    optim.create_schedule(row.optim, total_steps=10**4, steps_per_epoch=100)
+  # No two rows are the same.
+  rows = [v.config(config).to_json() for v in variants]
+  assert len(set(rows)) == len(rows)
+  if name in ("depth", "fig7_depth"):
+    depths = {row[2][0][1] for row in config.tune.variants}
+    assert depths == ({1, 3, 6, 9, 12} if vit.depth == 12 else {1, 2, 3, 5, 6})
+
+
+def test_an_ablation_keeps_to_a_method_and_an_unknown_one_is_one_line(root):
+  config = load(root, "ablation", "location,method=vpt_deep,task=svhn")
+  assert config.task == "svhn"
+  assert [label for label, _, _ in config.tune.variants] == [
+    "vpt_deep prepend",
+    "vpt_deep add",
+    "vpt_deep add-1",
+  ]
+  with pytest.raises(ValueError, match="table5 is an ablation of linear, insvp, "):
+    load(root, "ablation", "table5,method=lora")
+  with pytest.raises(ValueError, match="unknown ablation 'tabel5'; .*table5, fig7_len"):
+    load(root, "ablation", "tabel5,task=digits")
+
+
+def test_the_docs_have_all_ablations(root):
+  lines = (root / "docs" / "training.md").read_text().splitlines()
+  rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", "\n".join(lines), re.M))
+  path = root / "configs" / "ablation.py"
+  spec = importlib.util.spec_from_file_location("ablation", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert rows == {name: doc for name, (_, doc) in module.ABLATIONS.items()}
+  assert list(rows) == list(ABLATIONS)
 
 
 def test_these_are_all_shipped_configs(root):

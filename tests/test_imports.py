@@ -28,6 +28,7 @@ LAYERS = (
   ("models",),
   ("config_files",),
   ("config_checks",),
+  ("config_variants",),
   ("config",),
   ("methods",),
   ("array_files",),

@@ -17,6 +17,8 @@ import pytest
 from tiny_commands import base_flags, flags_of, make_place
 from tiny_training import CLASSES, SPLITS
 
+from insvp_jax import config as config_lib
+from insvp_jax import main as main_lib
 from insvp_jax.distributed import lock
 from insvp_jax.run import load_run
 
@@ -250,7 +252,7 @@ def test_a_config_that_is_none_is_one_line(main, tmp_path):
   for flags, part in (
     (
       ["--config="],
-      "--config is empty; give a file, or one of the names cifar100_lt, ",
+      "--config is empty; give a file, or one of the names ablation, cif",
     ),
     (["--config"], "--config is empty"),
     (["--config=:root=x"], "--config is empty"),
@@ -703,6 +705,24 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   assert run.predict(image).shape == (1, len(CLASSES))
 
 
+@pytest.mark.parametrize(
+  ("method", "off", "has_prompts"),
+  [
+    ("insvp", (), True),
+    ("insvp", ("use_global",), True),
+    ("insvp", ("use_global", "use_patch"), False),
+    ("linear", (), False),
+  ],
+)
+def test_prompts_are_drawn_of_a_run_that_has_some(tmp_path, method, off, has_prompts):
+  config = config_lib.defaults()
+  config.method = method
+  for name in off:
+    config.insvp[name] = False
+  (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+  assert main_lib._prompts_images(tmp_path) == has_prompts
+
+
 def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(
   main, base, tmp_path
 ):
@@ -713,14 +733,22 @@ def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(
     plan__num_train=24,
     batch_size=8,
     backbone__fsdp=2,
+    tune__variants="(('short', 'vpt_deep', (('vpt_deep.prompt_length', 1),)),)",
   )
   workdir = tmp_path / "planned"
-  done = main(*base, *gone, "--plan=8", f"--workdir={workdir}")
+  flags = [*base, *gone, "--plan=8", f"--workdir={workdir}"]
+  assert_one_line(main(*flags), "--config.method was given, but each row")
+  own = ("--config.method", "--config.vpt_deep.prompt_length")
+  done = main(*(flag for flag in flags if not flag.startswith(own)))
   assert done.status == 0, done.err
   assert "8 x cpu, fsdp 2" in done.out and "checkpoint: adapter" in done.out
   assert [path.name for path in workdir.iterdir()] == ["plan.json"]
   found = json.loads((workdir / "plan.json").read_text())
-  assert list(found) == ["vpt_deep"] and found["vpt_deep"]["devices"] == 8
+  assert list(found) == ["short"] and found["short"]["devices"] == 8
+  # Two blocks, one prompt of width 16 each, and the head of three classes.
+  assert found["short"]["arrays"]["trainable"] == 4 * (2 * 16 + 17 * 3)
+  assert done.out.startswith("short: vpt_deep on ")
+  gone = [flag for flag in gone if "variants" not in flag]
   done = main(*base, *gone, "--plan=8", "--noplan", "--plan=x")
   assert_one_line(done, "--plan=x", "number of devices")
   assert_one_line(main(*base, *gone, "--plan=5"), "backbone.fsdp is 2", "5 devices")

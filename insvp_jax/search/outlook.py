@@ -22,7 +22,7 @@ _WORTH_TELLING = 10
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one method does in a search.
+  """What one row does in a search.
 
   Attributes:
     num_trials: runs that choose; 0 where there is nothing to choose.
@@ -46,7 +46,7 @@ def work_of(
   num_finals: int,
   final_steps: int,
 ) -> Work:
-  """Returns the work of one method.
+  """Returns the work of one row.
 
   Args:
     config: of its trials, or of its final runs where there is no choice.
@@ -72,32 +72,33 @@ class Outlook:
   """Says once how long all runs of a search take, from the pace of the first ones."""
 
   def __init__(self, works: Mapping[str, Work]):
-    """Takes the work of each method."""
+    """Takes the work of each row, by its label."""
     self._works = works
     self._is_told = False
 
   def summary(self) -> str:
-    """Returns one line: how many runs of which method there will be."""
+    """Returns one line: how many runs of which row there will be."""
     parts, total = [], 0
-    for method, work in self._works.items():
+    for label, work in self._works.items():
       total += work.num_trials + work.num_finals
-      trials = f"{work.num_trials} trials and " if work.num_trials else ""
-      parts.append(f"{method} {trials}{work.num_finals} final")
+      plural = "" if work.num_trials == 1 else "s"
+      trials = f"{work.num_trials} trial{plural} and " if work.num_trials else ""
+      parts.append(f"{label} {trials}{work.num_finals} final")
     runs = "1 run" if total == 1 else f"{total} runs"
     return f"{runs}: {', '.join(parts)}; those that are finished are kept"
 
-  def tell(self, method: str, timer: Timer) -> None:
+  def tell(self, label: str, timer: Timer) -> None:
     """Says how long all of it takes, as soon as that can be told.
 
     Args:
-      method: of the runs under way.
+      label: of the row under way.
       timer: of these.
     """
-    of_method, rate = self._works[method].flops, timer.images_per_second
-    if self._is_told or not (of_method and rate):
+    of_row, rate = self._works[label].flops, timer.images_per_second
+    if self._is_told or not (of_row and rate):
       return
     self._is_told = True
     work = sum(work.images * work.flops for work in self._works.values())
-    seconds = work / of_method / rate
+    seconds = work / of_row / rate
     if seconds >= _WORTH_TELLING:
       print_once(f"all runs of this search take about {duration(seconds)} at this pace")

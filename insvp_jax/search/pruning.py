@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import trees
+from insvp_jax.config_variants import variants_of
 from insvp_jax.data import pipeline, preprocess
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.methods import METHODS, parts_of
@@ -50,7 +51,7 @@ def check_keys(config: ConfigDict) -> None:
   Raises:
     ValueError: a mask that no method of the search has, or no percentage.
   """
-  methods = config.tune.methods or (config.method,)
+  methods = dict.fromkeys(variant.method for variant in variants_of(config))
   known = {name for method in methods for name in masks_of(method)}
   for name, values in config.tune.prune.items():
     if values and name not in known:

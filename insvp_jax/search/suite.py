@@ -79,10 +79,10 @@ def tune(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   Args:
     config: the whole configuration, from `config.defaults()`; an empty `tune.lr` stands
       for the method's own grid.
-    workdir: the parent of `<method>/` or, of a group of tasks, of `<task>/`.
+    workdir: the parent of `<row>/` or, of a group of tasks, of `<task>/`.
 
   Returns:
-    The summary by method: the choice and the test accuracies in [0, 1].
+    The summary by the rows' labels: the choice and the test accuracies in [0, 1].
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
@@ -93,7 +93,7 @@ def tune(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 def best_run(
   config: ConfigDict, workdir: str | Path, mode: str, results: Mapping[str, Any]
 ) -> Path:
-  """Returns the first final run of the method that is best on the test split.
+  """Returns the first final run of the row that is best on the test split.
 
   Of a group that is of its first task.
 
@@ -107,23 +107,23 @@ def best_run(
   summary = results if config.task not in GROUPS else results[task_config.task]
   if "test_accuracy" in summary:  # a single run
     return task_dir
-  best = max(summary, key=lambda method: summary[method]["mean"] or 0.0)
-  return tune_lib.first_run(task_config, task_dir, best, mode)
+  best = max(summary, key=lambda label: summary[label]["mean"] or 0.0)
+  return tune_lib.first_runs(task_config, task_dir, mode)[best]
 
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-  """Returns {method: {task: mean test accuracy in [0, 1]}} of `run`'s results."""
+  """Returns {label: {task: mean test accuracy in [0, 1]}} of `run`'s results."""
   table: dict[str, dict[str, float | None]] = {}
   for task, result in results.items():
     if "test_accuracy" in result:  # a single run
       result = {result["method"]: {"mean": result["test_accuracy"]}}
-    for method, summary in result.items():
-      table.setdefault(method, {})[task] = summary["mean"]
+    for label, summary in result.items():
+      table.setdefault(label, {})[task] = summary["mean"]
   return table
 
 
 def group_accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-  """Returns {method: {"<task> <group>": mean test accuracy in [0, 1]}}.
+  """Returns {label: {"<task> <group>": mean test accuracy in [0, 1]}}.
 
   Groups are of classes by their training images; see `train.evaluate.by_group`.
 
@@ -136,9 +136,9 @@ def group_accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
       groups = (result["test_by_class"] or {}).get("groups", {})
       means = {name: group["accuracy"] for name, group in groups.items()}
       result = {result["method"]: {"group_means": means}}
-    for method, summary in result.items():
+    for label, summary in result.items():
       means = summary.get("group_means", {})
-      table.setdefault(method, {}).update(
+      table.setdefault(label, {}).update(
         {f"{task} {name}": means[name] for name in tables.GROUPS if name in means}
       )
   return table
@@ -166,7 +166,7 @@ def _rows(table, tasks: Sequence[str]) -> list[list[str]]:
   columns, are_errors = _columns(tasks), _are_errors(tasks)
   kind = "error" if are_errors else "accuracy"
   rows = [[f"test {kind}, %", *(title for title, _ in columns)]]
-  for method, by_task in table.items():
+  for label, by_task in table.items():
     cells = []
     for _, column_tasks in columns:
       values = [by_task.get(task) for task in column_tasks]
@@ -177,14 +177,14 @@ def _rows(table, tasks: Sequence[str]) -> list[list[str]]:
       ]
       is_complete = len(known) == len(values)
       cells.append(f"{statistics.mean(known):.2f}" if is_complete else "")
-    rows.append([method, *cells])
+    rows.append([label, *cells])
   return rows
 
 
 def format_table(
   table: Mapping[str, Mapping[str, float | None]], tasks: Sequence[str]
 ) -> str:
-  """Returns a Markdown table: a row per method, a column per task, and means.
+  """Returns a Markdown table: a row per label, a column per task, and means.
 
   The means are VTAB's: unweighted over tasks. Of long tails it shows error rates.
 
@@ -212,5 +212,5 @@ def _write(workdir: Path, results: Mapping[str, Any], tasks: Sequence[str]) -> N
   if _are_errors(tasks):
     titles = [f"{title} error" for title in titles]
   rows = [[*a, *b] for a, b in zip(rows, group_rows, strict=True)]
-  csv_rows = [["method", *titles, *groups], *rows]
+  csv_rows = [["label", *titles, *groups], *rows]
   write_text(workdir / "table.csv", tables.csv_text(csv_rows))

@@ -32,7 +32,7 @@ def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
 
 
 def group_names(summary: Mapping[str, Any]) -> list[str]:
-  """Returns which of `GROUPS` any method has test classes of."""
+  """Returns which of `GROUPS` any row has test classes of."""
   means = [result.get("group_means", {}) for result in summary.values()]
   return [name for name in GROUPS if any(name in mean for mean in means)]
 
@@ -43,7 +43,7 @@ def percents(share: float | None) -> str:
 
 
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
-  """Returns the summary as a Markdown table, one row per method."""
+  """Returns the summary as a Markdown table, a row per label."""
   hparams = _searched_hparams(summary)
   is_unbalanced = any(result.get("balanced_mean") for result in summary.values())
   groups = group_names(summary)
@@ -52,10 +52,10 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
   titles += ["seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
   rows = []
-  for method, result in summary.items():
+  for label, result in summary.items():
     mean = percents(result["mean"])
     spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
-    cells = [method, f"{mean}{spread}"]
+    cells = [label, f"{mean}{spread}"]
     if is_unbalanced:
       cells.append(percents(result.get("balanced_mean")))
     cells += [percents(result.get("group_means", {}).get(name)) for name in groups]
@@ -67,9 +67,10 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
 
 
 def format_csv(task: str, summary: Mapping[str, Any]) -> str:
-  """Returns the summary as CSV, one row per method; accuracies in [0, 1]."""
+  """Returns the summary as CSV, a row per label; accuracies in [0, 1]."""
   hparams = _searched_hparams(summary)
   columns = (
+    "method",
     "mean",
     "std",
     "balanced_mean",
@@ -81,10 +82,10 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
     "wd",
   )
   columns = (*columns, *hparams, "trainable_params", "prompter_params", "train_seconds")
-  rows: list[tuple] = [("task", "method", *columns)]
-  for method, result in summary.items():
+  rows: list[tuple] = [("task", "label", *columns)]
+  for label, result in summary.items():
     cells = ({**result, **result.get("group_means", {})}.get(name) for name in columns)
-    rows.append((task, method, *map(_cell, cells)))
+    rows.append((task, label, *map(_cell, cells)))
   return csv_text(rows)
 
 
@@ -96,7 +97,7 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _searched_hparams(summary: Mapping[str, Any]) -> list[str]:
-  """Returns the hparams beside lr and wd that any method was searched for."""
+  """Returns the hparams beside lr and wd that any row was searched for."""
   names = (name for result in summary.values() for name in result["searched"])
   return [name for name in dict.fromkeys(names) if name not in ("lr", "wd")]
 

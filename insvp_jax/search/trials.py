@@ -20,6 +20,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import files, trees
+from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed import processes
 from insvp_jax.methods import hparams_of, parts_of
 from insvp_jax.search.grids import GRIDS, Grid
@@ -34,8 +35,8 @@ def check_keys(config: ConfigDict) -> None:
   Raises:
     ValueError: it does not; the message has the nearest that does.
   """
-  methods = config.tune.methods or (config.method,)
   # A dict keeps the order, and each name once.
+  methods = dict.fromkeys(variant.method for variant in variants_of(config))
   known = {name: None for method in methods for name in hparams_of(method)}
   for key, values in config.tune.grid.items():
     if values and key not in known:
@@ -49,7 +50,7 @@ def check_keys(config: ConfigDict) -> None:
     if name.partition(".")[0] not in searched:
       raise ValueError(
         f"config.tune.fields has {name}, but the search is over {', '.join(methods)}; "
-        "add the method to config.tune.methods, or leave its field out."
+        "add a row of the method, e.g. to config.tune.methods, or leave its field out."
       )
 
 

@@ -1,10 +1,12 @@
 """The VTAB protocol: choose on val, retrain on train + val, report test over seeds.
 
-A search leaves one line per trial in `<method>/trials.jsonl`; the final runs lie in
-`<method>/seed<n>`; the choice and the accuracies in `summary.json`, `table.md` and
-`table.csv`. Trials train together where the device gains by it (see `population`).
-Interrupted, the same command goes on: finished trials and runs are kept, trials under
-way start again, the final run under way goes on from its checkpoint.
+A search has rows: the methods of `config.tune.methods`, or the variants of some in
+`config.tune.variants` (see `config_variants`). A row leaves one line per trial in
+`<row>/trials.jsonl`; its final runs lie in `<row>/seed<n>`; the choice and the
+accuracies in `summary.json`, `table.md` and `table.csv`. Trials train together where
+the device gains by it (see `population`). Interrupted, the same command goes on:
+finished trials and runs are kept, trials under way start again, the final run under way
+goes on from its checkpoint.
 
 Source: Zhai et al. 2019, "A Large-scale Study of Representation Learning with the
 Visual Task Adaptation Benchmark", section 3; the choice by the last epoch, ties to
@@ -27,6 +29,7 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
 from insvp_jax.checkpoints.files import Damaged, load_json
+from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
 from insvp_jax.logs.writers import Writers, write_json, write_text
@@ -47,24 +50,24 @@ OnLog = Callable[[Timer], None]
 def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
   """Does what a config asks for: one run, or search, retraining and a table.
 
-  With `config.tune` empty this is `trainer.train` alone. Otherwise each method of
-  `tune.methods` tries every point of `tune.lr` x `tune.wd` x `tune.grid`, crossed with
-  its fields in `tune.fields`, on the train split, is chosen by its last accuracy on
-  val, and is trained again, on what the task's protocol says (`TaskData.final_split`),
-  for each of `tune.seeds`; only these runs
-  ever see the test split. Finished trials and runs are not repeated when the same
-  command is started again.
+  With `config.tune` empty this is `trainer.train` alone. Otherwise each row of
+  `tune.methods` or `tune.variants` tries every point of `tune.lr` x `tune.wd` x
+  `tune.grid`, crossed with its fields in `tune.fields`, on the train split; the point
+  of the best last accuracy on val is trained again, on what the task's protocol says
+  (`TaskData.final_split`), for each of `tune.seeds`; only these runs ever see the test
+  split. Variants are compared on val: one with a single point tries that, too. Finished
+  trials and runs are not repeated when the same command is started again.
 
   Args:
     config: the whole configuration.
-    workdir: of a single run; with a search, the parent of `<method>/`, and the place
-      of summary.json, table.md and table.csv.
+    workdir: of a single run; with a search, the parent of `<row>/`, and the place of
+      summary.json, table.md and table.csv.
     mode: "auto" as above; "train" is one run with `config.optim`, whatever
       `config.tune` says; "tune" is a search, for which an empty `tune.lr` stands for
       the method's own grid (see `grids`).
 
   Returns:
-    The result of the single run, or the summary by method.
+    The result of the single run, or the summary by the rows' labels.
 
   Raises:
     ValueError: bad input, a grid that is empty, or a search on a task that has no
@@ -75,30 +78,36 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   fill_preset(config)
   if mode not in MODES:
     raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
-  for method in config.tune.methods or (config.method,):
-    parts_of(method)
+  variants = variants_of(config)
+  for variant in variants:
+    parts_of(variant.method)
   if not _is_search(config, mode):
     result = trainer.train(config, workdir)
     print_once(report.result_line(result))
     return result
   trials.check_keys(config)
   pruning.check_keys(config)
-  # All at once: a wrong field of the last method shows before the first one trains.
-  searches, prepared = {}, None
-  for method in config.tune.methods or (config.method,):
-    method_config = trials.at(config, method=method)
-    searches[method] = Search(method_config, mode, prepared)
-    prepared = searches[method].prepared
-    # What 0 stood for holds for all methods.
-    config = trials.at(config, batch_size=prepared.program.batch_size)
+  # All at once: a wrong field of the last row shows before the first one trains.
+  searches, prepared, are_compared = {}, None, bool(config.tune.variants)
+  for variant in variants:
+    row = variant.config(config, mode == "tune")
+    search = Search(row, mode, prepared, are_compared=are_compared)
+    searches[variant.label], prepared = search, search.prepared
+    if "batch_size" not in variant.changes:
+      # What 0 stood for holds for all rows.
+      config = trials.at(config, batch_size=prepared.program.batch_size)
   trainer.print_shared(config, prepared)
-  outlook = Outlook({method: search.work() for method, search in searches.items()})
+  outlook = Outlook({label: search.work() for label, search in searches.items()})
   print_once(outlook.summary())
   summary = {}
-  for method, search in searches.items():
+  for variant, (label, search) in zip(variants, searches.items(), strict=True):
+    if label != variant.method:
+      print_once(f"\n{label} ({len(summary) + 1} of {len(variants)})")
     trainer.print_params(search.config, search.prepared)
-    on_log = functools.partial(outlook.tell, method)
-    summary[method] = search.run(workdir / method, on_log)
+    on_log = functools.partial(outlook.tell, label)
+    changes = config_lib.to_dict(variant.changes)
+    results = search.run(workdir / variant.folder, on_log)
+    summary[label] = {"method": variant.method, "changes": changes, **results}
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
     write_json(workdir / "summary.json", summary)
@@ -107,33 +116,37 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   return summary
 
 
-def first_run(
-  config: ConfigDict, workdir: str | Path, method: str, mode: str = "auto"
-) -> Path | None:
-  """Returns where `run` put a method's (first) final run; None if it had none."""
+def first_runs(
+  config: ConfigDict, workdir: str | Path, mode: str = "auto"
+) -> dict[str, Path]:
+  """Returns where `run` puts the (first) final run of each row, by label."""
   workdir = Path(workdir)
   if not _is_search(config, mode):
-    return workdir if method == config.method else None
-  if method not in (config.tune.methods or (config.method,)):
-    return None
-  seeds = config.tune.seeds or (config.seed,)
-  return workdir / method / f"seed{seeds[0]}"
+    return {config.method: workdir}
+  seed = (config.tune.seeds or (config.seed,))[0]
+  return {
+    variant.label: workdir / variant.folder / f"seed{seed}"
+    for variant in variants_of(config)
+  }
 
 
 def _is_search(config: ConfigDict, mode: str) -> bool:
   tune = config.tune
-  lists = (tune.methods, tune.lr, tune.wd, tune.seeds, *tune.grid.values())
+  lists = (tune.methods, tune.variants, tune.lr, tune.wd, tune.seeds)
+  lists += tuple(tune.grid.values())
   lists += (tune.fields, *tune.prune.values())
   return mode == "tune" or (mode == "auto" and any(lists))
 
 
 class Search:
-  """The choice of one method's hparams, and the runs with what was chosen.
+  """The choice of one row's hparams, and the runs with what was chosen.
 
   Attributes:
-    config: of the method; a point of the grid replaces some hparams of it.
+    config: of the row; a point of the grid replaces some hparams of it.
     points: of the grid.
     names: of the points' hparams.
+    has_trials: whether the points are tried: where there is a choice, or where rows
+      are compared on val.
     prepared: data, weights and the program of the first trials; see `prepared_for`.
     percents: to be pruned of each mask; see `pruning`.
   """
@@ -144,14 +157,16 @@ class Search:
     mode: str,
     like: Prepared | None,
     points: list[trials.Point] | None = None,
+    are_compared: bool = False,
   ):
     """Checks all that can be checked before anything trains.
 
     Args:
-      config: the whole configuration, of one method.
+      config: the whole configuration, of one row.
       mode: as for `run`.
-      like: of another method on the same task and backbone; see `prepare`.
+      like: of another row on the same task and backbone; see `prepare`.
       points: to be tried in place of the grid.
+      are_compared: whether rows are compared on val, so that a single point is tried.
 
     Raises:
       ValueError, FileNotFoundError: bad input; see the message.
@@ -160,7 +175,7 @@ class Search:
     self.names = tuple(self.points[0])
     config = trials.scaled(config, mode == "tune")
     self.percents = pruning.percents_of(config, mode == "tune")
-    if self.has_choice or self.percents:
+    if self.has_choice or self.percents or are_compared:
       config = trials.at(config, train_split="train")
     configs = [trials.at(config, **point) for point in self.points]
     for each in configs:
@@ -175,8 +190,11 @@ class Search:
     for each in configs:
       kwargs = program_lib.model_kwargs(each, self.prepared.data.num_classes)
       create_model(**kwargs)
+    has_val = {"train", "val"} <= set(self.prepared.data.splits)
+    # Without val, rows with nothing to choose have the test split alone.
+    self.has_trials = self.has_choice or (are_compared and has_val)
     chosen = (*(self.names if self.has_choice else ()), *self.percents)
-    if chosen and not {"train", "val"} <= set(self.prepared.data.splits):
+    if chosen and not has_val:
       empty = "".join(f", config.tune.prune.{name} to ()" for name in self.percents)
       raise ValueError(
         f"the task {self.prepared.data.name!r} has no val split to choose "
@@ -187,7 +205,7 @@ class Search:
 
   @property
   def has_choice(self) -> bool:
-    """Whether there is anything to choose."""
+    """Whether there is more than one point."""
     return len(self.points) > 1
 
   @property
@@ -222,21 +240,21 @@ class Search:
       trials.at(self.config, **self.points[0]),
       self.prepared.program,
       data,
-      num_trials=self.has_choice * len(self.points) + pruning.num_trials(self),
+      num_trials=self.has_trials * len(self.points) + pruning.num_trials(self),
       num_finals=len(self.seeds),
       final_steps=config_lib.num_steps(self.config, num_train)[0],
     )
 
   def run(self, workdir: Path, on_log: OnLog | None = None) -> dict[str, Any]:
-    """Returns the summary of the method: the choice, and its test accuracies.
+    """Returns the summary of the row: the choice, and its test accuracies.
 
     Args:
-      workdir: of the method.
+      workdir: of the row.
       on_log: as for `trainer.train_loop`, of each run.
     """
-    finished = self.search(workdir, on_log) if self.has_choice else []
+    finished = self.search(workdir, on_log) if self.has_trials else []
     chosen = self.points[0]
-    if self.has_choice:
+    if self.has_trials:
       chosen = trials.choose(finished, self.names)
     best = trials.find(finished, chosen) or {}
     if self.percents:
@@ -302,7 +320,8 @@ class Search:
     # All trials have one seed: they start from the same parameters.
     config = configs[0]
     params = prepared.prepare_params(config, prepared.first_params(config))
-    name = f"{prepared.data.name} {config.method}, {len(points)} trials"
+    plural = "" if len(points) == 1 else "s"
+    name = f"{prepared.data.name} {config.method}, {len(points)} trial{plural}"
     while start < len(points):
       title = f"{name}, {size} at a time" if size > 1 else name
       # One compiled step for all populations: the last one is filled up.

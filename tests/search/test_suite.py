@@ -102,7 +102,7 @@ def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
   best = suite.best_run(config, tmp_path / "run", "auto", found)
   assert best == tmp_path / "run" / NAMES[0] / "linear/seed0"
   with (tmp_path / "run/table.csv").open() as file:
-    rows = {row["method"]: row for row in csv.DictReader(file)}
+    rows = {row["label"]: row for row in csv.DictReader(file)}
   means = [100 * stored[name]["linear"]["mean"] for name in NAMES]
   assert float(rows["linear"]["mean"]) == pytest.approx(np.mean(means), abs=0.005)
   natural = float(rows["linear"]["natural mean"])

@@ -12,6 +12,7 @@ import pytest
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import config as config_lib
+from insvp_jax import config_checks, config_variants
 from insvp_jax.data import ArraySplit
 from insvp_jax.search import tables, trials, tune
 from insvp_jax.train import report, steps, trainer
@@ -319,11 +320,11 @@ def test_without_lists_it_is_one_run(install, tmp_path, capsys):
   )
 
 
-def test_first_run_is_where_the_first_final_run_lies(tmp_path):
-  assert tune.first_run(tiny_config("linear"), tmp_path, "linear") == tmp_path
-  assert tune.first_run(tiny_config("linear"), tmp_path, "insvp") is None
+def test_first_runs_are_where_the_first_final_runs_lie(tmp_path):
+  assert tune.first_runs(tiny_config("linear"), tmp_path) == {"linear": tmp_path}
   config = search_config(tune__methods=("insvp", "linear"), tune__seeds=(7, 8))
-  assert tune.first_run(config, tmp_path, "linear") == tmp_path / "linear" / "seed7"
+  expected = {name: tmp_path / name / "seed7" for name in ("insvp", "linear")}
+  assert tune.first_runs(config, tmp_path) == expected
 
 
 @pytest.mark.parametrize("population, together_", [(0, 4), (1, 1), (2, 2)])
@@ -376,8 +377,7 @@ def test_mode_train_is_one_run_whatever_the_lists_say(install, tmp_path):
   ((config, workdir, *_),) = fake.runs
   assert (config.optim.lr, workdir) == (0.01, tmp_path) and not fake.trials
   assert result["seed"] == 0
-  first = tune.first_run(search_config(), tmp_path, "linear", "train")
-  assert first == tmp_path
+  assert tune.first_runs(search_config(), tmp_path, "train") == {"linear": tmp_path}
   with pytest.raises(ValueError, match="mode is 'tuned', expected one of auto, train"):
     tune.run(search_config(), tmp_path, "tuned")
 
@@ -394,7 +394,7 @@ def test_mode_tune_takes_the_method_s_own_grid_where_there_is_no_list(
   assert (final.optim.lr, final.optim.lr_scale_by_batch) == (0.5, 256)
   assert workdir == tmp_path / "linear" / "seed0"
   assert summary["seeds"] == [0] and len(summary["trials"]) == 40
-  assert tune.first_run(config, tmp_path, "linear", "tune") == workdir
+  assert tune.first_runs(config, tmp_path, "tune") == {"linear": workdir}
 
 
 def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
@@ -640,3 +640,142 @@ def test_a_field_on_the_command_line_is_not_searched():
   keys = {"mlp.hidden_layers", "tune.fields"}
   with pytest.raises(ValueError, match=r"both --config.mlp.hidden_layers and"):
     config_lib.apply_overrides(config, keys, tunes=True)
+
+
+# Variants.
+
+ROWS = (
+  ("one layer", "mlp", ()),
+  ("two, 3 epochs", "mlp", (("mlp.hidden_layers", 2), ("total_epochs", 3.0))),
+  ("linear, lr 0.5", "linear", (("optim.lr", 0.5), ("batch_size", 8))),
+)
+
+
+def variants_config(rows=ROWS, **changes):
+  lists = {"tune__lr": (0.1, 0.01), "tune__wd": (), "tune__seeds": (0, 1)}
+  return search_config("insvp", tune__variants=rows, **(lists | changes))
+
+
+def test_variants_are_rows_with_a_choice_a_folder_and_a_line_each(install, tmp_path):
+  def accuracy(config):
+    layers = config.mlp.hidden_layers if config.method == "mlp" else 0
+    return 0.9 if config.optim.lr == {2: 0.1}.get(layers, 0.01) else 0.4
+
+  fake = install(accuracy)
+  # The first row's batches of 8 are not what 0 stands for in the others.
+  config = variants_config(ROWS[::-1], batch_size=0)
+  summary = tune.run(config, tmp_path)
+  assert list(summary) == ["linear, lr 0.5", "two, 3 epochs", "one layer"]
+  tried = [(c.method, c.optim.lr, c.total_epochs, c.batch_size) for c, _ in fake.trials]
+  # A row with nothing to choose is compared on val all the same.
+  assert tried == [
+    ("linear", 0.5, 2.0, 8),
+    *[("mlp", lr, 3.0, 4) for lr in (0.1, 0.01)],
+    *[("mlp", lr, 2.0, 4) for lr in (0.1, 0.01)],
+  ]
+  finals = {workdir.relative_to(tmp_path).as_posix(): c for c, workdir, *_ in fake.runs}
+  folders = ("linear_lr_0_5", "two_3_epochs", "one_layer")
+  assert list(finals) == [f"{name}/seed{seed}" for name in folders for seed in (0, 1)]
+  assert finals["two_3_epochs/seed1"].mlp.hidden_layers == 2
+  assert [row["lr"] for row in summary.values()] == [0.5, 0.1, 0.01]
+  assert [row["val_accuracy"] for row in summary.values()] == [0.4, 0.9, 0.9]
+  row = summary["two, 3 epochs"]
+  assert row["method"] == "mlp"
+  assert row["changes"] == {"mlp.hidden_layers": 2, "total_epochs": 3.0}
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  table = cells((tmp_path / "table.md").read_text())
+  assert [line[0] for line in table[1:]] == list(summary)
+  with (tmp_path / "table.csv").open() as file:
+    rows = [(row["label"], row["method"]) for row in csv.DictReader(file)]
+  assert rows == [(label, row["method"]) for label, row in summary.items()]
+  assert tune.first_runs(config, tmp_path)["one layer"] == tmp_path / "one_layer/seed0"
+
+  # Started again nothing is repeated but the trials of a row that has changed.
+  fake = install(accuracy)
+  label, method, (layers, _) = ROWS[1]
+  changed = (label, method, (layers, ("total_epochs", 1.0)))
+  tune.run(variants_config((ROWS[2], changed, ROWS[0]), batch_size=0), tmp_path)
+  assert {(c.total_epochs, c.mlp.hidden_layers) for c, _ in fake.trials} == {(1.0, 2)}
+  assert {workdir.parent.name for _, workdir, *_ in fake.runs} == {"two_3_epochs"}
+
+
+def test_without_val_rows_with_nothing_to_choose_have_no_trials(install, tmp_path):
+  fake = install(best_at(0.01), without=("val", "train_val"))
+  summary = tune.run(variants_config(tune__lr=(0.1,)), tmp_path)
+  assert not fake.trials and [row["trials"] for row in summary.values()] == [[]] * 3
+
+
+def test_what_a_row_changes_is_not_searched_for_in_it():
+  config = search_config("insvp")
+  config.tune.grid.dropout = (0.0, 0.1)
+  config.tune.fields = (("mlp.hidden_layers", (1, 2)), ("vp.location", ("pad",)))
+  changes = {"optim.wd": 0.5, "mlp.dropout": 0.3, "mlp.hidden_layers": 3}
+  row = config_variants.Variant("x", "mlp", changes).config(config)
+  grid = trials.grid_of(row, default=False)
+  assert grid == {"wd": (0.5,), "lr": (0.1, 0.01, 0.001)}
+  assert (row.method, row.mlp.dropout, row.mlp.hidden_layers) == ("mlp", 0.3, 3)
+  assert config.tune.grid.dropout == (0.0, 0.1) and config.method == "insvp"
+  # With the method's own grid, too, of which the rest is tried.
+  own = config_variants.Variant("x", "mlp", {"optim.lr": 0.5})
+  assert trials.grid_of(own.config(tiny_config(), tunes=True), True)["lr"] == (0.5,)
+
+
+def one_row(*changes, label="x", method="mlp"):
+  return ((label, method, changes),)
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    (("mlp", "linear"), "has 'mlp', expected rows of .label, method, "),
+    (one_row("mlp.dropout"), "expected rows of .label, method, ..key, value."),
+    (one_row(("mlp.dropout", 0.1), ("mlp.dropout", 0.2)), "changes one key twice"),
+    (one_row(label="|"), "'|' is no label, expected up to 64"),
+    (one_row(label="\u03b2"), "is no label"),
+    (one_row(label="x" * 65), "is no label"),
+    (one_row() + one_row(), "'x' and 'x' would have one folder"),
+    (one_row(label="A b") + one_row(label="a_B"), "'a_B' and 'A b' would have one"),
+    (one_row(method="mpl"), "unknown method 'mpl'"),
+    (one_row(("mlp.droput", 0.1)), "no key of the config. Did you mean 'mlp.dropout'"),
+    (one_row(("lora.rank", 4)), "'x' changes lora.rank, but its method is mlp"),
+    (one_row(("mlp.dropout", "much")), "'x': config.mlp.dropout is 'much', expected a"),
+    (one_row(("total_epochs", -1.0)), "'x': config.total_epochs is -1.0, expected at"),
+    (one_row(("mlp.dropout", 1.5)), "dropout is 1.5, expected a dropout rate"),
+    *(
+      (one_row((key, value)), f"changes {key}, which all rows share")
+      for key, value in {
+        **{"task": "svhn", "method": "linear", "seed": 1, "image_size": 8},
+        **{"data.preset": "vpt", "backbone.depth": 1, "tune.lr": (0.1,)},
+        **{"plan.num_train": 1, "log_every_steps": 2, "tensorboard": True},
+      }.items()
+    ),
+  ],
+)
+def test_wrong_variants_are_named_before_data_are_read(
+  install, monkeypatch, tmp_path, rows, message
+):
+  install(best_at(0.1))
+  monkeypatch.setattr(trainer, "load_data", lambda *_: pytest.fail("data were read"))
+  with pytest.raises(ValueError, match=message) as info:
+    tune.run(variants_config(rows), tmp_path)
+  assert "\n" not in str(info.value)
+
+
+def test_lists_and_lengths_that_contradict_variants_are_one_line():
+  with pytest.raises(ValueError, match="both config.tune.methods and config.tune.var"):
+    config_checks.validate(variants_config(tune__methods=("linear",)))
+  with pytest.raises(ValueError, match="3 epochs' changes total_epochs, which has no"):
+    config_checks.validate(variants_config(total_steps=5))
+
+
+def test_a_flag_that_no_row_would_look_at_is_one_line():
+  rows = [(str(lr), "mlp", (("optim.lr", lr),)) for lr in (0.1, 0.2)]
+  config = variants_config(tuple(rows))
+  config_variants.check_overrides(config, {"total_epochs", "tune.wd", "optim.wd"})
+  for key in ("method", "optim.lr", "tune.lr"):
+    with pytest.raises(ValueError, match=f"--config.{key} was given, but each row"):
+      config_variants.check_overrides(config, {"seed", key})
+  # One row has it from the config.
+  config.tune.variants = (*config.tune.variants, ("as it is", "mlp", ()))
+  config_variants.check_overrides(config, {"optim.lr", "tune.lr"})
+  config_variants.check_overrides(search_config(), {"method"})
