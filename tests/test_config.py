@@ -273,7 +273,8 @@ def test_an_automatic_batch_leaves_an_epoch_four_steps(number, devices):
 
 def test_only_own_images_have_an_automatic_batch(root):
   sizes = {name: load(root, name).batch_size for name in CONFIGS}
-  assert {name for name, size in sizes.items() if size == 0} == {"folder", "quickstart"}
+  automatic = {name for name, size in sizes.items() if size == 0}
+  assert automatic == {"ablation", "folder", "quickstart"}
   config = load(root, "vtab")
   with pytest.raises(ValueError, match="only 18 images; lower it to at most 18"):
     config_lib.num_steps(config, 18)
