@@ -3,15 +3,17 @@
   python -m benchmarks.prompt_effects --run=RUN [--run=RUN2 ...] [--images=200]
   python -m benchmarks.prompt_effects --run=RUN --curves
 
-Three tables: how far prompts move the frozen feature, before the first step and after
+Four tables: how far prompts move the frozen feature, before the first step and after
 the last one; what the val accuracy becomes where prompts are swapped between images,
-averaged or left out; and how much of a batch's gradient is noise, by part of the
-method. With --curves one: training against validation loss, of the metrics of the run.
-A folder as --output gets the same as JSON and as a figure.
+averaged or left out; how far one step of AdamW moves each prompt; and how much of a
+batch's gradient is noise, by part of the method. With --curves one: training against
+validation loss, of the metrics of the run. A folder as --output gets the same as JSON
+and as a figure.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
 from pathlib import Path
 import sys
 from typing import Any
@@ -33,6 +35,8 @@ from insvp_jax.train import state as state_lib
 
 NAMES = {"specific": "specific prompt", "image": "image prompt"}
 CHANGES = ("as is", "shuffled", "mean", "removed")
+# Of the step whose effect on the prompts is measured.
+STEP_LR = 1e-3
 
 
 class _Subject:
@@ -80,6 +84,16 @@ class _Subject:
     part = splits.to_memory(self.splits[split], rows)
     return self._run.preprocess(part.images), self._columns[part.labels]
 
+  def parameters(
+    self, params: Mapping[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (trainable, frozen) parameters by name, with the trained head.
+
+    One that starts at zero would pass no gradient on.
+    """
+    head = {name: part for name, part in self.stages["end"].items() if name == "head"}
+    return trees.split({**params, **head}, self.mask)
+
 
 def measure(
   name: str, num_images: int, num_batches: int, backbone: str | None = None
@@ -110,6 +124,7 @@ def measure(
     "images": len(subject.inputs),
     "features": _features(subject, prompts, outputs),
     "interventions": _interventions(subject, prompts["end"], outputs["end"]),
+    "steps": _steps(subject, prompts),
     "gradients": _gradients(subject, num_batches),
     "num_batches": num_batches,
     "batch_size": subject.batch_size,
@@ -176,23 +191,53 @@ def _interventions(
   return found
 
 
+def _steps(
+  subject: _Subject, prompts: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """Returns {stage: {prompt: {"size", "moved"}}}: root mean squares, see the README.
+
+  The step is AdamW's first one, of `STEP_LR`: so much for each parameter, against the
+  sign of its gradient.
+  """
+  off = dict.fromkeys(subject.programs.dropout_rates(), 0.0)
+  batch, found = next(_batches(subject)), {}
+  for stage, params in subject.stages.items():
+    trainable, frozen = subject.parameters(params)
+    gradient = subject.programs.gradient(
+      trainable, frozen, batch, jax.random.key(0), off
+    )
+    moved = {n: x - STEP_LR * np.sign(gradient[n]) for n, x in trainable.items()}
+    moved = subject.programs.prompts(trees.merge(moved, frozen), subject.inputs)
+    found[stage] = {
+      NAMES[kind]: {
+        "size": _rms(prompts[stage][kind]),
+        "moved": _rms(jax.tree.map(np.subtract, moved[kind], prompts[stage][kind])),
+      }
+      for kind in NAMES
+      if kind in prompts[stage]
+    }
+    common = {n: x for n, x in trainable.items() if "common_prompt" in n}
+    if common:
+      found[stage]["common prompts"] = {"size": _rms(common), "moved": STEP_LR}
+  return found
+
+
+def _batches(subject: _Subject) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields batches of training images; each is drawn anew: they are independent."""
+  rng, number = np.random.default_rng(0), len(subject.splits["train"])
+  while True:
+    yield subject.examples("train", rng.permutation(number)[: subject.batch_size])
+
+
 def _gradients(subject: _Subject, num_batches: int) -> dict[str, Any]:
   """Returns {stage: {dropout: {part: {"mean", "batch", "ratio"}}}}."""
   programs, rates = subject.programs, subject.programs.dropout_rates()
   settings = {"off": dict.fromkeys(rates, 0.0)}
   if any(rates.values()):
     settings["on"] = rates
-  # Drawn anew for each batch, so that they are independent.
-  rng, number = np.random.default_rng(0), len(subject.splits["train"])
-  batches = [
-    subject.examples("train", rng.permutation(number)[: subject.batch_size])
-    for _ in range(num_batches)
-  ]
-  end, found = subject.stages["end"], {}
+  batches, found = list(itertools.islice(_batches(subject), num_batches)), {}
   for stage, params in subject.stages.items():
-    # A head that starts at zero passes no gradient on: the trained one does.
-    head = {name: part for name, part in end.items() if name == "head"}
-    parameters = trees.split({**params, **head}, subject.mask)
+    parameters = subject.parameters(params)
     found[stage] = {
       name: _signal_to_noise(
         [
@@ -249,6 +294,14 @@ def _norms(x: np.ndarray) -> np.ndarray:
   return np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=-1)
 
 
+def _rms(tree: Any) -> float:
+  """Returns the root of the mean square of all numbers in a tree."""
+  squares = [
+    np.square(np.asarray(x, np.float64)).ravel() for x in jax.tree.leaves(tree)
+  ]
+  return float(np.sqrt(np.mean(np.concatenate(squares))))
+
+
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
   """Returns the mean cosine of pairs of rows."""
   dots = np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64), axis=-1)
@@ -290,6 +343,21 @@ def interventions_table(found: Sequence[Mapping[str, Any]]) -> str:
     for kind, row in run["interventions"].items()
   ]
   titles = ["val accuracy, % (loss)", *CHANGES, "varies"]
+  return tables.markdown(rows, titles) if rows else ""
+
+
+def steps_table(found: Sequence[Mapping[str, Any]]) -> str:
+  """Returns "moved of size = share" of each prompt; "" where there are none."""
+  rows = []
+  for run in found:
+    for prompt in run["steps"]["end"]:
+      sizes = [stage[prompt] for stage in run["steps"].values()]
+      cells = [
+        f"{x['moved']:.2g} of {x['size']:.2g} = {x['moved'] / x['size']:.1%}"
+        for x in sizes
+      ]
+      rows.append([f"{run['run']}, {prompt}", *["-"] * (2 - len(cells)), *cells])
+  titles = [f"moved by a step of lr {STEP_LR:g}", "start", "end"]
   return tables.markdown(rows, titles) if rows else ""
 
 
@@ -374,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       for run in args.run:
         print(f"measuring {run}", file=sys.stderr, flush=True)
         found.append(measure(run, args.images, args.batches, args.backbone))
-      shown = [features_table(found), interventions_table(found)]
+      shown = [features_table(found), interventions_table(found), steps_table(found)]
       print("\n".join(filter(None, [*shown, *map(gradients_table, found)])))
     if args.output:
       write_json(args.output / f"{name}.json", {"runs": found})

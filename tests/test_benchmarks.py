@@ -428,10 +428,16 @@ def test_prompt_effects_of_two_runs(photos, tmp_path, capsys):
     for norms in insvp["gradients"][stage].values():
       assert set(norms) == {*parts, "head"}
       assert all(0 < norm["ratio"] <= 1 for norm in norms.values())
+  # A token that is learnt moves by the lr; one that is made, by its whole network.
+  steps = insvp["steps"]["start"]
+  assert steps["common prompts"]["moved"] == prompt_effects.STEP_LR
+  assert steps["specific prompt"]["moved"] > 2 * prompt_effects.STEP_LR
+  assert set(steps) == {"common prompts", "specific prompt", "image prompt"}
   # Others have what they have.
   assert vpt["interventions"] == {} and "prompt / image" not in vpt["features"]["end"]
   assert set(vpt["gradients"]["end"]["off"]) == {"common_prompt", "head"}
-  features, interventions, *gradients = map(cells, said)
+  features, interventions, moved, *gradients = map(cells, said)
+  assert len(moved) == 5
   assert [row[1] for row in features[1:]][2:] == ["-", "-"]
   assert len(interventions) == 3 and len(gradients) == 2
 
