@@ -48,9 +48,9 @@ def read(run: Any, root: str = "") -> RunData:
   """
   config = run.meta["config"]
   data_config = config_lib.defaults().data
-  known = {name: value for name, value in config["data"].items() if name in data_config}
-  data_config.update(known)
-  task, stored = config["task"], run.workdir / SPLITS_FILE
+  section = config.get("data") or {}
+  data_config.update({key: x for key, x in section.items() if key in data_config})
+  task, stored = config.get("task") or "", run.workdir / SPLITS_FILE
   if root:
     task = "folder"
     data_config.root, data_config.splits_json = root, ""
