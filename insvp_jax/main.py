@@ -258,29 +258,32 @@ def _draw_prompts(config: ConfigDict, workdir: Path) -> str:
   if not (config.prompt_images and processes.is_main_process()):
     return ""
   run_dirs = tune.first_runs(config, workdir, _MODE.value).values()
-  run_dir = next(filter(_prompts_images, run_dirs), None)
-  if run_dir is None:
+  prompted = list(filter(None, map(_image_prompts, run_dirs)))
+  if not prompted:
     return ""
+  run_dir = next((run_dir for run_dir, is_on in prompted if is_on), None)
+  if run_dir is None:
+    return "none: no run of InsVP has image prompts to draw"
   if not importlib.util.find_spec("matplotlib"):
     return "not drawn without matplotlib: pip install 'insvp_jax[plots]'"
   from insvp_jax import run
   from insvp_jax.tools import visualize
 
   loaded, picture = run.load_run(run_dir), run_dir / "prompts.png"
-  if not visualize.image_prompts(loaded):
-    return "none: this run has no image prompts to draw"
   visualize.draw(loaded, picture, rows=config.prompt_images)
   return f"{picture}, the prompts of {config.prompt_images} test images"
 
 
-def _prompts_images(run_dir: Path) -> bool:
-  """Returns whether a run is of InsVP with a patch or a global prompt."""
+def _image_prompts(run_dir: Path) -> tuple[Path, bool] | None:
+  """Returns a run of InsVP and whether it has image prompts; None for other methods."""
   from insvp_jax.checkpoints.files import load_json
 
   config = load_json(run_dir / "config.json")
-  components = [config["insvp"][name] for name in ("use_patch", "use_global")]
+  if config["method"] != "insvp":
+    return None
   # None is the default: there is one.
-  return config["method"] == "insvp" and components != [False, False]
+  is_off = [config["insvp"][name] is False for name in ("use_patch", "use_global")]
+  return run_dir, not all(is_off)
 
 
 def _needs_traceback(error: BaseException) -> bool:

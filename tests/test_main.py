@@ -711,7 +711,7 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
     ("insvp", (), True),
     ("insvp", ("use_global",), True),
     ("insvp", ("use_global", "use_patch"), False),
-    ("linear", (), False),
+    ("linear", (), None),
   ],
 )
 def test_prompts_are_drawn_of_a_run_that_has_some(tmp_path, method, off, has_prompts):
@@ -720,7 +720,8 @@ def test_prompts_are_drawn_of_a_run_that_has_some(tmp_path, method, off, has_pro
   for name in off:
     config.insvp[name] = False
   (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
-  assert main_lib._prompts_images(tmp_path) == has_prompts
+  found = main_lib._image_prompts(tmp_path)
+  assert found == (None if has_prompts is None else (tmp_path, has_prompts))
 
 
 def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -312,9 +313,11 @@ def test_a_run_without_image_prompts_ends_without_a_picture(tmp_path, monkeypatc
   assert visualize.image_prompts(load_run(without)) == []
   config = defaults()
   config.prompt_images = 1
+  config.insvp.update(off)
+  (without / "config.json").write_text(json.dumps({"method": "insvp", "insvp": off}))
   monkeypatch.setattr(main, "_MODE", types.SimpleNamespace(value="train"))
   said = main._draw_prompts(config, without)
-  assert said == "none: this run has no image prompts to draw"
+  assert said == "none: no run of InsVP has image prompts to draw"
 
 
 def test_spread_takes_from_everywhere():
