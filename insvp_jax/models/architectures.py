@@ -96,8 +96,9 @@ def build(
       f"unknown backbone field {field!r} of a {backbone.__name__}."
       f"{trees.did_you_mean(field, known)} Known: {', '.join(known)}."
     )
-  built = backbone(**{**fields, **given})
-  _check_types(built)
+  given = {**fields, **given}
+  _check_types(backbone, given)
+  built = backbone(**given)
   built.check()
   return built
 
@@ -106,8 +107,12 @@ def build(
 _MOST = 2**20
 
 
-def _check_types(backbone: nn.Module) -> None:
-  """Checks that the fields of a backbone have the types that their class says.
+def _check_types(backbone: type[nn.Module], given: Mapping[str, Any]) -> None:
+  """Checks that fields of a backbone have the types that its class says.
+
+  Args:
+    backbone: its class.
+    given: the fields; the others have their defaults.
 
   Raises:
     ValueError: one has not, or is no size that anything can have.
@@ -125,7 +130,7 @@ def _check_types(backbone: nn.Module) -> None:
 
   tuples = f"a tuple of whole numbers from 1 to {_MOST}"
   for field in dataclasses.fields(backbone):
-    if field.name in _INNER:
+    if field.name in _INNER or field.name not in given:
       continue
     # What is off at 0 may be 0.
     least = 0 if field.default == 0 else 1
@@ -139,6 +144,6 @@ def _check_types(backbone: nn.Module) -> None:
       str: (lambda x: isinstance(x, str), "a text"),
     }
     is_valid, expected = checks[field.type]
-    value = getattr(backbone, field.name)
+    value = given[field.name]
     if not is_valid(value):
       raise ValueError(f"{field.name} is {value!r}, expected {expected}.")
