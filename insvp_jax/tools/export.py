@@ -62,7 +62,7 @@ def export_backbone(
     backbone = {**backbone, "head": head}
   weights.save_backbone(backbone, output, dtype=dtype, names=names)
   result = run.result or {}
-  description = weights.vit_fields(run.model.backbone)
+  description = weights.backbone_fields(run.model.backbone)
   description |= {
     "sha256": weights.file_digest(output),
     "dtype": dtype,
