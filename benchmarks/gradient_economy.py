@@ -1,6 +1,7 @@
 """FLOPs of a train step as a multiple of the forward pass, by method.
 
   python -m benchmarks.gradient_economy [--backbone=boxed] [--batch_size=8]
+      [--methods=insvp,vpt_deep]
 
 Read off the compiled programs (`cost_analysis`), so the numbers do not depend on the
 machine's speed. Full fine-tuning needs about 3 (forward, gradients of activations,
@@ -116,10 +117,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--backbone", default="boxed")
   parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--methods", help="some, joined by commas; all without it")
   args = parser.parse_args()
+  cases = [*((m, {}) for m in METHODS), ("insvp", {"preset": "release"})]
+  if args.methods:
+    cases = [(method, {}) for method in args.methods.split(",")]
   rows = []
-  for method, kwargs in [*((m, {}) for m in METHODS), ("insvp", {"preset": "release"})]:
-    forward, *ratios = ratio(args.backbone, method, args.batch_size, kwargs)
+  for method, kwargs in cases:
+    try:
+      forward, *ratios = ratio(args.backbone, method, args.batch_size, kwargs)
+    except ValueError as error:
+      parser.error(f"{method} on {args.backbone}: {error}")
     name = " ".join((method, *kwargs.values()))
     rows.append([name, f"{forward:,.0f}", *(f"{number:.2f}" for number in ratios)])
   titles = [args.backbone, "forward, MFLOP per image", "train step / forward"]

@@ -65,6 +65,15 @@ def test_gradient_economy_shows_every_method_and_preset(benchmark, monkeypatch, 
   assert titles[0] == "boxed" and "train step / forward" in titles
   assert [row[0] for row in rows] == [*module.METHODS, "insvp release"]
   assert rows[0][1:] == ["1,234", "2.12", "3.00"]
+  monkeypatch.setattr(sys, "argv", ["gradient_economy", "--methods=linear,lora"])
+  module.main()
+  assert [row[0] for row in cells(capsys.readouterr().out)[1:]] == ["linear", "lora"]
+  monkeypatch.undo()
+  argv = ["gradient_economy", "--methods=loar"]
+  monkeypatch.setattr(sys, "argv", argv)
+  with pytest.raises(SystemExit):
+    module.main()
+  assert "loar on boxed: unknown method 'loar'" in capsys.readouterr().err
 
 
 def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, capsys):

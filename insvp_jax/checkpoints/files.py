@@ -292,7 +292,7 @@ def check_types(value: Any, form: Any, name: str, key: str = "") -> None:
   Args:
     value: of it, or a part of it.
     form: a type, a list of the type of its items, or a dict of forms by key. A value
-      may be None, and a key may be missing.
+      of a dict may be None, and a key may be missing.
     name: of the whole, for the message.
     key: of the part.
 
@@ -300,13 +300,12 @@ def check_types(value: Any, form: Any, name: str, key: str = "") -> None:
     Damaged: a value has another type.
   """
   kind = form if isinstance(form, type | types.UnionType) else type(form)
-  if value is None:
-    return
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
     raise Damaged(f"{name}: {key} is {short(value)}, expected {_KINDS[kind]}.")
   if isinstance(form, dict):
-    for inner, kind in form.items():
-      check_types(value.get(inner), kind, name, f"{key}.{inner}".lstrip("."))
+    for inner, part in form.items():
+      if value.get(inner) is not None:
+        check_types(value[inner], part, name, f"{key}.{inner}".lstrip("."))
   elif isinstance(form, list):
     for item in value:
       check_types(item, form[0], name, f"an item of {key}")

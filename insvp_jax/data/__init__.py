@@ -31,7 +31,7 @@ import ml_collections
 
 from insvp_jax import trees
 from insvp_jax.data import load_or_stream
-from insvp_jax.data.preprocess import get_preset
+from insvp_jax.data.preprocess import DEFAULT_PRESET, get_preset
 from insvp_jax.data.sources import (
   cifar_npz,
   digits,
@@ -88,8 +88,8 @@ def load_data(
     task: "folder" (one's own images), "digits" (scikit-learn's), "cifar10_npz", or a
       name in `tasks.TASKS`, which is read from TFDS, or from image files where
       `data_config.root` names them.
-    data_config: the section config.data. An empty preset is "vtab": which weights'
-      pixels it should follow is not known here.
+    data_config: the section config.data. An empty preset is the default one: which
+      weights' pixels it should follow is not known here.
     image_size: side of the model's input in pixels.
 
   Raises:
@@ -104,7 +104,7 @@ def load_data(
   trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
   if not data_config.preset:
     data_config = data_config.copy_and_resolve_references()
-    data_config.preset = "vtab"
+    data_config.preset = DEFAULT_PRESET
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")

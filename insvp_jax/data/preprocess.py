@@ -153,6 +153,10 @@ PRESETS = {
 }
 
 
+# The protocol's own: where no weights say otherwise.
+DEFAULT_PRESET = "vtab"
+
+
 def get_preset(name: str) -> Preset:
   """Returns the preset of that name.
 

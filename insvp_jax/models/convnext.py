@@ -3,7 +3,7 @@
 Source: Liu et al. 2022, "A ConvNet for the 2020s", section 2 and appendix A.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from insvp_jax.methods.hooks import (
 from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.layers import LAYER_NORM_EPS, MlpBlock, PatchEmbedding
 from insvp_jax.models.stages import (
+  EMBEDDING_PATTERNS,
   StagedBackbone,
   apply_blocks,
   block_patterns,
@@ -120,23 +121,15 @@ class ConvNeXt(StagedBackbone):
   Attributes:
     width: channels of the first stage; each later one has twice as many as the one
       before.
-    depths: blocks of each stage.
     patch_size: pixels per side of a position of the first stage.
-    image_size: pixels per side of an image.
     gelu: "exact" (as published) or "tanh".
-    dtype, remat, scan, head_classes, unshard: as those of `models.vit.ViT`.
+
+  The others are those of `StagedBackbone`.
   """
 
   width: int
-  depths: Sequence[int]
   patch_size: int = 4
-  image_size: int = 224
   gelu: str = "exact"
-  dtype: str = "float32"
-  remat: bool = False
-  scan: bool = False
-  head_classes: int = 0
-  unshard: Callable[[Any], Any] | None = None
 
   def check(self) -> None:
     super().check()
@@ -176,26 +169,17 @@ class ConvNeXt(StagedBackbone):
       Stage(width, depth, _MLP_RATIO * width, 0, grid // 2**i)
       for i, (width, depth) in enumerate(zip(widths, self.depths, strict=True))
     )
-    return BackboneSpec(
-      width=widths[-1],
-      depth=sum(self.depths),
-      mlp_dim=_MLP_RATIO * widths[-1],
-      num_heads=0,
-      patch_size=self.patch_size,
-      image_size=self.image_size,
-      num_prefix=0,
-      sites=frozenset({PROMPTED_SIZE, LAYER_NORMS}),
-      block_patterns=()
-      if self.scan
-      else block_patterns(self.depths, follows="downsample"),
+    return self.create_spec(
+      stages,
+      self.patch_size,
+      {PROMPTED_SIZE, LAYER_NORMS},
+      block_patterns(self.depths, follows="downsample"),
       norm_patterns=(
         "backbone/stage_.*/norm/.*",
         "backbone/embedding_norm/.*",
         "backbone/norm/.*",
       ),
-      embedding_patterns=("backbone/embedding/.*", "backbone/embedding_norm/.*"),
-      head_classes=self.head_classes,
-      stages=stages,
+      embedding_patterns=EMBEDDING_PATTERNS,
     )
 
   def patches(self, images: Float[Array, "b s s c"]) -> Float[Array, "b h w d"]:

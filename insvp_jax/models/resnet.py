@@ -4,7 +4,7 @@ Source: He et al. 2016, "Deep Residual Learning for Image Recognition"; the stri
 stands in the 3 x 3 convolution, as in all published PyTorch weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -139,22 +139,14 @@ class ResNet(StagedBackbone):
   """A ResNet of bottleneck blocks without its head.
 
   Attributes:
-    depths: blocks of each stage.
     width: channels of the stem; the first stage has four times as many, and each later
       one twice as many as the one before.
-    image_size: pixels per side of an image.
-    dtype, remat, scan, head_classes, unshard: as those of `models.vit.ViT`. With `scan`
-      one program serves all blocks of a stage but the first.
+
+  The others are those of `StagedBackbone`. With `scan` one program serves all blocks of
+  a stage but the first.
   """
 
-  depths: Sequence[int]
   width: int = 64
-  image_size: int = 224
-  dtype: str = "float32"
-  remat: bool = False
-  scan: bool = False
-  head_classes: int = 0
-  unshard: Callable[[Any], Any] | None = None
 
   def check(self) -> None:
     super().check()
@@ -191,21 +183,12 @@ class ResNet(StagedBackbone):
       Stage(width, depth, 0, 0, grid // 2**i)
       for i, (width, depth) in enumerate(zip(widths, self.depths, strict=True))
     )
-    return BackboneSpec(
-      width=widths[-1],
-      depth=sum(self.depths),
-      mlp_dim=0,
-      num_heads=0,
-      patch_size=_STEM,
-      image_size=self.image_size,
-      num_prefix=0,
-      sites=frozenset({PROMPTED_SIZE}),
-      block_patterns=()
-      if self.scan
-      else block_patterns(self.depths, leaf=".*(kernel|scale|bias)"),
+    return self.create_spec(
+      stages,
+      _STEM,
+      {PROMPTED_SIZE},
+      block_patterns(self.depths, leaf=".*(kernel|scale|bias)"),
       constant_patterns=("backbone/.*/(mean|var)",),
-      head_classes=self.head_classes,
-      stages=stages,
     )
 
   @nn.nowrap

@@ -4,7 +4,7 @@ Their parameters are named `stage_<s>/block_<i>/...`. With `scan`, blocks that a
 are stacked and stand under `stage_<s>/blocks/...`; which ones is each backbone's own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import re
 from typing import Any
 
@@ -14,21 +14,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from insvp_jax.methods.base import BackboneSpec, Stage
 from insvp_jax.methods.hooks import UNCHANGED, Adaptation
+from insvp_jax.models.backbone import Backbone
 from insvp_jax.models.encoder import unsharded
-from insvp_jax.models.heads import Head
 
 _BLOCK = re.compile(r"stage_([0-9]{1,3})/block_([0-9]{1,4})/(.+)")
 _STACKED = re.compile(r"stage_([0-9]{1,3})/blocks/(?:block_([01])/)?(.+)")
 
 
-class StagedBackbone(nn.Module):
+class StagedBackbone(Backbone, kw_only=True):
   """Base of these backbones.
 
-  Each has the fields `depths` (blocks of each stage), `image_size`, `dtype`, `remat`,
-  `scan`, `head_classes` and `unshard`, which are as those of `models.vit.ViT`, and the
-  method `encode`.
+  Each has the method `encode`, which calls `finish` at its end.
+
+  Attributes:
+    depths: blocks of each stage.
+    image_size: pixels per side of an image.
+    dtype, remat, scan, head_classes, unshard: as those of `models.vit.ViT`.
   """
+
+  depths: Sequence[int]
+  image_size: int = 224
+  dtype: str = "float32"
+  remat: bool = False
+  scan: bool = False
+  head_classes: int = 0
+  unshard: Callable[[Any], Any] | None = None
 
   def check(self) -> None:
     """Checks the fields that all have.
@@ -36,34 +48,45 @@ class StagedBackbone(nn.Module):
     Raises:
       ValueError: a value that does not fit.
     """
-    # Without x64 JAX would take float32 for it, with a warning.
-    is_double = self.dtype == "float64" and jax.config.jax_enable_x64
-    if self.dtype not in ("float32", "bfloat16") and not is_double:
-      raise ValueError(f"dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'.")
+    self.check_dtype()
     if not self.depths or min(self.depths) < 1:
       raise ValueError(
         f"depths is {self.depths!r}, expected the blocks of each stage, e.g. (3, 4, 6)."
       )
 
-  def create_head(self) -> None:
-    """Creates the head that the backbone was trained with, if it is kept."""
-    if self.head_classes:
-      # Not zeros where it is drawn: they would tell nothing.
-      self.head = unsharded(Head, self.unshard)(self.head_classes, "torch")
+  @nn.nowrap
+  def create_spec(
+    self,
+    stages: Sequence[Stage],
+    patch_size: int,
+    sites: Collection[str],
+    patterns: tuple[str, ...],
+    **fields: Any,
+  ) -> BackboneSpec:
+    """Returns the sizes that a method is built from.
 
-  def check_size(self, images: Float[Array, "b h w c"], size: int) -> None:
-    """Checks the size of images against the size that is expected.
-
-    Raises:
-      ValueError: it is another one.
+    Args:
+      stages: the stages.
+      patch_size: pixels per side of a position of the first stage.
+      sites: where hooks can be.
+      patterns: over the parameters of each block, from `block_patterns`.
+      **fields: of `BackboneSpec`, the other patterns.
     """
-    size = size or self.image_size
-    if images.shape[1:3] != (size, size):
-      raise ValueError(
-        f"images are {images.shape[1]} x {images.shape[2]} pixels, but the backbone "
-        f"was built for {size} x {size}; resize the images or "
-        f"build it with image_size={images.shape[1]}."
-      )
+    last = stages[-1]
+    return BackboneSpec(
+      width=last.width,
+      depth=sum(self.depths),
+      mlp_dim=last.mlp_dim,
+      num_heads=last.num_heads,
+      patch_size=patch_size,
+      image_size=self.image_size,
+      num_prefix=0,
+      sites=frozenset(sites),
+      block_patterns=() if self.scan else patterns,
+      head_classes=self.head_classes,
+      stages=tuple(stages),
+      **fields,
+    )
 
   def embed(
     self,
@@ -86,28 +109,11 @@ class StagedBackbone(nn.Module):
     self.check_size(images, size)
     return self.patches(images)
 
-  def source_logits(self, feature: Float[Array, "b d"]) -> Float[Array, "b s"]:
-    """Returns logits of the classes that the backbone was trained on, in float32.
-
-    Raises:
-      ValueError: its head is not kept.
-    """
-    if not self.head_classes:
-      raise ValueError(
-        "this backbone is kept without the head that it was trained with; set "
-        "head_classes to the number of its classes."
-      )
-    return self.head(feature)
-
   def finish(self, feature: Float[Array, "b d"]) -> Float[Array, "b d"]:
     """Returns the feature; makes the parameters of the head while initializing."""
     if self.head_classes and self.is_initializing():
       self.head(jnp.zeros((1, feature.shape[-1])))
     return feature
-
-  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """Returns the feature [b, d] of images, without any prompt."""
-    return self.encode(self.embed(images))
 
   # The two layouts of the parameters.
 
@@ -157,6 +163,10 @@ def unstack(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       block = i + (stage in alone) if half is None else 2 * i + int(half)
       unstacked[f"stage_{stage}/block_{block}/{rest}"] = row
   return unstacked
+
+
+# Of a patch embedding with a norm of its own.
+EMBEDDING_PATTERNS = ("backbone/embedding/.*", "backbone/embedding_norm/.*")
 
 
 def lifted(

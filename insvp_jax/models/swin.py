@@ -30,7 +30,12 @@ from insvp_jax.methods.hooks import (
 )
 from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.layers import MlpBlock, PatchEmbedding, join
-from insvp_jax.models.stages import StagedBackbone, block_patterns, lifted
+from insvp_jax.models.stages import (
+  EMBEDDING_PATTERNS,
+  StagedBackbone,
+  block_patterns,
+  lifted,
+)
 
 _EPS = 1e-5
 _MLP_RATIO = 4
@@ -339,30 +344,22 @@ class Swin(StagedBackbone):
   Attributes:
     width: of the first stage's tokens; each later stage's is twice that of the one
       before.
-    depths: blocks of each stage; even numbers with `scan`.
     num_heads: attention heads of each stage; one number is the first stage's, and each
       later one has twice as many as the one before.
     window: tokens per side of a window. It divides each stage's grid, or the grid is
       smaller and is one window.
     patch_size: pixels per side of a patch.
-    image_size: pixels per side of an image.
     gelu: "exact" (as published) or "tanh".
-    dtype, remat, scan, head_classes, unshard: as those of `models.vit.ViT`. With `scan`
-      one program serves all pairs of blocks of a stage.
+
+  The others are those of `StagedBackbone`. With `scan` one program serves all pairs of
+  blocks of a stage, whose depths are then even.
   """
 
   width: int
-  depths: Sequence[int]
   num_heads: Sequence[int] | int
   window: int = 7
   patch_size: int = 4
-  image_size: int = 224
   gelu: str = "exact"
-  dtype: str = "float32"
-  remat: bool = False
-  scan: bool = False
-  head_classes: int = 0
-  unshard: Callable[[Any], Any] | None = None
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
@@ -445,27 +442,17 @@ class Swin(StagedBackbone):
   @property
   def spec(self) -> BackboneSpec:
     """The sizes that a method is built from."""
-    stages = self._stages()
-    return BackboneSpec(
-      width=stages[-1].width,
-      depth=sum(self.depths),
-      mlp_dim=stages[-1].mlp_dim,
-      num_heads=stages[-1].num_heads,
-      patch_size=self.patch_size,
-      image_size=self.image_size,
-      num_prefix=0,
-      sites=frozenset({PROMPTS, LAYER_NORMS}),
-      block_patterns=()
-      if self.scan
-      else block_patterns(self.depths, follows="downsample"),
+    return self.create_spec(
+      self._stages(),
+      self.patch_size,
+      {PROMPTS, LAYER_NORMS},
+      block_patterns(self.depths, follows="downsample"),
       norm_patterns=(
         "backbone/stage_.*/norm[12]?/.*",
         "backbone/embedding_norm/.*",
         "backbone/norm/.*",
       ),
-      embedding_patterns=("backbone/embedding/.*", "backbone/embedding_norm/.*"),
-      head_classes=self.head_classes,
-      stages=stages,
+      embedding_patterns=EMBEDDING_PATTERNS,
     )
 
   @nn.nowrap

@@ -13,7 +13,6 @@ import re
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,8 +20,8 @@ from insvp_jax import trees
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.hooks import SITES, UNCHANGED, Adaptation, HookArrays
 from insvp_jax.models import positions
+from insvp_jax.models.backbone import Backbone
 from insvp_jax.models.encoder import Encoder, bind_after, unsharded
-from insvp_jax.models.heads import Head
 from insvp_jax.models.layers import (
   GELUS,
   LAYER_NORM_EPS,
@@ -68,7 +67,7 @@ def decode_variant(variant: str) -> dict[str, int]:
   }
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
   """A Vision Transformer without its head.
 
   Attributes:
@@ -182,9 +181,7 @@ class ViT(nn.Module):
       self.project = unsharded(nn.Dense, self.unshard)(
         self.projection, use_bias=False, dtype=dtype, name="projection"
       )
-    if self.head_classes:
-      # Not zeros where it is drawn: they would tell nothing.
-      self.head = unsharded(Head, self.unshard)(self.head_classes, "torch")
+    self.create_head()
 
   def check(self) -> None:
     """Checks that the fields fit together.
@@ -202,10 +199,7 @@ class ViT(nn.Module):
         "pool is 'tok', but class_token=False leaves no class token to be pooled; "
         "expected pool 'gap' or 'map'."
       )
-    # Without x64 JAX would take float32 for it, with a warning.
-    is_double = self.dtype == "float64" and jax.config.jax_enable_x64
-    if self.dtype not in ("float32", "bfloat16") and not is_double:
-      raise ValueError(f"dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'.")
+    self.check_dtype()
     if self.width % self.num_heads:
       raise ValueError(
         f"width {self.width} is not divisible by num_heads {self.num_heads}."
@@ -302,13 +296,7 @@ class ViT(nn.Module):
     Raises:
       ValueError: the images do not have that size.
     """
-    size = size or self.image_size
-    if images.shape[1:3] != (size, size):
-      raise ValueError(
-        f"images are {images.shape[1]} x {images.shape[2]} pixels, but the backbone "
-        f"was built for {size} x {size}; resize the images or "
-        f"build it with image_size={images.shape[1]}."
-      )
+    self.check_size(images, size)
     x = self.embedding(images)
     after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
     if after is not None:
@@ -317,7 +305,9 @@ class ViT(nn.Module):
     if self.unshard is not None:
       pos_embedding = self.unshard(pos_embedding)
     if x.shape[1] != pos_embedding.shape[1]:
-      pos_embedding = positions.resize_traced(pos_embedding, size // self.patch_size)
+      pos_embedding = positions.resize_traced(
+        pos_embedding, images.shape[1] // self.patch_size
+      )
     return x + pos_embedding.astype(x.dtype)
 
   def encode(
@@ -360,20 +350,3 @@ class ViT(nn.Module):
       return x[:, 0]
     x = x[:, self.num_prefix :] if self.pool == "gap" else x
     return jnp.mean(x, axis=1) if self.pool == "gap" else self.MAPHead_0(x)
-
-  def source_logits(self, feature: Float[Array, "b d"]) -> Float[Array, "b s"]:
-    """Returns logits of the classes that the backbone was trained on, in float32.
-
-    Raises:
-      ValueError: its head is not kept.
-    """
-    if not self.head_classes:
-      raise ValueError(
-        "this backbone is kept without the head that it was trained with; set "
-        "head_classes to the number of its classes."
-      )
-    return self.head(feature)
-
-  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
-    """Returns the feature [b, f] of images, without any prompt."""
-    return self.encode(self.embed(images))

@@ -69,7 +69,7 @@ def export_backbone(
       f"{output} could not be written: {error.strerror or error}."
     ) from error
   result = run.result or {}
-  description = weights.vit_fields(run.model.backbone)
+  description = weights.backbone_fields(run.model.backbone)
   description |= {
     "sha256": weights.file_digest(output),
     "dtype": dtype,

@@ -22,7 +22,7 @@ import tabulate
 from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.items import flatten_rest, stored_names
 from insvp_jax.data import GROUPS, TASKS, load_data
-from insvp_jax.data.preprocess import get_preset
+from insvp_jax.data.preprocess import DEFAULT_PRESET, get_preset
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import batches, features, flops
 from insvp_jax.train import program as program_lib
@@ -80,7 +80,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   config_checks.validate(config)
   mesh = mesh_lib.create_mesh(devices, fsdp=config.backbone.fsdp)
   # No weights are read: whatever pixels they are for, the sizes are the same.
-  config.data.preset = config.data.preset or "vtab"
+  config.data.preset = config.data.preset or DEFAULT_PRESET
   task, num_classes, num_train = _task_sizes(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)

@@ -273,9 +273,9 @@ def fill_preset(config: ConfigDict) -> None:
     source = config.backbone.weights or config.backbone.name
     pixels = weights_lib.pixels_of(source) or {}
     # What our own releases were trained on is the protocol's own preset.
-    config.data.preset = (
-      preset_of(pixels) if "resize" in pixels or ("preset" in pixels) else "vtab"
-    )
+    says_all = "resize" in pixels or "preset" in pixels
+    default = preprocess.DEFAULT_PRESET
+    config.data.preset = preset_of(pixels) if says_all else default
 
 
 def preset_of(pixels: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from insvp_jax.data import TaskData
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models import architectures
 from insvp_jax.models.vit import ViT
-from insvp_jax.models.weights import is_file_name, pixels_of, vit_fields
+from insvp_jax.models.weights import backbone_fields, is_file_name, pixels_of
 from insvp_jax.train import evaluate, features, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
@@ -227,7 +227,7 @@ def _model_kwargs(
     return kwargs
   if not isinstance(vit, ViT):
     kwargs["backbone"] = architectures.variant_of(type(vit))
-  fields = vit_fields(vit)
+  fields = backbone_fields(vit)
   kwargs["image_size"] = fields.pop("image_size")
   return {**kwargs, "backbone_kwargs": fields | kwargs["backbone_kwargs"]}
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -538,6 +540,16 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path):
     ValueError, match="only the model has: .*encoderblock_1/MlpBlock_0"
   ):
     load(path)
+
+
+def test_pytorch_s_files_need_torch_and_say_so(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  path = tmp_path / "vit.bin"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", b"")
+  with pytest.raises(ValueError, match=r"torch, .* is not installed: .*\[torch\]") as e:
+    load(path)
+  assert "\n" not in str(e.value)
 
 
 def test_an_unknown_family_is_compared_with_the_known_ones(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import SIZE, make_run
 
 from insvp_jax import trees
-from insvp_jax.models import weights
+from insvp_jax.models import merging, weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.tools import export
 
@@ -38,6 +38,18 @@ def test_the_backbone_comes_back_as_it_was(tmp_path, capsys, name, flags):
   assert described["sha256"] in capsys.readouterr().out
   assert described["width"] == model.backbone.width and described["depth"] == 2
   assert described["test_accuracy"] == 0.5 and described["command"] == "train it"
+
+
+def test_a_method_is_folded_into_what_others_read(tmp_path):
+  workdir, model, params = make_run(tmp_path, "lora", method_kwargs={"rank": 2})
+  output = tmp_path / "merged.safetensors"
+  assert export.main([f"--run={workdir}", f"--output={output}"]) == 0
+  loaded = trees.flatten(weights.load_backbone(str(output), model))
+  merged = trees.flatten(merging.merge(model, params))
+  assert loaded.keys() == merged.keys()
+  assert all(np.array_equal(leaf, merged[name]) for name, leaf in loaded.items())
+  plain = trees.flatten(params["backbone"])
+  assert any(not np.array_equal(leaf, plain[name]) for name, leaf in loaded.items())
 
 
 def test_the_head_comes_along_where_it_is_asked_for(tmp_path, capsys):

@@ -71,8 +71,9 @@ def test_ten_thousand_steps_with_two_hundred_checkpoints_leak_nothing(root, tmp_
   assert typical(late, "memory") < 1.05 * typical(early, "memory")
   for name in ("files", "threads"):
     assert max(row[name] for row in late) <= max(row[name] for row in early) + 8, name
-    # A leak of one per checkpoint would be 60; pools of threads fill up late.
-    assert abs(typical(late, name) - typical(early, name)) <= 8, name
+    # A leak of one per checkpoint would be 60; pools of threads fill up late. Fewer at
+    # the end is no leak: a busy machine has more checkpoints under way at the start.
+    assert typical(late, name) <= typical(early, name) + 8, name
   # Two that are kept, one that is written and those that are about to go.
   assert max(map(len, checkpoints)) <= 5
   names = sorted(os.listdir(workdir / "checkpoints"))

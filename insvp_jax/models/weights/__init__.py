@@ -5,10 +5,10 @@ from insvp_jax.models.weights.load import load_backbone, save_backbone
 from insvp_jax.models.weights.published import (
   architecture_of,
   are_sizes_known,
+  backbone_fields,
   is_file_name,
   is_remote,
   pixels_of,
-  vit_fields,
 )
 from insvp_jax.models.weights.releases import RELEASES, Release
 from insvp_jax.models.weights.report import LoadReport
@@ -26,5 +26,5 @@ __all__ = [
   "pixels_of",
   "resolve",
   "save_backbone",
-  "vit_fields",
+  "backbone_fields",
 ]

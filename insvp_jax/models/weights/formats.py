@@ -4,7 +4,7 @@
 of `npz`, and those of the modules in `NAMES`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import os
 from pathlib import Path
 import re
@@ -21,7 +21,7 @@ from insvp_jax.models.weights import (
   names_vit,
   npz,
 )
-from insvp_jax.models.weights.npz import VitFile
+from insvp_jax.models.weights.npz import BackboneFile
 
 # Architecture -> its module: `recognise(shapes)`, `convert(arrays)`, `invert(leaves)`.
 # What else the first one has, others may have.
@@ -36,13 +36,12 @@ NAMES = {
 _PREFERRED = ("teacher", "ema", "base_encoder", "visual", "vision_model")
 _LAST = ("student", "momentum_encoder", "decoder", "text")
 _HEAD = r"(head|classifier|fc|head\.fc)\.(weight|bias)"
-_CONSTANTS = r".*\.(relative_position_index|attn_mask|num_batches_tracked)"
 _HEAD_REASON = "a head of its own is trained for every task"
 
 
 def read(
   path: str | os.PathLike[str], *, shapes_only: bool = False, with_head: bool = False
-) -> VitFile:
+) -> BackboneFile:
   """Reads the backbone in a file.
 
   Args:
@@ -59,29 +58,27 @@ def read(
   if not path.exists():
     raise FileNotFoundError(f"there is no file {path}.")
   kind = array_files.kind_of(path)
-  if kind == "npz" and not _has_others_names(path) or not kind:
+  file = _open_npz(path) if kind == "npz" else None
+  if kind not in ("npz", ""):
+    file = array_files.open_arrays(path, kind)
+  if file is None:
     return npz.read_vit(path, shapes_only=shapes_only, with_head=with_head)
-  file = array_files.open_arrays(path, kind)
+
+  def arrays_of(names: Collection[str]) -> dict[str, np.ndarray]:
+    if shapes_only:
+      zero = np.float32(0)
+      return {name: np.broadcast_to(zero, file.shapes[name]) for name in names}
+    return {n: _to_float32(a, n, path) for n, a in file.read(names).items()}
+
   if architecture := _owner(file.shapes):
-    leaves = {
-      name: np.broadcast_to(np.float32(0), shape)
-      if shapes_only
-      else _to_float32(file.read([name])[name], name, path)
-      for name, shape in file.shapes.items()
-      if with_head or not name.startswith("head/")
-    }
-    skipped = dict.fromkeys(set(file.shapes) - set(leaves), _HEAD_REASON)
+    names = [n for n in file.shapes if with_head or not n.startswith("head/")]
+    skipped = dict.fromkeys(set(file.shapes) - set(names), _HEAD_REASON)
     text = f"this package's names of {architecture}"
-    return VitFile(leaves, skipped, text, architecture=architecture)
+    return BackboneFile(arrays_of(names), skipped, text, architecture=architecture)
   prefix, architecture = find(path, file.shapes)
   module = NAMES[architecture]
   inside, skipped = _choose(file.shapes, prefix, module, with_head)
-  if shapes_only:
-    zero = np.float32(0)
-    arrays = {name: np.broadcast_to(zero, file.shapes[name]) for name in inside}
-  else:
-    arrays = {n: _to_float32(a, n, path) for n, a in file.read(list(inside)).items()}
-  short_arrays = {inside[name]: array for name, array in arrays.items()}
+  short_arrays = {inside[name]: x for name, x in arrays_of(list(inside)).items()}
   try:
     leaves = module.convert(short_arrays)
   except (ValueError, KeyError) as error:
@@ -90,7 +87,9 @@ def read(
   text = layout.name if layout else f"the published names of {architecture}"
   if prefix:
     text += f", below {prefix!r}"
-  return VitFile(leaves, skipped, text, resize="bicubic", architecture=architecture)
+  return BackboneFile(
+    leaves, skipped, text, resize="bicubic", architecture=architecture
+  )
 
 
 def _owner(names: Iterable[str]) -> str:
@@ -139,8 +138,6 @@ def _choose(
       continue
     known = getattr(module, "SKIPPED", {}).items()
     reason = next((why for k, why in known if re.fullmatch(k, short)), "")
-    if re.fullmatch(_CONSTANTS, short):
-      reason = "a constant or a counter"
     if not with_head and re.fullmatch(_HEAD, short):
       reason = _HEAD_REASON
     if reason:
@@ -212,16 +209,17 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
   )
 
 
-def _has_others_names(path: Path) -> bool:
-  """Returns whether an `.npz` file holds names of `NAMES` rather than big_vision's."""
+def _open_npz(path: Path) -> array_files.ArrayFile | None:
+  """Opens an `.npz` file with names of `NAMES`; None for one that `npz` reads."""
   try:
-    shapes = array_files.open_arrays(path, "npz").shapes
-    if _owner(shapes):
-      return True
-    find(path, shapes)
+    file = array_files.open_arrays(path, "npz")
+    if _owner(file.shapes):
+      return file
+    find(path, file.shapes)
   except (OSError, ValueError):
-    return False
-  return not any(name.endswith(npz.EMBEDDING) for name in shapes)
+    return None
+  has_embedding = any(name.endswith(npz.EMBEDDING) for name in file.shapes)
+  return None if has_embedding else file
 
 
 def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
@@ -236,7 +234,7 @@ def _to_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
   return array
 
 
-def fields(file: VitFile) -> dict[str, Any]:
+def fields(file: BackboneFile) -> dict[str, Any]:
   """Returns the fields of a backbone that a file's names and shapes tell.
 
   One that is no ViT is told by "architecture", a key of `NAMES`.

@@ -72,7 +72,9 @@ def load_backbone(
     return _load_other(path, vit, report or logging.info)
   expected = _expected_shapes(vit)
 
-  def fit(file: npz.VitFile, shapes_only: bool) -> tuple[dict, dict, dict, list[str]]:
+  def fit(
+    file: npz.BackboneFile, shapes_only: bool
+  ) -> tuple[dict, dict, dict, list[str]]:
     leaves, skipped = dict(file.leaves), dict(file.skipped)
     try:
       changed = _fit_layers(leaves, vit, expected, file.resize == "bicubic")

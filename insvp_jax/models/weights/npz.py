@@ -50,8 +50,8 @@ _MAX_DEPTH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class VitFile:
-  """A file's ViT, in big_vision's names with one group per block.
+class BackboneFile:
+  """A file's backbone, in this package's names (a ViT's are big_vision's) by block.
 
   Attributes:
     leaves: '/'-joined name -> float32 array.
@@ -70,7 +70,7 @@ class VitFile:
 
 def read_vit(
   path: str | os.PathLike[str], *, shapes_only: bool = False, with_head: bool = False
-) -> VitFile:
+) -> BackboneFile:
   """Reads the ViT in an `.npz` file of any of the three layouts.
 
   Args:
@@ -115,7 +115,7 @@ def read_vit(
     layout = "the original release's names"
   else:
     layout = "big_vision's names"
-  return VitFile(leaves, skipped, layout)
+  return BackboneFile(leaves, skipped, layout)
 
 
 def _member_names(path: Path) -> list[str]:

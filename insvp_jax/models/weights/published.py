@@ -154,9 +154,9 @@ def _read_json(path: Path) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def vit_fields(vit: Any) -> dict[str, Any]:
+def backbone_fields(backbone: Any) -> dict[str, Any]:
   """Returns the fields that a backbone's file does not need to be asked for again."""
-  return {field: getattr(vit, field) for field in FIELDS if hasattr(vit, field)}
+  return {f: getattr(backbone, f) for f in FIELDS if hasattr(backbone, f)}
 
 
 # Of files that say nothing of their pixels.
