@@ -217,6 +217,11 @@ def create_model(
       raise ValueError(
         f"{name} is {number!r}, expected a whole number of at least {least}."
       )
+  if not isinstance(backbone, str) or not isinstance(method, str | type):
+    raise ValueError(
+      f"backbone is {backbone!r} and method {method!r}, expected names; a method may "
+      "be a class."
+    )
   trees.lookup(HEAD_INITS, head_init, "head_init")
   built = create_backbone(backbone, image_size, backbone_kwargs)
 
