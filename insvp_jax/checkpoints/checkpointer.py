@@ -30,11 +30,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, trees
+from insvp_jax import config_checks, files, trees
 from insvp_jax.checkpoints.files import (
+  CHECKSUMS,
   FOLDER,
   Damaged,
   is_step,
+  load_json,
   newest_good,
   quieten_orbax,
   read_arrays,
@@ -45,6 +47,7 @@ from insvp_jax.checkpoints.files import (
   short,
   stored_arrays,
   verify,
+  verify_file,
   write_checksums,
 )
 from insvp_jax.checkpoints.items import (
@@ -57,6 +60,8 @@ from insvp_jax.checkpoints.items import (
 )
 from insvp_jax.distributed import processes
 
+# Orbax's file of when a checkpoint was written.
+_TIMES = "_CHECKPOINT_METADATA"
 OLD = "deleted"  # where checkpoints go that are no longer kept
 
 
@@ -99,6 +104,9 @@ class Checkpointer:
     self._pending: int | None = None
     _check_writable(self.directory)
     self._remove_old()
+    if processes.is_main_process():
+      _remove_damaged_times(self.directory)
+    processes.wait("looked at")
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -371,3 +379,24 @@ def _check_writable(directory: Path) -> None:
       f"cannot write checkpoints to {directory}: {error.strerror}. "
       "Choose another workdir."
     ) from error
+
+
+def _remove_damaged_times(folder: Path) -> None:
+  """Removes damaged files with the times of checkpoints, which nobody needs.
+
+  Orbax reads them as soon as it opens the folder, and would not come further. Of a
+  checkpoint that lacks its file `verify` says so.
+
+  Args:
+    folder: of the checkpoints.
+  """
+  for file in folder.glob(f"[0-9]*/{_TIMES}"):
+    try:
+      if not files.is_regular(file):
+        raise Damaged(f"{file} is no file.")
+      load_json(file)
+      if (file.parent / CHECKSUMS).exists():
+        sums = load_json(file.parent / CHECKSUMS)
+        verify_file(file.parent, _TIMES, sums.get(_TIMES))
+    except Damaged:
+      shutil.rmtree(file) if file.is_dir() else file.unlink()
