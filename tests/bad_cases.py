@@ -14,6 +14,7 @@ import math
 import os
 from pathlib import Path
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +38,8 @@ from insvp_jax.search import tune
 from insvp_jax.tools import plan
 from insvp_jax.train import trainer
 
+# Seconds after which a case hangs: all of them are small.
+MAX_SECONDS = 60
 SAME, REFUSED = "as if nothing had been wrong", "refused in one line"
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
 
@@ -242,13 +245,27 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+@contextlib.contextmanager
+def _deadline() -> Iterator[None]:
+  def fail(signum, frame):
+    raise AssertionError(f"hangs: no end after {MAX_SECONDS} seconds")
+
+  before = signal.signal(signal.SIGALRM, fail)
+  signal.alarm(MAX_SECONDS)
+  try:
+    yield
+  finally:
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def outcome(kind: str, case: Any) -> str:
   """Returns `SAME` or `REFUSED`.
 
   Raises:
     Exception: of any other kind, where neither is true.
   """
-  with tempfile.TemporaryDirectory() as workdir:
+  with tempfile.TemporaryDirectory() as workdir, _deadline():
     try:
       KINDS[kind][1](case, Path(workdir))
     except (*errors.INPUT_ERRORS, trainer.Diverged) as error:

@@ -193,9 +193,14 @@ def settings(
 
 
 def read(path: Path, digest: str) -> list[dict[str, Any]]:
-  """Returns the trials of a file that were made with the same `settings`."""
+  """Returns the trials of a file that were made with the same `settings`.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is no regular file.
+  """
   trials = []
-  for line in path.read_bytes().split(b"\n") if path.exists() else ():
+  for line in files.read_bytes(path).split(b"\n") if path.exists() else ():
     # A killed process may have left half a line.
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
       trial = files.parse_json(line)
