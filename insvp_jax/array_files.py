@@ -67,8 +67,9 @@ def _is_torch_zip(path: str | os.PathLike[str]) -> bool:
   try:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith("data.pkl") for name in archive.namelist())
-  except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-    # Of a file that was cut off the list of members is gone, not the first one.
+  except Exception:
+    # Damaged lists of members make zipfile stumble in many ways. Of a file that was cut
+    # off that list is gone, not the first member.
     with open(path, "rb") as file:
       return b"data.pkl" in file.read(4096)
 
@@ -87,7 +88,8 @@ def open_arrays(path: Path, kind: str) -> ArrayFile:
   """
   if not kind:
     raise ValueError(
-      f"{path} is none of .npz, .safetensors, a PyTorch file, or an index of parts."
+      f"{path} is none of .npz, .safetensors, a PyTorch file, or an index of parts. If "
+      "it was downloaded, delete it: what came was something else."
     )
   return {
     "npz": _open_npz,

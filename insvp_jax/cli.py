@@ -11,6 +11,7 @@ import sys
 
 import insvp_jax
 from insvp_jax import errors
+from insvp_jax.distributed import stopping
 
 # What each command does, and for a tool its module.
 COMMANDS = {
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return module.main(flags, prog=f"insvp {name}")
   if name == "plan":
     flags = [re.sub("^--?devices=", "--plan=", flag) for flag in flags]
+  # Before what takes time to import.
+  stopping.handle(stopping.end)
   from insvp_jax import main as trainer_main
 
   trainer_main.run([f"insvp {name}", *_FLAGS[name], *flags])

@@ -1,6 +1,6 @@
 """What can be checked of a configuration before any data or device is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
 import re
@@ -89,6 +89,24 @@ def check_keys(config: ConfigDict) -> None:
       f"the config lacks {', '.join(missing[:5])}{more}; start it from "
       "insvp_jax.config.defaults()."
     )
+
+
+def check_types(section: str, stored: Mapping[str, Any]) -> None:
+  """Checks the values of a section of a config that a run has stored.
+
+  Keys that are missing or not known belong to another version.
+
+  Args:
+    section: its name.
+    stored: its values by name.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  known = config_lib.keys()
+  for name, value in stored.items():
+    if f"{section}.{name}" in known:
+      _check_value(f"{section}.{name}", value, known[f"{section}.{name}"][0])
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:

@@ -31,6 +31,14 @@ def is_ours(error: BaseException) -> bool:
   return raised_in.startswith(str(Path(__file__).parent))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+  """Returns whether an error says that host or device has too little memory."""
+  # JAX has no type of its own for it.
+  return isinstance(error, MemoryError) or (
+    isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  )
+
+
 def one_line(error: BaseException) -> str:
   """Returns the message without line breaks and what else moves the cursor."""
   message: object = error

@@ -8,11 +8,16 @@ resumes); of several processes 42 also where another one was lost; anything else
 bug and comes with its traceback.
 """
 
+from insvp_jax.distributed import stopping
+
+if __name__ == "__main__":
+  # First of all: the imports below take their time.
+  stopping.handle(stopping.end)
+
 import importlib.util
 import os
 from pathlib import Path
 import re
-import signal
 import sys
 import textwrap
 import traceback
@@ -23,7 +28,6 @@ from ml_collections import ConfigDict, config_flags
 
 from insvp_jax import config_files, errors, paths
 from insvp_jax.config_files import ConfigMistakeError
-from insvp_jax.distributed import stopping
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -63,6 +67,8 @@ _TRACEBACK = flags.DEFINE_bool(
 )
 
 
+# Devices that are simulated for a plan.
+_MOST_PLANNED = 2**12
 # Seconds: a year, which every clock takes.
 _LONGEST = 365 * 24 * 3600
 
@@ -73,8 +79,12 @@ class _PlanParser(flags.ArgumentParser):
   def parse(self, argument: str) -> int | None:
     if argument in ("true", "false"):
       return 0 if argument == "true" else None
-    if not argument.isdigit() or int(argument) == 0:
-      raise ValueError("expected a number of devices, or --plan for those here.")
+    if not re.fullmatch("[0-9]{1,9}", argument) or not (
+      1 <= int(argument) <= _MOST_PLANNED
+    ):
+      raise ValueError(
+        f"expected a number of devices, 1 to {_MOST_PLANNED}, or --plan for those here."
+      )
     return int(argument)
 
 
@@ -136,7 +146,10 @@ def main(argv: list[str]) -> None:
   _use_float32()
   _cache_compiled_programs()
   from insvp_jax.distributed import processes
+  from insvp_jax.search import suite  # noqa: F401
 
+  # Libraries that are only half imported would make other errors of what this raises.
+  stopping.handle(stopping.interrupt)
   try:
     config_checks.check_folder("--workdir", _WORKDIR.value or "")
     config_checks.check_workdir(workdir)
@@ -156,6 +169,14 @@ def main(argv: list[str]) -> None:
     if _needs_traceback(error):
       raise
     _exit_for_bad_input(errors.one_line(error))
+  except (MemoryError, RuntimeError) as error:
+    if _TRACEBACK.value or not errors.is_out_of_memory(error):
+      raise
+    _exit_for_bad_input(
+      f"there is too little memory: {errors.one_line(error)[:200]}. --plan says what a "
+      "run needs; smaller are config.batch_size, config.eval_batch_size, "
+      "config.image_size and the method's own sizes."
+    )
 
 
 def _plan(config: ConfigDict, num_devices: int) -> None:
@@ -232,6 +253,7 @@ def _train_or_tune_together(config: ConfigDict, workdir: Path, watch) -> None:
     raise
   except BaseException as error:
     watch.await_verdict(error)
+    error = stopping.raised() or error
     line = errors.one_line(error)
     if isinstance(error, stopping.Interrupted):
       status = error.exit_status
@@ -409,11 +431,17 @@ def run(argv: list[str] | None = None) -> None:
   """
   errors.print_anything()
   logging.set_verbosity(logging.WARNING)
-  for signum in stopping.EXIT_STATUS:
-    signal.signal(signum, stopping.interrupt)
+  stopping.handle(stopping.end)
+  sys.unraisablehook = stopping.report_unraisable
   try:
     app.run(main, argv, flags_parser=_parse_flags)
-  except (stopping.Stopped, stopping.Interrupted) as stopped:
+  except BaseException as error:
+    is_stop = isinstance(error, stopping.Stopped | stopping.Interrupted)
+    is_done = isinstance(error, SystemExit) and not error.code
+    # An error after a signal may be what some library made of it.
+    stopped = error if is_stop or is_done else stopping.raised()
+    if is_done or stopped is None:
+      raise
     print(f"insvp_jax: {stopped}", file=sys.stderr)
     sys.exit(stopped.exit_status)
 

@@ -4,7 +4,7 @@
 no training data, no TensorFlow, whatever it was trained on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import os
@@ -21,12 +21,13 @@ import numpy as np
 from insvp_jax import methods, trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
+  Damaged,
   check_leaves,
   find_steps,
   load_json,
   newest_good,
   read_arrays,
-  read_json,
+  read_meta,
   verify,
 )
 from insvp_jax.checkpoints.items import ALWAYS_STORED
@@ -192,8 +193,8 @@ def load_run(
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
 
   def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    verify(checkpoint)
-    meta = read_json(checkpoint, "meta")
+    verify(checkpoint, warnings.warn)
+    meta = read_meta(checkpoint)
     return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
 
   checkpoint, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
@@ -315,8 +316,19 @@ def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
       f"the run at {checkpoint} has format {meta.get('format')!r}, expected {FORMAT}; "
       "it was written by another version of this package."
     )
-  keys = ("model", "backbone", "class_names", "preset", "trainable", "config")
-  missing = [key for key in keys if key not in meta]
+  needed = {
+    "": ("model", "backbone", "class_names", "preset", "trainable", "config"),
+    "model": ("backbone", "num_classes"),
+    "backbone": ("id",),
+  }
+  if (meta.get("backbone") or {}).get("id") == "random":
+    needed["backbone"] += ("seed",)
+  missing = [
+    f"{section}.{key}".lstrip(".")
+    for section, keys in needed.items()
+    for key in keys
+    if ((meta.get(section) or {}) if section else meta).get(key) is None
+  ]
   if missing:
     raise ValueError(f"the description of the run at {checkpoint} lacks {missing}.")
   name, sizes = meta["model"].get("backbone"), meta["model"].get("backbone_kwargs")
@@ -325,7 +337,7 @@ def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
       f"the description of the run at {checkpoint} leaves the sizes of its model to "
       f"{name!r}, which is not requested because a run names it."
     )
-  own = set(meta["model"].get("method", "").split("+")) - set(methods.METHODS)
+  own = set((meta["model"].get("method") or "insvp").split("+")) - set(methods.METHODS)
   if own:
     raise ValueError(
       f"the run at {checkpoint} was trained with the method {min(own)!r}, which is "
@@ -340,16 +352,20 @@ def _check_meta(meta: Mapping[str, Any], checkpoint: Path) -> None:
 
 def _read_result(checkpoint: Path) -> dict[str, Any] | None:
   """Returns the contents of the workdir's result.json, or None."""
-  if checkpoint.parent.name != FOLDER:
-    return None
   file = checkpoint.parents[1] / "result.json"
-  return load_json(file) if file.is_file() else None
+  if checkpoint.parent.name != FOLDER or not file.is_file():
+    return None
+  try:
+    return load_json(file)
+  except Damaged as error:
+    warnings.warn(f"{error} The run is loaded without its result.", stacklevel=3)
+    return None
 
 
 def _read_images(
   images: Any, options: decode.DecodeOptions
-) -> list[UInt8[np.ndarray, "h w 3"]]:
-  """Returns `images` as `Run` takes them as a list of arrays."""
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+  """Yields `images` as `Run` takes them, one by one: files may be large."""
   if isinstance(images, str | os.PathLike):
     images = [images]
   elif hasattr(images, "ndim"):
@@ -357,7 +373,7 @@ def _read_images(
     images = images if images.ndim == 4 else [images]
   if not hasattr(images, "__len__") or len(images) == 0:
     raise ValueError(f"no images: got {images!r}, expected arrays or paths.")
-  return [_read_image(image, options) for image in images]
+  return (_read_image(image, options) for image in images)
 
 
 def _read_image(

@@ -17,7 +17,20 @@ need_numbers() {
   local name
   for name in "$@"; do
     case "${!name}" in
-      "" | *[!0-9]*) fail 2 "$name is '${!name}', expected a whole number." ;;
+      # With zeros in front the shell would read it in base 8.
+      "" | *[!0-9]* | 0?*) fail 2 "$name is '${!name}', expected a whole number." ;;
+    esac
+  done
+}
+
+# Ends the script unless the variables named hold names that Kubernetes takes.
+need_names() {
+  local name
+  for name in "$@"; do
+    case "${!name}" in
+      *[!a-z0-9.-]* | [.-]* | *[.-])
+        fail 2 "$name is '${!name}', expected a name of a-z, 0-9, - and ."
+        ;;
     esac
   done
 }

@@ -56,9 +56,14 @@ case "$WORKDIR" in
   /*) fail 2 "WORKDIR is $WORKDIR, expected a path in the bucket, such as runs/$NAME." ;;
 esac
 
+need_names NAMESPACE SERVICE_ACCOUNT QUEUE ACCELERATOR PROVISIONING
+case "x$TOPOLOGY" in
+  *[!0-9x]* | *xx* | *x | *x0*)
+    fail 2 "TOPOLOGY is '$TOPOLOGY', expected whole numbers and x, such as 2x4."
+    ;;
+esac
 chips_of_slice=1
 for size in ${TOPOLOGY//x/ }; do
-  need_numbers size
   chips_of_slice=$((chips_of_slice * size))
 done
 need_numbers CHIPS MAX_RESTARTS

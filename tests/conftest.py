@@ -22,6 +22,7 @@ from typing import Any
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -144,6 +145,14 @@ def _compile(request: pytest.FixtureRequest):
   _compile_quickly(request.module.__name__ not in FULLY_COMPILED)
   yield
   _compile_quickly(True)
+
+
+@pytest.fixture
+def unchecked():
+  """The package without the tests' checks of annotations, which users have not."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

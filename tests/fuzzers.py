@@ -12,12 +12,14 @@ import math
 from pathlib import Path
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
 import time
 import traceback
 from unittest import mock
+import warnings
 import zipfile
 import zlib
 
@@ -506,6 +508,36 @@ def run_files(seed: int) -> None:
   _with_file(data, checkpoint_files.load_json)
 
 
+def _made_run() -> Path:
+  from tiny_runs import make_run
+
+  return make_run(Path(tempfile.mkdtemp()))[0]
+
+
+def run_meta(seed: int) -> None:
+  """The descriptions of a run and of its progress, of which a value is another."""
+  from insvp_jax import run as run_lib
+  from insvp_jax.tools import run_data
+
+  rng, workdir = random.Random(seed), _KEPT("run", _made_run)
+  with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    # That it has no checksums.
+    warnings.simplefilter("ignore")
+    where = Path(folder) / "checkpoints" / "1"
+    shutil.copytree(workdir / "checkpoints" / "1", where)
+    (where / checkpoint_files.CHECKSUMS).unlink()
+    file = where / rng.choice(("meta", "meta", "meta", "progress")) / "metadata"
+    file.write_text(json.dumps(_replaced(json.loads(file.read_text()), rng)))
+    with _clear_errors():
+      checkpoint_files.read_progress(where)
+    with _clear_errors():
+      run = run_lib.load_run(folder)
+      assert run.decode_options.max_pixels > 0
+      if seed % 20 == 0:
+        run.predict(np.zeros((3, 3, 3), np.uint8))
+      run_data.read(run)
+
+
 def metrics_lines(seed: int) -> None:
   """Of metrics.jsonl whole lines up to a step are kept."""
   rng = random.Random(seed)
@@ -572,8 +604,8 @@ def stored_splits_lists(seed: int) -> None:
 
 FUZZERS = (
   *(image_bytes, image_metadata, zip_directory, npz_arrays, npz_backbone, npz_images),
-  *(cached_data, record_starts, checksums, run_files, metrics_lines, lock_files),
-  *(split_lists, stored_splits_lists, published_weights),
+  *(cached_data, record_starts, checksums, run_files, run_meta, metrics_lines),
+  *(lock_files, split_lists, stored_splits_lists, published_weights),
 )
 
 

@@ -11,6 +11,19 @@ TEXT = "98.1 \u00b1 0.2, 3 \u00d7 4, \u00c4pfel, \udce4"
 
 
 @pytest.mark.parametrize(
+  "error, expected",
+  [
+    (MemoryError(), True),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), True),
+    (RuntimeError("INTERNAL: no room"), False),
+    (ValueError("RESOURCE_EXHAUSTED"), False),
+  ],
+)
+def test_errors_that_say_that_the_memory_is_too_small(error, expected):
+  assert errors.is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize(
   "encoding, expected",
   [
     ("ascii", "98.1 +- 0.2, 3 x 4, \\xc4pfel, \\udce4"),

@@ -14,6 +14,7 @@ import pytest
 from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import tools, trees
+from insvp_jax.checkpoints.files import write_checksums
 from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models.classifier import create_model
@@ -42,7 +43,7 @@ def edit_meta(workdir, **changes):
   where = workdir / "checkpoints" / "1"
   file = where / "meta" / "metadata"
   file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-  (where / "checksums.json").unlink(missing_ok=True)
+  write_checksums(where)
 
 
 def dtypes(tree):
@@ -321,6 +322,7 @@ def test_a_run_that_contradicts_itself_is_refused(made, copy):
   with pytest.raises(ValueError, match="another model or method: it has prompter/"):
     load_run(copy)
   (copy / "checkpoints/1/meta/metadata").write_text("{")
+  write_checksums(copy / "checkpoints/1")
   with pytest.raises(ValueError, match="meta/metadata cannot be read"):
     load_run(copy)
 
@@ -349,3 +351,48 @@ def test_loading_imports_neither_tensorflow_nor_figures(made, root):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip() == "[]"
+
+
+def test_a_damaged_result_costs_only_itself(made, copy):
+  (copy / "result.json").write_text('{"test_acc')
+  with pytest.warns(
+    UserWarning, match="result.json cannot be read.*without its result"
+  ):
+    assert load_run(copy).result is None
+
+
+def test_without_checksums_it_is_said(copy):
+  (copy / "checkpoints/1/checksums.json").unlink()
+  with pytest.warns(UserWarning, match="has no checksums.json: nothing tells whether"):
+    load_run(copy)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"class_names": "ant"}, "class_names is 'ant', expected a list"),
+    (
+      {"class_names": ["ant", 3, "bee"]},
+      "an item of class_names is 3, expected a text",
+    ),
+    ({"model": []}, "model is , expected an object"),
+    ({"model": {"backbone": 3}}, "model.backbone is 3, expected a text"),
+    ({"model": {"backbone": "mu/4"}}, r"lacks \['model.num_classes'\]"),
+    ({"backbone": {}}, r"lacks \['backbone.id'\]"),
+    ({"backbone": {"id": "random"}}, r"lacks \['backbone.seed'\]"),
+    ({"preset": None}, r"lacks \['preset'\]"),
+    ({"trainable": {"a": 1}}, "trainable is .*, expected a list"),
+    ({"config": {"data": {"max_pixels": "x"}}}, "config.data.max_pixels is 'x'"),
+    ({"format": True}, "format is True, expected a whole number"),
+  ],
+)
+def test_a_description_with_other_types_is_one_line(copy, changes, message):
+  edit_meta(copy, **changes)
+  with pytest.raises(ValueError, match=message) as found:
+    load_run(copy)
+  assert "\n" not in str(found.value)
+
+
+def test_names_that_would_move_the_cursor_are_escaped(copy):
+  edit_meta(copy, class_names=["ant", "\x1b[2J", "bee"])
+  assert load_run(copy).class_names == ("ant", "\\x1b[2J", "bee")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import time
 from typing import Any
@@ -29,19 +30,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, trees
+from insvp_jax import config_checks, files, trees
 from insvp_jax.checkpoints.files import (
+  CHECKSUMS,
   FOLDER,
   Damaged,
   is_step,
+  load_json,
   newest_good,
   quieten_orbax,
   read_arrays,
-  read_json,
+  read_meta,
+  read_progress,
   reason_of,
   sharding_of,
   short,
+  stored_arrays,
   verify,
+  verify_file,
   write_checksums,
 )
 from insvp_jax.checkpoints.items import (
@@ -54,6 +60,8 @@ from insvp_jax.checkpoints.items import (
 )
 from insvp_jax.distributed import processes
 
+# Orbax's file of when a checkpoint was written.
+_TIMES = "_CHECKPOINT_METADATA"
 OLD = "deleted"  # where checkpoints go that are no longer kept
 
 
@@ -96,6 +104,9 @@ class Checkpointer:
     self._pending: int | None = None
     _check_writable(self.directory)
     self._remove_old()
+    if processes.is_main_process():
+      _remove_damaged_times(self.directory)
+    processes.wait("looked at")
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -147,6 +158,31 @@ class Checkpointer:
       self.wait()
     return True
 
+  def try_out(self, state: Any) -> None:
+    """Writes a checkpoint of `state`, reads what is in it, and removes it again.
+
+    What keeps a run from being saved, such as a quota or a path that the libraries take
+    for a pattern, shows before anything is trained.
+
+    Args:
+      state: as for `save`, of a run without checkpoints.
+
+    Raises:
+      OSError: it cannot be saved, or not be read again.
+    """
+    self.save(state, progress={}, force=True)
+    step = int(state.step)
+    try:
+      stored_arrays(self.directory / str(step), "adapter")
+    except Damaged as error:
+      raise OSError(
+        f"a checkpoint in {self.directory} cannot be read again: {reason_of(error)}. "
+        "Choose a workdir whose path has letters, digits and ._/- alone."
+      ) from error
+    finally:
+      self._manager.delete(step)
+      self._remove_old()
+
   def wait(self) -> None:
     """Returns when the checkpoint under way is complete on disk.
 
@@ -196,12 +232,12 @@ class Checkpointer:
 
   def _read(self, checkpoint: Path, state: Any) -> Any:
     """Returns `state` with the values of one checkpoint."""
-    verify(checkpoint)
-    self._check_same_run(read_json(checkpoint, "meta"), checkpoint)
+    verify(checkpoint, self._report)
+    self._check_same_run(read_meta(checkpoint), checkpoint)
     flat = trees.flatten(state.params)
     adapter = read_arrays(checkpoint, "adapter", {n: flat[n] for n in self._stored})
     rest = read_arrays(checkpoint, "optimizer", flatten_rest(state))
-    progress = read_json(checkpoint, "progress")
+    progress = read_progress(checkpoint)
     step = progress.get("step")
     if not isinstance(step, int) or not 0 <= step < 2**31:
       raise Damaged(f"{checkpoint} is damaged: its progress has the step {step!r}.")
@@ -227,7 +263,7 @@ class Checkpointer:
   def progress(self) -> dict[str, Any]:
     """Returns what `save` was told with the newest checkpoint; {} without one."""
     step = self.latest_step()
-    return {} if step is None else read_json(self.directory / str(step), "progress")
+    return {} if step is None else read_progress(self.directory / str(step))
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest checkpoint, or None."""
@@ -275,11 +311,13 @@ class Checkpointer:
     self._remove_partial()
     good = [int(p.name) for p in self.directory.glob("[0-9]*") if is_step(p.name)]
     last = f"step {max(good)}" if good else "none"
+    is_full = re.search("(space|quota|MiB free)", reason_of(reason), re.I)
+    advice = "Free some space, or choose" if is_full else "Choose"
     cause = reason if isinstance(reason, Exception) else None
     raise OSError(
       f"the checkpoint of step {step} could not be written to {self.directory}: "
       f"{reason_of(reason)}. The last good checkpoint: {last}. "
-      "Free some space, or choose another workdir, and start again to resume."
+      f"{advice} another workdir, and start again to resume."
     ) from cause
 
   def _remove_old(self) -> None:
@@ -341,3 +379,24 @@ def _check_writable(directory: Path) -> None:
       f"cannot write checkpoints to {directory}: {error.strerror}. "
       "Choose another workdir."
     ) from error
+
+
+def _remove_damaged_times(folder: Path) -> None:
+  """Removes damaged files with the times of checkpoints, which nobody needs.
+
+  Orbax reads them as soon as it opens the folder, and would not come further. Of a
+  checkpoint that lacks its file `verify` says so.
+
+  Args:
+    folder: of the checkpoints.
+  """
+  for file in folder.glob(f"[0-9]*/{_TIMES}"):
+    try:
+      if not files.is_regular(file):
+        raise Damaged(f"{file} is no file.")
+      load_json(file)
+      if (file.parent / CHECKSUMS).exists():
+        sums = load_json(file.parent / CHECKSUMS)
+        verify_file(file.parent, _TIMES, sums.get(_TIMES))
+    except Damaged:
+      shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -16,13 +16,14 @@ import math
 import os
 from pathlib import Path
 import re
+import types
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from insvp_jax import files
+from insvp_jax import config_checks, files
 from insvp_jax.errors import printable
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ def _runs_below(path: Path) -> list[Path]:
 def _facts(run: Path) -> str:
   """Returns a run's task, method and test accuracy, as far as its files tell."""
   try:
-    meta = read_json(_steps_in(run / FOLDER)[0], "meta")
+    meta = read_meta(_steps_in(run / FOLDER)[0])
     facts = [str(meta[key]) for key in ("task", "method") if key in meta]
     if (run / "result.json").is_file():
       accuracy = load_json(run / "result.json").get("test_accuracy")
@@ -152,11 +153,12 @@ def newest_good(
   raise Damaged(f"{errors[0]}{others} To start over, delete {folder}.") from errors[0]
 
 
-def verify(where: Path) -> None:
+def verify(where: Path, report: Callable[[str], Any] = lambda text: None) -> None:
   """Checks that a checkpoint is complete and as it was written.
 
   Args:
     where: the directory of one step.
+    report: is told where there are no checksums to tell the latter by.
 
   Raises:
     Damaged: an item is missing, or a file is missing, truncated or altered.
@@ -165,30 +167,48 @@ def verify(where: Path) -> None:
     if not (where / item).is_dir():
       raise Damaged(f"{where} is no checkpoint of this package: it has no {item!r}.")
   _check_kinds(where)
-  # Those of other versions have none; reading still checks then.
+  # Those of other versions have none; reading still checks the form then.
   if not (where / CHECKSUMS).exists():
+    report(
+      f"the checkpoint {where} has no {CHECKSUMS}: nothing tells whether its numbers "
+      "are those that were written."
+    )
     return
   for name, entry in load_json(where / CHECKSUMS).items():
-    if not isinstance(entry, list) or len(entry) != 2:
-      raise Damaged(
-        f"{where / CHECKSUMS} is damaged: of {name} it holds {short(entry)}, expected "
-        "size and sha256."
-      )
-    (size, sha256), file = entry, where / name
-    # Files of the checkpoint, whatever the list says.
-    outside = Path(name).is_absolute() or ".." in Path(name).parts
-    if outside or not file.is_file():
-      raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
-    if file.stat().st_size != size:
-      raise Damaged(
-        f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
-        f"bytes, expected {size}."
-      )
-    if _sha256(file) != sha256:
-      raise Damaged(
-        f"the checkpoint {where} is damaged: the content of {name} has changed "
-        "since it was written."
-      )
+    verify_file(where, name, entry)
+
+
+def verify_file(where: Path, name: str, entry: Any) -> None:
+  """Checks a file of a checkpoint.
+
+  Args:
+    where: the directory of one step.
+    name: of the file, in it.
+    entry: what the checksums have of it: [size, sha256].
+
+  Raises:
+    Damaged: it is missing, or has been altered.
+  """
+  if not isinstance(entry, list) or len(entry) != 2:
+    raise Damaged(
+      f"{where / CHECKSUMS} is damaged: of {name} it holds {short(entry)}, expected "
+      "size and sha256."
+    )
+  (size, sha256), file = entry, where / name
+  # Files of the checkpoint, whatever the list says.
+  outside = Path(name).is_absolute() or ".." in Path(name).parts
+  if outside or not files.is_regular(file):
+    raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
+  if file.stat().st_size != size:
+    raise Damaged(
+      f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
+      f"bytes, expected {size}."
+    )
+  if _sha256(file) != sha256:
+    raise Damaged(
+      f"the checkpoint {where} is damaged: the content of {name} has changed "
+      "since it was written."
+    )
 
 
 def _check_kinds(where: Path) -> None:
@@ -218,6 +238,99 @@ def read_json(where: Path, item: str) -> dict[str, Any]:
   return load_json(where / item / JSON_FILE)
 
 
+# What a run's description holds, as far as it is read by anyone: the type of each
+# value or, in a dict, of those below it; in a list that of all its items. Other keys
+# may hold anything.
+_NUMBER = float | int
+_META: dict[str, Any] = {
+  "format": int,
+  "model": {
+    "backbone": str,
+    "method": str,
+    "num_classes": int,
+    "image_size": int,
+    "backbone_kwargs": dict,
+    "method_kwargs": dict,
+    "head_init": str,
+    "mean": [_NUMBER],
+    "std": [_NUMBER],
+  },
+  "backbone": {"id": str, "sha256": str, "seed": int, "init": str, "source": str},
+  "class_names": [str],
+  "train_count": [int],
+  "preset": str,
+  "image_size": int,
+  "method": str,
+  "task": str,
+  "data_sha256": str,
+  "trainable": [str],
+  "config": {"task": str, "backbone": dict, "data": dict},
+  "versions": dict,
+}
+# Likewise of how far it was; all else there are numbers.
+_PROGRESS = {"step": int, "rng": {"impl": str, "data": list}, "metrics_lines": int}
+
+
+def read_meta(where: Path) -> dict[str, Any]:
+  """Returns a run's description in the checkpoint at `where`; see `report.run_meta`.
+
+  Raises:
+    Damaged: it is missing or unreadable, or a value is none that it can have.
+  """
+  meta = read_json(where, "meta")
+  check_types(meta, _META, f"the description of the run at {where}")
+  try:
+    for section in ("data", "backbone"):
+      stored = (meta.get("config") or {}).get(section)
+      config_checks.check_types(section, stored or {})
+  except ValueError as error:
+    raise Damaged(f"the description of the run at {where}: {error}") from error
+  return meta
+
+
+def read_progress(where: Path) -> dict[str, Any]:
+  """Returns how far a run was, in the checkpoint at `where`.
+
+  Raises:
+    Damaged: as `read_meta`.
+  """
+  progress = read_json(where, "progress")
+  form = dict.fromkeys(progress, _NUMBER) | _PROGRESS
+  check_types(progress, form, f"the progress in {where}")
+  return progress
+
+
+def check_types(value: Any, form: Any, name: str, key: str = "") -> None:
+  """Checks the types of what a JSON file held.
+
+  Args:
+    value: of it, or a part of it.
+    form: a type, a list of the type of its items, or a dict of forms by key. A value
+      of a dict may be None, and a key may be missing.
+    name: of the whole, for the message.
+    key: of the part.
+
+  Raises:
+    Damaged: a value has another type.
+  """
+  kind = form if isinstance(form, type | types.UnionType) else type(form)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise Damaged(f"{name}: {key} is {short(value)}, expected {_KINDS[kind]}.")
+  if isinstance(form, dict):
+    for inner, part in form.items():
+      if value.get(inner) is not None:
+        check_types(value[inner], part, name, f"{key}.{inner}".lstrip("."))
+  elif isinstance(form, list):
+    for item in value:
+      check_types(item, form[0], name, f"an item of {key}")
+
+
+_KINDS = {
+  **{bool: "true or false", int: "a whole number", _NUMBER: "a number"},
+  **{str: "a text", list: "a list", dict: "an object"},
+}
+
+
 def read_arrays(
   where: Path,
   item: str,
@@ -240,8 +353,7 @@ def read_arrays(
   """
   if expected is not None and not expected:
     return {}
-  stored = _read_item(where, item, None)
-  _check_claims(where / item, stored)
+  stored = stored_arrays(where, item)
   target = {
     name: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding or sharding_of(None)
@@ -262,6 +374,17 @@ def read_arrays(
   }
   arrays = _read_item(where, item, target)
   return {name: arrays[name].astype(leaf.dtype) for name, leaf in expected.items()}
+
+
+def stored_arrays(where: Path, item: str) -> dict[str, Any]:
+  """Returns shape and type of each array of an item, which is not read further.
+
+  Raises:
+    Damaged: the item is unreadable.
+  """
+  stored = _read_item(where, item, None)
+  _check_claims(where / item, stored)
+  return stored
 
 
 def _read_item(where: Path, item: str, target: Mapping[str, Any] | None) -> Any:

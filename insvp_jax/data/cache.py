@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-import tempfile
+import secrets
 import time
 from typing import Any
 import zipfile
@@ -103,7 +103,8 @@ def _load_or_make(key, make, pack, unpack, cache_dir: str):
     logging.warning("decoded data are not cached: %s", error)
     return make()
   path = folder / f"{digest}.npz"
-  if path.exists():
+  # Also where the folder cannot be looked into.
+  if os.path.exists(path):
     try:
       arrays = dict(files.read_npz(path, max_bytes=_MAX_BYTES + _MAX_META))
       # The archive's directory has no checksum: a member may be lost.
@@ -131,8 +132,9 @@ def file_fingerprint(path: Path) -> list[Any]:
   For zip archives (`.zip`, `.npz`) it holds the checksums of the members, so that a
   copy or a touch changes nothing; for other files the size and the time of change.
   """
-  # What only looks like an archive is a file like others.
-  with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError):
+  # What only looks like an archive is a file like others; zipfile stumbles over damaged
+  # ones in many ways.
+  with contextlib.suppress(Exception):
     if zipfile.is_zipfile(path):
       with zipfile.ZipFile(path) as archive:
         return [[i.filename, i.CRC, i.file_size] for i in archive.infolist()]
@@ -179,16 +181,17 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]):
   """Writes a cache file, complete or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   _remove_stale(path.parent)
-  handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+  # Not by tempfile, whose files nobody else can read: the folder may be shared.
+  partial = path.with_name(f"{path.stem}{secrets.token_hex(6)}.tmp")
   try:
-    with os.fdopen(handle, "wb") as file:
+    with partial.open("xb") as file:
       np.savez(file, **arrays, **{_NAMES: np.array(sorted(arrays))})
       # On disk before the rename: a power cut must not leave a good name on no data.
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
   except BaseException:
-    Path(partial).unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
     raise
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+import os
 from pathlib import Path
 import re
 import sys
@@ -171,16 +172,68 @@ def decode_image(
     ValueError: if the file is empty, truncated, corrupt, absurdly large, or no image,
       or what decodes it is not installed.
   """
+  with decoded(data, name, options) as pixels:
+    return pixels
+
+
+@contextlib.contextmanager
+def decoded(
+  data: bytes, name: str, options: DecodeOptions | None = None
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+  """Yields what `decode_image` returns, to be made smaller inside of the with block.
+
+  Threads that decode and resize at once wait for each other, so that their images never
+  have more pixels together than the largest one may have.
+
+  Args:
+    data: as for `decode_image`.
+    name: as for `decode_image`.
+    options: as for `decode_image`.
+
+  Raises:
+    ValueError: as `decode_image`.
+  """
   options = options or DecodeOptions()
-  try:
-    return _decode(data, name, options)
-  except _DecodeError:
-    # Only now, as most files are sound.
-    pixels_alone = metadata.without_metadata(data)
-    if pixels_alone is None:
-      raise
-  # If it fails, too, its error is about the pixels.
-  return _decode(pixels_alone, name, options)
+  with contextlib.ExitStack() as room:
+    try:
+      pixels = _decode(data, name, options, room)
+    except _DecodeError:
+      # Only now, as most files are sound.
+      pixels_alone = metadata.without_metadata(data)
+      if pixels_alone is None:
+        raise
+      room.close()
+      # If it fails, too, its error is about the pixels.
+      pixels = _decode(pixels_alone, name, options, room)
+    yield pixels
+
+
+class _Room:
+  """So many pixels may be worked on at a time, or one image that has more."""
+
+  def __init__(self, num_pixels: int):
+    self._num_pixels, self._taken = num_pixels, 0
+    self._changed = threading.Condition()
+
+  @contextlib.contextmanager
+  def take(self, num_pixels: int) -> Iterator[None]:
+    """Waits until there is room, and takes it inside of the with block."""
+
+    def is_free() -> bool:
+      return not self._taken or self._taken + num_pixels <= self._num_pixels
+
+    with self._changed:
+      self._changed.wait_for(is_free)
+      self._taken += num_pixels
+    try:
+      yield
+    finally:
+      with self._changed:
+        self._taken -= num_pixels
+        self._changed.notify_all()
+
+
+_ROOM = _Room(MAX_PIXELS)
 
 
 def image_size(
@@ -206,8 +259,12 @@ class _DecodeError(ValueError):
   """A file that a decoder stumbled over, maybe over its metadata alone."""
 
 
-def _decode(data: bytes, name: str, options: DecodeOptions) -> np.ndarray:
+def _decode(
+  data: bytes, name: str, options: DecodeOptions, room: contextlib.ExitStack
+) -> np.ndarray:
+  """Returns the pixels; the room that they take is given up with `room`."""
   with open_image(data, name, options) as image:
+    room.enter_context(_ROOM.take(image.width * image.height))
     return _to_rgb(image, data, options)
 
 
@@ -324,7 +381,7 @@ def is_16bit(data: bytes, name: str, options: DecodeOptions | None = None) -> bo
 
 
 @functools.cache
-def _quieten_pillow() -> None:
+def _set_up_pillow() -> None:
   """Keeps PIL's warnings off the terminal: what they are about is ignored or an error.
 
   Not by `warnings.catch_warnings`, which threads undo for each other.
@@ -333,13 +390,17 @@ def _quieten_pillow() -> None:
 
   warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
   warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+  if "PILLOW_BLOCK_SIZE" not in os.environ:
+    # Above 32 MiB glibc gives memory back as soon as it is free. Of smaller blocks each
+    # thread would keep those of its largest image.
+    Image.core.set_block_size(2**26)
 
 
 def _prepare_pillow(max_pixels: int) -> None:
   """Lets PIL open images of so many pixels: its own limit is one for the process."""
   from PIL import Image
 
-  _quieten_pillow()
+  _set_up_pillow()
   limit = Image.MAX_IMAGE_PIXELS
   if limit is not None and limit < max_pixels:
     Image.MAX_IMAGE_PIXELS = max_pixels

@@ -82,7 +82,7 @@ class FileTree(abc.ABC):
 
   Attributes:
     path: path of the folder or archive.
-    name: last part of `path`, without .zip.
+    name: last part of `path`, without .zip, which every terminal can show.
   """
 
   path: Path
@@ -232,7 +232,7 @@ class _Folder(FileTree):
   def __init__(self, path: Path, setting: str):
     self.path = path
     # Resolved, so that "." has a name.
-    self.name = path.resolve().name
+    self.name = printable(path.resolve().name)
     self._setting = setting
 
   def entries(self) -> Entries:
@@ -442,7 +442,7 @@ class _Zip(FileTree):
 
   def __init__(self, path: Path, archive: zipfile.ZipFile):
     self.path = path
-    self.name = path.stem
+    self.name = printable(path.stem)
     self._archive = archive
     self._members: dict[str, zipfile.ZipInfo] = {}
     self._folders: set[str] = set()

@@ -119,16 +119,19 @@ def _decoder(
 
   def decode_at(position: int) -> np.ndarray:
     name = images.names[position]
-    try:
-      data = root.read(name, images.options.max_bytes)
-      pixels = decode.decode_image(data, root.full_path(name), images.options)
-    except ValueError as error:
-      reason = str(error).rstrip(".")
-      raise ValueError(f"{reason}. {images.advice}".rstrip()) from error
-    try:
-      return resize(pixels)
-    except ValueError as error:
-      raise ValueError(f"{root.full_path(name)}: {error} {images.advice}") from error
+    with contextlib.ExitStack() as stack:
+      try:
+        data = root.read(name, images.options.max_bytes)
+        opened = decode.decoded(data, root.full_path(name), images.options)
+        pixels = stack.enter_context(opened)
+      except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{reason}. {images.advice}".rstrip()) from error
+      try:
+        return resize(pixels)
+      except ValueError as error:
+        where = root.full_path(name)
+        raise ValueError(f"{where}: {error} {images.advice}") from error
 
   return decode_at
 

@@ -1,9 +1,12 @@
 """Ctrl-C and SIGTERM: finish the step, write a checkpoint, say so by exit status."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import os
 import signal
+import sys
 import threading
+from typing import Any, NoReturn
 
 # SIGTERM is how schedulers take a machine away: 42 asks the launcher to start the
 # same command again. 128 + 2 is what a shell reports for Ctrl-C.
@@ -31,20 +34,65 @@ class Interrupted(KeyboardInterrupt):
   """A signal came outside of training, when there is nothing to save.
 
   Attributes:
+    signum: the signal.
     exit_status: for the process, as of `Stopped`.
   """
 
   def __init__(self, signum: int):
     """Names the signal."""
+    self.signum = signum
     name = signal.Signals(signum).name
     super().__init__(f"stopped by {name}. Start the same command again to go on.")
     self.exit_status = EXIT_STATUS[signal.Signals(signum)]
 
 
-def interrupt(signum: int, frame: object) -> None:
+# What `interrupt` has raised. It may be lost: in a callback of C code it is printed and
+# dropped, and some libraries make another error of it.
+_raised: list[Interrupted] = []
+
+
+def end(signum: int, frame: object) -> NoReturn:
+  """Ends the process; the signal handler until all libraries are imported.
+
+  Nothing is there to be tidied up, and libraries that are only half there may abort.
+  """
+  del frame
+  os.write(2, f"insvp_jax: {Interrupted(signum)}\n".encode())
+  os._exit(EXIT_STATUS[signal.Signals(signum)])
+
+
+def interrupt(signum: int, frame: object) -> NoReturn:
   """Raises `Interrupted`; the signal handler of the time outside of training."""
   del frame
-  raise Interrupted(signum)
+  _raised.append(Interrupted(signum))
+  raise _raised[-1]
+
+
+def handle(handler: Callable[[int, object], NoReturn]) -> None:
+  """Has SIGINT and SIGTERM handled by `end` or `interrupt` (main thread only)."""
+  _raised.clear()
+  for signum in EXIT_STATUS:
+    signal.signal(signum, handler)
+
+
+def report_unraisable(unraisable: Any) -> None:
+  """Says what was raised where nobody catches it: the hook of that name in `sys`.
+
+  Not of `Interrupted`, which is heard all the same.
+  """
+  if not isinstance(unraisable.exc_value, Interrupted):
+    sys.__unraisablehook__(unraisable)
+
+
+def raised() -> Interrupted | None:
+  """Returns what `interrupt` raised, whatever became of it; None without a signal."""
+  return _raised[0] if _raised else None
+
+
+def check() -> None:
+  """Raises `Interrupted` again if it was lost: what is about to start would not end."""
+  if _raised:
+    raise _raised[0]
 
 
 class StopSignal:
@@ -54,14 +102,20 @@ class StopSignal:
   preemption service, which tells the others, and Ctrl-C is made into a SIGTERM.
 
   Attributes:
-    signum: the one that stops this process after its step; None for none.
     passed_on: the one that the preemption service was told of; None for none.
   """
 
   def __init__(self):
     """Starts without a signal."""
-    self.signum: int | None = None
+    self._signum: int | None = None
     self.passed_on: int | None = None
+
+  @property
+  def signum(self) -> int | None:
+    """The signal that stops this process after its step; None for none."""
+    # One that came before, or while nobody listens, may have been lost.
+    lost = raised()
+    return lost.signum if self._signum is None and lost else self._signum
 
   @contextlib.contextmanager
   def listen(self, is_single_process: bool = True) -> Iterator["StopSignal"]:
@@ -69,6 +123,9 @@ class StopSignal:
 
     Args:
       is_single_process: whether nobody else has to stop at the same step.
+
+    Raises:
+      Interrupted: a signal came before.
     """
     if threading.current_thread() is not threading.main_thread():
       yield self
@@ -79,6 +136,8 @@ class StopSignal:
       handlers = {signal.SIGINT: self._pass_on_as_sigterm}
     previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     try:
+      # Now there is no moment left in which one could be lost.
+      check()
       yield self
     finally:
       for signum, handler in previous.items():
@@ -86,8 +145,8 @@ class StopSignal:
 
   def _remember(self, signum: int, frame: object) -> None:
     del frame
-    if self.signum is None:
-      self.signum = signum
+    if self._signum is None:
+      self._signum = signum
       return
     # The second one: end as if there was no handler.
     signal.signal(signum, signal.SIG_DFL)

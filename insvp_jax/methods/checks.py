@@ -8,9 +8,13 @@ from insvp_jax import trees
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.methods.fields import Check
 
+# The most tokens, channels or layers of anything: more is a slip, and would not fit.
+_MOST = 2**16
+
 
 def _is_positive_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  return is_int and 1 <= value <= _MOST
 
 
 def _is_finite_number(value: Any) -> bool:
@@ -62,7 +66,7 @@ below_one = _expect(
   float,
 )
 path = _expect(lambda value: isinstance(value, str), "a path")
-positive_int = _expect(_is_positive_int, "an integer of at least 1")
+positive_int = _expect(_is_positive_int, f"an integer from 1 to {_MOST}")
 rate = _expect(
   lambda value: _is_finite_number(value) and 0 <= value < 1,
   "a dropout rate in [0, 1)",
@@ -78,7 +82,7 @@ share = _expect(
 def positive_ints(length: int) -> Check:
   """Returns the check of a sequence of so many integers from 1 on; makes a tuple."""
   are_valid = _sequence_of(_is_positive_int, length)
-  return _expect(are_valid, f"{length} integers of at least 1", tuple)
+  return _expect(are_valid, f"{length} integers from 1 to {_MOST}", tuple)
 
 
 def finite_numbers(length: int | None = None) -> Check:

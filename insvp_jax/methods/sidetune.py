@@ -46,7 +46,7 @@ LAYERS = {
 }
 _CELLS = 6
 # The last pool leaves one pixel of the smallest image that the layers can take.
-_SMALLEST, _ENLARGED = 63, 64
+_SMALLEST, _ENLARGED, _LARGEST = 63, 64, 2**13
 
 
 class AlexNet(nn.Module):
@@ -104,10 +104,11 @@ def adaptive_average_pool(
 def _check_side_size(name, value, spec):
   del spec
   is_int = isinstance(value, int) and not isinstance(value, bool)
-  if not is_int or (value and value < _SMALLEST):
+  if not is_int or (value and not _SMALLEST <= value <= _LARGEST):
     raise ValueError(
       f"{name} is {value!r}, expected 0 or an integer of at least {_SMALLEST}, the "
-      "smallest images whose pixels reach AlexNet's last layer."
+      "smallest images whose pixels reach AlexNet's last layer, and at most "
+      f"{_LARGEST}."
     )
   return value
 

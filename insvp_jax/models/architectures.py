@@ -1,6 +1,8 @@
 """Which backbones there are: their classes, variants and fields."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
+from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
@@ -94,4 +96,54 @@ def build(
       f"unknown backbone field {field!r} of a {backbone.__name__}."
       f"{trees.did_you_mean(field, known)} Known: {', '.join(known)}."
     )
-  return backbone(**{**fields, **given})
+  given = {**fields, **given}
+  _check_types(backbone, given)
+  built = backbone(**given)
+  built.check()
+  return built
+
+
+# The most that a size can be: more is a slip, and would fill the memory.
+_MOST = 2**20
+
+
+def _check_types(backbone: type[nn.Module], given: Mapping[str, Any]) -> None:
+  """Checks that fields of a backbone have the types that its class says.
+
+  Args:
+    backbone: its class.
+    given: the fields; the others have their defaults.
+
+  Raises:
+    ValueError: one has not, or is no size that anything can have.
+  """
+
+  def is_size(value: Any, least: int = 1) -> bool:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_whole and least <= value <= _MOST
+
+  def are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(is_size, value))
+
+  def is_share(value: Any) -> bool:
+    return isinstance(value, float | int) and 0 < value < 1
+
+  tuples = f"a tuple of whole numbers from 1 to {_MOST}"
+  for field in dataclasses.fields(backbone):
+    if field.name in _INNER or field.name not in given:
+      continue
+    # What is off at 0 may be 0.
+    least = 0 if field.default == 0 else 1
+    checks = {
+      int: (lambda x, y=least: is_size(x, y), f"a whole number, {least} to {_MOST}"),
+      Sequence[int]: (are_sizes, tuples),
+      Sequence[int] | int: (lambda x: is_size(x) or are_sizes(x), f"{tuples}, or one"),
+      float: (is_share, "a number between 0 and 1"),
+      bool: (lambda x: isinstance(x, bool), "True or False"),
+      bool | None: (lambda x: isinstance(x, bool | None), "True, False or None"),
+      str: (lambda x: isinstance(x, str), "a text"),
+    }
+    is_valid, expected = checks[field.type]
+    value = given[field.name]
+    if not is_valid(value):
+      raise ValueError(f"{field.name} is {value!r}, expected {expected}.")

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from insvp_jax import methods, trees
@@ -61,7 +63,12 @@ class PromptedClassifier(nn.Module):
     route: Int[Array, "b"] | None = None,
     train: bool = False,
   ) -> Float[Array, "b t t c"]:
-    """Returns the images as the backbone sees them; `route` as for `__call__`."""
+    """Returns the images as the backbone sees them; `route` as for `__call__`.
+
+    Raises:
+      ValueError: the images are whole numbers: pixels that nobody has normalised.
+    """
+    _check_normalised(images)
     routed = self._routed(images, route)
     return self.prompter.prompt_image(images, train=train, **routed)
 
@@ -130,7 +137,17 @@ class PromptedClassifier(nn.Module):
 
   def prompts(self, images: Float[Array, "b h w c"]) -> dict[str, Array]:
     """Returns what the method lays over the images, by name."""
+    _check_normalised(images)
     return self.prompter.prompts(images, **self._routed(images, None))
+
+
+def _check_normalised(images: Any) -> None:
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+      f"images are {images.dtype}, expected floating-point numbers, normalised as the "
+      "backbone's were: insvp_jax.data.preprocess.eval_preprocess does it, and a "
+      "loaded run's predict by itself."
+    )
 
 
 def create_backbone(
@@ -191,8 +208,20 @@ def create_model(
     ValueError: an unknown name or field (with the nearest known one), or sizes
       that do not fit together.
   """
-  if num_classes < 1:
-    raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
+  for name, number, least in (
+    ("num_classes", num_classes, 1),
+    ("image_size", image_size, 0),
+  ):
+    is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+    if not is_whole or number < least:
+      raise ValueError(
+        f"{name} is {number!r}, expected a whole number of at least {least}."
+      )
+  if not isinstance(backbone, str) or not isinstance(method, str | type):
+    raise ValueError(
+      f"backbone is {backbone!r} and method {method!r}, expected names; a method may "
+      "be a class."
+    )
   trees.lookup(HEAD_INITS, head_init, "head_init")
   built = create_backbone(backbone, image_size, backbone_kwargs)
 

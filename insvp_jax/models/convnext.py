@@ -131,12 +131,15 @@ class ConvNeXt(StagedBackbone):
   patch_size: int = 4
   gelu: str = "exact"
 
-  def setup(self) -> None:
-    """Checks the sizes and creates the sub-modules."""
-    self.check()
+  def check(self) -> None:
+    super().check()
     check_coarsest(self.image_size, self.patch_size, len(self.depths))
     if self.gelu not in ("exact", "tanh"):
       raise ValueError(f"gelu is {self.gelu!r}, expected one of {('exact', 'tanh')}.")
+
+  def setup(self) -> None:
+    """Checks the sizes and creates the sub-modules."""
+    self.check()
     dtype = jnp.dtype(self.dtype)
     self.embedding = unsharded(PatchEmbedding, self.unshard)(
       self.width, self.patch_size, dtype

@@ -148,10 +148,13 @@ class ResNet(StagedBackbone):
 
   width: int = 64
 
+  def check(self) -> None:
+    super().check()
+    check_coarsest(self.image_size, _STEM, len(self.depths))
+
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
     self.check()
-    check_coarsest(self.image_size, _STEM, len(self.depths))
     dtype = jnp.dtype(self.dtype)
     self.embedding = _conv(self.width, 7, 2, dtype, conv=self._lifted(nn.Conv))
     self.embedding_norm = self._lifted(FrozenBatchNorm)(dtype)

@@ -363,7 +363,7 @@ class Swin(StagedBackbone):
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
-    self._check()
+    self.check()
     dtype = jnp.dtype(self.dtype)
     self.embedding = unsharded(PatchEmbedding, self.unshard)(
       self.width, self.patch_size, dtype
@@ -389,8 +389,8 @@ class Swin(StagedBackbone):
     self.norm = nn.LayerNorm(epsilon=_EPS, dtype=dtype)
     self.create_head()
 
-  def _check(self) -> None:
-    self.check()
+  def check(self) -> None:
+    super().check()
     if self.gelu not in ("exact", "tanh"):
       raise ValueError(f"gelu is {self.gelu!r}, expected one of {('exact', 'tanh')}.")
     if len(self.depths) != len(self._heads()):

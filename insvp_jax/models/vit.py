@@ -132,7 +132,7 @@ class ViT(Backbone):
 
   def setup(self) -> None:
     """Checks the sizes and creates the sub-modules."""
-    self._check()
+    self.check()
     dtype = jnp.dtype(self.dtype)
     num_patches = (self.image_size // self.patch_size) ** 2
     self.embedding = unsharded(PatchEmbedding, self.unshard)(
@@ -183,7 +183,12 @@ class ViT(Backbone):
       )
     self.create_head()
 
-  def _check(self) -> None:
+  def check(self) -> None:
+    """Checks that the fields fit together.
+
+    Raises:
+      ValueError: they do not; the message names them.
+    """
     for field, known in (("pool", POOLS), ("gelu", GELUS), ("mlp", MLPS)):
       if getattr(self, field) not in known:
         raise ValueError(

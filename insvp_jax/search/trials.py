@@ -26,6 +26,8 @@ from insvp_jax.methods import hparams_of, parts_of
 from insvp_jax.search.grids import GRIDS, Grid
 
 FILE = "trials.jsonl"
+# None where the loss diverged.
+_ACCURACY = float | int | None
 Point = dict[str, Any]
 
 
@@ -191,13 +193,20 @@ def settings(
 
 
 def read(path: Path, digest: str) -> list[dict[str, Any]]:
-  """Returns the trials of a file that were made with the same `settings`."""
+  """Returns the trials of a file that were made with the same `settings`.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is no regular file.
+  """
   trials = []
-  for line in path.read_bytes().split(b"\n") if path.exists() else ():
+  for line in files.read_bytes(path).split(b"\n") if path.exists() else ():
     # A killed process may have left half a line.
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
       trial = files.parse_json(line)
-      if trial["settings"] == digest:
+      accuracy = trial.get("val_accuracy")
+      is_whole = "val_accuracy" in trial or "scores" in trial
+      if trial["settings"] == digest and is_whole and isinstance(accuracy, _ACCURACY):
         trials.append(trial)
   return trials
 

@@ -261,26 +261,14 @@ class Search:
       masks, pruned = pruning.prune(self, chosen, workdir, on_log)
       chosen, best = {**chosen, **masks}, pruned
     results = self.retrain(chosen, workdir, on_log)
-    # A task without a test split has no accuracies: its models are all there is.
-    accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
     columns = (*self.names, "val_accuracy")
-    rates = [r["images_per_second"] for r in results if r["images_per_second"]]
     return {
-      "mean": statistics.mean(accuracies) if accuracies else None,
-      "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-      "balanced_mean": _balanced_mean(results),
-      "group_means": _group_means(results),
-      "test_accuracies": accuracies,
-      "seeds": [result["seed"] for result in results],
+      **_of_runs(results),
       **chosen,
       "val_accuracy": best.get("val_accuracy"),
       "searched": list(self.names) if self.has_choice else [],
       "trials": [{name: trial[name] for name in columns} for trial in finished],
       **({"pruning": best["pruning"]} if self.percents else {}),
-      "trainable_params": results[0]["trainable_params"],
-      "prompter_params": results[0]["prompter_params"],
-      "train_seconds": statistics.mean(r["train_seconds"] for r in results),
-      "images_per_second": statistics.mean(rates) if rates else None,
     }
 
   def search(
@@ -364,6 +352,29 @@ class Search:
       print_once(f"seed {seed}: {report.result_line(result)}")
       results.append(result)
     return results
+
+
+def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns what a method's summary says of its final runs.
+
+  Args:
+    results: of the runs, one per seed.
+  """
+  # A task without a test split has no accuracies: its models are all there is.
+  accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
+  rates = [r["images_per_second"] for r in results if r["images_per_second"]]
+  return {
+    "mean": statistics.mean(accuracies) if accuracies else None,
+    "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    "balanced_mean": _balanced_mean(results),
+    "group_means": _group_means(results),
+    "test_accuracies": accuracies,
+    "seeds": [result["seed"] for result in results],
+    "trainable_params": results[0]["trainable_params"],
+    "prompter_params": results[0]["prompter_params"],
+    "train_seconds": statistics.mean(r["train_seconds"] for r in results),
+    "images_per_second": statistics.mean(rates) if rates else None,
+  }
 
 
 def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
@@ -468,7 +479,10 @@ def _finished_result(
   try:
     result, stored = map(load_json, (result_file, config_file))
     backbone = result["backbone"].items()
-  except (Damaged, KeyError, AttributeError):
+    # All that will be read of it.
+    report.result_line(result)
+    _of_runs([result])
+  except (Damaged, LookupError, AttributeError, TypeError, ValueError):
     return None  # The checkpoints are what counts: the run is finished again.
   # Random weights have a seed beside what is prepared; the config compares it.
   is_same = prepared.backbone.items() <= backbone

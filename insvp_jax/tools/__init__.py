@@ -2,13 +2,17 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 import sys
 from typing import Any
 
 from insvp_jax import errors
 
+# What a shell reports for SIGPIPE, which ends other programs then.
+_PIPE_CLOSED = 128 + 13
 RUN_HELP = "the run's workdir, such as runs/folder/insvp/seed0"
 BACKBONE_HELP = (
   "the backbone's file, if it has moved, or a repository or https address to request"
@@ -34,11 +38,18 @@ def run_tool(main: Callable[[], None]) -> int:
 
   Bad input, which this package reports as a ValueError, KeyError or OSError, gives
   one line on stderr, and what the error's notes list, and status 2. Other errors are
-  bugs and keep their traceback.
+  bugs and keep their traceback. Where nobody reads the output any more it ends without
+  a word, with status 141.
   """
   errors.print_anything()
   try:
     main()
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Whoever read the output, such as head, has enough of it. At the end Python would
+    # write what is left.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _PIPE_CLOSED
   except errors.INPUT_ERRORS as error:
     if not errors.is_ours(error):
       raise
@@ -68,7 +79,12 @@ class ImageFile:
     return self.tree.full_path(self.name)
 
   def read_pixels(self, options: Any = None) -> Any:
-    """Returns the pixels uint8 [h, w, 3].
+    """Returns the pixels uint8 [h, w, 3]; as `decoded`."""
+    with self.decoded(options) as pixels:
+      return pixels
+
+  def decoded(self, options: Any = None) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context of the pixels uint8 [h, w, 3]; see `decode.decoded`.
 
     Args:
       options: `decode.DecodeOptions`; None is the default ones.
@@ -80,7 +96,7 @@ class ImageFile:
 
     options = options or decode.DecodeOptions()
     data = self.tree.read(self.name, options.max_bytes)
-    return decode.decode_image(data, str(self), options)
+    return decode.decoded(data, str(self), options)
 
 
 def find_images(paths: Sequence[str]) -> list[ImageFile]:

@@ -2,6 +2,9 @@
 
 insvp evaluate --run=runs/folder/insvp/seed0 --splits train_val test
 
+Its batches are not the trainer's, which the last bits depend on: with
+`backbone.dtype=bfloat16` single images may be classified otherwise than in result.json.
+
 Without the command `insvp` it is python -m insvp_jax.tools.evaluate.
 Not to select by: a result on the test split that selected something is no test result.
 """

@@ -46,11 +46,13 @@ def export_backbone(
   Raises:
     ValueError: unknown dtype, values that float16 cannot hold, a method that cannot be
       folded into a backbone, or a head that is not one dense layer.
-    OSError: the files cannot be written.
+    OSError: the files cannot be written, or one that is something else is in the way.
   """
   from insvp_jax.logs.writers import write_json
   from insvp_jax.models import merging, weights
 
+  beside = output.with_suffix(".json")
+  check_description(beside)
   backbone = merging.merge(run.model, run.params)
   if with_head:
     head = run.params.get("head", {})
@@ -60,7 +62,12 @@ def export_backbone(
         "backbone; leave --with_head out."
       )
     backbone = {**backbone, "head": head}
-  weights.save_backbone(backbone, output, dtype=dtype, names=names)
+  try:
+    weights.save_backbone(backbone, output, dtype=dtype, names=names)
+  except OSError as error:
+    raise OSError(
+      f"{output} could not be written: {error.strerror or error}."
+    ) from error
   result = run.result or {}
   description = weights.backbone_fields(run.model.backbone)
   description |= {
@@ -78,8 +85,23 @@ def export_backbone(
   }
   if with_head:
     description["head_classes"] = len(run.params["head"]["bias"])
-  write_json(output.with_suffix(".json"), description)
+  write_json(beside, description)
   return description
+
+
+def check_description(path: Path) -> None:
+  """Checks that what lies where the description goes, if anything, is one.
+
+  Raises:
+    ValueError: it is something else, which would be lost.
+  """
+  from insvp_jax.checkpoints.files import load_json
+
+  if path.exists() and not {"sha256", "trained_on"} <= load_json(path).keys():
+    raise ValueError(
+      f"{path} is there already, and is no description of a backbone, which would take "
+      "its place. Move it away, or choose another --output."
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -61,7 +61,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
 def read_losses(run: Path) -> dict[str, Curve]:
   """Returns (steps, nats) by name, "loss" and "val_loss", of a run's metrics.jsonl."""
   path, curves = run / METRICS_FILE, {}
-  lines = path.read_bytes().splitlines() if path.exists() else ()
+  lines = files.read_bytes(path).splitlines() if path.exists() else ()
   rows = [files.parse_json(line) for line in lines]
   for name in ("loss", "val_loss"):
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]

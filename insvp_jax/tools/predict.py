@@ -55,8 +55,8 @@ def _batches(
   def read(image: tools.ImageFile) -> Any:
     try:
       # Resized at once, so that no more than a few large images are in memory.
-      pixels = image.read_pixels(run.decode_options)
-      return preprocess.resize(run.preset, pixels, run.model.input_size)
+      with image.decoded(run.decode_options) as pixels:
+        return preprocess.resize(run.preset, pixels, run.model.input_size)
     except ValueError as error:
       return error
 

@@ -43,6 +43,8 @@ def select_tasks(names: Sequence[str]) -> list[Any]:
 
   known = {name: (name,) for name in TASKS} | GROUPS | {"all": tuple(TASKS)}
   parts = [part for name in names for part in name.split(",") if part]
+  if not parts:
+    raise ValueError(f"no task is named, expected some of those of {LIST_COMMAND}.")
   found = [trees.lookup(known, part, "task", LIST_COMMAND) for part in parts]
   tasks = [name for names in found for name in names]
   return [TASKS[name] for name in dict.fromkeys(tasks)]

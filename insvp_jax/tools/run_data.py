@@ -48,12 +48,12 @@ def read(run: Any, root: str = "") -> RunData:
   """
   config = run.meta["config"]
   data_config = config_lib.defaults().data
-  known = {name: value for name, value in config["data"].items() if name in data_config}
-  data_config.update(known)
+  section = config.get("data") or {}
+  data_config.update({key: x for key, x in section.items() if key in data_config})
   if data_config.cache_dir:
     # A run says where its data were, not where a reader's machine is written to.
     data_config.cache_dir = "off"
-  task, stored = config["task"], run.workdir / SPLITS_FILE
+  task, stored = config.get("task") or "", run.workdir / SPLITS_FILE
   if root:
     task = "folder"
     data_config.root, data_config.splits_json = root, ""

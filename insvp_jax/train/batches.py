@@ -15,6 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 import numpy as np
 
+from insvp_jax import config as config_lib
 from insvp_jax.data import ArraySplit, pipeline, resident
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
@@ -172,10 +173,23 @@ def abstract_batch(
   }
 
 
-def eval_batch_size(config: ConfigDict, program: Program) -> int:
-  """Returns the size of an evaluation batch: any one fits, since it is padded."""
-  devices = program.mesh.size
-  return -(-config.eval_batch_size // devices) * devices
+def eval_batch_size(
+  config: ConfigDict, program: Program, num_examples: int | None = None
+) -> int:
+  """Returns the size of an evaluation batch: any one fits, since it is padded.
+
+  Args:
+    config: the whole configuration.
+    program: made for it.
+    num_examples: of the split; beyond them there is only padding. None where it is not
+      known.
+  """
+  size, devices = config.eval_batch_size, program.mesh.size
+  if num_examples is not None:
+    # Up to the usual size one program serves all splits.
+    usual = config_lib.keys()["eval_batch_size"][0]
+    size = min(size, max(usual, num_examples))
+  return -(-size // devices) * devices
 
 
 def eval_batches(
@@ -194,7 +208,7 @@ def eval_batches(
     features: from `FeatureCache.arrays`; the batches have features then, else images.
     route: from `RouteCache.array`; it goes with the images.
   """
-  size = eval_batch_size(config, program)
+  size = eval_batch_size(config, program, len(split))
   rows = mesh_lib.batch_sharding(program.mesh)
   images = pipeline.eval_batches(split, batch_size=size, sharding=rows)
   if features is None and route is None:

@@ -190,7 +190,7 @@ def _compute(
 ) -> dict[str, Array]:
   """Runs the backbone over a split, batch by batch, into one array."""
   replicated = mesh_lib.replicated(program.mesh)
-  size = batches.eval_batch_size(config, program)
+  size = batches.eval_batch_size(config, program, len(split))
   width = program.model.backbone.spec.width
   # Rows of whole batches: the last one is padded.
   num_rows = -(-len(split) // size) * size

@@ -26,7 +26,7 @@ from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.data import SPLITS_FILE, TaskData, load_data
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.sources import stored_splits
-from insvp_jax.distributed import lock, processes
+from insvp_jax.distributed import lock, processes, stopping
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels
@@ -176,6 +176,8 @@ def prepare(
     hparams,
     class_counts=np.bincount(labels, minlength=data.num_classes),
   )
+  # What follows may be a search of hours.
+  stopping.check()
   if like:
     return dataclasses.replace(like, data=data, program=program)
   loaded: list[str] = []
@@ -244,6 +246,8 @@ def train(
       params = prepared.prepare_params(config, params)
     state = create_state(config, program, params)
     state = checkpointer.restore(state) or state
+    if int(state.step) == 0:
+      checkpointer.try_out(state)
     if is_alone:
       print_shared(config, prepared)
       print_params(config, prepared)

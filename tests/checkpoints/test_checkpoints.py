@@ -291,9 +291,14 @@ def test_without_checksums_an_unreadable_file_is_still_one_line(tmp_path):
   mask, state = make_state()
   where = save(tmp_path, mask, state)
   (where / "checksums.json").unlink()
-  assert_equal(restore(tmp_path, mask, state), state)
+  said = "has no checksums.json: nothing tells whether"
+  with pytest.warns(UserWarning, match=said):
+    assert_equal(restore(tmp_path, mask, state), state)
   (where / "optimizer" / "_METADATA").write_text("{")
-  with pytest.raises(ValueError, match="'optimizer' of the checkpoint .* cannot"):
+  with (
+    pytest.warns(UserWarning, match=said),
+    pytest.raises(ValueError, match="'optimizer' of the checkpoint .* cannot"),
+  ):
     restore(tmp_path, mask, state)
 
 
@@ -477,10 +482,9 @@ def test_progress_that_is_none_is_damage(saved, tmp_path, progress):
   source, mask, state = saved
   where = tmp_path / "checkpoints" / "3"
   shutil.copytree(source, where)
-  # As in runs of versions without checksums.
-  (where / "checksums.json").unlink()
   (where / "progress" / "metadata").write_text(json.dumps(progress))
-  with pytest.raises(files.Damaged, match="its progress has the"):
+  files.write_checksums(where)
+  with pytest.raises(files.Damaged, match="progress"):
     restore(tmp_path, mask, state)
 
 
@@ -530,3 +534,29 @@ def test_a_checkpoint_is_made_of_files(saved, tmp_path, kind):
 
 def test_what_is_said_of_damage_moves_no_cursor():
   assert str(files.Damaged("a\x1b[2J\n")) == r"a\x1b[2J\n"
+
+
+def test_a_trial_save_leaves_nothing(tmp_path):
+  mask, state = make_state()
+  with Checkpointer(tmp_path, mask=mask, meta=META) as checkpointer:
+    checkpointer.try_out(state)
+    assert checkpointer.latest_step() is None
+    assert os.listdir(tmp_path / "checkpoints") == []
+    # The same step is saved later as any other.
+    assert checkpointer.save(state, progress={}, force=True)
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("a**b", r"could not be written .* `\*\*` .*Choose another workdir"),
+    ("a[b]", "cannot be read again: .* whose path has letters, digits"),
+    ("a\\b", "cannot be read again: .* whose path has letters, digits"),
+  ],
+)
+def test_a_path_that_cannot_be_saved_to_shows_before_training(tmp_path, name, message):
+  mask, state = make_state()
+  with Checkpointer(tmp_path / name, mask=mask, meta=META) as checkpointer:
+    with pytest.raises(OSError, match=message):
+      checkpointer.try_out(state)
+  assert os.listdir(tmp_path / name / "checkpoints") == []

@@ -196,3 +196,13 @@ def test_fingerprints(tmp_path):
   first = cache.file_fingerprint(plain)
   plain.write_bytes(b"12")
   assert cache.file_fingerprint(plain) != first
+
+
+def test_others_can_read_what_is_cached_in_a_shared_folder(tmp_path):
+  before = os.umask(0o022)
+  try:
+    cache.cached_arrays({}, lambda: {"a": np.zeros(3)}, str(tmp_path))
+  finally:
+    os.umask(before)
+  (path,) = tmp_path.iterdir()
+  assert path.stat().st_mode & 0o777 == 0o644

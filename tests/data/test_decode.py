@@ -1,7 +1,9 @@
+from concurrent.futures import ThreadPoolExecutor
 import io
 import os
 import struct
 import sys
+import threading
 import zlib
 
 from data_fixtures import deep_png, encode, png_chunk, tiff
@@ -631,3 +633,28 @@ def test_16_bits_are_seen_in_the_first_bytes_and_the_header():
     assert not decode.may_be_16bit(encode(Image.fromarray(_TWO), file_format)[:32])
   for file_format in ("PNG", "TIFF", "PPM", "JPEG2000", "JPEG"):
     assert not decode.is_16bit(encode(Image.fromarray(_TWO), file_format), "x")
+
+
+def test_threads_share_the_room_for_pixels(monkeypatch):
+  data, most = encode(Image.fromarray(_TWO), "PNG"), []
+  num_pixels = _TWO.shape[0] * _TWO.shape[1]
+  room = decode._Room(2 * num_pixels)
+  monkeypatch.setattr(decode, "_ROOM", room)
+  barrier = threading.Barrier(2)
+
+  def work(_):
+    with decode.decoded(data, "x"):
+      most.append(room._taken)
+      barrier.wait()  # until two are at it: more than two would not fit
+
+  with ThreadPoolExecutor(6) as pool:
+    list(pool.map(work, range(6)))
+  assert max(most) == 2 * num_pixels and room._taken == 0
+  # A larger one is alone, and what fails gives its room back.
+  room = decode._Room(1)
+  monkeypatch.setattr(decode, "_ROOM", room)
+  with decode.decoded(data, "x"):
+    assert room._taken == num_pixels
+  with pytest.raises(ValueError, match="does not decode"):
+    decode.decode_image(data[: len(data) // 2], "cut.png")
+  assert room._taken == 0

@@ -188,7 +188,7 @@ def test_sets_of_8_bits_are_told_nothing(tmp_path, caplog, monkeypatch):
   root, cache = write_folder(tmp_path / "set", dark), str(tmp_path / "cache")
   _load(root, cache_dir=cache)
   # From the cache nothing is decoded, to look for 16 bits either.
-  monkeypatch.setattr(decode, "decode_image", None)
+  monkeypatch.setattr(decode, "decoded", None)
   _load(root, cache_dir=cache)
   assert not [text for text in _warnings(caplog) if "16-bit" in text]
 

@@ -367,13 +367,13 @@ def test_a_cached_archive_is_found_again_under_another_name(tmp_path):
 
 def _count_decodes(monkeypatch):
   """Returns a list that grows by the name of each file that is decoded."""
-  decoded, original = [], decode.decode_image
+  decoded, original = [], decode.decoded
 
   def counted(data, name, *options):
     decoded.append(name)
     return original(data, name, *options)
 
-  monkeypatch.setattr(decode, "decode_image", counted)
+  monkeypatch.setattr(decode, "decoded", counted)
   return decoded
 
 

@@ -118,6 +118,8 @@ def test_images_of_any_size():
   assert adapted(method, params, feature, enlarged[:, :63, :63]).any()
   with pytest.raises(ValueError, match=r"^side_size is 62, expected .* at least 63,"):
     create_method("sidetune", SPEC, side_size=62)
+  with pytest.raises(ValueError, match="side_size is 8193, expected .* at most 8192"):
+    create_method("sidetune", SPEC, side_size=8193)
 
 
 def test_a_file_of_other_weights_is_refused_in_one_line(tmp_path):

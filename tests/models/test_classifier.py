@@ -109,13 +109,29 @@ def test_backbone_fields():
   [
     ({"method": "insvpp"}, r"unknown method 'insvpp'. Nearest: insvp, "),
     ({"num_classes": 0}, "num_classes is 0"),
+    ({"num_classes": 3.5}, "num_classes is 3.5, expected a whole number"),
+    ({"num_classes": True}, "num_classes is True"),
+    ({"image_size": -1}, "image_size is -1"),
+    ({"image_size": 10**7}, "image_size is 10000000, expected a whole number, 1 to"),
+    ({"backbone_kwargs": {"num_heads": 0}}, "num_heads is 0, expected a whole number"),
+    ({"backbone_kwargs": {"patch_size": 0}}, "patch_size is 0"),
+    ({"backbone_kwargs": {"mlp_dim": -1}}, "mlp_dim is -1"),
+    ({"backbone_kwargs": {"depth": 0}}, "depth is 0"),
+    ({"backbone_kwargs": {"width": 2.0}}, "width is 2.0"),
+    ({"backbone_kwargs": {"registers": -1}}, "registers is -1, .*, 0 to"),
+    ({"backbone_kwargs": {"pool": "x"}}, "pool is 'x', expected one of"),
+    ({"backbone_kwargs": {"scan": 1}}, "scan is 1, expected True or False"),
+    (
+      {"method_kwargs": {"prompt_length": 10**7}},
+      "prompt_length is 10000000, .* 65536",
+    ),
     ({"head_init": "ones"}, "unknown head_init 'ones'.*torch, vpt, zeros"),
     ({"backbone_kwargs": {"widht": 8}}, r"'widht'.*Did you mean 'width'\?"),
     ({"backbone_kwargs": {"image_size": 8}}, "unknown backbone field 'image_size'"),
     ({"method_kwargs": {"prompt_lenght": 4}}, r"Did you mean 'prompt_length'\?"),
   ],
 )
-def test_errors_name_what_came_and_what_was_meant(kwargs, message):
+def test_errors_name_what_came_and_what_was_meant(unchecked, kwargs, message):
   with pytest.raises(ValueError, match=message):
     tiny(**kwargs)
 
@@ -147,3 +163,11 @@ def test_the_head_computes_in_float32_on_a_bfloat16_backbone():
   params = jax.jit(model.init)(jax.random.key(0), images)["params"]
   assert jax.jit(model.apply)({"params": params}, images).dtype == jnp.float32
   assert trees.count(params["head"]) == 16 * 3 + 3
+
+
+@pytest.mark.parametrize("method", [None, "features", "prompt_image", "prompts"])
+def test_pixels_that_nobody_has_normalised_are_refused(unchecked, method):
+  model = create_model("mu/4", num_classes=3, image_size=16)
+  pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.uint8)
+  with pytest.raises(ValueError, match="images are uint8, expected floating-point"):
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, method=method), pixels)

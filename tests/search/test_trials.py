@@ -169,6 +169,7 @@ def test_lines_are_found_again_and_half_a_line_costs_only_itself(tmp_path):
   path = tmp_path / "linear" / "trials.jsonl"
   assert trials.read(path, "s") == []
   first = {"lr": 0.1, "wd": 1e-4, "image_fusion": [1.0, 2.0], "settings": "s"}
+  first["val_accuracy"] = 0.5
   trials.append(path, first)
   trials.append(path, {**first, "settings": "another"})
   whole = path.read_bytes()
@@ -207,3 +208,13 @@ def test_equals_are_chosen_by_lr_then_wd_then_the_others():
   ]
   assert trials.choose(found, names) == {"lr": 0.1, "wd": 0.1, "fusion": [1.0, 1.0]}
   assert trees.flatten({"a": trials.choose(found[:1], names)})["a/lr"] == 0.2
+
+
+@pytest.mark.parametrize(
+  "line", ['{"settings": "a"}', '{"settings": "a", "val_accuracy": "x"}', "[]", "3", ""]
+)
+def test_lines_that_are_no_trials_are_passed_over(tmp_path, line):
+  path = tmp_path / trials.FILE
+  trial = {"lr": 0.1, "val_accuracy": None, "settings": "a"}
+  path.write_text(f"{line}\n{json.dumps(trial)}\n")
+  assert trials.read(path, "a") == [trial]

@@ -184,7 +184,11 @@ def test_finished_runs_are_not_repeated(install, tmp_path):
   assert (again["lr"], again["seeds"]) == (0.01, [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("what", ["config", "backbone", "data", "interrupted"])
+_OTHER = ("config", "backbone", "data", "interrupted")
+_DAMAGED = ("result.json", "config.json", "half a result", "other types")
+
+
+@pytest.mark.parametrize("what", [*_OTHER, *_DAMAGED])
 def test_a_run_of_something_else_is_not_taken_for_finished(install, tmp_path, what):
   config = search_config(tune__lr=(), tune__wd=(), tune__seeds=(0,))
   install(best_at(0.01))
@@ -199,6 +203,14 @@ def test_a_run_of_something_else_is_not_taken_for_finished(install, tmp_path, wh
   elif what == "data":
     found = json.loads(result.read_text())
     found["data_sha256"] = "of other images"
+    result.write_text(json.dumps(found))
+  elif what.endswith(".json"):
+    result.with_name(what).write_text("")
+  elif what in _DAMAGED:
+    found = json.loads(result.read_text())
+    found["train_seconds"] = None
+    if what == "half a result":
+      del found["val_accuracy"]
     result.write_text(json.dumps(found))
   else:
     result.unlink()

@@ -131,3 +131,16 @@ def test_no_run(tmp_path, capsys):
   flags = ["--run", str(tmp_path / "nothing"), "--output", "b.npz"]
   assert export.main(flags) == 2
   assert "no run at" in capsys.readouterr().err
+
+
+def test_another_s_json_is_not_overwritten(tmp_path, capsys):
+  workdir, _, _ = make_run(tmp_path / "run", "linear")
+  (tmp_path / "x.json").write_text('{"mine": 1}')
+  argv = ["--run", str(workdir), "--output", str(tmp_path / "x.npz")]
+  assert export.main(argv) == 2
+  assert "x.json is there already, and is no desc" in capsys.readouterr().err
+  assert (tmp_path / "x.json").read_text() == '{"mine": 1}'
+  assert not (tmp_path / "x.npz").exists()
+  (tmp_path / "x.json").unlink()
+  # Its own it replaces.
+  assert export.main(argv) == export.main(argv) == 0

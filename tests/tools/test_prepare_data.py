@@ -677,6 +677,7 @@ def test_a_version_that_this_tfds_does_not_know_is_unavailable(monkeypatch, tmp_
     (["--task=dtd", "--check", "--root=nowhere"], "--root is 'nowhere', but there is"),
     (["--task=dtd", "--lists=nowhere"], "--lists is 'nowhere'"),
     (["--task=dtd", "--manual_dir=nowhere"], "--manual_dir is 'nowhere'"),
+    (["--task="], "no task is named, expected some of those of"),
     (["--task=dtd", "--data_dir=gs://b/x"], "--data_dir is gs://b/x, a URL"),
     (["--task=dtd", "--list-indices"], "row numbers are known for cifar100, svhn"),
     (["--task=svhn", "--list-indices", "--split=x"], "--split has 'x', expected some"),

@@ -342,3 +342,20 @@ def test_16_bit_images_are_read_as_in_training(workdir, tmp_path, capsys):
   np.testing.assert_array_equal(told.preprocess([image]), told.preprocess(paths[:1]))
   assert predict.main([f"--run={workdir}", paths[0]]) == 0
   assert "set config.data.max_16bit=4095" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error(root):
+  code = (
+    "import sys; from insvp_jax import tools; "
+    "sys.exit(tools.run_tool(lambda: print('x\\n' * 100_000)))"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code],
+    cwd=root,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  process.stdout.close()
+  assert process.stderr.read() == b""
+  process.stderr.close()
+  assert process.wait() == 141

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -329,3 +330,15 @@ def test_the_loop_starts_with_one_step_that_compiles(linear, monkeypatch, tmp_pa
   assert {each["timed_images"] for each in timers} == {0}
   assert len({each["compile_seconds"] for each in timers[1:]}) == 1
   assert all(each["seconds"] >= each["compile_seconds"] for each in timers[1:])
+
+
+@pytest.mark.parametrize(
+  "asked, num_examples, expected",
+  [(100_000, 18, 256), (100_000, 1001, 1002), (8, 1001, 8), (255, 18, 256)],
+)
+def test_batches_of_evaluation_are_no_larger_than_the_split(
+  unchecked, asked, num_examples, expected
+):
+  config = tiny_config(eval_batch_size=asked)
+  program = types.SimpleNamespace(mesh=types.SimpleNamespace(size=2))
+  assert batches.eval_batch_size(config, program, num_examples) == expected
