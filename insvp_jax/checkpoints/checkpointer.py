@@ -32,7 +32,6 @@ import orbax.checkpoint as ocp
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, files, trees
 from insvp_jax.checkpoints.files import (
-  CHECKSUMS,
   FOLDER,
   Damaged,
   is_step,
@@ -47,7 +46,6 @@ from insvp_jax.checkpoints.files import (
   short,
   stored_arrays,
   verify,
-  verify_file,
   write_checksums,
 )
 from insvp_jax.checkpoints.items import (
@@ -104,19 +102,24 @@ class Checkpointer:
     self._pending: int | None = None
     _check_writable(self.directory)
     self._remove_old()
-    if processes.is_main_process():
-      _remove_damaged_times(self.directory)
-    processes.wait("looked at")
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        # Moved away at once, deleted by `_remove_old`: half a checkpoint is none.
-        todelete_subdir=OLD,
-        cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-      ),
+    self._manager = self._open(keep)
+
+  def _open(self, keep: int) -> ocp.CheckpointManager:
+    """Returns the manager, after removing files that it would stumble over."""
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      # Moved away at once, deleted by `_remove_old`: half a checkpoint is none.
+      todelete_subdir=OLD,
+      cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
+    self._remove_times(damaged=True)
+    try:
+      return ocp.CheckpointManager(self.directory, options=options)
+    except (ValueError, TypeError, LookupError, AttributeError):
+      # What Orbax makes of values of other types.
+      self._remove_times(damaged=False)
+      return ocp.CheckpointManager(self.directory, options=options)
 
   def save(
     self, state: Any, *, progress: Mapping[str, int | float], force: bool = False
@@ -320,6 +323,25 @@ class Checkpointer:
       f"{advice} another workdir, and start again to resume."
     ) from cause
 
+  def _remove_times(self, *, damaged: bool) -> None:
+    """Removes files with the times of checkpoints, which nobody needs.
+
+    Orbax reads them as soon as it opens the folder. They have no checksum, since it
+    writes to them once more when a checkpoint is complete.
+
+    Args:
+      damaged: only those that are no regular file with an object in it.
+    """
+    files_of_times = self.directory.glob(f"[0-9]*/{_TIMES}")
+    for file in files_of_times if processes.is_main_process() else ():
+      try:
+        if not damaged or not files.is_regular(file):
+          raise Damaged(f"{file} is not needed.")
+        load_json(file)
+      except Damaged:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    processes.wait("times")
+
   def _remove_old(self) -> None:
     if processes.is_main_process():
       shutil.rmtree(self.directory / OLD, ignore_errors=True)
@@ -379,24 +401,3 @@ def _check_writable(directory: Path) -> None:
       f"cannot write checkpoints to {directory}: {error.strerror}. "
       "Choose another workdir."
     ) from error
-
-
-def _remove_damaged_times(folder: Path) -> None:
-  """Removes damaged files with the times of checkpoints, which nobody needs.
-
-  Orbax reads them as soon as it opens the folder, and would not come further. Of a
-  checkpoint that lacks its file `verify` says so.
-
-  Args:
-    folder: of the checkpoints.
-  """
-  for file in folder.glob(f"[0-9]*/{_TIMES}"):
-    try:
-      if not files.is_regular(file):
-        raise Damaged(f"{file} is no file.")
-      load_json(file)
-      if (file.parent / CHECKSUMS).exists():
-        sums = load_json(file.parent / CHECKSUMS)
-        verify_file(file.parent, _TIMES, sums.get(_TIMES))
-    except Damaged:
-      shutil.rmtree(file) if file.is_dir() else file.unlink()

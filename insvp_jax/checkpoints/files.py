@@ -175,10 +175,10 @@ def verify(where: Path, report: Callable[[str], Any] = lambda text: None) -> Non
     )
     return
   for name, entry in load_json(where / CHECKSUMS).items():
-    verify_file(where, name, entry)
+    _verify_file(where, name, entry)
 
 
-def verify_file(where: Path, name: str, entry: Any) -> None:
+def _verify_file(where: Path, name: str, entry: Any) -> None:
   """Checks a file of a checkpoint.
 
   Args:
