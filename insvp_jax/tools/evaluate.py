@@ -1,6 +1,8 @@
 """Prints a run's accuracy and loss on the splits of its task.
 
 insvp evaluate --run=runs/folder/insvp/seed0 --splits train_val test
+insvp evaluate --run=runs/folder/insvp/seed0 --by_class --confusion=confusion.png
+insvp evaluate --run=runs/folder/insvp/seed0 --format=json > scores.json
 
 Its batches are not the trainer's, which the last bits depend on: with
 `backbone.dtype=bfloat16` single images may be classified otherwise than in result.json.
@@ -10,49 +12,55 @@ Not to select by: a result on the test split that selected something is no test 
 """
 
 from collections.abc import Sequence
+import json
+from pathlib import Path
 import sys
 from typing import Any
 
 import numpy as np
 
 from insvp_jax import tools
-from insvp_jax.tools import run_data
+from insvp_jax.tools import run_data, scores, visualize
 from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
+# Tasks whose classes are grades of one thing.
+_GRADES = ("diabetic_retinopathy",)
 
 
-def evaluate_split(run: Any, data: RunData, name: str) -> dict[str, Any]:
-  """Returns what `train.evaluate.evaluate` does, for one split.
+def predict_split(run: Any, data: RunData, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (labels int [n], probabilities float32 [n, k]) of a split.
 
   Args:
     run: from `load_run`.
     data: images at the stored size of the run's preset; read chunk by chunk.
     name: of the split.
   """
-  from insvp_jax.train import evaluate
-
-  split, labels = data.data.splits[name], data.labels(name)
+  split = data.data.splits[name]
   indices = np.arange(len(split))
   chunks = [indices[i : i + CHUNK_SIZE] for i in range(0, len(split), CHUNK_SIZE)]
-  is_correct, of_label = np.empty(len(split), bool), np.empty(len(split), np.float32)
-  for chunk, images in zip(chunks, split.read(chunks), strict=True):
-    # They have the stored size already, so `Run.predict` does not resize them.
-    probabilities = run.predict(images)
-    is_correct[chunk] = probabilities.argmax(axis=1) == labels[chunk]
-    of_label[chunk] = probabilities[np.arange(len(chunk)), labels[chunk]]
-  # float32 underflows to 0 beyond 100 nats.
-  nats = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
-  num_classes = len(run.class_names)
-  correct = np.bincount(labels, is_correct, minlength=num_classes)
-  count = np.bincount(labels, minlength=num_classes)
-  return {
-    "accuracy": float(is_correct.mean()),
-    "loss": float(nats.mean(dtype=np.float64)),
-    "num_examples": len(split),
-    "class_accuracy": evaluate.class_accuracy(correct, count),
-    "class_count": count,
+  # They have the stored size already, so `Run.predict` does not resize them.
+  probabilities = [run.predict(images) for images in split.read(chunks)]
+  return data.labels(name), np.concatenate(probabilities)
+
+
+def _text(run: Any, scored: dict[str, Any], name: str) -> str:
+  """Returns two lines about a split."""
+  from insvp_jax.train import evaluate, report
+
+  recalls = [row["recall"] for row in scored["classes"]]
+  evaluated = {
+    "class_accuracy": np.array([np.nan if r is None else r for r in recalls]),
+    "class_count": np.array([row["num_examples"] for row in scored["classes"]]),
   }
+  # Runs of before do not know how many there were to train on.
+  train_count = run.meta.get("train_count")
+  by_class = evaluate.balanced(evaluated, run.class_names, train_count)
+  accuracy = f"{100 * scored['accuracy']:.2f}%{report.by_class_text(by_class)}"
+  return (
+    f"{name}: accuracy {accuracy}, loss {scored['loss']:.3f} nats, "
+    f"{scored['num_examples']} images\n  {scores.format_scores(scored)}"
+  )
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -69,11 +77,27 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   parser.add_argument(
     "--root", default="", help="another folder or .zip of images of the run's classes"
   )
+  parser.add_argument(
+    "--by_class", action="store_true", help="a table with a line for each class"
+  )
+  parser.add_argument(
+    "--confusion", help="file of the confusion matrix: .csv, .png, .pdf or .svg"
+  )
+  parser.add_argument(
+    "--ordered",
+    action="store_true",
+    help="the classes are grades, in this order: print the quadratic kappa, too",
+  )
+  parser.add_argument(
+    "--format", choices=("text", "json"), default="text", help="text is the default"
+  )
   args = parser.parse_args(argv)
 
   def work() -> None:
+    if args.confusion and Path(args.confusion).suffix.lower() != ".csv":
+      visualize.check_format(Path(args.confusion))
+      visualize.check_matplotlib()
     from insvp_jax.run import load_run
-    from insvp_jax.train import evaluate, report
 
     run = load_run(args.run, backbone=args.backbone)
     data = run_data.read(run, args.root)
@@ -87,18 +111,25 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
           f"--splits has {name!r}, but the task {data.data.name!r} has only "
           f"{', '.join(splits)}."
         )
-    for name in names:
-      metrics = evaluate_split(run, data, name)
-      # Runs of before do not know it.
-      train_count = run.meta.get("train_count")
-      by_class = evaluate.balanced(metrics, run.class_names, train_count)
-      print(
-        f"{'all' if args.root and not args.splits and name == 'train' else name}: "
-        f"accuracy {100 * metrics['accuracy']:.2f}%"
-        f"{report.by_class_text(by_class)}, loss {metrics['loss']:.3f} nats, "
-        f"{metrics['num_examples']} images",
-        flush=True,
+    if args.confusion and len(names) > 1:
+      raise ValueError(
+        f"--confusion is of one split, but --splits has {len(names)}; name one."
       )
+    ordered, found = args.ordered or run.meta.get("task") in _GRADES, {}
+    for name in names:
+      labels, probabilities = predict_split(run, data, name)
+      found[name] = scores.score(
+        labels, probabilities, run.class_names, ordered=ordered
+      )
+      if args.format == "text":
+        whole = args.root and not args.splits and name == "train"
+        print(_text(run, found[name], "all" if whole else name), flush=True)
+        if args.by_class:
+          print(scores.format_classes(found[name]), flush=True)
+      if args.confusion:
+        scores.write_confusion(found[name], args.confusion)
+    if args.format == "json":
+      print(json.dumps({"task": data.data.name, "splits": found}, indent=1))
 
   return tools.run_tool(work)
 

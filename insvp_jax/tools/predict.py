@@ -1,6 +1,7 @@
 """Prints a run's predictions for images.
 
 insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/ photos.zip
+insvp predict --run=runs/folder/insvp/seed0 --top=1 --format=csv --output=of.csv photos/
 
 Images that do not decode are named on stderr, and the others are predicted. The status
 is then 2 at the end; with --skip_corrupt it is 0.
@@ -8,8 +9,11 @@ is then 2 at the end; with --skip_corrupt it is 0.
 Without the command `insvp` it is python -m insvp_jax.tools.predict.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import csv
+import io
+import json
 import sys
 from typing import Any
 
@@ -17,10 +21,13 @@ from insvp_jax import tools
 from insvp_jax.errors import one_line
 
 BATCH_SIZE = 32  # images decoded at a time
+_LARGEST_BATCH = 2**12
+# An image's path, and its most probable classes with their probabilities.
+Row = tuple[str, Sequence[tuple[str, float]]]
 
 
 def top_classes(
-  run: Any, images: Sequence[Any], top: int = 5
+  run: Any, images: Sequence[Any], top: int = 5, batch_size: int = BATCH_SIZE
 ) -> Iterator[list[tuple[str, float]]]:
   """Yields for each image its most probable classes, the most probable one first.
 
@@ -28,19 +35,20 @@ def top_classes(
     run: from `load_run`.
     images: paths or uint8 arrays.
     top: how many classes.
+    batch_size: images at a time.
 
   Yields:
     Pairs of class name and probability in [0, 1].
   """
-  for start in range(0, len(images), BATCH_SIZE):
-    for probabilities in run.predict(images[start : start + BATCH_SIZE]):
+  for start in range(0, len(images), batch_size):
+    for probabilities in run.predict(images[start : start + batch_size]):
       # Stable, so that ties go to the first class.
       labels = (-probabilities).argsort(kind="stable")[:top]
       yield [(run.class_names[i], float(probabilities[i])) for i in labels]
 
 
 def _batches(
-  run: Any, images: Sequence[tools.ImageFile], errors: list[Exception]
+  run: Any, images: Sequence[tools.ImageFile], errors: list[Exception], size: int
 ) -> Iterator[list[tuple[tools.ImageFile, Any]]]:
   """Yields batches of images with their resized pixels, those that decode.
 
@@ -49,6 +57,7 @@ def _batches(
     images: the files, decoded some way ahead.
     errors: gets an error for each of the others, which is also printed if there are
       several images.
+    size: images of a batch.
   """
   from insvp_jax.data import prefetch, preprocess
 
@@ -61,7 +70,7 @@ def _batches(
       return error
 
   batch = []
-  squares = prefetch.ordered_map(read, images, ahead=BATCH_SIZE)
+  squares = prefetch.ordered_map(read, images, ahead=size)
   with contextlib.closing(squares):
     for image, square in zip(images, squares, strict=True):
       if isinstance(square, ValueError):
@@ -70,7 +79,7 @@ def _batches(
           print(f"insvp_jax: {one_line(square)}", file=sys.stderr, flush=True)
         continue
       batch.append((image, square))
-      if len(batch) == BATCH_SIZE:
+      if len(batch) == size:
         yield batch
         batch = []
   if batch:
@@ -81,6 +90,43 @@ def format_classes(path: Any, classes: Sequence[tuple[str, float]]) -> str:
   """Returns the path, and on lines of their own the classes."""
   lines = [f"  {100 * probability:5.1f}%  {name}" for name, probability in classes]
   return "\n".join([str(path), *lines])
+
+
+def _as_table(rows: Iterable[Row]) -> Iterator[str]:
+  for path, classes in rows:
+    yield f"{format_classes(path, classes)}\n"
+
+
+def _as_csv(rows: Iterable[Row]) -> Iterator[str]:
+  """Yields lines of RFC 4180, a class in each."""
+
+  def line(*cells: Any) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+  yield line("image", "rank", "class", "probability")
+  for path, classes in rows:
+    for rank, (name, probability) in enumerate(classes, 1):
+      yield line(path, rank, name, f"{probability:.6g}")
+
+
+def _as_json(rows: Iterable[Row]) -> Iterator[str]:
+  """Yields a list with an object for each image, one on a line."""
+  before = "[\n"
+  for path, classes in rows:
+    found = [{"class": n, "probability": float(f"{p:.6g}")} for n, p in classes]
+    yield before + json.dumps({"image": path, "classes": found}, ensure_ascii=False)
+    before = ",\n"
+  yield "\n]\n" if before == ",\n" else "[]\n"
+
+
+# How predictions are written, by name: rows -> pieces of text.
+FORMATS: dict[str, Callable[[Iterable[Row]], Iterator[str]]] = {
+  "table": _as_table,
+  "csv": _as_csv,
+  "json": _as_json,
+}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -98,6 +144,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     "--skip_corrupt", action="store_true", help="images that do not decode are no error"
   )
   parser.add_argument(
+    "--format", choices=tuple(FORMATS), default="table", help="table is the default"
+  )
+  parser.add_argument(
+    "--output", help="file to write to, complete or not at all; else it is printed"
+  )
+  parser.add_argument(
+    "--batch", type=int, default=BATCH_SIZE, help=f"images at a time, {BATCH_SIZE}"
+  )
+  parser.add_argument(
     "images", nargs="+", help="image files, or folders or .zip archives of them"
   )
   args = parser.parse_args(argv)
@@ -105,16 +160,39 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   def work() -> None:
     if args.top < 1:
       raise ValueError(f"--top is {args.top}, expected at least 1.")
+    if not 1 <= args.batch <= _LARGEST_BATCH:
+      raise ValueError(
+        f"--batch is {args.batch}, expected a number from 1 to {_LARGEST_BATCH}."
+      )
     images = tools.find_images(args.images)
     # Imported late, so that a wrong flag costs no start-up time.
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from insvp_jax.logs import writers
     from insvp_jax.run import load_run
 
     run = load_run(args.run, backbone=args.backbone)
-    errors = []
-    for read in _batches(run, images, errors):
-      predictions = top_classes(run, [square for _, square in read], args.top)
-      for (image, _), classes in zip(read, predictions, strict=True):
-        print(format_classes(image, classes), flush=True)
+    errors: list[Exception] = []
+
+    def rows(bar: Any) -> Iterator[Row]:
+      task = bar.add_task("images", total=len(images))
+      for read in _batches(run, images, errors, args.batch):
+        squares = [square for _, square in read]
+        predictions = top_classes(run, squares, args.top, args.batch)
+        for (image, _), classes in zip(read, predictions, strict=True):
+          yield str(image), classes
+        bar.advance(task, len(read))
+
+    # Beside what is printed it would be in the way.
+    hidden = not args.output or not sys.stderr.isatty()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+      pieces = FORMATS[args.format](rows(bar))
+      if args.output:
+        writers.write_text(args.output, "".join(pieces))
+      for piece in pieces:
+        print(piece, end="", flush=True)
     if unused := run.decode_options.unused_bits():
       print(f"insvp_jax: {unused} in training", file=sys.stderr)
     if errors and len(images) == 1:

@@ -1,5 +1,6 @@
 """tools/evaluate: what it prints is what the trainer found."""
 
+import json
 import re
 
 import numpy as np
@@ -26,11 +27,42 @@ def test_it_agrees_with_the_trainer(finished, capsys):
   assert evaluate.main(["--run", str(workdir), "--splits", "val", "test"]) == 0
   lines = capsys.readouterr().out.splitlines()
   pattern = r"(\w+): accuracy ([\d.]+)%, loss ([\d.]+) nats, (\d+) images"
-  found = {m[1]: m for m in map(re.compile(pattern).fullmatch, lines)}
+  found = {m[1]: m for m in map(re.compile(pattern).fullmatch, lines[::2])}
   assert list(found) == ["val", "test"]
+  assert all(line.startswith("  95% interval of the acc") for line in lines[1::2])
   for name, match in found.items():
     assert float(match[2]) == pytest.approx(100 * result[f"{name}_accuracy"], abs=0.006)
     assert float(match[3]) > 0 and int(match[4]) == SPLITS[name]
+
+
+def test_everything_else_that_it_writes(finished, capsys, tmp_path):
+  workdir, result = finished
+  flags = ["--run", str(workdir), "--ordered"]
+  confusion = tmp_path / "confusion.csv"
+  assert evaluate.main([*flags, "--by_class", f"--confusion={confusion}"]) == 0
+  _, scored, titles, *rows = capsys.readouterr().out.splitlines()
+  assert "quadratic kappa" in scored and titles.split()[0] == "class"
+  assert [row.split()[0] for row in rows] == ["ant", "bee", "cat"]
+  assert len(confusion.read_text().splitlines()) == 4
+  assert evaluate.main([*flags, "--format=json", "--splits", "val", "test"]) == 0
+  splits = json.loads(capsys.readouterr().out)["splits"]
+  assert list(splits) == ["val", "test"]
+  for name, scores in splits.items():
+    assert scores["accuracy"] == pytest.approx(result[f"{name}_accuracy"])
+    assert np.sum(scores["confusion"]) == SPLITS[name]
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--confusion=x.txt"], "cannot write a figure to 'x.txt'"),
+    (["--confusion=x.csv", "--splits", "val", "test"], "--splits has 2; name one"),
+  ],
+)
+def test_a_wrong_file_is_one_line(finished, capsys, flags, message):
+  assert evaluate.main(["--run", str(finished[0]), *flags]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
 
 
 def test_an_unknown_split_is_one_line(finished, capsys):

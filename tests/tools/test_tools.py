@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import os
@@ -123,6 +124,48 @@ def test_broken_photos_cost_no_others(workdir, photos, tmp_path, capsys, archive
   for name, line in zip(broken, lines, strict=False):
     assert line.startswith(f"insvp_jax: {root}/{name} ")
   assert len(lines) == 4 and lines[-1].startswith("insvp_jax: 3 of 40 images ")
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_predict_writes_tables_for_other_programs(
+  workdir, photos, tmp_path, capsys, to_file
+):
+  output = [f"--output={tmp_path / 'out'}"] if to_file else []
+
+  def text(form):
+    flags = [f"--run={workdir}", "--top=2", "--batch=2", f"--format={form}", *output]
+    assert predict.main([*flags, str(photos)]) == 0
+    printed = capsys.readouterr().out
+    assert not (printed and to_file)
+    return (tmp_path / "out").read_text() if to_file else printed
+
+  rows = load_run(workdir).predict([photos / f"{i}.png" for i in range(3)])
+  expected = []
+  for i, row in enumerate(rows):
+    best = row.argsort()[::-1][:2]
+    classes = [(CLASSES[j], pytest.approx(row[j], rel=1e-5)) for j in best]
+    expected.append((str(photos / f"{i}.png"), classes))
+  found = json.loads(text("json"))
+  pairs = [[(c["class"], c["probability"]) for c in each["classes"]] for each in found]
+  assert [(each["image"], p) for each, p in zip(found, pairs, strict=True)] == expected
+  titles, *lines = csv.reader(text("csv").splitlines())
+  assert titles == ["image", "rank", "class", "probability"]
+  flat = [
+    (path, rank, name, probability)
+    for path, classes in expected
+    for rank, (name, probability) in enumerate(classes, 1)
+  ]
+  assert [(p, int(r), n, float(x)) for p, r, n, x in lines] == flat
+  assert len(text("table").splitlines()) == 3 * 3
+
+
+def test_predict_of_broken_images_alone_is_an_empty_list(workdir, tmp_path, capsys):
+  for name in ("a.png", "b.png"):
+    (tmp_path / name).write_bytes(b"no image")
+  paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+  flags = [f"--run={workdir}", "--format=json", "--skip_corrupt"]
+  assert predict.main([*flags, *paths]) == 0
+  assert json.loads(capsys.readouterr().out) == []
 
 
 def test_predictions_are_those_of_the_whole_images(workdir, photos, capsys):
