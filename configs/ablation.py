@@ -93,6 +93,19 @@ def _components(config):
   )
 
 
+def _presets(config):
+  del config
+  tuned, vpt = ("insvp.preset", "tuned"), "vpt_deep.prompt_init"
+  return (
+    *((name, "insvp", (("insvp.preset", name),)) for name in ("paper", "release")),
+    ("tuned", "insvp", (tuned,)),
+    ("tuned, patch tokens", "insvp", (tuned, ("insvp.prompt_init", "patch_tokens"))),
+    ("vpt_deep", "vpt_deep", ()),
+    ("vpt_deep, patch tokens", "vpt_deep", ((vpt, "patch_tokens"),)),
+    *((method, method, ()) for method in ("lora", "linear", "full")),
+  )
+
+
 def _fusion(config):
   del config
   # beta_I is the global prompt's weight, beta_F the common prompts' (eq. 6 and 10).
@@ -154,6 +167,7 @@ def _location(config):
 
 # (rows, what varies) by name. `_each` without a method is of any.
 ABLATIONS = {
+  "presets": (_presets, "InsVP's presets, beside other methods"),
   "table5": (_components, "InsVP's components: its table 5, and one by one"),
   "fig7_length": (
     _each("insvp.prompt_length", (1, 5, 9, 16, 20), "insvp"),

@@ -38,7 +38,10 @@ class Declaration:
   def doc_line(self) -> str:
     """Returns the documentation with the defaults, in one line."""
     if self.presets:
-      defaults = (f"{value!r} ({preset})" for preset, value in self.presets.items())
+      names: dict[str, list[str]] = {}
+      for preset, value in self.presets.items():
+        names.setdefault(repr(value), []).append(preset)
+      defaults = (f"{value} ({', '.join(of)})" for value, of in names.items())
       return f"{self.doc}; None: {', '.join(defaults)}"
     if self.default is None or callable(self.default):
       return self.doc

@@ -5,6 +5,7 @@ Itself", ACM Multimedia.
 """
 
 from collections.abc import Mapping, Sequence
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -25,16 +26,22 @@ from insvp_jax.methods.insvp_prompters import (
   specific_grid,
 )
 from insvp_jax.methods.ops import conv as conv_lib
-from insvp_jax.methods.ops import stage_prompts
+from insvp_jax.methods.ops import patch_tokens, stage_prompts
 from insvp_jax.methods.ops.dropout import Dropout
 from insvp_jax.methods.ops.initializers import symmetric_uniform, vpt_bound
 
-PRESETS = ("paper", "release")
+PRESETS = ("paper", "release", "tuned")
 # The components that each pair of fusion weights belongs to.
 _COMPONENTS = {
-  "image_fusion": ("use_patch", "use_global"),
-  "feature_fusion": ("use_common", "use_specific"),
+  "image_fusion": ("patch", "global"),
+  "feature_fusion": ("common", "specific"),
 }
+
+
+def _presets(paper: Any, release: Any, tuned: Any = None) -> dict[str, Any]:
+  """Returns a default by preset; "tuned" has the paper's where it has no other."""
+  tuned = paper if tuned is None else tuned
+  return {"paper": paper, "release": release, "tuned": tuned}
 
 
 def _check_preset(name: str, value: Any, spec: BackboneSpec) -> str:
@@ -74,7 +81,9 @@ class InsVP(Method):
   BY_STAGE = True
 
   preset: str = field(
-    "paper", "paper or release: whose defaults the others have", check=_check_preset
+    "paper",
+    "paper, release or tuned: whose defaults the others have",
+    check=_check_preset,
   )
   prompt_length: int = field(9, "prompt tokens p per block", check=checks.positive_int)
   prompted_blocks: int | None = field(
@@ -104,13 +113,13 @@ class InsVP(Method):
     None,
     "the two kernel sizes of the global prompter",
     check=checks.positive_ints(2),
-    presets={"paper": (3, 3), "release": (11, 25)},
+    presets=_presets((3, 3), (11, 25)),
   )
   global_dilations: Sequence[int] | None = field(
     None,
     "the two dilations of the global prompter",
     check=checks.positive_ints(2),
-    presets={"paper": (5, 12), "release": (1, 1)},
+    presets=_presets((5, 12), (1, 1)),
   )
   specific_kernels: Sequence[int] = field(
     (9, 5, 3),
@@ -121,28 +130,29 @@ class InsVP(Method):
     None,
     "activation of the specific prompter: relu or leaky_relu (slope 0.01)",
     check=checks.one_of(*ACTIVATIONS),
-    presets={"paper": "relu", "release": "leaky_relu"},
+    presets=_presets("relu", "leaky_relu"),
   )
   specific_input: str | None = field(
     None,
     "the image that the specific prompter sees: original or prompted",
     check=checks.one_of("original", "prompted"),
-    presets={"paper": "original", "release": "prompted"},
+    presets=_presets("original", "prompted"),
   )
   train_specific: bool | None = field(
     None,
     "whether the specific prompter is trained; else its features are random",
     check=checks.boolean,
-    presets={"paper": True, "release": False},
+    presets=_presets(True, False),
   )
   simam: bool = field(
     False, "whether images first pass SimAM attention", check=checks.boolean
   )
   prompt_init: str | None = field(
     None,
-    "how the common prompts start: vpt (VPT's uniform bound) or unit (U(-1, 1))",
-    check=checks.one_of("vpt", "unit"),
-    presets={"paper": "vpt", "release": "unit"},
+    "how the common prompts start: vpt (VPT's uniform bound), unit (U(-1, 1)) or "
+    "patch_tokens of training images, see ops.patch_tokens",
+    check=checks.one_of("vpt", "unit", "patch_tokens"),
+    presets=_presets("vpt", "unit"),
   )
   dropout: float | int = field(
     0.1, "rate in the three prompters", check=checks.rate, hparam=True
@@ -152,21 +162,27 @@ class InsVP(Method):
     "rate on the common prompts, drawn for each sample",
     check=checks.rate,
     hparam=True,
-    presets={"paper": 0.0, "release": 0.1},
+    presets=_presets(0.0, 0.1, tuned=0.1),
   )
   image_fusion: Sequence[float | int] | None = field(
     None,
     "weights (patch, global) of the image prompt",
     check=checks.finite_numbers(2),
     hparam=True,
-    presets={"paper": (0.3, 0.7), "release": (1.0, 2.0)},
+    presets=_presets((0.3, 0.7), (1.0, 2.0), tuned=(0.0, 0.0)),
   )
   feature_fusion: Sequence[float | int] | None = field(
     None,
     "weights (common, specific) of the prompt tokens",
     check=checks.finite_numbers(2),
     hparam=True,
-    presets={"paper": (0.5, 0.5), "release": (1.0, 1.0)},
+    presets=_presets((0.5, 0.5), (1.0, 1.0), tuned=(1.0, 0.0)),
+  )
+  learn_fusion: bool | None = field(
+    None,
+    "whether the fusion weights are trained, from those that are given on",
+    check=checks.boolean,
+    presets=_presets(False, False, tuned=True),
   )
   conv: str = field(
     conv_lib.AUTO,
@@ -179,7 +195,7 @@ class InsVP(Method):
   def resolve(cls, spec: BackboneSpec, values: Mapping[str, Any]) -> dict[str, Any]:
     resolved = super().resolve(spec, values)
     for name, components in _COMPONENTS.items():
-      is_alone = sum(resolved[component] for component in components) == 1
+      is_alone = sum(resolved[f"use_{component}"] for component in components) == 1
       # The paper fuses convexly: a component that stands alone has weight 1.
       if is_alone and resolved["preset"] == "paper" and values.get(name) is None:
         resolved[name] = (1.0, 1.0)
@@ -189,6 +205,8 @@ class InsVP(Method):
         "InsVP's feature prompts are tokens, which have no place in this backbone; set "
         "use_common=False and use_specific=False: its image prompts remain."
       )
+    if resolved["use_common"] and resolved["prompt_init"] == "patch_tokens":
+      patch_tokens.check("prompt_init", "patch_tokens", spec)
     if resolved["use_patch"] and spec.image_size % spec.patch_size:
       raise ValueError(
         f"InsVP's patch prompt needs whole patches of {spec.patch_size} pixels, but "
@@ -207,6 +225,9 @@ class InsVP(Method):
   def setup(self) -> None:
     """Creates the prompters that are on."""
     dropout = self.hparam("dropout")
+    if self.learn_fusion:
+      # What training adds to the weights, in the order of `_COMPONENTS`.
+      self.fusion = self.param("fusion", nn.initializers.zeros, (len(self._parts()),))
     if self.use_patch:
       self.patch_prompter = PatchPrompter(
         self.spec.patch_size, self.patch_hidden, dropout
@@ -221,7 +242,7 @@ class InsVP(Method):
       )
     if self.use_common:
       bound = 1.0
-      if self.prompt_init == "vpt":
+      if self.prompt_init != "unit":
         bound = vpt_bound(self.spec.patch_size, self.spec.stages[0].width)
       self.common_prompts = stage_prompts.create(
         self, symmetric_uniform(bound), self.prompted_blocks, self.prompt_length
@@ -278,6 +299,19 @@ class InsVP(Method):
     return prompts
 
   @nn.nowrap
+  def prepares(self) -> bool:
+    return self.use_common and self.prompt_init == "patch_tokens"
+
+  @nn.nowrap
+  def prepare(self, params, batches, apply):
+    """Returns the parameters, with patch tokens as common prompts."""
+    own, blocks = params["prompter"], range(self.prompted_blocks)
+    prompts = patch_tokens.patch_tokens(
+      self.spec, params, batches, apply, own["common_prompt"], blocks
+    )
+    return {**params, "prompter": {**own, "common_prompt": prompts}}
+
+  @nn.nowrap
   def trainable_patterns(self) -> tuple[str, ...]:
     """Returns patterns of the components that are on, and of the head."""
     is_trained = {
@@ -285,9 +319,28 @@ class InsVP(Method):
       "prompter/global_prompter/.*": self.use_global,
       "prompter/common_prompt.*": self.use_common,
       "prompter/specific_prompter/.*": self.use_specific and self.train_specific,
+      "prompter/fusion": self.learn_fusion,
       "head/.*": True,
     }
     return tuple(pattern for pattern, trained in is_trained.items() if trained)
+
+  @nn.nowrap
+  def _parts(self) -> list[str]:
+    """Returns the components that are on."""
+    names = itertools.chain(*_COMPONENTS.values())
+    return [name for name in names if getattr(self, f"use_{name}")]
+
+  def _weights(self) -> dict[str, Any]:
+    """Returns the fusion weight of each component."""
+    given = {
+      name: weight
+      for field, names in _COMPONENTS.items()
+      for name, weight in zip(names, self.hparam(field), strict=True)
+    }
+    if self.learn_fusion:
+      for i, name in enumerate(self._parts()):
+        given[name] += self.fusion[i]
+    return given
 
   def _attended(self, images: Array) -> Array:
     """Returns the images, after SimAM if that is on."""
@@ -302,33 +355,33 @@ class InsVP(Method):
 
   def _image_prompts(self, images: Array, train: bool) -> dict[str, Array]:
     """Returns "patch" and "global" as far as they are on, and "image", their fusion."""
-    weights = self.hparam("image_fusion")
+    weights = self._weights()
     prompts, terms = {}, []
     if self.use_patch:
       prompts["patch"] = self.patch_prompter(images, train=train)
-      terms.append(weights[0] * prompts["patch"])
+      terms.append(weights["patch"] * prompts["patch"])
     if self.use_global:
       prompts["global"] = self.global_prompter(images, train=train)
-      terms.append(weights[1] * prompts["global"])
+      terms.append(weights["global"] * prompts["global"])
     return {**prompts, "image": sum(terms)} if prompts else {}
 
   def _token_prompts(
     self, images: Array, prompted_images: Array, train: bool
   ) -> tuple[list[Array], list[Array]]:
     """Returns p^s [b, p, d] and p^F [l, b or 1, p, d] of each stage, or []."""
-    weights = self.hparam("feature_fusion")
+    weights = self._weights()
     terms, specific = [], []
     if self.use_common:
       common = stage_prompts.drop(
         self.common_dropout, self.common_prompts, len(images), train=train
       )
-      terms.append([weights[0] * tokens for tokens in common])
+      terms.append([weights["common"] * tokens for tokens in common])
     if self.use_specific:
       source = prompted_images
       if self.specific_input == "original":
         source = self._attended(images)
       specific = self.specific_prompter(source, train=train)
-      terms.append([weights[1] * tokens[None] for tokens in specific])
+      terms.append([weights["specific"] * tokens[None] for tokens in specific])
     if not terms:
       return [], []
     counts = self.spec.stage_counts(self.prompted_blocks)

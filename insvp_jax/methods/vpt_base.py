@@ -14,7 +14,7 @@ from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method
 from insvp_jax.methods.fields import field
 from insvp_jax.methods.hooks import PROMPTS, Adaptation, BlockPrompts, Hooks
-from insvp_jax.methods.ops import stage_prompts
+from insvp_jax.methods.ops import patch_tokens, stage_prompts
 from insvp_jax.methods.ops.class_means import class_means
 from insvp_jax.methods.ops.dropout import Dropout, drop_per_sample
 from insvp_jax.methods.ops.initializers import (
@@ -27,6 +27,8 @@ from insvp_jax.methods.vpt_pixels import PIXEL_PROMPTS
 TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 # Where prompts join the sequence.
 _JOINING = ("prepend", "prepend-pixel")
+# Starts that are tokens of the frozen backbone.
+_OF_TOKENS = ("patch_tokens", "class_means")
 # What these fields are where the stages of a backbone differ in width.
 _BY_STAGE = {
   **{"project": None, "deep_shared": False, "prompted_from": "first", "expand": True},
@@ -93,9 +95,10 @@ class VPT(Method):
   )
   prompt_init: str = field(
     "uniform",
-    "how prompt tokens start: uniform, or class_means of the class tokens of a block, "
-    "in the order of the classes and again from the first",
-    check=checks.one_of("uniform", "class_means"),
+    "how prompt tokens start: uniform; patch_tokens of training images, see "
+    "ops.patch_tokens; or class_means of the class tokens of a block, in the order of "
+    "the classes and again from the first",
+    check=checks.one_of("uniform", *_OF_TOKENS),
   )
 
   @classmethod
@@ -123,13 +126,14 @@ class VPT(Method):
         f"pool is {pool!r}, but with location {location!r} no prompts are among the "
         "tokens; pool 'cls' or 'image'."
       )
-    if resolved["prompt_init"] == "class_means":
+    if (init := resolved["prompt_init"]) in _OF_TOKENS:
       if location != "prepend" or resolved["project"] is not None:
         raise ValueError(
-          "prompt_init is 'class_means', tokens as wide as the backbone's; it "
-          "needs location='prepend' and no project."
+          f"prompt_init is {init!r}, tokens as wide as the backbone's; it needs "
+          "location='prepend' and no project."
         )
-      if not spec.num_prefix:
+      patch_tokens.check("prompt_init", init, spec)
+      if init == "class_means" and not spec.num_prefix:
         raise ValueError(
           "prompt_init is 'class_means' of class tokens, but the backbone has none; "
           "use 'uniform'."
@@ -226,15 +230,22 @@ class VPT(Method):
 
   @nn.nowrap
   def prepares(self) -> bool:
-    return self.prompt_init == "class_means"
+    return self.prompt_init in _OF_TOKENS
 
   @nn.nowrap
   def prepare(self, params, batches, apply):
-    """Returns the parameters, with class means as prompts.
+    """Returns the parameters, with tokens of the backbone as prompts.
 
-    They are means of the class tokens that enter the prompts' block. Those that enter
-    block 0 are all the same, so it takes those that leave it.
+    Class means are those of the class tokens that enter the prompts' block. Those that
+    enter block 0 are all the same, so it takes those that leave it.
     """
+    own = params["prompter"]
+    if self.prompt_init == "patch_tokens":
+      blocks = self._blocks()[: self._num_sets()]
+      prompts = patch_tokens.patch_tokens(
+        self.spec, params, batches, apply, own["common_prompt"], blocks
+      )
+      return {**params, "prompter": {**own, "common_prompt": prompts}}
 
     def class_tokens(images: Any) -> np.ndarray:
       probe = Adaptation(hooks=_ReadClassTokens())
@@ -245,4 +256,4 @@ class VPT(Method):
     sources = np.maximum(np.asarray(self._blocks()) - 1, 0)[: self._num_sets()]
     classes = np.arange(self.prompt_length) % len(means)
     prompts = means[classes][:, sources].swapaxes(0, 1).astype(np.float32)
-    return {**params, "prompter": {**params["prompter"], "common_prompt": prompts}}
+    return {**params, "prompter": {**own, "common_prompt": prompts}}

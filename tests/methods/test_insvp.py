@@ -277,6 +277,44 @@ def test_zero_weights_leave_the_image_and_empty_tokens():
   assert not np.any(prompts_of(method, variables)["feature"])
 
 
+def test_tuned_starts_as_vpt_deep_and_trains_the_fusion_weights():
+  method = insvp(preset="tuned", prompt_dropout=0.0)
+  variables = jax.jit(
+    lambda key: method.init(key, IMAGES, method="prompts"),
+  )(jax.random.key(0))
+  params, prompts = variables["params"], prompts_of(method, variables)
+  assert not np.any(prompts["image"]) and np.any(prompts["patch"])
+  common = np.broadcast_to(params["common_prompt"][:, None], (3, 2, 4, 32))
+  np.testing.assert_array_equal(prompts["feature"], common)
+  assert "prompter/fusion" in method.trainable_patterns()
+
+  def loss(fusion):
+    moved = {"params": {**params, "fusion": fusion}}
+    found = prompts_of(method, moved)
+    return jnp.sum(found["image"] ** 3) + jnp.sum(found["feature"] ** 3)
+
+  # What is trained is added to (0, 0) and (1, 0).
+  added = jnp.array([0.3, 0.7, -0.5, 0.5])
+  paper = prompts_of(insvp(), {"params": {k: params[k] for k in MODULES.values()}})
+  learnt = prompts_of(method, {"params": {**params, "fusion": added}})
+  for name, prompt in paper.items():
+    np.testing.assert_allclose(learnt[name], prompt, atol=1e-6)
+  assert np.all(jax.grad(loss)(added) != 0)
+
+
+def test_only_components_that_are_on_have_a_trained_weight():
+  method = insvp(preset="tuned", **only("global", "specific"))
+  variables = init(method)
+  fusion = variables["params"]["fusion"]
+  prompts = prompts_of(method, variables)
+  np.testing.assert_allclose(prompts["image"], fusion[0] * prompts["global"], rtol=1e-6)
+  expected = fusion[1] * prompts["specific"]
+  np.testing.assert_allclose(prompts["feature"][0], expected, rtol=1e-6)
+  for preset in ("paper", "release"):
+    assert not insvp(preset=preset).learn_fusion
+    assert "prompter/fusion" not in insvp(preset=preset).trainable_patterns()
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_prompted_blocks(blocks):
   method = insvp(prompted_blocks=blocks)

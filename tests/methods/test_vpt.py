@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees
+from insvp_jax.data import preprocess
 from insvp_jax.methods import METHODS, BackboneSpec, create_method, method_fields
 from insvp_jax.methods.base import Apply
+from insvp_jax.methods.hooks import Adaptation
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import decode_variant
 
@@ -257,6 +260,90 @@ def test_class_means(name, kwargs, sources):
   means = np.array([2, 1, 2, 1, 2])
   expected = np.stack([means + 10 * source for source in sources])
   np.testing.assert_array_equal(prompts, np.broadcast_to(expected[..., None], shape))
+
+
+@pytest.mark.parametrize(
+  ("name", "kwargs", "blocks"),
+  [
+    ("vpt_deep", {}, (0, 1, 2)),
+    ("vpt_deep", {"prompted_blocks": 1, "prompted_from": "last"}, (2,)),
+    ("vpt_shallow", {}, (0,)),
+    ("insvp", {"prompted_blocks": 2}, (0, 1)),
+  ],
+)
+def test_patch_tokens(name, kwargs, blocks):
+  """Prompt i of each block is a patch token that enters it, as large as when drawn."""
+  method = create_method(
+    name, SPEC, prompt_length=5, prompt_init="patch_tokens", **kwargs
+  )
+  rng, limits = np.random.default_rng(0), []
+  # That of image, block (what enters it, what leaves the last one), place.
+  reads = rng.normal(size=(20, SPEC.depth + 1, 17, 32)).astype(np.float32)
+  mask = (np.arange(20) < 3).astype(np.float32)
+
+  def batches(limit):
+    limits.append(limit)
+    yield {"images": reads, "labels": np.zeros(20), "mask": mask}
+
+  def backbone(params, images, adaptation):
+    def read(i):
+      # The last block reads the class token alone.
+      entering = images[:, i] if i < SPEC.depth - 1 else images[:, i, :1]
+      return adaptation.hooks.leave(None, images[:, i + 1], None, (entering, None))[2]
+
+    return None, [read(i) for i in range(SPEC.depth)]
+
+  params = {"backbone": {}, "prompter": dict(init(method)["params"]), "head": {}}
+  drawn = params["prompter"]["common_prompt"]
+  assert method.prepares()
+  prepared = method.prepare(params, batches, Apply(backbone, None, None))
+  prompts = prepared["prompter"]["common_prompt"]
+  assert prompts.shape == drawn.shape and prompts.dtype == np.float32 and limits
+  size = np.sqrt(np.mean(np.square(drawn)))
+  np.testing.assert_allclose(np.sqrt(np.mean(prompts**2, -1)), size, rtol=1e-5)
+  # Patches of real images alone: no class token, no padding.
+  patches = reads[:3, :, 1:]
+  patches = patches / np.sqrt(np.mean(patches**2, axis=-1, keepdims=True))
+  chosen = []
+  for i, block in enumerate(blocks):
+    distance = np.abs(patches[:, None, block] - prompts[i][None, :, None] / size)
+    places = [np.argwhere(d.max(-1) < 1e-4) for d in distance.swapaxes(0, 1)]
+    assert all(len(place) == 1 for place in places)
+    chosen.append([tuple(place[0]) for place in places])
+  # The same patches in each block, and not one patch five times.
+  assert chosen == [chosen[0]] * len(blocks) and len(set(chosen[0])) > 2
+  again = method.prepare(params, batches, Apply(backbone, None, None))
+  np.testing.assert_array_equal(again["prompter"]["common_prompt"], prompts)
+
+
+def test_patch_tokens_of_a_real_backbone():
+  config = tiny_config("vpt_deep", vpt_deep__prompt_init="patch_tokens")
+  prepared = prepare(config, devices=1)
+  params = prepared.prepare_params(config, prepared.first_params(config))
+  backbone = prepared.program.model.backbone
+  preset = preprocess.get_preset("vtab")
+  images = preprocess.eval_preprocess(
+    preset, jnp.asarray(prepared.data.splits["train"].images), backbone.image_size
+  )
+  variables = {"params": params["backbone"]}
+  x = backbone.apply(variables, images, Adaptation(), method="embed")
+  x = x[:, backbone.spec.num_prefix :]
+  prompts = params["prompter"]["common_prompt"][0]
+  cosines = jnp.einsum("pd,bnd->pbn", prompts, x) / jnp.linalg.norm(x, axis=-1)
+  cosines = cosines.max((1, 2)) / jnp.linalg.norm(prompts, axis=-1)
+  np.testing.assert_allclose(cosines, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "insvp"])
+def test_patch_tokens_need_one_width(name):
+  with pytest.raises(ValueError, match="'patch_tokens', which needs tokens between"):
+    create_model(
+      "swin_t",
+      name,
+      num_classes=2,
+      backbone_kwargs={"depths": (1, 1), "width": 8, "num_heads": 1},
+      method_kwargs={"prompt_init": "patch_tokens"},
+    )
 
 
 @pytest.mark.parametrize("name", ["linear", "full", "bias"])
