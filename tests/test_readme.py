@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 import re
 import shlex
 import shutil
@@ -139,19 +140,10 @@ def config_of(words):
   return config
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    "data",
-    "training",
-    "measured",
-    "methods",
-    "architecture",
-    "inputs",
-    "backbones",
-    "security",
-  ],
-)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCS.glob("*.md")))
 def test_the_docs_name_commands_flags_and_files_that_are_there(root, name, capsys):
   text = (root / "docs" / f"{name}.md").read_text()
   for words in commands(text):
