@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-  "kind, every", [("load", 23), ("resume", 29), ("search", 11), ("config", 97)]
+  "kind, every", [("load", 41), ("resume", 59), ("search", 19), ("config", 149)]
 )
 def test_a_bad_case_is_refused_in_one_line_or_changes_nothing(kind, every):
   cases = bad_cases.KINDS[kind][0]()[::every]
