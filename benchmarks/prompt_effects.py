@@ -352,10 +352,10 @@ def steps_table(found: Sequence[Mapping[str, Any]]) -> str:
   for run in found:
     for prompt in run["steps"]["end"]:
       sizes = [stage[prompt] for stage in run["steps"].values()]
-      cells = [
-        f"{x['moved']:.2g} of {x['size']:.2g} = {x['moved'] / x['size']:.1%}"
-        for x in sizes
-      ]
+      cells = [f"{x['moved']:.2g} of {x['size']:.2g}" for x in sizes]
+      # Prompts of a learnt weight start at zero.
+      for i, x in enumerate(sizes):
+        cells[i] += f" = {x['moved'] / x['size']:.1%}" if x["size"] else ""
       rows.append([f"{run['run']}, {prompt}", *["-"] * (2 - len(cells)), *cells])
   titles = [f"moved by a step of lr {STEP_LR:g}", "start", "end"]
   return tables.markdown(rows, titles) if rows else ""

@@ -489,6 +489,15 @@ def test_attention_and_gradients_of_a_prompted_model():
   assert np.abs(grads["on"]["head/bias"] - errors.mean(0)).max() > 1e-4
 
 
+def test_a_prompt_that_is_zero_moves_all_the_same():
+  row = {"image prompt": {"moved": 0.002, "size": 0.0}}
+  end = {"image prompt": {"moved": 0.002, "size": 0.01}}
+  table = prompt_effects.steps_table(
+    [{"run": "r", "steps": {"start": row, "end": end}}]
+  )
+  assert cells(table)[1][1:] == ["0.002 of 0", "0.002 of 0.01 = 20.0%"]
+
+
 def test_prompt_effects_refuses_what_it_would_mislead_about(photos, tmp_path):
   _, meta = photos
   for name in ("vpt_deep", "bias"):

@@ -58,7 +58,7 @@ class InsVP(Method):
   p_j^F = c p_j^c + d p^s, which fuse the common prompt of the block and the
   specific prompt of the image (eq. 8 to 11). p^s is made once per forward pass.
 
-  Two presets, which are different methods; each only sets defaults. "paper" is
+  Three presets, which are different methods; each only sets defaults. "paper" is
   equations 4 to 13. What it leaves open is here: a global prompter with the extents 11
   and 25 of the released one, dilated, and VPT's prompt_init. "release" is what the
   authors' code computes, at its settings for CUB (prompt_length 9, specific_kernels
@@ -66,6 +66,13 @@ class InsVP(Method):
   CIFAR-100 and 16 elsewhere (NABirds, Dogs, Flowers, DTD, Food101, CIFAR-10, GTSRB,
   SVHN), and simam on CUB, Dogs and SVHN. On a small image the global prompter's extents
   (11 and 25 pixels) may deserve smaller values.
+
+  "tuned" is ours, for large pretrained backbones: the paper's, but the fusion weights
+  a, b, c and d are trained, from (0, 0) and (1, 0) on, and common prompts are dropped
+  at a rate of 0.1. So training starts at VPT-Deep, and what comes from the image joins
+  as far as the training images ask for it. A step of AdamW moves what a network makes
+  far more than what is learnt itself; on such a backbone the paper's weights let that
+  noise in from the first step on. docs/insvp.md has the measurements.
 
   Ablations (table 5, figure 7) are the `use_*` fields and the fusion weights. A
   component that is off has no parameters and its term is left out. Under "paper",
