@@ -26,7 +26,7 @@ from benchmarks import curves
 from benchmarks.interventions import Programs
 from insvp_jax import run as run_lib
 from insvp_jax import tools, trees
-from insvp_jax.data import splits
+from insvp_jax.data import preprocess, splits
 from insvp_jax.logs.writers import write_json
 from insvp_jax.search import tables
 from insvp_jax.tools import run_data, visualize
@@ -82,7 +82,8 @@ class _Subject:
   def examples(self, split: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (normalised images [n, h, w, 3], labels [n]) of some of a split."""
     part = splits.to_memory(self.splits[split], rows)
-    return self._run.preprocess(part.images), self._columns[part.labels]
+    images = part.images.view(preprocess.Resized)
+    return self._run.preprocess(images), self._columns[part.labels]
 
   def parameters(
     self, params: Mapping[str, Any]

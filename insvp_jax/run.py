@@ -48,7 +48,8 @@ class Run:
 
   `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a list of images of
   different sizes, a path, or a list of paths. They are resized and normalised exactly
-  as those that the run was evaluated on.
+  as those that the run was evaluated on; `data.preprocess.Resized` ones are resized
+  already, as what a split holds.
 
   Attributes:
     model: the classifier.
@@ -134,6 +135,19 @@ class Run:
     """The compiled functions by name, filled by `_apply`."""
     return {}
 
+  def _resized(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """Returns an image as the run's splits hold it."""
+    image_size = self.model.input_size
+    if not isinstance(image, preprocess.Resized):
+      return preprocess.resize(self.preset, image, image_size)
+    side = self.preset.stored_size(image_size)
+    if image.shape[:2] != (side, side):
+      raise ValueError(
+        f"a resized image is {image.shape[0]} x {image.shape[1]} pixels, expected "
+        f"{side} x {side}."
+      )
+    return np.asarray(image)
+
   def _apply(self, name: str, function: Callable, images: Any) -> Any:
     """Applies `function(params, inputs)` to images of any number and size.
 
@@ -151,8 +165,7 @@ class Run:
 
       self._compiled[name] = jax.jit(preprocess_and_apply)
     pixels = [
-      preprocess.resize(self.preset, image, image_size)
-      for image in _read_images(images, self.decode_options)
+      self._resized(image) for image in _read_images(images, self.decode_options)
     ]
     outputs = []
     for start in range(0, len(pixels), BATCH_SIZES[-1]):
@@ -369,7 +382,7 @@ def _read_images(
   if isinstance(images, str | os.PathLike):
     images = [images]
   elif hasattr(images, "ndim"):
-    images = np.asarray(images)
+    images = np.asanyarray(images)
     images = images if images.ndim == 4 else [images]
   if not hasattr(images, "__len__") or len(images) == 0:
     raise ValueError(f"no images: got {images!r}, expected arrays or paths.")
@@ -384,7 +397,7 @@ def _read_image(
   # What a tool has found in a folder or archive.
   if hasattr(image, "read_pixels"):
     return image.read_pixels(options)
-  image = np.asarray(image)
+  image = np.asanyarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(
       f"an image is {image.dtype}{list(image.shape)}, expected uint8[h, w, 3] with "

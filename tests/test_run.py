@@ -82,6 +82,22 @@ def test_predict_is_the_model_on_preprocessed_images(made, run):
   np.testing.assert_allclose(run.features(images), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["imagenet", "insvp_release", "vtab"])
+def test_resized_images_are_taken_as_they_are(copy, name):
+  edit_meta(copy, preset=name)
+  run = load_run(copy)
+  images = draw(2, 20, 30, 3)
+  squares = np.stack([preprocess.resize(run.preset, image, SIZE) for image in images])
+  expected = run.preprocess(list(images))
+  np.testing.assert_array_equal(
+    run.preprocess(squares.view(preprocess.Resized)), expected
+  )
+  again = [square.view(preprocess.Resized) for square in squares]
+  np.testing.assert_array_equal(run.preprocess(again), expected)
+  with pytest.raises(ValueError, match="a resized image is 20 x 30 pixels, expected"):
+    run.predict(images.view(preprocess.Resized))
+
+
 def test_prompts_have_the_documented_forms(run):
   found = run.prompts(draw(5, 40, 30, 3))
   image, depth, width = (5, SIZE, SIZE, 3), 2, run.model.backbone.width

@@ -215,6 +215,14 @@ def _check_elongated(height: int, width: int, rows: int, columns: int) -> None:
     )
 
 
+class Resized(np.ndarray):
+  """Squares that `resize` has made already: a `Run` takes them as they are.
+
+  Not every preset's resize leaves its own results alone: some cut the centre out. Made
+  by `array.view(Resized)`, of uint8 [..., h, w, 3] as splits hold them.
+  """
+
+
 def resize_tf1(
   images: UInt8[np.ndarray, "*n h w c"], height: int, width: int
 ) -> Float32[np.ndarray, "*n height width c"]:

@@ -39,8 +39,9 @@ def predict_split(run: Any, data: RunData, name: str) -> tuple[np.ndarray, np.nd
   split = data.data.splits[name]
   indices = np.arange(len(split))
   chunks = [indices[i : i + CHUNK_SIZE] for i in range(0, len(split), CHUNK_SIZE)]
-  # They have the stored size already, so `Run.predict` does not resize them.
-  probabilities = [run.predict(images) for images in split.read(chunks)]
+  from insvp_jax.data.preprocess import Resized
+
+  probabilities = [run.predict(images.view(Resized)) for images in split.read(chunks)]
   return data.labels(name), np.concatenate(probabilities)
 
 

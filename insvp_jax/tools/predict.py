@@ -65,7 +65,8 @@ def _batches(
     try:
       # Resized at once, so that no more than a few large images are in memory.
       with image.decoded(run.decode_options) as pixels:
-        return preprocess.resize(run.preset, pixels, run.model.input_size)
+        square = preprocess.resize(run.preset, pixels, run.model.input_size)
+      return square.view(preprocess.Resized)
     except ValueError as error:
       return error
 

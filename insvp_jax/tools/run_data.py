@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax.data import SPLITS_FILE, TaskData, load_data, splits
+from insvp_jax.data import SPLITS_FILE, TaskData, load_data, preprocess, splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,8 @@ def sample_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
     seed: of the draw.
 
   Returns:
-    uint8 images [b, h, w, 3] and the names of their classes. They are of the split
-    "test" or, in a task without one, of "val" or "train".
+    uint8 images [b, h, w, 3], `Resized`, and the names of their classes. They are of
+    the split "test" or, in a task without one, of "val" or "train".
 
   Raises:
     ValueError, FileNotFoundError: as `read`.
@@ -124,4 +124,5 @@ def sample_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   split = data.splits[name]
   rng = np.random.default_rng(seed)
   sample = splits.to_memory(split, rng.permutation(len(split))[:count])
-  return sample.images, [data.class_names[label] for label in sample.labels]
+  images = sample.images.view(preprocess.Resized)
+  return images, [data.class_names[label] for label in sample.labels]
