@@ -104,7 +104,7 @@ def test_format_keys_has_a_line_for_every_key_in_the_order_of_the_table():
   assert "config.optim.lr = 0.25 # learning rate at the schedule's peak" in text
   assert (
     "config.insvp.global_kernels = (5, 7) # the two kernel sizes of the global "
-    "prompter; None: (3, 3) (paper), (11, 25) (release)"
+    "prompter; None: (3, 3) (paper, tuned), (11, 25) (release)"
   ) in text
   assert "None: 'paper'" not in text  # nor does its own None mean anything
   with config.unlocked():

@@ -128,7 +128,7 @@ def test_overridden_hooks_are_those_that_change_the_feature():
   heads = {"linear", "mlp"}
   parts = {"full", "bias", "bitfit", "ln_tune", "partial"}
   assert {name for name, hooks in changed.items() if not hooks} == heads | parts
-  assert changed["insvp"] == {"prompt_image", "adapt"}
+  assert changed["insvp"] == {"prompt_image", "adapt", "prepare"}
   assert changed["lora"] == {"adapt", "hooks"}
   assert Method.overridden_hooks() == set()
 

@@ -96,14 +96,14 @@ def test_other_pixels_under_the_same_names_are_said(place, capsys):
   name = run["splits"]["test"]["ant"][0]
   Image.new("RGB", (16, 16), "white").save(place / "images" / name)
   out, notes = evaluated(place, capsys)
-  assert len(out) == 1 and len(notes) == 1
+  assert len(out) == 2 and len(notes) == 1
   assert "are not those of the run" in notes[0]
 
 
 def test_without_its_list_drawn_splits_are_refused_once_anything_changed(place, capsys):
   (place / "run" / SPLITS_FILE).unlink()
   out, notes = evaluated(place, capsys)
-  assert len(out) == 1 and notes == []
+  assert len(out) == 2 and notes == []
   Image.new("RGB", (16, 16)).save(place / "images" / "bee" / "new.png")
   out, errors = evaluated(place, capsys, status=2)
   assert out == [] and "drawn anew" in errors[0] and "--root" in errors[0]
