@@ -16,6 +16,7 @@ Nothing is pickled.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from insvp_jax import config as config_lib
-from insvp_jax import config_checks, files, trees
+from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.files import (
   FOLDER,
   Damaged,
@@ -332,14 +333,13 @@ class Checkpointer:
     Args:
       damaged: only those that are no regular file with an object in it.
     """
-    files_of_times = self.directory.glob(f"[0-9]*/{_TIMES}")
-    for file in files_of_times if processes.is_main_process() else ():
-      try:
-        if not damaged or not files.is_regular(file):
-          raise Damaged(f"{file} is not needed.")
-        load_json(file)
-      except Damaged:
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    found = self.directory.glob(f"[0-9]*/{_TIMES}")
+    for file in found if processes.is_main_process() else ():
+      if damaged:
+        with contextlib.suppress(Damaged):
+          load_json(file)
+          continue
+      shutil.rmtree(file) if file.is_dir() else file.unlink()
     processes.wait("times")
 
   def _remove_old(self) -> None:

@@ -175,40 +175,26 @@ def verify(where: Path, report: Callable[[str], Any] = lambda text: None) -> Non
     )
     return
   for name, entry in load_json(where / CHECKSUMS).items():
-    _verify_file(where, name, entry)
-
-
-def _verify_file(where: Path, name: str, entry: Any) -> None:
-  """Checks a file of a checkpoint.
-
-  Args:
-    where: the directory of one step.
-    name: of the file, in it.
-    entry: what the checksums have of it: [size, sha256].
-
-  Raises:
-    Damaged: it is missing, or has been altered.
-  """
-  if not isinstance(entry, list) or len(entry) != 2:
-    raise Damaged(
-      f"{where / CHECKSUMS} is damaged: of {name} it holds {short(entry)}, expected "
-      "size and sha256."
-    )
-  (size, sha256), file = entry, where / name
-  # Files of the checkpoint, whatever the list says.
-  outside = Path(name).is_absolute() or ".." in Path(name).parts
-  if outside or not files.is_regular(file):
-    raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
-  if file.stat().st_size != size:
-    raise Damaged(
-      f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
-      f"bytes, expected {size}."
-    )
-  if _sha256(file) != sha256:
-    raise Damaged(
-      f"the checkpoint {where} is damaged: the content of {name} has changed "
-      "since it was written."
-    )
+    if not isinstance(entry, list) or len(entry) != 2:
+      raise Damaged(
+        f"{where / CHECKSUMS} is damaged: of {name} it holds {short(entry)}, expected "
+        "size and sha256."
+      )
+    (size, sha256), file = entry, where / name
+    # Files of the checkpoint, whatever the list says.
+    outside = Path(name).is_absolute() or ".." in Path(name).parts
+    if outside or not files.is_regular(file):
+      raise Damaged(f"the checkpoint {where} is damaged: {name} is missing.")
+    if file.stat().st_size != size:
+      raise Damaged(
+        f"the checkpoint {where} is damaged: {name} has {file.stat().st_size} "
+        f"bytes, expected {size}."
+      )
+    if _sha256(file) != sha256:
+      raise Damaged(
+        f"the checkpoint {where} is damaged: the content of {name} has changed "
+        "since it was written."
+      )
 
 
 def _check_kinds(where: Path) -> None:

@@ -312,11 +312,8 @@ class InsVP(Method):
   @nn.nowrap
   def prepare(self, params, batches, apply):
     """Returns the parameters, with patch tokens as common prompts."""
-    own, blocks = params["prompter"], range(self.prompted_blocks)
-    prompts = patch_tokens.patch_tokens(
-      self.spec, params, batches, apply, own["common_prompt"], blocks
-    )
-    return {**params, "prompter": {**own, "common_prompt": prompts}}
+    blocks = range(self.prompted_blocks)
+    return patch_tokens.start_prompts(self.spec, params, batches, apply, blocks)
 
   @nn.nowrap
   def trainable_patterns(self) -> tuple[str, ...]:

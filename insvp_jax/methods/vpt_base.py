@@ -239,13 +239,9 @@ class VPT(Method):
     Class means are those of the class tokens that enter the prompts' block. Those that
     enter block 0 are all the same, so it takes those that leave it.
     """
-    own = params["prompter"]
     if self.prompt_init == "patch_tokens":
       blocks = self._blocks()[: self._num_sets()]
-      prompts = patch_tokens.patch_tokens(
-        self.spec, params, batches, apply, own["common_prompt"], blocks
-      )
-      return {**params, "prompter": {**own, "common_prompt": prompts}}
+      return patch_tokens.start_prompts(self.spec, params, batches, apply, blocks)
 
     def class_tokens(images: Any) -> np.ndarray:
       probe = Adaptation(hooks=_ReadClassTokens())
@@ -256,4 +252,4 @@ class VPT(Method):
     sources = np.maximum(np.asarray(self._blocks()) - 1, 0)[: self._num_sets()]
     classes = np.arange(self.prompt_length) % len(means)
     prompts = means[classes][:, sources].swapaxes(0, 1).astype(np.float32)
-    return {**params, "prompter": {**own, "common_prompt": prompts}}
+    return {**params, "prompter": {**params["prompter"], "common_prompt": prompts}}

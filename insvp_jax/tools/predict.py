@@ -27,7 +27,7 @@ Row = tuple[str, Sequence[tuple[str, float]]]
 
 
 def top_classes(
-  run: Any, images: Sequence[Any], top: int = 5, batch_size: int = BATCH_SIZE
+  run: Any, images: Sequence[Any], top: int = 5
 ) -> Iterator[list[tuple[str, float]]]:
   """Yields for each image its most probable classes, the most probable one first.
 
@@ -35,13 +35,12 @@ def top_classes(
     run: from `load_run`.
     images: paths or uint8 arrays.
     top: how many classes.
-    batch_size: images at a time.
 
   Yields:
     Pairs of class name and probability in [0, 1].
   """
-  for start in range(0, len(images), batch_size):
-    for probabilities in run.predict(images[start : start + batch_size]):
+  for start in range(0, len(images), BATCH_SIZE):
+    for probabilities in run.predict(images[start : start + BATCH_SIZE]):
       # Stable, so that ties go to the first class.
       labels = (-probabilities).argsort(kind="stable")[:top]
       yield [(run.class_names[i], float(probabilities[i])) for i in labels]
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     "--output", help="file to write to, complete or not at all; else it is printed"
   )
   parser.add_argument(
-    "--batch", type=int, default=BATCH_SIZE, help=f"images at a time, {BATCH_SIZE}"
+    "--batch", type=int, default=BATCH_SIZE, help=f"images decoded ahead, {BATCH_SIZE}"
   )
   parser.add_argument(
     "images", nargs="+", help="image files, or folders or .zip archives of them"
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       task = bar.add_task("images", total=len(images))
       for read in _batches(run, images, errors, args.batch):
         squares = [square for _, square in read]
-        predictions = top_classes(run, squares, args.top, args.batch)
+        predictions = top_classes(run, squares, args.top)
         for (image, _), classes in zip(read, predictions, strict=True):
           yield str(image), classes
         bar.advance(task, len(read))

@@ -203,6 +203,7 @@ def test_predict_runs_as_a_module(workdir, photos, root):
     (["--run={photos}", "{photos}/0.png"], "is no run and holds none: expected"),
     (["--run={run}/no", "{photos}/0.png"], "there is no run at"),
     (["--run={run}", "--top=0", "{photos}/0.png"], "--top is 0, expected at least 1"),
+    (["--run={run}", "--batch=0", "{photos}/0.png"], "--batch is 0, expected a number"),
     (["--run={run}", "--backbone=no.npz", "{photos}/0.png"], "no.npz"),
   ],
 )

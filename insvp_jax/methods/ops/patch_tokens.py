@@ -43,15 +43,14 @@ def check(name: str, value: str, spec: BackboneSpec) -> None:
     )
 
 
-def patch_tokens(
+def start_prompts(
   spec: BackboneSpec,
   params: Mapping[str, Any],
   batches: Callable[..., Iterable[Mapping[str, Any]]],
   apply: Apply,
-  drawn: Any,
   blocks: Sequence[int],
-) -> np.ndarray:
-  """Returns prompts float32 [l, p, d], patch tokens that enter these blocks.
+) -> dict[str, Any]:
+  """Returns the parameters, with patch tokens that enter these blocks as prompts.
 
   Prompt i of each block is the same patch of the same training image, on its way
   through the plain backbone, scaled to the root mean square of the prompts as they
@@ -60,13 +59,14 @@ def patch_tokens(
 
   Args:
     spec: of the backbone.
-    params: of the model.
+    params: of the model; "common_prompt" of the prompter are the prompts as drawn, and
+      become float32 [l, p, d].
     batches: as for `Method.prepare`.
     apply: likewise.
-    drawn: the prompts at random, [l, p, d].
     blocks: the l blocks.
   """
-  drawn = np.asarray(drawn, np.float32)
+  own = params["prompter"]
+  drawn = np.asarray(own["common_prompt"], np.float32)
   count = drawn.shape[1]
   rng = np.random.default_rng(np.ascontiguousarray(drawn[0, 0, :4]).view(np.uint32))
   batch = next(iter(batches(_NUM_IMAGES)))
@@ -77,7 +77,8 @@ def patch_tokens(
   # The last block may get only tokens that are read. What it comes from is whole.
   entering = [reads[block - 1][1] if block else reads[0][0] for block in blocks]
   tokens = np.stack([np.asarray(x, np.float32)[images, places] for x in entering])
-  return tokens * (_rms(drawn, None) / np.maximum(_rms(tokens, -1), 1e-6))
+  prompts = tokens * (_rms(drawn, None) / np.maximum(_rms(tokens, -1), 1e-6))
+  return {**params, "prompter": {**own, "common_prompt": prompts}}
 
 
 def _rms(x: np.ndarray, axis: int | None) -> np.ndarray:
