@@ -63,17 +63,16 @@ def test_ten_thousand_steps_with_two_hundred_checkpoints_leak_nothing(root, tmp_
   assert len(warm) > 20
   third = len(warm) // 3
 
-  def typical(part, name):
-    """The median: what is under way while a checkpoint is written comes and goes."""
-    return sorted(row[name] for row in part)[len(part) // 2]
+  def least(part, name):
+    """What is there even in the quietest moment: how much a checkpoint that is being
+    written holds open depends on how busy the machine is, but what leaked stays."""
+    return min(row[name] for row in part)
 
   early, late = warm[:third], warm[-third:]
-  assert typical(late, "memory") < 1.05 * typical(early, "memory")
+  assert least(late, "memory") < 1.05 * least(early, "memory")
   for name in ("files", "threads"):
-    assert max(row[name] for row in late) <= max(row[name] for row in early) + 8, name
-    # A leak of one per checkpoint would be 60; pools of threads fill up late. Fewer at
-    # the end is no leak: a busy machine has more checkpoints under way at the start.
-    assert typical(late, name) <= typical(early, name) + 8, name
+    # A leak of one per checkpoint would be over 100; pools of threads fill up late.
+    assert least(late, name) <= least(early, name) + 8, name
   # Two that are kept, one that is written and those that are about to go.
   assert max(map(len, checkpoints)) <= 5
   names = sorted(os.listdir(workdir / "checkpoints"))
