@@ -64,8 +64,11 @@ def test_ten_thousand_steps_with_two_hundred_checkpoints_leak_nothing(root, tmp_
   third = len(warm) // 3
 
   def least(part, name):
-    """What is there even in the quietest moment: how much a checkpoint that is being
-    written holds open depends on how busy the machine is, but what leaked stays."""
+    """Returns what is there even in the quietest moment.
+
+    How much a checkpoint that is being written holds open depends on how busy the
+    machine is, but what leaked stays.
+    """
     return min(row[name] for row in part)
 
   early, late = warm[:third], warm[-third:]
