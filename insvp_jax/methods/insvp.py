@@ -6,6 +6,7 @@ Itself", ACM Multimedia.
 
 from collections.abc import Mapping, Sequence
 import itertools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from insvp_jax.methods.insvp_prompters import (
   GlobalPrompter,
   PatchPrompter,
   SpecificPrompter,
+  normalized,
   simam,
   specific_grid,
 )
@@ -191,6 +193,14 @@ class InsVP(Method):
     check=checks.boolean,
     presets=_presets(False, False, tuned=True),
   )
+  normalize: bool | None = field(
+    None,
+    "whether the prompts that networks make are normalised for each image: patch and "
+    "global ones to an rms of 1 (the pixels' is about that), specific ones to that at "
+    "which VPT's prompts start",
+    check=checks.boolean,
+    presets=_presets(False, False, tuned=True),
+  )
   conv: str = field(
     conv_lib.AUTO,
     "form of the prompters' convolutions, all alike up to rounding: auto (the fastest "
@@ -250,7 +260,7 @@ class InsVP(Method):
     if self.use_common:
       bound = 1.0
       if self.prompt_init != "unit":
-        bound = vpt_bound(self.spec.patch_size, self.spec.stages[0].width)
+        bound = self._vpt_bound()
       self.common_prompts = stage_prompts.create(
         self, symmetric_uniform(bound), self.prompted_blocks, self.prompt_length
       )
@@ -329,6 +339,11 @@ class InsVP(Method):
     return tuple(pattern for pattern, trained in is_trained.items() if trained)
 
   @nn.nowrap
+  def _vpt_bound(self) -> float:
+    """Returns the bound of the uniform distribution from which VPT draws prompts."""
+    return vpt_bound(self.spec.patch_size, self.spec.stages[0].width)
+
+  @nn.nowrap
   def _parts(self) -> list[str]:
     """Returns the components that are on."""
     names = itertools.chain(*_COMPONENTS.values())
@@ -360,13 +375,14 @@ class InsVP(Method):
   def _image_prompts(self, images: Array, train: bool) -> dict[str, Array]:
     """Returns "patch" and "global" as far as they are on, and "image", their fusion."""
     weights = self._weights()
-    prompts, terms = {}, []
+    prompts = {}
     if self.use_patch:
       prompts["patch"] = self.patch_prompter(images, train=train)
-      terms.append(weights["patch"] * prompts["patch"])
     if self.use_global:
       prompts["global"] = self.global_prompter(images, train=train)
-      terms.append(weights["global"] * prompts["global"])
+    if self.normalize:
+      prompts = {name: normalized(prompt, 1.0) for name, prompt in prompts.items()}
+    terms = [weights[name] * prompt for name, prompt in prompts.items()]
     return {**prompts, "image": sum(terms)} if prompts else {}
 
   def _token_prompts(
@@ -385,6 +401,9 @@ class InsVP(Method):
       if self.specific_input == "original":
         source = self._attended(images)
       specific = self.specific_prompter(source, train=train)
+      if self.normalize:
+        rms = self._vpt_bound() / math.sqrt(3)  # of a uniform distribution
+        specific = [normalized(tokens, rms) for tokens in specific]
       terms.append([weights["specific"] * tokens[None] for tokens in specific])
     if not terms:
       return [], []

@@ -36,6 +36,23 @@ def simam(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
   return images * jax.nn.sigmoid(inverse_energy)
 
 
+def normalized(
+  prompts: Float[Array, "b *shape"], rms: float
+) -> Float[Array, "b *shape"]:
+  """Returns the prompts of each image, scaled to a root mean square.
+
+  A step of the optimizer turns what comes out, but makes it neither larger nor smaller.
+  Prompts of almost nothing (below 1e-3) are not blown up.
+
+  Args:
+    prompts: pixels or tokens that a network made of each image.
+    rms: the root mean square over all values of an image's prompts.
+  """
+  wide = prompts.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(wide), axis=tuple(range(1, wide.ndim)), keepdims=True)
+  return (wide * (rms * jax.lax.rsqrt(mean + 1e-6))).astype(prompts.dtype)
+
+
 def _dense(features: int, fan_in: int) -> nn.Dense:
   """Returns a dense layer that starts as PyTorch's does."""
   init = torch_uniform(fan_in)

@@ -18,6 +18,7 @@ from insvp_jax.methods.insvp_prompters import (
   GlobalPrompter,
   PatchPrompter,
   SpecificPrompter,
+  normalized,
   simam,
   specific_grid,
 )
@@ -296,7 +297,8 @@ def test_tuned_starts_as_vpt_deep_and_trains_the_fusion_weights():
   # What is trained is added to (0, 0) and (1, 0).
   added = jnp.array([0.3, 0.7, -0.5, 0.5])
   paper = prompts_of(insvp(), {"params": {k: params[k] for k in MODULES.values()}})
-  learnt = prompts_of(method, {"params": {**params, "fusion": added}})
+  plain = insvp(preset="tuned", prompt_dropout=0.0, normalize=False)
+  learnt = prompts_of(plain, {"params": {**params, "fusion": added}})
   for name, prompt in paper.items():
     np.testing.assert_allclose(learnt[name], prompt, atol=1e-6)
   assert np.all(jax.grad(loss)(added) != 0)
@@ -313,6 +315,29 @@ def test_only_components_that_are_on_have_a_trained_weight():
   for preset in ("paper", "release"):
     assert not insvp(preset=preset).learn_fusion
     assert "prompter/fusion" not in insvp(preset=preset).trainable_patterns()
+
+
+def test_normalised_prompts_have_a_size_and_the_direction_of_what_was_made():
+  weights = {"image_fusion": (0.5, 0.25), "feature_fusion": (0, 2)}
+  plain, method = (insvp(normalize=on, **weights) for on in (False, True))
+  variables = init(plain)
+  made, prompts = prompts_of(plain, variables), prompts_of(method, variables)
+  # VPT draws from (-v, v), v = sqrt(6 / (3 patch_size^2 + width)).
+  spec = method.spec
+  start = np.sqrt(6 / (3 * spec.patch_size**2 + spec.width) / 3)
+  for name, rms in {"patch": 1.0, "global": 1.0, "specific": start}.items():
+    for before, after in zip(made[name], prompts[name], strict=True):
+      expected = before * rms / np.sqrt(np.mean(before**2))
+      np.testing.assert_allclose(after, expected, rtol=2e-3, atol=1e-6)
+  fused = 0.5 * prompts["patch"] + 0.25 * prompts["global"]
+  np.testing.assert_allclose(prompts["image"], fused, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(prompts["feature"][0], 2 * prompts["specific"], rtol=1e-6)
+
+
+def test_prompts_of_nothing_are_normalised_to_nothing():
+  nothing = jnp.zeros((2, 4, 4, 3))
+  value, gradient = jax.value_and_grad(lambda x: jnp.sum(normalized(x, 1.0)))(nothing)
+  assert value == 0 and np.all(np.isfinite(gradient))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
