@@ -1,0 +1,406 @@
+"""The finished runs below some folders, and which of them are one thing with seeds.
+
+A run is a folder with a `result.json`. One below a search (`summary.json` beside the
+row's folder) has the row's label, and the search says what was chosen on val. What a
+summary says of accuracies is not read: the runs say it themselves.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+from insvp_jax import config as config_lib
+from insvp_jax import trees
+from insvp_jax.checkpoints import files as checkpoint_files
+from insvp_jax.checkpoints.files import Damaged, load_json
+from insvp_jax.config_variants import Variant
+from insvp_jax.errors import printable
+from insvp_jax.methods import METHODS, fields
+
+RESULT, SUMMARY = "result.json", "summary.json"
+# What of a config is no setting of a run: its seed, what names it elsewhere, and what
+# changes how fast it is or the last bits at most.
+_NO_SETTING = (
+  r"task|method|seed|backbone/(name|scan|fused_attention|skip_unread)|cache_features|"
+  rf"steps_per_call|data/(resident_mb|skip_corrupt|duplicates)|{config_lib.MAY_CHANGE}"
+)
+_NUMBER = (int, float)
+# What a result.json has to have, and of which types.
+_FORM: dict[str, Any] = {
+  "task": str,
+  "method": str,
+  "seed": int,
+  "num_test_examples": int,
+  "trainable_params": int,
+  "total_params": int,
+  "backbone": dict,
+}
+
+
+class _Unfit(ValueError):
+  """A run that cannot stand in a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run.
+
+  Attributes:
+    path: its folder.
+    task: its name.
+    method: its name; several are joined by +.
+    label: of its row in a search; else the method.
+    seed: of the run.
+    accuracy: on test, in [0, 1].
+    num_train: training images; None where the run is too old to say.
+    num_test: test images.
+    trainable_params: with the head.
+    backbone_params: None where the run is too old to say.
+    backbone: id of the weights.
+    selection: how lr and the like came about.
+    own: what of `settings` is the method's own and was not chosen on val; the share of
+      the training images; the backbone.
+    settings: all that shapes the result, but for task and seed.
+  """
+
+  path: Path
+  task: str
+  method: str
+  label: str
+  seed: int
+  accuracy: float
+  num_train: int | None
+  num_test: int
+  trainable_params: int
+  backbone_params: int | None
+  backbone: str
+  selection: str
+  own: Mapping[str, Any]
+  settings: Mapping[str, Any]
+
+  def value_of(self, field: str) -> Any:
+    """Returns the value of a field of its method; the default where it is not set."""
+    name = f"{self.method}.{field}"
+    if name in self.settings:
+      return self.settings[name]
+    declared = fields.declared(METHODS[self.method]) if self.method in METHODS else {}
+    return declared[field].default if field in declared else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+  """What is in no table, and why."""
+
+  path: Path
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Runs of one method and setting: a row of tables.
+
+  Attributes:
+    label: its name.
+    method: of all its runs.
+    runs: by task; those of a task differ in the seed alone.
+  """
+
+  label: str
+  method: str
+  runs: Mapping[str, tuple[Run, ...]]
+
+  def own(self) -> dict[str, Any]:
+    """Returns the settings that are the method's own; see `Run.own`."""
+    return dict(next(iter(self.runs.values()))[0].own)
+
+
+def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
+  """Returns the finished runs below folders, and what else looks like runs there.
+
+  Args:
+    paths: of runs, searches, groups of tasks, or folders of these at any depth.
+
+  Raises:
+    FileNotFoundError: a path does not exist.
+    ValueError: there is no run below a path.
+  """
+  runs, left_out = {}, {}
+  for path in map(Path, paths):
+    if not path.exists():
+      raise FileNotFoundError(f"there is no run or folder of runs {path}.")
+    folders, searches = _folders(path)
+    if not folders and not searches:
+      raise ValueError(
+        f"there is no {RESULT} in {path} or below it, expected the workdir of a run, "
+        "of a search or of a group of tasks, or a folder of these."
+      )
+    for folder in folders:
+      real = folder.resolve()
+      if real in runs or real in left_out:  # a path within another one
+        continue
+      try:
+        runs[real] = _read(folder)
+      except (_Unfit, Damaged) as error:
+        left_out[real] = LeftOut(folder, str(error).replace(f"{folder}{os.sep}", ""))
+    for search in searches:
+      for folder in _rows_without_runs(search):
+        reason = f"{SUMMARY} has a result of it, but its runs are not there"
+        left_out.setdefault(folder.resolve(), LeftOut(folder, reason))
+  return list(runs.values()), list(left_out.values())
+
+
+def _folders(path: Path) -> tuple[list[Path], list[Path]]:
+  """Returns the folders of runs, finished or begun, and those of searches."""
+  if path.is_file():
+    return [path.parent] if path.name == RESULT else [], []
+  runs, searches = [], []
+  for name, folders, names in os.walk(path):
+    is_begun = "config.json" in names and checkpoint_files.FOLDER in folders
+    if RESULT in names or is_begun:
+      runs.append(Path(name))
+    if SUMMARY in names:
+      searches.append(Path(name))
+    folders[:] = sorted(
+      f for f in folders if f != checkpoint_files.FOLDER and not f.startswith(".")
+    )
+  return runs, searches
+
+
+def _rows_of_search(search: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+  """Yields (folder's name, label, what the summary says) of a search's rows."""
+  rows: Mapping[str, Any] = {}
+  # A search that was killed in the midst of its first row has no summary yet.
+  with contextlib.suppress(Damaged):
+    rows = load_json(search / SUMMARY) if (search / SUMMARY).exists() else {}
+  for label, row in rows.items():
+    if isinstance(row, dict):
+      yield Variant(label, str(row.get("method", label))).folder, label, row
+
+
+def _rows_without_runs(search: Path) -> Iterator[Path]:
+  """Yields the folders of a search's rows that have no finished run."""
+  for name, _, _ in _rows_of_search(search):
+    if not any((search / name).glob(f"*/{RESULT}")):
+      yield search / name
+
+
+def _read(folder: Path) -> Run:
+  """Returns the run of a folder.
+
+  Raises:
+    _Unfit, Damaged: it cannot stand in a table; the message says why.
+  """
+  if not (folder / RESULT).exists():
+    raise _Unfit("it has not ended: no result.json yet")
+  result = load_json(folder / RESULT)
+  for key, kind in _FORM.items():
+    value = result.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+      raise _Unfit(f"its {RESULT} has {key} = {value!r}, expected {kind.__name__}")
+  accuracy = result.get("test_accuracy")
+  if accuracy is None:
+    raise _Unfit("it was not evaluated on a test split")
+  if not isinstance(accuracy, _NUMBER) or not 0 <= accuracy <= 1:
+    raise _Unfit(f"its test_accuracy is {accuracy!r}, expected a number in [0, 1]")
+  backbone = {k: str(v) for k, v in result["backbone"].items()}
+  label, searched, selection = _search_of(folder, result["method"])
+  settings = _settings(folder, result)
+  own = {
+    name: value
+    for name, value in settings.items()
+    if _is_own(name, result["method"], searched)
+  }
+  identity = backbone.get("id", "unknown")
+  own["backbone"] = identity
+  num_train = _num_train(folder, result)
+  settings |= {
+    "selection": selection,
+    "training images": num_train,
+    "test images": result["num_test_examples"],
+    "backbone": identity,
+    # Random ones differ from seed to seed.
+    "weights": "" if identity == "random" else backbone.get("sha256", ""),
+    "data": str(result.get("data_sha256", "")),
+  }
+  backbone_params = result.get("backbone_params")
+  return Run(
+    path=folder,
+    task=printable(result["task"]),
+    method=printable(result["method"]),
+    label=printable(label),
+    seed=result["seed"],
+    accuracy=float(accuracy),
+    num_train=num_train,
+    num_test=result["num_test_examples"],
+    trainable_params=result["trainable_params"],
+    backbone_params=backbone_params if isinstance(backbone_params, int) else None,
+    backbone=printable(identity),
+    selection=selection,
+    own=own,
+    settings=settings,
+  )
+
+
+def _search_of(folder: Path, method: str) -> tuple[str, tuple[str, ...], str]:
+  """Returns (label, names of what was chosen on val, how) of a run's search."""
+  folder, alone = folder.absolute(), "hyper-parameters as given"
+  for name, label, row in _rows_of_search(folder.parent.parent):
+    if name != folder.parent.name:
+      continue
+    searched, trials = row.get("searched") or (), row.get("trials") or ()
+    if not searched:
+      return label, (), alone
+    names = tuple(map(str, searched))
+    how = f"{', '.join(names)} chosen on val among {len(trials)} trials"
+    return label, names, how
+  return method, (), alone
+
+
+def _settings(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what shapes a run but its data and backbone: {"optim.lr": 0.1}."""
+  parts = result["method"].split("+")
+  flat = dict[str, Any]()
+  with contextlib.suppress(Damaged):
+    flat = trees.flatten(load_json(folder / "config.json"))
+  if not flat:
+    # Somebody kept the result alone. It says the most of it.
+    names = {"lr": "optim/lr", "wd": "optim/wd", "preset": "data/preset"}
+    names |= {"steps": "total_steps", "train_split": "data/train_split"}
+    flat = {new: result[name] for name, new in names.items() if name in result}
+    kwargs = result.get("method_kwargs") or {}
+    for part, values in (kwargs if len(parts) > 1 else {parts[0]: kwargs}).items():
+      flat |= {f"{part}/{name}": value for name, value in values.items()}
+  others = set(config_lib.method_sections()) - set(parts)
+  return {
+    name.replace("/", "."): value
+    for name, value in flat.items()
+    if value is not None
+    and name.split("/")[0] not in others
+    and not re.fullmatch(_NO_SETTING, name)
+  }
+
+
+def _is_own(name: str, method: str, searched: Sequence[str]) -> bool:
+  """Returns whether a setting makes a row, and does not vary from task to task."""
+  section, _, field = name.partition(".")
+  if section not in method.split("+"):
+    return name in ("data.shots", "data.fraction")
+  masks = METHODS[section].MASKS if section in METHODS else ()
+  return not {name, field} & set(searched) and field not in masks
+
+
+def _num_train(folder: Path, result: Mapping[str, Any]) -> int | None:
+  """Returns the number of training images; of older runs from their checkpoint."""
+  number = result.get("num_train_examples")
+  if isinstance(number, int) and not isinstance(number, bool):
+    return number
+  with contextlib.suppress(FileNotFoundError, Damaged):
+    meta = checkpoint_files.read_meta(checkpoint_files.find_steps(folder)[0])
+    return sum(meta["train_count"]) if "train_count" in meta else None
+  return None
+
+
+# --- Rows.
+
+
+def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[LeftOut]]:
+  """Returns the runs as rows, and those that are there twice.
+
+  Runs of one task become one cell only if nothing but the seed tells them apart. Where
+  it does, or where a method's own fields differ, there are several rows, and their
+  labels say in what they differ.
+
+  Args:
+    runs: of any tasks.
+  """
+  groups: dict[tuple[str, str], list[Run]] = {}
+  for run in runs:
+    groups.setdefault((run.label, run.method), []).append(run)
+  labels = [label for label, _ in groups]
+  rows, left_out = [], []
+  for (label, method), group in groups.items():
+    if labels.count(label) > 1:
+      label = f"{label} ({method})"
+    named: dict[str, list[Run]] = {}
+    keys = _differing(group)
+    for run in group:
+      texts = [_text(key, run.settings.get(key)) for key in keys]
+      name = f"{label}: {', '.join(texts)}" if texts else label
+      named.setdefault(name, []).append(run)
+    for name, members in named.items():
+      cells: dict[str, dict[int, Run]] = {}
+      for run in members:
+        cell = cells.setdefault(run.task, {})
+        first = cell.setdefault(run.seed, run)
+        if first is not run:
+          is_same = first.accuracy == run.accuracy
+          what = "the same run as" if is_same else "the settings and seed of"
+          why = "" if is_same else ", but another result"
+          left_out.append(LeftOut(run.path, f"it is {what} {first.path}{why}"))
+      by_task = {
+        task: tuple(cell[seed] for seed in sorted(cell)) for task, cell in cells.items()
+      }
+      rows.append(Row(name, method, by_task))
+  return rows, left_out
+
+
+# What follows from other settings, and says less to a reader.
+_LAST = ("training images", "test images", "weights", "data")
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+  """Returns as few keys as tell all apart that must not be one row."""
+  keys: dict[str, None] = {}
+
+  def collect(settings: Sequence[Mapping[str, Any]]) -> None:
+    for key in dict.fromkeys(key for each in settings for key in each):
+      if len({_comparable(each.get(key)) for each in settings}) > 1:
+        keys[key] = None
+
+  collect([run.own for run in runs])
+  by_task: dict[str, list[Run]] = {}
+  for run in runs:
+    by_task.setdefault(run.task, []).append(run)
+  for group in by_task.values():
+    collect([run.settings for run in group])
+
+  def partition(chosen: Sequence[str]) -> int:
+    return len(
+      {tuple(_comparable(run.settings.get(key)) for key in chosen) for run in runs}
+    )
+
+  ordered = sorted(keys, key=lambda key: key in _LAST)
+  needed: list[str] = []
+  for key in ordered:
+    if partition([*needed, key]) > partition(needed):
+      needed.append(key)
+    if partition(needed) == partition(ordered):
+      break
+  return needed
+
+
+def _comparable(value: Any) -> str:
+  # 1 and 1.0 are one value, whoever wrote it.
+  if isinstance(value, _NUMBER) and not isinstance(value, bool):
+    value = float(value)
+  return json.dumps(value, sort_keys=True)
+
+
+def _text(key: str, value: Any) -> str:
+  """Returns a setting as a reader wants it."""
+  section, _, field = key.rpartition(".")
+  # The row's label has the method already.
+  name = field if section in METHODS or section == "optim" else key
+  if value is None:
+    return f"{name} as usual"
+  if key in ("weights", "data"):
+    return f"{key} {str(value)[:8]}"
+  if key == "selection":
+    return str(value)
+  is_number = isinstance(value, _NUMBER) and not isinstance(value, bool)
+  return printable(f"{name} {value:g}" if is_number else f"{name} {value}")
