@@ -1,9 +1,9 @@
 """Which images of a training set are train and which are val.
 
 `stratified_mask` and `stratified_parts` draw examples so that classes keep their
-shares, `draw_shots` as many of each, `draw_fraction` a share of each. `draw_train_val` applies the rules that published
-tasks are drawn by (`tasks.Subset.rule`): a rule is a function of labels and names, in
-the order of the source, and returns positions.
+shares, `draw_shots` as many of each, `draw_fraction` a share of each. `draw_train_val`
+applies the rules that published tasks are drawn by (`tasks.Subset.rule`): a rule is a
+function of labels and names, in the order of the source, and returns positions.
 """
 
 from collections.abc import Mapping, Sequence

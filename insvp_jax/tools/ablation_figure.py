@@ -188,9 +188,7 @@ def _draw_curves(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> N
   axis.set_ylabel("accuracy, %")
   axis.grid(color="0.92")
   axis.set_axisbelow(True)
-  legend = axis.legend(fontsize=8, frameon=False)
-  for text in legend.get_texts():
-    text.set_parse_math(False)
+  _legend(axis)
 
 
 def _scale(axis: Any, values: Sequence[float | int]) -> None:
@@ -237,10 +235,15 @@ def _draw_bars(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> Non
   axis.set_xlabel("accuracy, %")
   axis.grid(axis="x", color="0.92")
   axis.set_axisbelow(True)
-  axis.legend(
-    **{"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2},
-    **{"fontsize": 8, "frameon": False},
-  )
+  _legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def _legend(axis: Any, **where: Any) -> None:
+  """Draws the legend of what is there; of nothing none."""
+  handles, _ = axis.get_legend_handles_labels()
+  if handles:
+    for text in axis.legend(fontsize=8, frameon=False, **where).get_texts():
+      text.set_parse_math(False)
 
 
 def csv_text(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,9 +5,11 @@ row's folder) has the row's label, and the search says what was chosen on val. W
 summary says of accuracies is not read: the runs say it themselves.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -85,9 +87,10 @@ class Run:
 
   def value_of(self, field: str) -> Any:
     """Returns the value of a field of its method; the default where it is not set."""
-    name = f"{self.method}.{field}"
-    if name in self.settings:
-      return self.settings[name]
+    return self.settings.get(f"{self.method}.{field}", self.default_of(field))
+
+  def default_of(self, field: str) -> Any:
+    """Returns the default of a field of its method; None where it depends."""
     declared = fields.declared(METHODS[self.method]) if self.method in METHODS else {}
     return declared[field].default if field in declared else None
 
@@ -113,10 +116,6 @@ class Row:
   label: str
   method: str
   runs: Mapping[str, tuple[Run, ...]]
-
-  def own(self) -> dict[str, Any]:
-    """Returns the settings that are the method's own; see `Run.own`."""
-    return dict(next(iter(self.runs.values()))[0].own)
 
 
 def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
@@ -338,10 +337,10 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[LeftOut]]:
         cell = cells.setdefault(run.task, {})
         first = cell.setdefault(run.seed, run)
         if first is not run:
-          is_same = first.accuracy == run.accuracy
-          what = "the same run as" if is_same else "the settings and seed of"
-          why = "" if is_same else ", but another result"
-          left_out.append(LeftOut(run.path, f"it is {what} {first.path}{why}"))
+          reason = f"it is the same run as {first.path}"
+          if first.accuracy != run.accuracy:
+            reason = f"it has settings and seed of {first.path}, but another result"
+          left_out.append(LeftOut(run.path, reason))
       by_task = {
         task: tuple(cell[seed] for seed in sorted(cell)) for task, cell in cells.items()
       }
@@ -354,38 +353,32 @@ _LAST = ("training images", "test images", "weights", "data")
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-  """Returns as few keys as tell all apart that must not be one row."""
-  keys: dict[str, None] = {}
-
-  def collect(settings: Sequence[Mapping[str, Any]]) -> None:
-    for key in dict.fromkeys(key for each in settings for key in each):
-      if len({_comparable(each.get(key)) for each in settings}) > 1:
-        keys[key] = None
-
-  collect([run.own for run in runs])
-  by_task: dict[str, list[Run]] = {}
-  for run in runs:
-    by_task.setdefault(run.task, []).append(run)
-  for group in by_task.values():
-    collect([run.settings for run in group])
-
-  def partition(chosen: Sequence[str]) -> int:
-    return len(
-      {tuple(_comparable(run.settings.get(key)) for key in chosen) for run in runs}
-    )
-
-  ordered = sorted(keys, key=lambda key: key in _LAST)
+  """Returns keys of settings that tell all apart that must not be one row."""
+  # One of each: seeds are many, and differ in nothing.
+  unique = list({_comparable([r.task, r.own, r.settings]): r for r in runs}.values())
+  apart = []
+  for a, b in itertools.combinations(unique, 2):
+    sides = (a.settings, b.settings) if a.task == b.task else (a.own, b.own)
+    if keys := _differing_keys(*sides):
+      apart.append(keys)
   needed: list[str] = []
-  for key in ordered:
-    if partition([*needed, key]) > partition(needed):
-      needed.append(key)
-    if partition(needed) == partition(ordered):
-      break
+  # As few as can be found simply: one that tells most apart, and so on.
+  while apart:
+    counts = Counter(key for keys in apart for key in keys)
+    key = max(counts, key=lambda key: (key not in _LAST, counts[key]))
+    needed.append(key)
+    apart = [keys for keys in apart if key not in keys]
   return needed
 
 
+def _differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+  """Returns the keys under which two mappings have not the same."""
+  keys = dict.fromkeys((*a, *b))
+  return [key for key in keys if _comparable(a.get(key)) != _comparable(b.get(key))]
+
+
 def _comparable(value: Any) -> str:
-  # 1 and 1.0 are one value, whoever wrote it.
+  # Whoever wrote it, 1 and 1.0 are one value.
   if isinstance(value, _NUMBER) and not isinstance(value, bool):
     value = float(value)
   return json.dumps(value, sort_keys=True)
@@ -402,5 +395,7 @@ def _text(key: str, value: Any) -> str:
     return f"{key} {str(value)[:8]}"
   if key == "selection":
     return str(value)
+  if (key, value) in (("data.shots", 0), ("data.fraction", 1)):
+    return "all training images"
   is_number = isinstance(value, _NUMBER) and not isinstance(value, bool)
   return printable(f"{name} {value:g}" if is_number else f"{name} {value}")

@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     help="by default as the ending of --output, or markdown",
   )
   parser.add_argument("--output", help="a file (.md, .tex, .csv) in place of printing")
-  args = parser.parse_args(argv)
+  # Folders may stand between the flags.
+  args = parser.parse_intermixed_args(argv)
 
   def work() -> None:
     ending = Path(args.output or "").suffix.lower()

@@ -154,7 +154,7 @@ def paper_table(
       not_kept.append(LeftOut(run.path, reason))
     else:
       fitting.append(run)
-  # By (row of the paper or None, label, method): runs by slot.
+  # By (position in the paper or None, label, method): runs by slot.
   found: dict[tuple[int | None, str, str], dict[Slot, tuple[Run, ...]]] = {}
   for backbone in table.backbones:
     # One by one: where a table has several they are no reason for several lines.
@@ -168,6 +168,10 @@ def paper_table(
   blocks: list[tuple[PaperRow | None, list[_Filled]]]
   blocks = [(row, []) for row in table.rows] + [(None, [])]
   for (position, label, method), cells in found.items():
+    if not any(cells.keys() >= {*_slots(column)} for column in table.columns):
+      reason = f"{label} has not all tasks of any column of {table.name}"
+      not_kept += [LeftOut(run.path, reason) for c in cells.values() for run in c]
+      continue
     blocks[-1 if position is None else position][1].append(
       _Filled(label, method, cells)
     )
@@ -295,11 +299,19 @@ def _fields_note(filled: _Filled) -> tuple[str, ...]:
   """Returns the fields of its method that were set, in a note; () for none."""
   prefix, texts = f"{filled.method}.", {}
   for cell in filled.cells.values():
-    fields = {k: v for k, v in cell[0].own.items() if "." in k and k[:5] != "data."}
-    text = ", ".join(
-      f"{name.removeprefix(prefix)} {_short(value)}" for name, value in fields.items()
+    run = cell[0]
+    fields = {
+      name.removeprefix(prefix): value
+      for name, value in run.own.items()
+      if "." in name and not name.startswith("data.")
+    }
+    shown = (
+      f"{name} {_short(value)}"
+      for name, value in fields.items()
+      if value != run.default_of(name)
     )
-    texts[text] = None
+    # Labels that tell rows apart have some of them.
+    texts[", ".join(text for text in shown if text not in filled.label)] = None
   # Several where a table has several backbones.
   return (printable(" or ".join(texts)),) if any(texts) else ()
 
@@ -381,18 +393,26 @@ class _Usual:
     if not self._usual:
       return ()
     titles = {_slots(c)[0]: c.title for c in columns if len(c.tasks) == 1}
-    slots = [key[1] for key in self._usual if key[0] == "train"]
-    # In the order of the columns.
     order = [slot for column in columns for slot in _slots(column)]
-    images: dict[str, list[str]] = {}
-    for slot in sorted(set(slots), key=order.index):
-      text = f"{self._usual['train', slot]}, {self._usual['test', slot]}"
-      images.setdefault(text, []).append(titles.get(slot, slot[0]))
+    found = {key[1] for key in self._usual if key[0] == "train"}
+    slots = sorted(found, key=order.index)
     common = [self._usual[key] for key in self._usual if key[0] not in self._OF_SLOT]
+
+    def listed(name: str) -> str:
+      """Returns the numbers of images, and of which tasks they are."""
+      tasks: dict[str, list[str]] = {}
+      for slot in slots:
+        title = titles.get(slot, slot[0])
+        of_number = tasks.setdefault(self._usual[name, slot], [])
+        of_number.extend([title] * (title not in of_number))
+      if len(tasks) == 1 and len(slots) > 1:
+        return f"{next(iter(tasks))} for each task"
+      return ", ".join(f"{number} ({', '.join(of)})" for number, of in tasks.items())
+
     return (
       f"Lines “{HERE}”, where no note says otherwise: {'; '.join(common)}. ± is the "
       "standard deviation over seeds.",
-      "Images: " + "; ".join(f"{', '.join(of)}: {t}" for t, of in images.items()) + ".",
+      f"Images: {listed('train')}; {listed('test')}.",
     )
 
 
