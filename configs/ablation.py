@@ -5,10 +5,10 @@
   insvp figure --run=runs/ablation --output=ablation.png
 
 The first word is one of `ABLATIONS`: `lr`, `warmup`, `epochs`, `wd`, `dropout`, `scale`
-and `shots` of any `method`; the others keep to the rows of the method that is given. The
-images lie as for configs/folder.py, or `task` is digits, svhn, ... Each row chooses its
-lr on val, is trained again on train + val with three seeds, and is reported on test:
-judge by val. In `scale` and `shots` no model trains on val.
+and `shots` of any `method`; the others keep to the rows of the method that is given.
+The images lie as for configs/folder.py, or `task` is digits, svhn, ... Each row chooses
+its lr on val, is trained again with three seeds on train + val (in `scale` and `shots`
+on train alone), and is reported on test: judge by val.
 How long: --config.total_epochs=10. Which backbone: --config.backbone.name=..., or
 backbone=... after the colon, by which `depth` and `fig7_depth` know the depth: 6 blocks
 for boxed, 12 for others. Rows of your own:

@@ -198,14 +198,15 @@ def _read(folder: Path) -> Run:
     raise _Unfit("it has not ended: no result.json yet")
   result = load_json(folder / RESULT)
   for key, kind in _FORM.items():
-    value = result.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-      raise _Unfit(f"its {RESULT} has {key} = {value!r}, expected {kind.__name__}")
+    if not _is(result.get(key), kind):
+      value = checkpoint_files.short(result.get(key))
+      raise _Unfit(f"its {RESULT} has {key} = {value}, expected {kind.__name__}")
   accuracy = result.get("test_accuracy")
   if accuracy is None:
     raise _Unfit("it was not evaluated on a test split")
-  if not isinstance(accuracy, _NUMBER) or not 0 <= accuracy <= 1:
-    raise _Unfit(f"its test_accuracy is {accuracy!r}, expected a number in [0, 1]")
+  if not _is(accuracy, _NUMBER) or not 0 <= accuracy <= 1:
+    value = checkpoint_files.short(accuracy)
+    raise _Unfit(f"its test_accuracy is {value}, expected a number in [0, 1]")
   backbone = {k: str(v) for k, v in result["backbone"].items()}
   label, searched, selection = _search_of(folder, result["method"])
   settings = _settings(folder, result)
@@ -237,12 +238,17 @@ def _read(folder: Path) -> Run:
     num_train=num_train,
     num_test=result["num_test_examples"],
     trainable_params=result["trainable_params"],
-    backbone_params=backbone_params if isinstance(backbone_params, int) else None,
+    backbone_params=backbone_params if _is(backbone_params, int) else None,
     backbone=printable(identity),
     selection=selection,
     own=own,
     settings=settings,
   )
+
+
+def _is(value: Any, kind: Any) -> bool:
+  """Returns whether a value of JSON has a type; true and false are no numbers."""
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _search_of(folder: Path, method: str) -> tuple[str, tuple[str, ...], str]:
@@ -251,8 +257,8 @@ def _search_of(folder: Path, method: str) -> tuple[str, tuple[str, ...], str]:
   for name, label, row in _rows_of_search(folder.parent.parent):
     if name != folder.parent.name:
       continue
-    searched, trials = row.get("searched") or (), row.get("trials") or ()
-    if not searched:
+    searched, trials = row.get("searched"), row.get("trials")
+    if not (searched and _is(searched, list) and _is(trials, list)):
       return label, (), alone
     names = tuple(map(str, searched))
     how = f"{', '.join(names)} chosen on val among {len(trials)} trials"
@@ -271,9 +277,11 @@ def _settings(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     names = {"lr": "optim/lr", "wd": "optim/wd", "preset": "data/preset"}
     names |= {"steps": "total_steps", "train_split": "data/train_split"}
     flat = {new: result[name] for name, new in names.items() if name in result}
-    kwargs = result.get("method_kwargs") or {}
-    for part, values in (kwargs if len(parts) > 1 else {parts[0]: kwargs}).items():
-      flat |= {f"{part}/{name}": value for name, value in values.items()}
+    kwargs = result.get("method_kwargs")
+    sections = kwargs if len(parts) > 1 else {parts[0]: kwargs}
+    for part, values in sections.items() if _is(sections, dict) else ():
+      if _is(values, dict):
+        flat |= {f"{part}/{name}": value for name, value in values.items()}
   others = set(config_lib.method_sections()) - set(parts)
   return {
     name.replace("/", "."): value
@@ -295,8 +303,7 @@ def _is_own(name: str, method: str, searched: Sequence[str]) -> bool:
 
 def _num_train(folder: Path, result: Mapping[str, Any]) -> int | None:
   """Returns the number of training images; of older runs from their checkpoint."""
-  number = result.get("num_train_examples")
-  if isinstance(number, int) and not isinstance(number, bool):
+  if _is(number := result.get("num_train_examples"), int):
     return number
   with contextlib.suppress(FileNotFoundError, Damaged):
     meta = checkpoint_files.read_meta(checkpoint_files.find_steps(folder)[0])
@@ -379,7 +386,7 @@ def _differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def _comparable(value: Any) -> str:
   # Whoever wrote it, 1 and 1.0 are one value.
-  if isinstance(value, _NUMBER) and not isinstance(value, bool):
+  if _is(value, _NUMBER):
     value = float(value)
   return json.dumps(value, sort_keys=True)
 
@@ -397,5 +404,4 @@ def _text(key: str, value: Any) -> str:
     return str(value)
   if (key, value) in (("data.shots", 0), ("data.fraction", 1)):
     return "all training images"
-  is_number = isinstance(value, _NUMBER) and not isinstance(value, bool)
-  return printable(f"{name} {value:g}" if is_number else f"{name} {value}")
+  return printable(f"{name} {value:g}" if _is(value, _NUMBER) else f"{name} {value}")

@@ -275,7 +275,8 @@ def _lines(
           _fields_note(each),
         )
       )
-  return _with_best(lines), usual.remarks(columns)
+  remarks = tuple(filter(None, usual.remarks(columns)))
+  return _with_best(lines), remarks
 
 
 def _slots(column: Column) -> list[Slot]:
@@ -335,7 +336,7 @@ def _facts(cell: Sequence[Run]) -> dict[str, str]:
   few = ""
   if shots := run.settings.get("data.shots"):
     few = f" ({shots} of each class)"
-  elif (share := run.settings.get("data.fraction", 1)) != 1:
+  elif isinstance(share := run.settings.get("data.fraction"), float) and share != 1:
     few = f" ({100 * share:g}% of each class)"
   plural = "" if number == 1 else "s"
   return {
@@ -358,8 +359,11 @@ class _Usual:
     for slot, cell in (item for cells in rows for item in cells.items()):
       for key, name in self._keys(slot).items():
         counts.setdefault(key, Counter())[_facts(cell)[name]] += 1
-    # The first of those that are there most often.
-    self._usual = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+    # The first of those that are there most often; where all differ, none is usual.
+    self._usual = {
+      key: None if len(count) == count.total() > 1 else count.most_common(1)[0][0]
+      for key, count in counts.items()
+    }
 
   def _keys(self, slot: Slot) -> dict[tuple, str]:
     """Returns {what a fact is compared with the others of: its name}."""
@@ -396,23 +400,27 @@ class _Usual:
     order = [slot for column in columns for slot in _slots(column)]
     found = {key[1] for key in self._usual if key[0] == "train"}
     slots = sorted(found, key=order.index)
-    common = [self._usual[key] for key in self._usual if key[0] not in self._OF_SLOT]
+    common = [
+      text for (name, *_), text in self._usual.items() if name not in self._OF_SLOT
+    ]
 
     def listed(name: str) -> str:
       """Returns the numbers of images, and of which tasks they are."""
       tasks: dict[str, list[str]] = {}
       for slot in slots:
-        title = titles.get(slot, slot[0])
-        of_number = tasks.setdefault(self._usual[name, slot], [])
-        of_number.extend([title] * (title not in of_number))
+        if number := self._usual[name, slot]:
+          of_number = tasks.setdefault(number, [])
+          title = titles.get(slot, slot[0])
+          of_number.extend([title] * (title not in of_number))
       if len(tasks) == 1 and len(slots) > 1:
         return f"{next(iter(tasks))} for each task"
-      return ", ".join(f"{number} ({', '.join(of)})" for number, of in tasks.items())
+      return ", ".join(f"{number} of {', '.join(of)}" for number, of in tasks.items())
 
+    images = "; ".join(filter(None, map(listed, self._OF_SLOT)))
     return (
-      f"Lines “{HERE}”, where no note says otherwise: {'; '.join(common)}. ± is the "
-      "standard deviation over seeds.",
-      f"Images: {listed('train')}; {listed('test')}.",
+      "Runs, where no note says otherwise: "
+      f"{'; '.join(filter(None, common))}. ± is the standard deviation over seeds.",
+      f"Images: {images}." if images else "",
     )
 
 

@@ -351,6 +351,19 @@ def test_a_search_and_a_run_by_hand_are_two_rows(tmp_path):
   assert accuracies(line) == [50.0, 60.0, 55.0]
 
 
+def test_where_all_cells_differ_each_says_what_it_rests_on(tmp_path):
+  for number in (4, 8):
+    settings = {"data.shots": number}
+    where = tmp_path / str(number)
+    write_run(where, "a", "linear", 0.5, settings=settings, num_train_examples=number)
+  table = report.make_table([tmp_path])
+  assert [(line.label, line.cells[0].notes, line.rank) for line in table.lines] == [
+    (f"linear: data.shots {n}", (f"{n} training images ({n} of each class)",), None)
+    for n in (4, 8)
+  ]
+  assert table.remarks[1] == "Images: 50 test images of a."
+
+
 def test_a_mean_over_different_protocols_has_a_note(tmp_path):
   for i, task in enumerate(GROUPS["specialized"]):
     number = 800 if task == "eurosat" else 1000
@@ -392,6 +405,35 @@ def test_what_is_no_finished_run_is_left_out_with_the_reason(tmp_path):
     "begun": "it has not ended: no result.json yet",
     "lora": "summary.json has a result of it, but its runs are not there",
   }
+
+
+JSON = st.recursive(
+  st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+  lambda each: st.one_of(
+    st.lists(each, max_size=2), st.dictionaries(st.text(max_size=3), each, max_size=2)
+  ),
+  max_leaves=3,
+)
+
+
+@given(
+  file=st.sampled_from(["result.json", "config.json", "../../summary.json"]),
+  position=st.integers(0, 40),
+  value=JSON,
+)
+def test_whatever_files_hold_a_table_or_one_line_comes_of_it(
+  tmp_path_factory, file, position, value
+):
+  folder = tmp_path_factory.mktemp("fuzz")
+  rows = {row("insvp"): (0.5,), row("linear"): (0.5,)}
+  write_search(folder, "svhn", rows)
+  path = folder / "insvp/seed0" / file
+  content = json.loads(path.read_text())
+  section = content["insvp"] if file == "../../summary.json" else content
+  section[list(section)[position % len(section)]] = value
+  path.write_text(json.dumps(content))
+  table = report.make_table([folder])
+  assert all("linear" in form(table) for form in report_text.FORMATS.values())
 
 
 def test_a_run_without_its_config_or_of_before_is_read(tmp_path):
