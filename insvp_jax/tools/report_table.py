@@ -275,8 +275,12 @@ def _lines(
           _fields_note(each),
         )
       )
-  remarks = tuple(filter(None, usual.remarks(columns)))
-  return _with_best(lines), remarks
+  remarks = list(filter(None, usual.remarks(columns)))
+  if counts_wins and len(full) > 1:
+    remarks.append(
+      f"No wins are counted: full fine-tuning has {len(full)} rows, name runs of one."
+    )
+  return _with_best(lines), tuple(remarks)
 
 
 def _slots(column: Column) -> list[Slot]:
@@ -309,7 +313,7 @@ def _fields_note(filled: _Filled) -> tuple[str, ...]:
     shown = (
       f"{name} {_short(value)}"
       for name, value in fields.items()
-      if value != run.default_of(name)
+      if _short(value) != _short(run.default_of(name))
     )
     # Labels that tell rows apart have some of them.
     texts[", ".join(text for text in shown if text not in filled.label)] = None

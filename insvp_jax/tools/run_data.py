@@ -61,6 +61,8 @@ def read(run: Any, root: str = "") -> RunData:
     data_config.shots, data_config.fraction = 0, 1.0
   elif task == "folder" and stored.is_file():
     data_config.splits_json = str(stored)
+    # The list has the share of the training images already.
+    data_config.fraction = 1.0
   data = load_data(task, data_config, run.model.input_size)
   columns = _columns(data, run.class_names)
   if not root:

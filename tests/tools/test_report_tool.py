@@ -173,6 +173,13 @@ def test_ranks_are_over_tasks_and_wins_over_full_fine_tuning(vtab, tmp_path):
   table = report.make_table([folder, tmp_path], "vpt_1")
   assert line_of(table, "vpt_deep").cells[0].wins is None
   assert line_of(table, "vpt_deep").cells[1].wins == wins[1]
+  # Nor where there are two of it.
+  for task in GROUPS["fgvc"]:
+    settings = {"optim.lr": 0.5}
+    write_run(tmp_path / task / "full2", task, "full", 0.1, settings=settings)
+  table = report.make_table([folder, tmp_path], "vpt_1")
+  assert [cell and cell.wins for cell in line_of(table, "vpt_deep").cells] == [None] * 4
+  assert table.remarks[-1].startswith("No wins are counted: full fine-tuning has ")
 
 
 def test_total_params_are_those_of_vpt(tmp_path):
