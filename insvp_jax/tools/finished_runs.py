@@ -6,9 +6,10 @@ summary says of accuracies is not read: the runs say it themselves.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -129,6 +130,8 @@ def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
     ValueError: there is no run below a path.
   """
   runs, left_out = {}, {}
+  # A search is read once, and not for each of its runs.
+  rows_of_search = functools.cache(_rows_of_search)
   for path in map(Path, paths):
     if not path.exists():
       raise FileNotFoundError(f"there is no run or folder of runs {path}.")
@@ -143,13 +146,14 @@ def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
       if real in runs or real in left_out:  # a path within another one
         continue
       try:
-        runs[real] = _read(folder)
+        runs[real] = _read(folder, rows_of_search)
       except (_Unfit, Damaged) as error:
         left_out[real] = LeftOut(folder, str(error).replace(f"{folder}{os.sep}", ""))
     for search in searches:
-      for folder in _rows_without_runs(search):
-        reason = f"{SUMMARY} has a result of it, but its runs are not there"
-        left_out.setdefault(folder.resolve(), LeftOut(folder, reason))
+      for name, _, _ in rows_of_search(search.absolute()):
+        if not any((search / name).glob(f"*/{RESULT}")):
+          reason = f"{SUMMARY} has a result of it, but its runs are not there"
+          left_out[(search / name).resolve()] = LeftOut(search / name, reason)
   return list(runs.values()), list(left_out.values())
 
 
@@ -170,26 +174,29 @@ def _folders(path: Path) -> tuple[list[Path], list[Path]]:
   return runs, searches
 
 
-def _rows_of_search(search: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-  """Yields (folder's name, label, what the summary says) of a search's rows."""
+# (folder's name, label, what the summary says) of a search's row.
+_SearchRow = tuple[str, str, Mapping[str, Any]]
+
+
+def _rows_of_search(search: Path) -> list[_SearchRow]:
+  """Returns the rows of a search by its folder; none where it is no search."""
   rows: Mapping[str, Any] = {}
   # A search that was killed in the midst of its first row has no summary yet.
   with contextlib.suppress(Damaged):
     rows = load_json(search / SUMMARY) if (search / SUMMARY).exists() else {}
-  for label, row in rows.items():
-    if isinstance(row, dict):
-      yield Variant(label, str(row.get("method", label))).folder, label, row
+  return [
+    (Variant(label, str(row.get("method", label))).folder, label, row)
+    for label, row in rows.items()
+    if isinstance(row, dict)
+  ]
 
 
-def _rows_without_runs(search: Path) -> Iterator[Path]:
-  """Yields the folders of a search's rows that have no finished run."""
-  for name, _, _ in _rows_of_search(search):
-    if not any((search / name).glob(f"*/{RESULT}")):
-      yield search / name
-
-
-def _read(folder: Path) -> Run:
+def _read(folder: Path, rows_of_search: Callable[[Path], Sequence[_SearchRow]]) -> Run:
   """Returns the run of a folder.
+
+  Args:
+    folder: its workdir.
+    rows_of_search: `_rows_of_search`.
 
   Raises:
     _Unfit, Damaged: it cannot stand in a table; the message says why.
@@ -208,7 +215,10 @@ def _read(folder: Path) -> Run:
     value = checkpoint_files.short(accuracy)
     raise _Unfit(f"its test_accuracy is {value}, expected a number in [0, 1]")
   backbone = {k: str(v) for k, v in result["backbone"].items()}
-  label, searched, selection = _search_of(folder, result["method"])
+  folder_of_search = folder.absolute().parent.parent
+  label, searched, selection = _search_of(
+    folder, result["method"], rows_of_search(folder_of_search)
+  )
   settings = _settings(folder, result)
   own = {
     name: value
@@ -251,11 +261,19 @@ def _is(value: Any, kind: Any) -> bool:
   return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _search_of(folder: Path, method: str) -> tuple[str, tuple[str, ...], str]:
-  """Returns (label, names of what was chosen on val, how) of a run's search."""
-  folder, alone = folder.absolute(), "hyper-parameters as given"
-  for name, label, row in _rows_of_search(folder.parent.parent):
-    if name != folder.parent.name:
+def _search_of(
+  folder: Path, method: str, rows: Sequence[_SearchRow]
+) -> tuple[str, tuple[str, ...], str]:
+  """Returns (label, names of what was chosen on val, how) of a run's search.
+
+  Args:
+    folder: of the run.
+    method: of the run.
+    rows: of the search that may be two folders above it.
+  """
+  alone = "hyper-parameters as given"
+  for name, label, row in rows:
+    if name != folder.absolute().parent.name:
       continue
     searched, trials = row.get("searched"), row.get("trials")
     if not (searched and _is(searched, list) and _is(trials, list)):

@@ -736,7 +736,7 @@ def test_rows_may_differ_in_the_share_of_the_training_images(tmp_path):
   write_images(tmp_path / "images")
   rows = tuple(
     (f"{title} {value:g}", "linear", ((f"data.{title}", value),))
-    for title, value in (("fraction", 0.25), ("fraction", 0.5), ("shots", 5))
+    for title, value in (("fraction", 0.25), ("shots", 5))
   )
   config = variants_config(rows, tune__lr=(0.1,), tune__seeds=(0,))
   config.task, config.data.root = "folder", str(tmp_path / "images")
@@ -747,12 +747,12 @@ def test_rows_may_differ_in_the_share_of_the_training_images(tmp_path):
     label: json.loads((where / "result.json").read_text())
     for label, where in finals.items()
   }
-  assert [r["num_train_examples"] for r in results.values()] == [6, 12, 15]
+  assert [r["num_train_examples"] for r in results.values()] == [6, 15]
   for label, result in results.items():
     # Val chose, test was whole, and no final run saw more images than its trials.
     assert result["train_split"] == "train" and result["num_test_examples"] == 13
     assert summary[label]["trials"][0]["val_accuracy"] is not None
-  assert len({result["data_sha256"] for result in results.values()}) == 3
+  assert len({result["data_sha256"] for result in results.values()}) == 2
 
 
 def one_row(*changes, label="x", method="mlp"):
