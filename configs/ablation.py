@@ -4,10 +4,11 @@
   python -m insvp_jax.main --config=configs/ablation.py:lr,method=vpt_deep,task=svhn
   insvp figure --run=runs/ablation --output=ablation.png
 
-The first word is one of `ABLATIONS`: `lr`, `warmup`, `epochs`, `wd` and `dropout` of
-any `method`; the others keep to the rows of the method that is given. The images lie as
-for configs/folder.py, or `task` is digits, svhn, ... Each row chooses its lr on val, is
-trained again on train + val with three seeds, and is reported on test: judge by val.
+The first word is one of `ABLATIONS`: `lr`, `warmup`, `epochs`, `wd`, `dropout`, `scale`
+and `shots` of any `method`; the others keep to the rows of the method that is given.
+The images lie as for configs/folder.py, or `task` is digits, svhn, ... Each row chooses
+its lr on val, is trained again with three seeds on train + val (in `scale` and `shots`
+on train alone), and is reported on test: judge by val.
 How long: --config.total_epochs=10. Which backbone: --config.backbone.name=..., or
 backbone=... after the colon, by which `depth` and `fig7_depth` know the depth: 6 blocks
 for boxed, 12 for others. Rows of your own:
@@ -190,4 +191,9 @@ ABLATIONS = {
     _each("vpt_deep.prompt_length", (1, 5, 10, 50, 100, 200), "vpt_deep"),
     "VPT-Deep's prompt tokens: the lengths of its search",
   ),
+  "scale": (
+    _each("data.fraction", (0.1, 0.2, 0.4, 0.6, 0.8)),
+    "share of the training images: VPT's figure 3",
+  ),
+  "shots": (_each("data.shots", (1, 2, 4, 8, 16)), "training images of each class"),
 }

@@ -103,6 +103,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.data_dir": ("", "where TFDS has its data sets; empty: its default"),
   "data.subset": ("", "which training images; empty: the task's first choice"),
   "data.shots": (0, "training images of each class, drawn by split_seed; 0: all"),
+  "data.fraction": (1.0, "share of each class's training images, drawn by split_seed"),
   "data.lists": ("", "folder of VPT-style train.json, val.json and test.json"),
   "data.duplicates": ("warn", "pictures in two splits or classes: warn, drop or error"),
   "data.splits_json": ("", "a run's splits.json, in place of splits that are drawn"),

@@ -53,6 +53,11 @@ def validate(config: ConfigDict) -> None:
         f"config.optim.no_decay has {pattern!r}, expected regular expressions over "
         f"parameter names: {error}."
       ) from error
+  if config.data.shots and config.data.fraction != 1:
+    raise ValueError(
+      f"both config.data.shots = {config.data.shots} and config.data.fraction = "
+      f"{config.data.fraction:g} were given; leave one out."
+    )
   if config.data.duplicates not in ("warn", "drop", "error"):
     raise ValueError(
       f"config.data.duplicates is {config.data.duplicates!r}, expected 'warn', 'drop' "
@@ -252,6 +257,7 @@ _RANGES: dict[str, tuple[float | int, float | int]] = {
   "plan.num_classes": (0, 2**24),
   "data.val_fraction": _SHARE,
   "data.test_fraction": _SHARE,
+  "data.fraction": (1e-6, 1),
   "data.max_pixels": _COUNT,
   "data.max_file_mb": (1, 2**20),
   "data.max_16bit": (0, 2**16 - 1),
@@ -396,8 +402,9 @@ def _check_changes(where: str, variant: Variant) -> None:
       )
     if is_shared(key):
       raise ValueError(
-        f"{where} changes {key}, which all rows share: task, images, backbone, seeds "
-        "and the search are the same. Set it for all of them, or start another search."
+        f"{where} changes {key}, which all rows share: task, images (but for how many "
+        "train: data.shots, data.fraction), backbone, seeds and the search are the "
+        "same. Set it for all of them, or start another search."
       )
     section = key.partition(".")[0]
     if section in METHODS and section not in parts:

@@ -18,9 +18,15 @@ from ml_collections import ConfigDict
 from insvp_jax import config as config_lib
 from insvp_jax.methods import parts_of
 
+# How many of the training images are used, and no more: val and test, which rows are
+# compared on, are the same ones whatever these say.
+_SUBSET = r"data/(shots|fraction)"
 # What all rows share: images and backbone, which are prepared once, and what is no part
 # of a single run or does not shape it.
-_SHARED = rf"task|method|seed|image_size|(backbone|data)/.*|{config_lib.MAY_CHANGE}"
+_SHARED = (
+  rf"task|method|seed|image_size|backbone/.*|(?!{_SUBSET}$)data/.*|"
+  f"{config_lib.MAY_CHANGE}"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ def data_config(**changes) -> ml_collections.ConfigDict:
     "data_dir": "",
     "subset": "",
     "shots": 0,
+    "fraction": 1.0,
     "lists": "",
     "resident_mb": 1024,
     "duplicates": "warn",

@@ -457,7 +457,7 @@ def test_a_shipped_config_is_valid(root, name):
 ABLATIONS = {
   **{"presets": 9, "table5": 9, "fig7_length": 5, "fig7_depth": 5, "fig7_beta": 9},
   **{"lr": 4, "warmup": 4, "epochs": 4, "wd": 5, "dropout": 4},
-  **{"location": 9, "depth": 9, "pool": 4, "length": 6},
+  **{"location": 9, "depth": 9, "pool": 4, "length": 6, "scale": 5, "shots": 5},
 }
 
 

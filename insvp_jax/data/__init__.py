@@ -17,7 +17,8 @@ The way of one image of a `.zip`, from `load_data` to the batch on the device:
    rows ahead, crops and flips them and puts them on the devices.
 5. The train step normalises pixels on the device (`preprocess.normalise`).
 
-With `data.shots`, `load_data` at last keeps so many training images of each class.
+With `data.shots`, `load_data` at last keeps so many training images of each class, with
+`data.fraction` that share of them.
 
 A task of TFDS differs in 1 and 2: `sources.tfds` finds records and labels
 (`tfrecords`), divides them (`subsets`, `vpt_lists`) and decodes them (`tfds_stream`).
@@ -42,7 +43,7 @@ from insvp_jax.data.sources import (
   vtab_folder,
 )
 from insvp_jax.data.splits import ArraySplit, Split, StreamSplit, TaskData
-from insvp_jax.data.subsets import draw_shots
+from insvp_jax.data.subsets import draw_fraction, draw_shots
 from insvp_jax.data.tasks import GROUPS, TASKS, Task
 
 __all__ = [
@@ -109,7 +110,7 @@ def load_data(
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
   data = _load(task, data_config, image_size)
-  return _with_few_shots(data, data_config) if data_config.get("shots") else data
+  return _with_fewer_images(data, data_config)
 
 
 def _load(
@@ -129,8 +130,10 @@ def _load(
   return _FOLDER_FORMATS[row.folder_format](row, data_config, image_size)
 
 
-def _with_few_shots(data: TaskData, data_config: ml_collections.ConfigDict) -> TaskData:
-  """Returns the task with `shots` training images of each class.
+def _with_fewer_images(
+  data: TaskData, data_config: ml_collections.ConfigDict
+) -> TaskData:
+  """Returns the task with `shots`, or the share `fraction`, of each class's images.
 
   They are drawn from train by `split_seed`. Val and test stay as they are, and so that
   no model sees more than these images, the final one trains on train alone: there is
@@ -143,8 +146,16 @@ def _with_few_shots(data: TaskData, data_config: ml_collections.ConfigDict) -> T
   Raises:
     ValueError: a class has not so many images.
   """
-  shots, train = data_config.shots, data.splits["train"]
-  chosen = draw_shots(train.labels, shots, data_config.split_seed, data.class_names)
+  shots, fraction = data_config.get("shots", 0), data_config.get("fraction", 1.0)
+  if not shots and fraction == 1:
+    return data
+  train, seed = data.splits["train"], data_config.split_seed
+  if shots:
+    kept = f"{shots} training images of each class"
+    chosen = draw_shots(train.labels, shots, seed, data.class_names)
+  else:
+    kept = f"{100 * fraction:g}% of the training images of each class"
+    chosen = draw_fraction(train.labels, fraction, seed, data.num_classes)
   train = train.take(chosen)
   if isinstance(train, StreamSplit):
     # So few may fit into memory.
@@ -159,7 +170,7 @@ def _with_few_shots(data: TaskData, data_config: ml_collections.ConfigDict) -> T
   return dataclasses.replace(
     data,
     splits={"train": train, **others},
-    source=f"{data.source}, {shots} training images of each class",
+    source=f"{data.source}, {kept}",
     final_split="train",
     files=files,
   )

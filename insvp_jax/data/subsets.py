@@ -1,9 +1,9 @@
 """Which images of a training set are train and which are val.
 
 `stratified_mask` and `stratified_parts` draw examples so that classes keep their
-shares, `draw_shots` as many of each. `draw_train_val` applies the rules that published
-tasks are drawn by (`tasks.Subset.rule`): a rule is a function of labels and names, in
-the order of the source, and returns positions.
+shares, `draw_shots` as many of each, `draw_fraction` a share of each. `draw_train_val`
+applies the rules that published tasks are drawn by (`tasks.Subset.rule`): a rule is a
+function of labels and names, in the order of the source, and returns positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -145,10 +145,38 @@ def draw_shots(
       f"{class_names[counts.argmin()]!r}; set it to "
       + (f"at most {fewest}." if fewest else "0, which is all images.")
     )
+  return _draw_counts(labels, np.full(len(class_names), shots), seed)
+
+
+def draw_fraction(
+  labels: Int[np.ndarray, "n"], fraction: float, seed: int, num_classes: int
+) -> Int[np.ndarray, "m"]:
+  """Returns the positions of a share of each class's examples, ascending.
+
+  Of m examples fraction * m are drawn, rounded with halves up, but at least one. With
+  one seed, what a small share chooses is a part of what a larger one does, and equal
+  numbers of each class are those of `draw_shots`.
+
+  Args:
+    labels: class of each example.
+    fraction: the share, in (0, 1].
+    seed: the choice is a pure function of the arguments.
+    num_classes: k.
+  """
+  counts = np.bincount(labels, minlength=num_classes)
+  # Not round(): it rounds halves to the even neighbour.
+  drawn = np.maximum(1, np.floor(fraction * counts + 0.5)).astype(np.int64)
+  return _draw_counts(labels, np.minimum(drawn, counts), seed)
+
+
+def _draw_counts(
+  labels: Int[np.ndarray, "n"], counts: Int[np.ndarray, "k"], seed: int
+) -> Int[np.ndarray, "m"]:
+  """Returns the positions of so many examples of each class, ascending."""
   rng = np.random.Generator(np.random.PCG64(seed))
   chosen = [
-    rng.permutation(np.flatnonzero(labels == label))[:shots]
-    for label in range(len(class_names))
+    rng.permutation(np.flatnonzero(labels == label))[:count]
+    for label, count in enumerate(counts)
   ]
   return np.sort(np.concatenate(chosen))
 

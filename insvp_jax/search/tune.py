@@ -103,6 +103,9 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   for variant, (label, search) in zip(variants, searches.items(), strict=True):
     if label != variant.method:
       print_once(f"\n{label} ({len(summary) + 1} of {len(variants)})")
+    if any(key.startswith("data.") for key in variant.changes):
+      # The first line of the summary: how many images there are to train on.
+      print_once(search.prepared.data.summary().partition("\n")[0])
     trainer.print_params(search.config, search.prepared)
     on_log = functools.partial(outlook.tell, label)
     changes = config_lib.to_dict(variant.changes)

@@ -1,8 +1,12 @@
 """Draws a search: accuracies of its trials and final runs by row, and their losses.
 
-insvp figure --run=runs/ablation --output=ablation.png
+insvp figure --run=runs/methods --output=methods.png
+insvp figure --run=runs/ablation --output=ablation.png --data=ablation.csv
 
 Without the command `insvp` it is python -m insvp_jax.tools.figure.
+
+A search over variants is drawn as an ablation: a curve or bars, see `ablation_figure`.
+Others, and with --trials these too, as follows.
 
 On the left each row of the table: the accuracy on val of every trial, by lr, the chosen
 one ringed, and the accuracy on test, mean and standard deviation over the seeds. On the
@@ -22,8 +26,8 @@ import numpy as np
 from insvp_jax import files, tools
 from insvp_jax.checkpoints.files import load_json
 from insvp_jax.config_variants import Variant
-from insvp_jax.logs.writers import METRICS_FILE
-from insvp_jax.tools import visualize
+from insvp_jax.logs.writers import METRICS_FILE, write_text
+from insvp_jax.tools import ablation_figure, visualize
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; no yellow on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -187,12 +191,13 @@ def _averaged(curve: Curve) -> Curve:
   return steps, nats
 
 
-def draw(workdir: str | Path, path: str | Path) -> None:
+def draw(workdir: str | Path, path: str | Path, trials: bool = False) -> None:
   """Draws a search and writes the figure.
 
   Args:
     workdir: of the search.
     path: the figure's file.
+    trials: whether a search over variants is drawn trial by trial, too.
 
   Raises:
     ValueError, FileNotFoundError, OSError: as `read_summary`, `search_figure` and
@@ -201,11 +206,28 @@ def draw(workdir: str | Path, path: str | Path) -> None:
   workdir = Path(workdir)
   visualize.check_format(Path(path))
   summary = read_summary(workdir)
+  if ablation_figure.is_ablation(summary) and not trials:
+    figure = ablation_figure.ablation_figure(summary, workdir.name, COLORS)
+    visualize.save_figure(figure, path)
+    return
   losses = {}
   for label, row in summary.items():
     folder = Variant(label, row.get("method", label)).folder
     losses[label] = read_losses(workdir / folder / f"seed{row['seeds'][0]}")
   visualize.save_figure(search_figure(summary, losses, workdir.name), path)
+
+
+def write_data(workdir: str | Path, path: str | Path) -> None:
+  """Writes the accuracies of a search's rows, and what they differ in, as CSV.
+
+  Args:
+    workdir: of the search.
+    path: the file.
+
+  Raises:
+    ValueError, FileNotFoundError, OSError: as `read_summary` and `write_text`.
+  """
+  write_text(path, ablation_figure.csv_text(read_summary(Path(workdir))))
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -217,13 +239,24 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """
   parser = tools.argument_parser(__doc__, "figure", prog)
   parser.add_argument("--run", required=True, help="the workdir of a search")
-  parser.add_argument("--output", default="figure.png", help="the figure's file")
+  parser.add_argument(
+    "--output", default="figure.png", help="the figure's file; .csv for its data alone"
+  )
+  parser.add_argument("--data", help="a .csv file for the accuracies that are drawn")
+  parser.add_argument(
+    "--trials", action="store_true", help="draw all trials and losses of an ablation"
+  )
   args = parser.parse_args(argv)
 
   def work() -> None:
-    visualize.check_matplotlib()
-    draw(args.run, args.output)
-    print(f"wrote {args.output}")
+    is_data = Path(args.output).suffix.lower() == ".csv"
+    if not is_data:
+      visualize.check_matplotlib()
+      draw(args.run, args.output, args.trials)
+      print(f"wrote {args.output}")
+    for path in filter(None, (args.data, args.output if is_data else None)):
+      write_data(args.run, path)
+      print(f"wrote {path}")
 
   return tools.run_tool(work)
 

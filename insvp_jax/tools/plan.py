@@ -150,7 +150,11 @@ def _task_sizes(config: ConfigDict) -> tuple[str, int, int]:
   if task in TASKS:
     subset = TASKS[task].subset(config.data.subset)
     num_train = subset.train + (subset.val if split == "train_val" else 0)
-    num_train = config.data.shots * TASKS[task].num_classes or num_train
+    num_classes, fraction = TASKS[task].num_classes, config.data.fraction
+    if config.data.shots:
+      num_train = config.data.shots * num_classes
+    elif fraction != 1:
+      num_train = max(num_classes, round(fraction * subset.train))
     return task, given.num_classes or TASKS[task].num_classes, num_train
   data_config = config.data.copy_and_resolve_references()
   data_config.resident_mb = 0  # so that no image is decoded

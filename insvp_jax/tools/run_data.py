@@ -58,9 +58,11 @@ def read(run: Any, root: str = "") -> RunData:
     task = "folder"
     data_config.root, data_config.splits_json = root, ""
     data_config.val_fraction = data_config.test_fraction = 0.0
-    data_config.shots = 0
+    data_config.shots, data_config.fraction = 0, 1.0
   elif task == "folder" and stored.is_file():
     data_config.splits_json = str(stored)
+    # The list has the share of the training images already.
+    data_config.fraction = 1.0
   data = load_data(task, data_config, run.model.input_size)
   columns = _columns(data, run.class_names)
   if not root:

@@ -270,11 +270,13 @@ def result(
     "val_accuracy": val and val["accuracy"],
     "test_accuracy": test and test["accuracy"],
     "num_test_examples": test["num_examples"] if test else 0,
+    "num_train_examples": sum(meta["train_count"]),
     "test_by_class": test
     and evaluate.balanced(test, meta["class_names"], meta["train_count"]),
     "trainable_params": trees.count(trainable) - spare,
     "prompter_params": trees.count(prompter) - spare,
     "total_params": trees.count(program.shapes) - spare,
+    "backbone_params": trees.count(program.shapes["backbone"]),
     "backbone": meta["backbone"],
     "data_sha256": meta["data_sha256"],
     "train_seconds": timer.seconds,

@@ -64,6 +64,7 @@ class Prepared:
     cache: features of the splits, where they are constant.
     routes: of the splits, where the method has a route.
     loaded: what loading the backbone did, in a line; "" for random weights.
+    kept: how many of the training images are used: (shots, fraction) of config.data.
   """
 
   data: TaskData
@@ -73,6 +74,7 @@ class Prepared:
   cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
   routes: RouteCache = dataclasses.field(default_factory=RouteCache)
   loaded: str = ""
+  kept: tuple[int, float] = (0, 1.0)
 
   def features(
     self, config: ConfigDict, split: str, params: Mapping[str, Any]
@@ -143,7 +145,8 @@ def prepare(
   Args:
     config: the whole configuration.
     like: a preparation for the same task and backbone, whose data and weights are
-      used again (for another method, or another training split).
+      used again (for another method, or another training split). Data are read anew
+      for another image size, or where another number of the training images is used.
     hparams: as for `create_program`.
 
   Raises:
@@ -156,8 +159,9 @@ def prepare(
   # `create_program` checks it again: here a wrong size shows before data are read.
   mesh_lib.check_batch_size(config.batch_size, mesh)
   size = input_size(config)
+  kept = (config.data.shots, float(config.data.fraction))
   # Methods may take images of different sizes.
-  if like and like.program.model.input_size == size:
+  if like and like.program.model.input_size == size and like.kept == kept:
     data = like.data
   else:
     data = load_data(config.task, config.data, size)
@@ -179,10 +183,11 @@ def prepare(
   # What follows may be a search of hours.
   stopping.check()
   if like:
-    return dataclasses.replace(like, data=data, program=program)
+    return dataclasses.replace(like, data=data, program=program, kept=kept)
   loaded: list[str] = []
   weights, identity = state_lib.load_weights(config, program.model, loaded.append)
-  return Prepared(data, weights, identity, program, loaded="".join(loaded))
+  loaded_line = "".join(loaded)
+  return Prepared(data, weights, identity, program, loaded=loaded_line, kept=kept)
 
 
 def train(

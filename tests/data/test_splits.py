@@ -74,6 +74,18 @@ def test_few_shots_leave_val_and_test_as_they_are():
   assert few.digest(read) == again.digest(read) != other.digest(read)
 
 
+def test_a_fraction_leaves_val_and_test_as_they_are():
+  whole = load_data("digits", data_config(), 8)
+  fewer = load_data("digits", data_config(fraction=0.25), 8)
+  assert set(fewer.splits) == {"train", "val", "test"}
+  assert fewer.final_split == "train"
+  counts = [np.bincount(data.splits["train"].labels) for data in (fewer, whole)]
+  assert counts[0].tolist() == [int(0.25 * m + 0.5) for m in counts[1]]
+  for name in ("val", "test"):
+    assert fewer.splits[name].digest == whole.splits[name].digest
+  assert fewer.source.endswith(", 25% of the training images of each class")
+
+
 @pytest.mark.parametrize("resident_mb", [0, 1024])
 def test_few_shots_of_a_folder_are_the_same_in_memory_and_streamed(
   tmp_path, resident_mb

@@ -11,6 +11,7 @@ import pytest
 from insvp_jax.data import subsets
 from insvp_jax.data.original_rows import tfds_order
 from insvp_jax.data.subsets import (
+  draw_fraction,
   draw_shots,
   draw_train_val,
   long_tail,
@@ -357,6 +358,31 @@ def test_shots_are_so_many_of_each_class_and_fewer_are_among_more(counts, seed):
     assert np.all(np.diff(positions) > 0)
     assert np.bincount(labels[positions]).tolist() == [shots] * len(counts)
   assert set(chosen[1]) < set(chosen[2]) < set(chosen[3])
+
+
+@given(
+  counts=st.lists(st.integers(1, 12), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_a_fraction_is_that_share_of_each_class_and_less_is_among_more(counts, seed):
+  order = np.random.default_rng(seed).permutation(sum(counts))
+  labels = np.repeat(np.arange(len(counts)), counts)[order]
+  fractions = (1e-6, 0.25, 0.5, 0.9, 1.0)
+  drawn = [draw_fraction(labels, f, seed, len(counts)) for f in fractions]
+  for fraction, positions in zip(fractions, drawn, strict=True):
+    assert np.all(np.diff(positions) > 0)
+    expected = [max(1, int(fraction * count + 0.5)) for count in counts]
+    assert np.bincount(labels[positions]).tolist() == expected
+  for less, more in zip(drawn, drawn[1:], strict=False):
+    assert set(less) <= set(more)
+  assert len(drawn[-1]) == len(labels)
+
+
+def test_a_fraction_of_classes_of_one_size_is_their_shots_and_none_stays_none():
+  labels, names = np.arange(40) % 2, ("ant", "bee")
+  shots = draw_shots(labels, 2, 0, names)
+  assert draw_fraction(labels, 0.1, 0, 2).tolist() == shots.tolist()
+  # A class that train has not.
+  assert draw_fraction(labels, 0.1, 0, 3).tolist() == shots.tolist()
 
 
 def test_shots_are_drawn_by_the_seed_and_are_there():

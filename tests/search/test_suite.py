@@ -13,6 +13,7 @@ from tiny_training import tiny_config, write_images
 from insvp_jax.data import GROUPS, TASKS, tasks
 from insvp_jax.methods import METHODS
 from insvp_jax.search import suite
+from insvp_jax.tools.report import make_table
 
 NAMES = ("cifar100", "svhn", "eurosat")
 SIZES = {"train800": 16, "val200": 6, "test": 5}
@@ -105,6 +106,18 @@ def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
     rows = {row["label"]: row for row in csv.DictReader(file)}
   means = [100 * stored[name]["linear"]["mean"] for name in NAMES]
   assert float(rows["linear"]["mean"]) == pytest.approx(np.mean(means), abs=0.005)
+  # The papers' tables read the same runs.
+  report = make_table([tmp_path / "run"])
+  (line,) = report.lines
+  assert [column.title for column in report.columns] == [*NAMES, "mean"]
+  shown = [cell.accuracy for cell in line.cells]
+  assert shown == pytest.approx([*means, np.mean(means)])
+  assert {cell.seeds for cell in line.cells} == {(0, 1)} and not report.left_out
+  assert {cell.facts["selection"] for cell in line.cells} == {
+    "lr, wd chosen on val among 2 trials"
+  }
+  sizes = {cell.facts["num_train"] for cell in line.cells}
+  assert sizes == {str(SIZES["train800"] + SIZES["val200"])}
   natural = float(rows["linear"]["natural mean"])
   assert natural == pytest.approx(np.mean(means[:2]), abs=0.005)
   # The same command again repeats nothing.

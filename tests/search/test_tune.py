@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import jax
 from markdown_table import cells
 import pytest
-from tiny_training import make_data, tiny_config
+from tiny_training import make_data, tiny_config, write_images
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, config_variants
@@ -732,6 +732,29 @@ def test_what_a_row_changes_is_not_searched_for_in_it():
   assert trials.grid_of(own.config(tiny_config(), tunes=True), True)["lr"] == (0.5,)
 
 
+def test_rows_may_differ_in_the_share_of_the_training_images(tmp_path):
+  write_images(tmp_path / "images")
+  rows = tuple(
+    (f"{title} {value:g}", "linear", ((f"data.{title}", value),))
+    for title, value in (("fraction", 0.25), ("shots", 5))
+  )
+  config = variants_config(rows, tune__lr=(0.1,), tune__seeds=(0,))
+  config.task, config.data.root = "folder", str(tmp_path / "images")
+  config.batch_size, config.total_epochs = 0, 1.0
+  summary = tune.run(config, tmp_path / "run")
+  finals = tune.first_runs(config, tmp_path / "run")
+  results = {
+    label: json.loads((where / "result.json").read_text())
+    for label, where in finals.items()
+  }
+  assert [r["num_train_examples"] for r in results.values()] == [6, 15]
+  for label, result in results.items():
+    # Val chose, test was whole, and no final run saw more images than its trials.
+    assert result["train_split"] == "train" and result["num_test_examples"] == 13
+    assert summary[label]["trials"][0]["val_accuracy"] is not None
+  assert len({result["data_sha256"] for result in results.values()}) == 2
+
+
 def one_row(*changes, label="x", method="mlp"):
   return ((label, method, changes),)
 
@@ -753,12 +776,18 @@ def one_row(*changes, label="x", method="mlp"):
     (one_row(("mlp.dropout", "much")), "'x': config.mlp.dropout is 'much', expected a"),
     (one_row(("total_epochs", -1.0)), "'x': config.total_epochs is -1.0, expected at"),
     (one_row(("mlp.dropout", 1.5)), "dropout is 1.5, expected a dropout rate"),
+    (one_row(("data.fraction", 0.0)), "'x': config.data.fraction is 0.0, expected in"),
+    (
+      one_row(("data.fraction", 0.5), ("data.shots", 2)),
+      "'x': both config.data.shots = 2 and config.data.fraction = 0.5 were given",
+    ),
     *(
       (one_row((key, value)), f"changes {key}, which all rows share")
       for key, value in {
         **{"task": "svhn", "method": "linear", "seed": 1, "image_size": 8},
         **{"data.preset": "vpt", "backbone.depth": 1, "tune.lr": (0.1,)},
         **{"plan.num_train": 1, "log_every_steps": 2, "tensorboard": True},
+        **{"data.root": "x", "data.split_seed": 1, "data.val_fraction": 0.2},
       }.items()
     ),
   ],

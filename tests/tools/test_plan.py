@@ -218,3 +218,17 @@ def test_the_largest_vit_is_planned_without_room_for_it(root, tmp_path):
   assert peak < parameters / 3
   assert found["arrays"]["frozen"] < parameters / 7
   assert found["train_step"]["total"] < 0.6 * parameters
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({}, 800),
+    ({"data__shots": 4}, 40),
+    ({"data__fraction": 0.1}, 80),
+    ({"data__fraction": 1e-6}, 10),
+  ],
+)
+def test_a_plan_counts_the_training_images_that_are_used(changes, expected):
+  config = tiny_config("linear", task="svhn", **changes)
+  assert plan._task_sizes(config) == ("svhn", 10, expected)

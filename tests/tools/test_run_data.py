@@ -69,6 +69,16 @@ def test_the_splits_are_stored_and_the_root_is_absolute(trained, monkeypatch):
   assert run.meta["config"]["data"]["root"] == str(trained / "images")
 
 
+def test_a_share_of_the_images_is_read_again_as_it_was(trained, tmp_path, capsys):
+  config = tiny_config("linear", task="folder", total_steps=1, data__fraction=0.5)
+  config.data.root = str(trained / "images")
+  result = trainer.train(config, tmp_path / "run")
+  data = run_data.read(load_run(tmp_path / "run")).data
+  # Neither the whole nor the half of the half, and of the same images.
+  assert len(data.splits["train"]) == result["num_train_examples"] == 9
+  assert "are not those of the run" not in capsys.readouterr().err
+
+
 def test_a_photo_more_changes_nothing(place, capsys):
   before, _ = evaluated(place, capsys)
   Image.new("RGB", (16, 16)).save(place / "images" / "bee" / "new.png")

@@ -48,6 +48,7 @@ from insvp_jax.train.trainer import Diverged, train
 TOTAL = 6  # steps of `tiny_config`: 2 epochs of 3
 RESULT_KEYS = (
   "task method preset seed val_accuracy test_accuracy num_test_examples "
+  "num_train_examples backbone_params "
   "trainable_params prompter_params backbone train_seconds images_per_second versions "
   "compile_seconds input_wait_seconds feature_seconds step_seconds "
   "peak_host_mb peak_device_mb"
@@ -96,6 +97,7 @@ def test_the_result_says_all_that_was_promised(insvp, whole):
     "preset": "vtab",
     "seed": 0,
     "num_test_examples": SPLITS["test"],
+    "num_train_examples": SPLITS["train"],
     "steps": TOTAL,
     "train_split": "train",
   }
