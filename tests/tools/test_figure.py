@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from insvp_jax.tools import figure
+from insvp_jax.tools import figure, plots
 
 
 def row(number, std=0.02, diverged=True):
@@ -62,7 +62,7 @@ def test_the_figure_has_all_trials_the_choice_the_tests_and_the_losses(tmp_path)
   curves = [line for line in right.lines if line.get_marker() == "None"]
   assert len(curves) == 3
   for i, line in enumerate(curves):
-    assert len(line.get_xdata()) == figure.NUM_POINTS
+    assert len(line.get_xdata()) == plots.NUM_POINTS
     # Each point is the mean of two or three steps.
     expected = np.mean([2.0 / s + i for s in (1, 2, 3)])
     assert line.get_ydata()[0] == pytest.approx(expected)
