@@ -367,7 +367,8 @@ def parameters_figure(trained: Sequence[Trained], split: str = "test") -> Any:
   if not trained:
     raise ValueError("there is no run with trained parameters and an accuracy.")
   size = (COLUMN_INCHES, min(7.0, 2.2 + 0.09 * len(trained)))
-  figure = Figure(figsize=size, layout="constrained")
+  # Letters are as wide as they will be only at the resolution that is written.
+  figure = Figure(figsize=size, dpi=DPI, layout="constrained")
   axis = figure.subplots()
   axis.set_xscale("log")
   for i, point in enumerate(trained):
@@ -411,9 +412,11 @@ def rounded(number: float | int) -> str:
   return f"{number:.3g}"
 
 
-# Distances of a label from its point, in points of 1/72 inch, nearest first.
-_DISTANCES = (4, 9, 15, 22, 30, 40, 52)
-_ANGLES = tuple(math.radians(angle) for angle in (0, 90, 270, 180, *range(30, 360, 30)))
+# Distances of a label from its point, in points of 1/72 inch, nearest first, and where
+# it may be: right, above, below and left, then between these.
+_DISTANCES = (4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 50, 58, 66, 74)
+_LEADER_FROM = 12
+_ANGLES = np.radians([0, 90, 270, 180, *(15 * i for i in range(24) if i % 6)])
 
 
 def _place_labels(
@@ -438,16 +441,17 @@ def _place_labels(
   # The layout decides where places are on the paper; labels do not change it.
   figure.draw_without_rendering()
   renderer, scale = canvas.get_renderer(), figure.dpi / 72
-  frame = axis.get_window_extent()
+  frame = tuple(axis.get_window_extent().extents)
   pixels = axis.transData.transform(places)
   radius = 3.5 * scale
   taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in pixels]
   for x, low, high in bars:
     (left, bottom), (_, top) = axis.transData.transform([(x, low), (x, high)])
     taken.append((left - scale, bottom, left + scale, top))
-  # Those with little room first would be better still; from left to right reads well.
+  directions = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
+  # The text's nearest side, or corner, is where its distance is measured.
+  sides = np.sign(np.round(directions, 6))
   for i in np.argsort(pixels[:, 0], kind="stable"):
-    x, y = pixels[i]
     note = axis.annotate(
       texts[i],
       places[i],
@@ -457,35 +461,33 @@ def _place_labels(
     note.set_in_layout(False)
     extent = note.get_window_extent(renderer)
     half = np.array([extent.width, extent.height]) / 2 + scale
-    best: tuple[float, Any, Any, float] | None = None
-    for distance in _DISTANCES:
-      for angle in _ANGLES:
-        direction = np.array([math.cos(angle), math.sin(angle)])
-        center = (x, y) + direction * (distance * scale + half)
-        box = (*(center - half), *(center + half))
-        covered = sum(_overlap(box, other) for other in taken)
-        covered += 4 * half.prod() - _overlap(box, tuple(frame.extents))
-        # Rounding leaves a trace of the frame.
-        if best is None or covered < best[0] - 1e-6:
-          best = (covered, center, box, distance)
-      if best[0] < 1e-6:
-        break
-    _, center, box, distance = best
-    taken.append(box)
-    note.set_position((center - (x, y)) / scale)
-    if distance > _DISTANCES[1]:
+    offsets = np.concatenate(
+      [directions * distance * scale + sides * half for distance in _DISTANCES]
+    )
+    boxes = np.concatenate([pixels[i] + offsets - half, pixels[i] + offsets + half], 1)
+    outside = 4 * half.prod() - _overlap(boxes, frame)
+    covered = np.sum([_overlap(boxes, other) for other in taken], axis=0) + outside
+    # The nearest of those that cover nothing; else what covers least.
+    best = int(np.argmin(np.round(covered)))
+    taken.append(tuple(boxes[best]))
+    offset = offsets[best] / scale
+    note.set_position(offset)
+    if _DISTANCES[best // len(directions)] >= _LEADER_FROM:
+      end = offset - sides[best % len(directions)] * half / scale
       axis.annotate(
         "",
         places[i],
-        **{"xytext": (center - (x, y)) / scale, "textcoords": "offset points"},
-        arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 5},
+        **{"xytext": end, "textcoords": "offset points"},
+        arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0},
       ).set_in_layout(False)
   # As it was when the places were taken.
   figure.set_layout_engine("none")
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-  """Returns the area that two boxes (left, bottom, right, top) share."""
-  width = min(a[2], b[2]) - max(a[0], b[0])
-  height = min(a[3], b[3]) - max(a[1], b[1])
-  return max(width, 0) * max(height, 0)
+def _overlap(
+  boxes: Float[np.ndarray, "n 4"], box: Sequence[float | int]
+) -> Float[np.ndarray, "n"]:
+  """Returns the area that boxes (left, bottom, right, top) share with another one."""
+  low, high = np.array(box[:2]), np.array(box[2:])
+  shared = np.minimum(boxes[:, 2:], high) - np.maximum(boxes[:, :2], low)
+  return np.prod(np.maximum(shared, 0), axis=1)
