@@ -166,13 +166,19 @@ def search_data(
   return data
 
 
-def draw(workdir: str | Path, path: str | Path, data: str | Path | None = None) -> None:
+def draw(
+  workdir: str | Path,
+  path: str | Path,
+  data: str | Path | None = None,
+  dpi: int = 150,
+) -> None:
   """Draws a search and writes the figure.
 
   Args:
     workdir: of the search.
     path: the figure's file.
     data: a .csv for what it shows; None for none.
+    dpi: pixels per inch of the figure.
 
   Raises:
     ValueError, FileNotFoundError, OSError: as `read_summary`, `search_figure` and
@@ -185,7 +191,7 @@ def draw(workdir: str | Path, path: str | Path, data: str | Path | None = None) 
     label: read_losses(first_final_run(workdir, label, row))
     for label, row in summary.items()
   }
-  visualize.save_figure(search_figure(summary, losses, workdir.name), path)
+  visualize.save_figure(search_figure(summary, losses, workdir.name), path, dpi)
   if data is not None:
     run_figures.write_data(data, search_data(summary, losses))
 
@@ -193,6 +199,8 @@ def draw(workdir: str | Path, path: str | Path, data: str | Path | None = None) 
 # --- The command.
 
 _KINDS = ("search", *run_figures.KINDS)
+# The fewest and the most pixels per inch.
+_DPI = (30, 1200)
 # Flags that some kinds have.
 _FLAGS = {
   *("backbone", "images", "num_images", "label", "class_name", "vectors", "seed")
@@ -219,6 +227,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
   parser.add_argument(
     "--data",
     help="a file for the numbers: .npz of prompts, gradcam, rollout, else .csv",
+  )
+  parser.add_argument(
+    "--dpi", type=int, help="pixels per inch; 300, or 150 of a search"
   )
   parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument(
@@ -272,6 +283,8 @@ def _check(args: argparse.Namespace) -> None:
     raise ValueError(f"--num_images is {args.num_images}, expected at least 1.")
   if args.seed is not None and not 0 <= args.seed < 2**32:
     raise ValueError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}.")
+  if args.dpi is not None and not _DPI[0] <= args.dpi <= _DPI[1]:
+    raise ValueError(f"--dpi is {args.dpi}, expected {_DPI[0]} to {_DPI[1]}.")
   visualize.check_format(Path(args.output))
   suffix = kind.suffix if kind else ".csv"
   if args.data and Path(args.data).suffix.lower() != suffix:
@@ -298,7 +311,7 @@ def _draw_kind(args: argparse.Namespace) -> None:
     **given,
   )
   drawn = kind.draw(request)
-  visualize.save_figure(drawn.figure, args.output, DPI)
+  visualize.save_figure(drawn.figure, args.output, args.dpi or DPI)
   if args.data:
     run_figures.write_data(args.data, drawn.data)
 
@@ -316,7 +329,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     visualize.check_matplotlib()
     _check(args)
     if args.kind == "search":
-      draw(args.run[0], args.output, args.data)
+      draw(args.run[0], args.output, args.data, args.dpi or 150)
     else:
       _draw_kind(args)
     print(f"wrote {' and '.join(filter(None, (args.output, args.data)))}")

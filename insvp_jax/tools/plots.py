@@ -6,6 +6,7 @@ them, with letters of 8 points and colours that the colour-blind can tell apart.
 are written as they are: no dollar sign starts a formula.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
@@ -26,8 +27,8 @@ MAX_LABELS = len(COLORS) * len(STYLES)
 COLUMN_INCHES = 3.3
 FONT_SIZE = 8
 DPI = 300
-# About what a letter and a line of `FONT_SIZE` take.
-LETTER_INCHES, LINE_INCHES = 0.067, 0.16
+# About what a line of `FONT_SIZE` takes.
+LINE_INCHES = 0.16
 # Points of a curve: more of them are averaged, as the loss of one batch is noisy.
 NUM_POINTS = 40
 # A picture of more rows would be more pixels than a file may have.
@@ -74,10 +75,24 @@ def style() -> Iterator[None]:
     yield
 
 
+def text_inches(text: str) -> float:
+  """Returns the width of a text in letters of `FONT_SIZE`."""
+  from matplotlib.font_manager import FontProperties
+  from matplotlib.textpath import text_to_path
+
+  font = FontProperties(size=FONT_SIZE)
+  width, *_ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+  return float(width) / 72
+
+
 def shortened(text: str, inches: float) -> str:
-  """Returns a text that is about as wide at most, its end cut off if need be."""
-  most = max(4, int(inches / LETTER_INCHES))
-  return text if len(text) <= most else f"{text[: most - 1]}…"
+  """Returns a text that is at most so wide, its end cut off if need be."""
+  if text_inches(text) <= inches:
+    return text
+  most = bisect.bisect(
+    range(1, len(text)), inches, key=lambda n: text_inches(f"{text[:n]}…")
+  )
+  return f"{text[: max(1, most)]}…"
 
 
 # --- Maps over images.
@@ -123,9 +138,9 @@ def maps_figure(
   captions = [labels, *(column.captions for column in maps.values())]
   lines = max(text.count("\n") + bool(text) for texts in captions for text in texts)
   row_inches = panel + 0.9 * lines * LINE_INCHES
-  size = (columns * panel, rows * row_inches + 0.65)
+  size = (columns * panel, rows * row_inches + 0.7)
   figure = Figure(figsize=size, layout="constrained")
-  figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.0, wspace=0.0)
+  figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, hspace=0.0, wspace=0.0)
   grid = figure.add_gridspec(
     rows + 1, columns, height_ratios=[*[row_inches] * rows, 0.07]
   )
@@ -235,7 +250,7 @@ def points_figure(
 
 def _legend_columns(names: Sequence[str]) -> int:
   """Returns how many columns of a legend fit into a column of a paper."""
-  widest = max(map(len, names)) * LETTER_INCHES + 0.35
+  widest = max(map(text_inches, names)) + 0.45
   return max(1, min(len(names), int(COLUMN_INCHES / widest)))
 
 
@@ -422,9 +437,9 @@ _ANGLES = np.radians([0, 90, 270, 180, *(15 * i for i in range(24) if i % 6)])
 def _place_labels(
   figure: Any,
   axis: Any,
-  places: Sequence[tuple[float, float]],
+  places: Sequence[tuple[float | int, float]],
   texts: Sequence[str],
-  bars: Sequence[tuple[float, float, float]],
+  bars: Sequence[tuple[float | int, float, float]],
 ) -> None:
   """Writes a text beside each place, where it covers no other.
 

@@ -171,7 +171,11 @@ def draw_gradcam(request: Request) -> Drawn:
   def captions(run: Run, probabilities: np.ndarray, values: Any) -> list[str]:
     del values
     index = index_of(run)
-    return [_probable(run, row, index) for row in probabilities]
+    indices = [row.argmax() if index is None else index for row in probabilities]
+    return [
+      f"{run.class_names[k]}\n{100 * row[k]:.0f}%"
+      for row, k in zip(probabilities, indices, strict=True)
+    ]
 
   return _draw_maps(
     request,
@@ -188,23 +192,13 @@ def draw_rollout(request: Request) -> Drawn:
     ValueError: as `attribution.attention_rollout`.
   """
 
-  def captions(run: Run, probabilities: np.ndarray, values: np.ndarray) -> list[str]:
-    shares = values.sum(axis=(1, 2))
-    return [
-      f"{_probable(run, row)}\npatches {100 * share:.0f}%"
-      for row, share in zip(probabilities, shares, strict=True)
-    ]
+  def captions(run: Run, probabilities: Any, values: np.ndarray) -> list[str]:
+    del run, probabilities
+    return [f"patches {100 * share:.0f}%" for share in values.sum(axis=(1, 2))]
 
   return _draw_maps(
     request, attribution.attention_rollout, captions, "attention roll-out"
   )
-
-
-def _probable(run: Run, probabilities: np.ndarray, index: int | None = None) -> str:
-  """Returns the class that is most probable, or another one, with its percentage."""
-  index = int(probabilities.argmax()) if index is None else index
-  # The name is what may be cut off.
-  return f"{100 * probabilities[index]:.0f}% {run.class_names[index]}"
 
 
 def draw_prompts(request: Request) -> Drawn:

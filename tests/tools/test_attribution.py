@@ -33,7 +33,8 @@ def make_run(tmp_path, method="linear", backbone="mu/4", fields=None, **sizes):
     method_kwargs=METHOD_KWARGS.get(method, {}) if fields is None else fields,
   )
   leaves = trees.flatten(make_params(model))
-  leaves = {n: abs(x) if n.endswith("/var") else x for n, x in leaves.items()}
+  # So large that attention is not the same for all; a variance is not negative.
+  leaves = {n: 4 * (abs(x) if n.endswith("/var") else x) for n, x in leaves.items()}
   return Run(
     model=model,
     params=trees.unflatten(leaves),
@@ -228,7 +229,9 @@ def test_grad_cam_of_mean_pooled_tokens_has_a_closed_form(tmp_path):
   tokens = run.model.apply(
     {"params": run.params}, inputs, method=lambda model, x: model.backbone.tokens(x)
   )
-  kernel = np.asarray(run.params["head"]["kernel"])
+  # So that some positions speak for each class.
+  kernel = np.stack([tokens[0, 0], tokens[1, 3], -tokens[2, 5]], axis=1)
+  run.params["head"].update(kernel=jnp.asarray(kernel))
 
   def closed(classes):
     weights = kernel[:, classes].T[:, None]
