@@ -1,5 +1,7 @@
 """Grad-CAM and attention roll-out, against plain computations of small models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +141,8 @@ def test_rollout_is_the_product_of_attention_and_identity(
   carries = method == "vpt_shallow"
   prompts = run.params.get("prompter", {}).get("common_prompt", ())
   images = inputs_of(run)
-  _, attentions, _ = plain_blocks(run, images, prompts, carries)
+  blocks = jax.jit(lambda images: plain_blocks(run, images, prompts, carries))
+  _, attentions, _ = blocks(images)
   prefix = run.model.backbone.num_prefix
   rows = plain_rollout(attentions, TOKENS + prefix, carries)
   row = rows[:, 0] if pool == "tok" else rows.mean(axis=1)
@@ -172,7 +175,6 @@ def test_both_of_blocks_that_are_scanned_and_computed_again(vpt_run, tmp_path):
   [
     ("insvp", None),
     ("gated", {"prompt_length": 2, "pool": "mean"}),
-    ("e2vpt", {"prompt_length": 2, "kv_length": 1}),
     ("vpt_shallow+transhp", {"vpt_shallow": {"prompt_length": 2}}),
   ],
 )
@@ -193,7 +195,7 @@ def test_both_read_what_methods_do_within_blocks(tmp_path, method, fields):
 def test_rollout_of_attention_pooling_weights_the_rows(tmp_path):
   run = make_run(tmp_path, pool="map")
   images = inputs_of(run)
-  tokens, attentions, _ = plain_blocks(run, images)
+  tokens, attentions, _ = jax.jit(lambda images: plain_blocks(run, images))(images)
   rows = plain_rollout(attentions, TOKENS, True)
   backbone = run.params["backbone"]
   pool = backbone["MAPHead_0"]["MultiHeadDotProductAttention_0"]
@@ -215,7 +217,7 @@ def test_rollout_of_attention_pooling_weights_the_rows(tmp_path):
 
 def plain_cam(activations, logit_of):
   """Returns Grad-CAM by its definition: activations [b, n, d], logit of each image."""
-  grads = jax.grad(lambda a: logit_of(a).sum())(activations)
+  grads = jax.jit(jax.grad(lambda a: logit_of(a).sum()))(activations)
   weights = grads.mean(axis=1, keepdims=True)
   side = int(activations.shape[1] ** 0.5)
   values = jax.nn.relu((weights * activations).sum(axis=-1))
@@ -226,9 +228,11 @@ def test_grad_cam_of_mean_pooled_tokens_has_a_closed_form(tmp_path):
   """As y = w . mean(A) + b, the map is the positive part of A w / n."""
   run = make_run(tmp_path, pool="gap")
   inputs = inputs_of(run)
-  tokens = run.model.apply(
-    {"params": run.params}, inputs, method=lambda model, x: model.backbone.tokens(x)
-  )
+  tokens = jax.jit(
+    lambda params, x: run.model.apply(
+      {"params": params}, x, method=lambda model, x: model.backbone.tokens(x)
+    )
+  )(run.params, inputs)
   # So that some positions speak for each class.
   kernel = np.stack([tokens[0, 0], tokens[1, 3], -tokens[2, 5]], axis=1)
   run.params["head"].update(kernel=jnp.asarray(kernel))
@@ -254,7 +258,7 @@ def test_grad_cam_of_a_class_token_is_of_what_the_last_block_attends_to(vpt_run)
   inputs = inputs_of(run)
   prompts, head = run.params["prompter"]["common_prompt"], run.params["head"]
   last = run.params["backbone"]["Transformer"]["encoder_norm"]
-  patches = plain_blocks(run, inputs, prompts)[2]
+  patches = jax.jit(lambda x: plain_blocks(run, x, prompts)[2])(inputs)
 
   def logit_of(activations):
     tokens = plain_blocks(run, inputs, prompts, added=activations - patches)[0]
@@ -274,9 +278,8 @@ def test_grad_cam_of_each_architecture(tmp_path, variant):
     run = make_run(tmp_path, "linear", variant, **STAGED[variant])
     name, path = "norm", ("stage_1",)
   params = run.params
-  _, seen = run.model.apply(
-    {"params": params}, inputs_of(run), capture_intermediates=True
-  )
+  apply = jax.jit(functools.partial(run.model.apply, capture_intermediates=True))
+  _, seen = apply({"params": params}, inputs_of(run))
   seen = seen["intermediates"]["backbone"]
   for part in path:
     seen = seen[part]

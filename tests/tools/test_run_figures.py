@@ -187,7 +187,7 @@ def test_tsne_keeps_neighbours_together():
     tsne.tsne(vectors, perplexity=40)
 
 
-@pytest.mark.parametrize("number", [1, 2, 10, 21, 22, 200])
+@pytest.mark.parametrize("number", [1, 21, 200])
 def test_classes_have_a_legend_as_far_as_it_tells_them_apart(number):
   labels = np.arange(2 * number) % number
   points = np.random.default_rng(0).normal(size=(2 * number, 2))
@@ -203,7 +203,7 @@ def test_classes_have_a_legend_as_far_as_it_tells_them_apart(number):
     assert not legends and f"{number} classes" in axis.get_title()
   else:
     assert [name.split()[0] for name in legends[0]] == [f"${i}$" for i in range(number)]
-    assert all(len(name) < 50 for name in legends[0])
+    assert all(plots.text_inches(name) < plots.COLUMN_INCHES for name in legends[0])
     assert not any(text.get_parse_math() for text in drawn.legends[0].get_texts())
 
 
