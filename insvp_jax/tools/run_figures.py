@@ -132,9 +132,9 @@ def _draw_maps(
     captions: `(run, probabilities [b, k], maps) -> [a line for each image]`.
     unit: what a map is.
   """
+  plots.check_rows(request.num_images)
   runs = _load(request)
   first = next(iter(runs.values()))
-  plots.check_rows(request.num_images)
   images, classes = _images(first, request)
   maps: dict[str, plots.Maps] = {}
   data = {"runs": np.array(list(runs)), "classes": np.array(classes or [], str)}
@@ -207,8 +207,8 @@ def draw_prompts(request: Request) -> Drawn:
   Raises:
     ValueError: the method makes no image prompts.
   """
-  (run,) = _load(request).values()
   plots.check_rows(request.num_images)
+  (run,) = _load(request).values()
   images, classes = _images(run, request)
   figure = visualize.prompt_figure(run, images, labels=classes)
   prompts = run.prompts(images)

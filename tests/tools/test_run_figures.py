@@ -129,14 +129,21 @@ def test_a_figure_shows_its_maps(place):
 
 def test_images_of_the_task_go_to_runs_of_other_sizes(place, tmp_path, monkeypatch):
   # Of this preset, stored images are larger than what a model gets.
-  make_run(tmp_path, "linear", meta={"preset": "imagenet"})
+  make_run(tmp_path / "b", "linear", meta={"preset": "imagenet"})
+  # This method puts a small image into a frame: the map is of both.
+  make_run(tmp_path / "c", "autovp", backbone_kwargs={"depth": 2, "head_classes": 5})
   images = np.zeros((2, SIZE, SIZE, 3), np.uint8).view(preprocess.Resized)
   monkeypatch.setattr(
     run_data, "sample_images", lambda run, count: (images[:count], ["a\nb", "c"])
   )
-  request = run_figures.Request({"a": place / "insvp", "b": tmp_path}, num_images=2)
+  request = run_figures.Request(
+    {"a": place / "insvp", "b": tmp_path / "b", "c": tmp_path / "c"}, num_images=2
+  )
   drawn = run_figures.draw_rollout(request)
-  assert drawn.data["maps_0"].shape == drawn.data["maps_1"].shape == (2, 4, 4)
+  for i in range(3):
+    assert drawn.data[f"maps_{i}"].shape == (2, 4, 4)
+    assert drawn.data[f"images_{i}"].shape == (2, SIZE, SIZE, 3)
+  assert load_run(tmp_path / "c").model.input_size < SIZE
   assert list(drawn.data["classes"]) == ["a\nb", "c"]
 
 
@@ -299,6 +306,12 @@ def test_labels_cover_neither_points_nor_each_other():
     for other in boxes[i + 1 :]:
       overlap = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
       assert np.any(overlap < 0)
+
+
+def test_runs_are_called_by_what_tells_them_apart():
+  assert run_figures.labels_of(["runs/a", "runs/b"]) == ["a", "b"]
+  seeds = ["runs/$a$/seed0", "runs/b/seed0/"]
+  assert run_figures.labels_of(seeds) == ["$a$/seed0", "b/seed0"]
 
 
 def test_one_map_and_many_and_none_that_says_anything():
