@@ -249,7 +249,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     choices=tsne.VECTORS,
     help="of t-SNE: features, or InsVP's specific prompts",
   )
-  parser.add_argument("--seed", type=int, help="of t-SNE; 0 without it")
+  parser.add_argument(
+    "--seed", type=int, help="of the draw of test images, and of t-SNE; 0"
+  )
   return parser
 
 

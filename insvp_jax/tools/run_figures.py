@@ -32,7 +32,7 @@ class Request:
     num_images: how many at most.
     class_name: that Grad-CAM is of; None for the class predicted.
     vectors: of `tsne.VECTORS`.
-    seed: of t-SNE.
+    seed: of the draw of test images, and of t-SNE.
   """
 
   runs: Mapping[str, Path]
@@ -109,7 +109,7 @@ def _images(run: Run, request: Request) -> tuple[Any, list[str] | None]:
   """Returns the images that are shown, and their classes where these are known."""
   if request.images:
     return visualize.evenly_spaced(request.images, request.num_images), None
-  return run_data.sample_images(run, request.num_images)
+  return run_data.sample_images(run, request.num_images, request.seed)
 
 
 def _images_for(run: Run, first: Run, images: Any) -> Any:
@@ -309,14 +309,12 @@ class Kind(NamedTuple):
   num_images: int = 6
 
 
-_OF_IMAGES = frozenset({"backbone", "images", "num_images"})
+_OF_IMAGES = frozenset({"backbone", "images", "num_images", "seed"})
 KINDS = {
   "prompts": Kind(draw_prompts, _OF_IMAGES, False, ".npz"),
   "gradcam": Kind(draw_gradcam, _OF_IMAGES | {"label", "class_name"}, True, ".npz"),
   "rollout": Kind(draw_rollout, _OF_IMAGES | {"label"}, True, ".npz"),
-  "tsne": Kind(
-    draw_tsne, _OF_IMAGES | {"label", "vectors", "seed"}, False, ".csv", 500
-  ),
+  "tsne": Kind(draw_tsne, _OF_IMAGES | {"label", "vectors"}, False, ".csv", 500),
   "curves": Kind(draw_curves, frozenset({"label"}), True, ".csv"),
   "parameters": Kind(draw_parameters, frozenset({"label"}), True, ".csv"),
 }

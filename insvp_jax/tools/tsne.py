@@ -101,6 +101,6 @@ def tsne(
     )
   # The start is scaled to its own spread; vectors of tiny numbers would be lost in it.
   vectors = (vectors - vectors.mean(axis=0)) / vectors.std()
-  # A start by randomized PCA depends on the seed too.
+  # The seed draws how the components are found; points hardly depend on it.
   found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
   return found.fit_transform(vectors).astype(np.float32)
