@@ -289,19 +289,17 @@ def _vit_logits(
   """Returns (logits [b, k], patch tokens [b, n, d] of the layer of `grad_cam`)."""
   vit, size = model.backbone, model.prompter.prompted_size()
   pools_tokens = vit.pool != "tok" and not model.prompter.hooks().overrides("pool")
-  at = ("encoder_norm" if pools_tokens else "norm1",)
+  # Where the feature is normalised, the tokens are pooled as they leave the last block.
   leaves = pools_tokens and vit.fc_norm
+  is_normed = pools_tokens and not vit.fc_norm
   probe = _PatchProbe(
-    at=() if leaves else at,
+    at=() if leaves else ("encoder_norm",) if is_normed else ("norm1",),
     start=vit.num_prefix,
     count=(size // vit.patch_size) ** 2,
     leaves=leaves,
   )
-  given = {"added": added}
-  if pools_tokens and not leaves:
-    places = {"shared": given}
-  else:
-    places = {"last": given}
+  # The last norm is in no block.
+  places = {"shared" if is_normed else "last": {"added": added}}
 
   def apply(model: PromptedClassifier, images: Array) -> Array:
     return _probed_logits(
