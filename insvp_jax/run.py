@@ -132,8 +132,12 @@ class Run:
 
   @functools.cached_property
   def _compiled(self) -> dict[str, Callable]:
-    """The compiled functions by name, filled by `_apply`."""
+    """The compiled functions by name, filled by `compiled`."""
     return {}
+
+  def compiled(self, name: str, function: Callable) -> Callable:
+    """Returns a function compiled; the first one of a name is kept with the run."""
+    return self._compiled.setdefault(name, jax.jit(function))
 
   def _resized(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
     """Returns an image as the run's splits hold it."""
@@ -157,13 +161,12 @@ class Run:
       images: see `Run`.
     """
     image_size = self.model.input_size
-    if name not in self._compiled:
 
-      def preprocess_and_apply(params: Any, pixels: Array) -> Any:
-        inputs = preprocess.eval_preprocess(self.preset, pixels, image_size)
-        return function(params, inputs)
+    def preprocess_and_apply(params: Any, pixels: Array) -> Any:
+      inputs = preprocess.eval_preprocess(self.preset, pixels, image_size)
+      return function(params, inputs)
 
-      self._compiled[name] = jax.jit(preprocess_and_apply)
+    compiled = self.compiled(name, preprocess_and_apply)
     pixels = [
       self._resized(image) for image in _read_images(images, self.decode_options)
     ]
@@ -172,7 +175,7 @@ class Run:
       batch = pixels[start : start + BATCH_SIZES[-1]]
       batch_size = next(size for size in BATCH_SIZES if size >= len(batch))
       padding = [batch[-1]] * (batch_size - len(batch))
-      output = self._compiled[name](self.params, np.stack(batch + padding))
+      output = compiled(self.params, np.stack(batch + padding))
       outputs.append(jax.device_get(output))
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)
     # Only the last batch is padded.

@@ -66,6 +66,11 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   from matplotlib.figure import Figure
 
   prompts, probabilities = run.prompts(images), run.predict(images)
+  if not all(np.isfinite(prompts[name]).all() for name in names):
+    raise ValueError(
+      f"prompts of the run at {run.workdir} are not finite: it has diverged; train it "
+      "with a smaller lr."
+    )
   pixels = run.to_pixels(run.preprocess(images))
   prompted_pixels = run.to_pixels(run.prompted(images))
   columns, rows = len(names) + 2, len(pixels)
@@ -91,13 +96,19 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   return figure
 
 
-def save_figure(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike, dpi: int = 150) -> None:
   """Writes a figure to a file that is either complete or not there at all.
+
+  Args:
+    figure: the figure.
+    path: its file; the letters of a .pdf are text, of a kind that publishers accept.
+    dpi: pixels per inch where it is of pixels.
 
   Raises:
     ValueError: the file's ending is not one of `FORMATS`.
     OSError: the disk is full or read-only.
   """
+  import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
   path = Path(path)
@@ -105,7 +116,9 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{os.getpid()}.{path.name}")
   try:
-    FigureCanvasAgg(figure).print_figure(partial, dpi=150)
+    # TrueType: publishers refuse matplotlib's default, Type 3.
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+      FigureCanvasAgg(figure).print_figure(partial, dpi=dpi)
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)

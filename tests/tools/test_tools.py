@@ -21,6 +21,7 @@ from insvp_jax.run import load_run
 from insvp_jax.tools import (
   evaluate,
   export,
+  figure,
   meta_init,
   predict,
   prepare_data,
@@ -236,6 +237,7 @@ TOOLS = {
   "predict": predict,
   "evaluate": evaluate,
   "visualize": visualize,
+  "figure": figure,
   "export": export,
   "meta_init": meta_init,
   "prepare": prepare_data,
