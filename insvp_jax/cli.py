@@ -21,6 +21,7 @@ COMMANDS = {
   "predict": ("print a run's predictions for images", "predict"),
   "evaluate": ("print a run's accuracy on the splits of its task", "evaluate"),
   "visualize": ("draw the prompts of a run", "visualize"),
+  "demo": ("serve a page to try runs on one's own images", "demo"),
   "figure": ("draw where runs look, t-SNE, curves, a search", "figure"),
   "report": ("make the papers' tables, or one of all tasks, from runs", "report"),
   "prepare": ("list the published data sets, check or prepare them", "prepare_data"),
