@@ -43,6 +43,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   # With 1 a damaged one is the end.
   "keep_checkpoints": (2, "how many of the newest checkpoints are kept"),
   "tensorboard": (True, "write TensorBoard files beside metrics.jsonl"),
+  "wandb": ("", "a project of Weights & Biases, or entity/project; empty: none"),
   "prompt_images": (0, "test images to draw InsVP's prompts for"),
   "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
   "multihost": (bool, "join other processes; None: where a cluster is detected"),
@@ -168,7 +169,7 @@ _BACKBONE_FIELDS = (
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|profile|keep_checkpoints|"
+  r"wandb|prompt_images|profile|keep_checkpoints|"
   r"data/(root|cache_dir|data_dir|lists|splits_json|max_pixels|max_file_mb)|"
   r"backbone/(weights|remat|fsdp)"
 )

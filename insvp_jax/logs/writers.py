@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, how far it is.
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, how far it is.
 
 Everything is written by process 0 alone; on the others the same calls do nothing.
 """
@@ -18,9 +18,10 @@ import numpy as np
 
 from insvp_jax import files
 from insvp_jax.distributed import processes
-from insvp_jax.logs import progress
+from insvp_jax.logs import progress, weights_and_biases
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
 from insvp_jax.logs.tensorboard import EventFile
+from insvp_jax.logs.weights_and_biases import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 PARTIAL = ".partial"  # ends the name of a file that is not complete yet
@@ -38,6 +39,8 @@ class Writers:
     start_step: int = 0,
     start_lines: int | None = None,
     tensorboard: bool = True,
+    wandb: str = "",
+    config: Mapping[str, Any] | None = None,
     name: str = "",
     stream: io.TextIOBase | None = None,
   ):
@@ -52,16 +55,19 @@ class Writers:
         what was written at `start_step` before and after it was saved. None keeps
         all lines of that step.
       tensorboard: whether to write an event file, too.
+      wandb: the project of Weights & Biases to write to, too; "" for none.
+      config: what Weights & Biases shows of the run.
       name: of the run, in front of its progress.
       stream: where progress goes, a bar on a terminal, else lines; None is the
         standard error.
 
     Raises:
       OSError: the files cannot be written.
+      ValueError: Weights & Biases refuses the run.
     """
     self._is_main = processes.is_main_process()
     self._progress = progress.create(stream or sys.stderr, name, total_steps)
-    self._metrics = self._events = None
+    self._metrics = self._events = self._wandb = None
     self.lines = 0  # of metrics.jsonl
     if self._is_main:
       workdir = Path(workdir)
@@ -71,12 +77,17 @@ class Writers:
       self._metrics = AppendedFile(workdir / METRICS_FILE, sum(map(len, kept)))
       try:
         self._events = EventFile(workdir, start_step) if tensorboard else None
+        if wandb:
+          self._wandb = WandbRun(
+            workdir, wandb, name=name, config=config or {}, start_step=start_step
+          )
+          write_json(workdir / weights_and_biases.FILE, self._wandb.identity)
       except BaseException:
-        self._metrics.close()
+        self.close(failed=True)
         raise
 
   def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Appends scalars to metrics.jsonl and to TensorBoard.
+    """Appends scalars to metrics.jsonl, TensorBoard and Weights & Biases.
 
     Args:
       step: batches seen so far.
@@ -88,8 +99,8 @@ class Writers:
     line = json.dumps({"step": step, **_finite(values)}) + "\n"
     self._metrics.append(line.encode())
     self.lines += 1
-    if self._events:
-      self._events.write(step, values)
+    for log in filter(None, (self._events, self._wandb)):
+      log.write(step, values)
 
   def text(self, name: str, text: str) -> None:
     """Shows a text, Markdown, in TensorBoard."""
@@ -99,14 +110,15 @@ class Writers:
       self._events.text(0, name, spelt)
 
   def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
-    """Shows images in TensorBoard, by name."""
-    for name, pixels in images.items() if self._events else ():
-      self._events.image(step, name, pixels)
+    """Shows images in TensorBoard and Weights & Biases, by name."""
+    for log in filter(None, (self._events, self._wandb)):
+      for name, pixels in images.items():
+        log.image(step, name, pixels)
 
   @property
   def shows_images(self) -> bool:
     """Whether `images` has an effect, so that they are worth being made."""
-    return self._events is not None
+    return self._events is not None or self._wandb is not None
 
   def train(
     self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
@@ -131,12 +143,18 @@ class Writers:
     if self._is_main:
       self._progress.log(text)
 
-  def close(self) -> None:
-    """Ends the progress bar and closes the files."""
+  def close(self, *, failed: bool = False) -> None:
+    """Ends the progress bar and closes the files.
+
+    Args:
+      failed: whether the run did not come to its end.
+    """
     self._progress.close()
     for file in (self._metrics, self._events):
       if file:
         file.close()
+    if self._wandb:
+      self._wandb.close(failed=failed)
 
   def __enter__(self) -> "Writers":
     """Returns itself; `close` is called at the end of the with block."""
@@ -144,7 +162,7 @@ class Writers:
 
   def __exit__(self, *error: object) -> None:
     """Closes the files."""
-    self.close()
+    self.close(failed=error[0] is not None)
 
 
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from insvp_jax.data.sources import stored_splits
 from insvp_jax.distributed import lock, processes, stopping
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
-from insvp_jax.logs import prompt_panels
+from insvp_jax.logs import prompt_panels, weights_and_biases
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.methods import Method
 from insvp_jax.train import batches, evaluate, optim, report
@@ -153,6 +153,7 @@ def prepare(
     ValueError, FileNotFoundError: bad input; see the message.
   """
   config_checks.validate(config)
+  weights_and_biases.check_project(config.wandb)
   fill_preset(config)
   get_preset(config.data.preset)
   mesh = mesh_lib.create_mesh(fsdp=config.backbone.fsdp)
@@ -273,6 +274,8 @@ def train(
       start_step=start_step,
       start_lines=progress.get("metrics_lines"),
       tensorboard=config.tensorboard,
+      wandb=config.wandb,
+      config=config_lib.stored(config),
       name=f"{data.name} {config.method}",
     ) as writers:
       if start_step:
