@@ -286,6 +286,8 @@ class Search:
       report.data_digest(self.config, prepared.data, test=False),
     )
     finished = trials.read(path, digest)
+    for trial in finished:
+      self._show(trial, workdir)
     missing = [point for point in self.points if trials.find(finished, point) is None]
     if missing:
       with trainer.hold_workdir(workdir / "search"):
@@ -295,7 +297,14 @@ class Search:
             trial = json.loads(json.dumps({**trial, "settings": digest}))
             trials.append(path, trial)
             finished.append(trial)
+            self._show(trial, workdir)
     return [trials.find(finished, point) for point in self.points]
+
+  def _show(self, trial: Mapping[str, Any], workdir: Path) -> None:
+    """Shows a finished trial in TensorBoard, if there are files for it."""
+    if self.config.tensorboard and all(name in trial for name in self.names):
+      point = {name: trial[name] for name in self.names}
+      trials.show(workdir / "search" / "hparams", self.config.method, point, trial)
 
   def _run_trials(
     self, points: list[trials.Point], workdir: Path, on_log: OnLog | None

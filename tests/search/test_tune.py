@@ -2,7 +2,10 @@
 
 import csv
 import json
+import shutil
 import statistics
+import sys
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -820,3 +823,77 @@ def test_a_flag_that_no_row_would_look_at_is_one_line():
   config.tune.variants = (*config.tune.variants, ("as it is", "mlp", ()))
   config_variants.check_overrides(config, {"optim.lr", "tune.lr"})
   config_variants.check_overrides(search_config(), {"method"})
+
+
+def hparams_tab(logdir, monkeypatch):
+  """Returns the rows of TensorBoard's tab HPARAMS: (hparams, metrics, status)."""
+  # So that TensorBoard does not import TensorFlow, which takes long.
+  monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+  from tensorboard.backend.event_processing import (
+    data_provider,
+    plugin_event_multiplexer,
+  )
+  from tensorboard.context import RequestContext
+  from tensorboard.plugins.hparams import (
+    api_pb2,
+    backend_context,
+    list_session_groups,
+  )
+
+  runs = plugin_event_multiplexer.EventMultiplexer()
+  runs.AddRunsFromDirectory(str(logdir))
+  runs.Reload()
+  provider = data_provider.MultiplexerDataProvider(runs, str(logdir))
+  shown = backend_context.Context(types.SimpleNamespace(data_provider=provider))
+  columns = [
+    api_pb2.ColParams(metric=api_pb2.MetricName(tag=tag))
+    for tag in ("val_accuracy", "val_loss")
+  ]
+  statuses = {value: name for name, value in api_pb2.Status.items()}
+  request = api_pb2.ListSessionGroupsRequest(
+    start_index=0, slice_size=100, col_params=columns, allowed_statuses=list(statuses)
+  )
+  handler = list_session_groups.Handler(RequestContext(), shown, "", request)
+  rows = []
+  for group in handler.run().session_groups:
+    hparams = {k: v.number_value or v.string_value for k, v in group.hparams.items()}
+    metrics = {each.name.tag: each.value for each in group.metric_values}
+    rows.append((hparams, metrics, statuses[group.sessions[0].status]))
+  return sorted(rows, key=lambda row: (row[0]["wd"] or 0, -row[0]["lr"]))
+
+
+def test_tensorboard_shows_each_trial_with_its_hparams(install, tmp_path, monkeypatch):
+  def accuracy(config):
+    if config.optim.lr > 0.05:
+      raise Diverged("the loss is nan")
+    return 0.5 + config.optim.wd
+
+  install(accuracy)
+  config = search_config(tensorboard=True, tune__lr=(0.1, 0.01), tune__wd=(0.25, 0.125))
+  tune.run(config, tmp_path)
+  rows = hparams_tab(tmp_path, monkeypatch)
+  assert [(row["lr"], row["wd"], row["method"]) for row, *_ in rows] == [
+    (lr, wd, "linear") for wd in (0.125, 0.25) for lr in (0.1, 0.01)
+  ]
+  assert [(metrics, status) for _, metrics, status in rows] == [
+    ({}, "STATUS_FAILURE"),
+    ({"val_accuracy": 0.625}, "STATUS_SUCCESS"),
+    ({}, "STATUS_FAILURE"),
+    ({"val_accuracy": 0.75}, "STATUS_SUCCESS"),
+  ]
+  # Started again, it adds what is missing and nothing twice.
+  folder = tmp_path / "linear" / "search" / "hparams"
+  removed = sorted(folder.iterdir())[0]
+  assert removed.name.startswith("lr 0.01, wd 0.125 ")
+  shutil.rmtree(removed)
+  tune.run(config, tmp_path)
+  assert (
+    hparams_tab(tmp_path, monkeypatch) == rows
+    and len(list(folder.rglob("events.*"))) == 4
+  )
+
+
+def test_without_tensorboard_no_trial_is_shown(install, tmp_path):
+  install(best_at(0.01))
+  tune.run(search_config(), tmp_path)
+  assert not list(tmp_path.rglob("events.*"))
