@@ -42,6 +42,7 @@ class Writers:
     wandb: str = "",
     config: Mapping[str, Any] | None = None,
     name: str = "",
+    whole: progress.Whole | None = None,
     stream: io.TextIOBase | None = None,
   ):
     """Opens the files of a run, for a new one or to go on with it.
@@ -58,6 +59,7 @@ class Writers:
       wandb: the project of Weights & Biases to write to, too; "" for none.
       config: what Weights & Biases shows of the run.
       name: of the run, in front of its progress.
+      whole: how far the search is that the run is a part of.
       stream: where progress goes, a bar on a terminal, else lines; None is the
         standard error.
 
@@ -66,7 +68,7 @@ class Writers:
       ValueError: Weights & Biases refuses the run.
     """
     self._is_main = processes.is_main_process()
-    self._progress = progress.create(stream or sys.stderr, name, total_steps)
+    self._progress = progress.create(stream or sys.stderr, name, total_steps, whole)
     self._metrics = self._events = self._wandb = None
     self.lines = 0  # of metrics.jsonl
     if self._is_main:

@@ -13,9 +13,8 @@ Visual Task Adaptation Benchmark", section 3; the choice by the last epoch, ties
 the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 2022).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -32,11 +31,12 @@ from insvp_jax.checkpoints.files import Damaged, load_json
 from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
+from insvp_jax.logs.progress import Whole
 from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import parts_of
 from insvp_jax.models.classifier import create_model
 from insvp_jax.search import population, pruning, tables, trials
-from insvp_jax.search.outlook import Outlook, Work, work_of
+from insvp_jax.search.outlook import Outlook, Row, Work, work_of
 from insvp_jax.train import evaluate, report, trainer
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state, fill_preset
@@ -44,7 +44,6 @@ from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Prepared, prepare
 
 MODES = ("auto", "train", "tune")
-OnLog = Callable[[Timer], None]
 
 
 def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
@@ -107,9 +106,8 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
       # The first line of the summary: how many images there are to train on.
       print_once(search.prepared.data.summary().partition("\n")[0])
     trainer.print_params(search.config, search.prepared)
-    on_log = functools.partial(outlook.tell, label)
     changes = config_lib.to_dict(variant.changes)
-    results = search.run(workdir / variant.folder, on_log)
+    results = search.run(workdir / variant.folder, outlook.row(label))
     summary[label] = {"method": variant.method, "changes": changes, **results}
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
@@ -248,22 +246,22 @@ class Search:
       final_steps=config_lib.num_steps(self.config, num_train)[0],
     )
 
-  def run(self, workdir: Path, on_log: OnLog | None = None) -> dict[str, Any]:
+  def run(self, workdir: Path, row: Row) -> dict[str, Any]:
     """Returns the summary of the row: the choice, and its test accuracies.
 
     Args:
       workdir: of the row.
-      on_log: as for `trainer.train_loop`, of each run.
+      row: is told how far the runs are.
     """
-    finished = self.search(workdir, on_log) if self.has_trials else []
+    finished = self.search(workdir, row) if self.has_trials else []
     chosen = self.points[0]
     if self.has_trials:
       chosen = trials.choose(finished, self.names)
     best = trials.find(finished, chosen) or {}
     if self.percents:
-      masks, pruned = pruning.prune(self, chosen, workdir, on_log)
+      masks, pruned = pruning.prune(self, chosen, workdir, row)
       chosen, best = {**chosen, **masks}, pruned
-    results = self.retrain(chosen, workdir, on_log)
+    results = self.retrain(chosen, workdir, row)
     columns = (*self.names, "val_accuracy")
     return {
       **_of_runs(results),
@@ -274,9 +272,7 @@ class Search:
       **({"pruning": best["pruning"]} if self.percents else {}),
     }
 
-  def search(
-    self, workdir: Path, on_log: OnLog | None = None
-  ) -> list[Mapping[str, Any]]:
+  def search(self, workdir: Path, row: Row) -> list[Mapping[str, Any]]:
     """Returns the finished trials of all points, in their order."""
     path, prepared = workdir / trials.FILE, self.prepared
     digest = trials.settings(
@@ -289,10 +285,11 @@ class Search:
     for trial in finished:
       self._show(trial, workdir)
     missing = [point for point in self.points if trials.find(finished, point) is None]
+    row.keep(trials=len(self.points) - len(missing))
     if missing:
       with trainer.hold_workdir(workdir / "search"):
         for _, group in itertools.groupby(missing, trials.fields_of):
-          for trial in self._run_trials(list(group), workdir / "search", on_log):
+          for trial in self._run_trials(list(group), workdir / "search", row):
             # As it will be read: pairs become lists.
             trial = json.loads(json.dumps({**trial, "settings": digest}))
             trials.append(path, trial)
@@ -307,7 +304,7 @@ class Search:
       trials.show(workdir / "search" / "hparams", self.config.method, point, trial)
 
   def _run_trials(
-    self, points: list[trials.Point], workdir: Path, on_log: OnLog | None
+    self, points: list[trials.Point], workdir: Path, row: Row
   ) -> Iterator[dict[str, Any]]:
     """Yields the trials of points of equal fields, population by population."""
     prepared, start = self.prepared_for(points[0]), 0
@@ -327,22 +324,23 @@ class Search:
       # One compiled step for all populations: the last one is filled up.
       members = (configs[start : start + size] + configs[-1:] * size)[:size]
       program = stacked if size > 1 else prepared.program
+      chunk = points[start : start + size]
       try:
-        outcomes = train_trials(
-          members,
-          dataclasses.replace(prepared, program=program),
-          params,
-          workdir,
-          title,
-          on_log,
-        )
+        with row.trials(len(chunk)) as whole:
+          outcomes = train_trials(
+            members,
+            dataclasses.replace(prepared, program=program),
+            params,
+            workdir,
+            title,
+            whole,
+          )
       except jax.errors.JaxRuntimeError as error:
         if size == 1 or "RESOURCE_EXHAUSTED" not in str(error):
           raise
         size //= 2
         print_once(f"{title}: too many for the device's memory; now {size} at a time")
         continue
-      chunk = points[start : start + size]
       for point, outcome in zip(chunk, outcomes, strict=False):
         accuracy = outcome["val_accuracy"]
         text = outcome["diverged"] or f"val {100 * accuracy:.2f}%"
@@ -351,7 +349,7 @@ class Search:
       start += size
 
   def retrain(
-    self, chosen: trials.Point, workdir: Path, on_log: OnLog | None = None
+    self, chosen: trials.Point, workdir: Path, row: Row
   ) -> list[dict[str, Any]]:
     """Returns the results of the final runs, one per seed."""
     final = trials.at(self.config, **chosen, train_split=self.final_split)
@@ -360,7 +358,10 @@ class Search:
       config, where = trials.at(final, seed=seed), workdir / f"seed{seed}"
       result = _finished_result(config, where, prepared)
       if result is None:
-        result = trainer.train(config, where, prepared=prepared, on_log=on_log)
+        with row.final() as whole:
+          result = trainer.train(config, where, prepared=prepared, whole=whole)
+      else:
+        row.keep(finals=1)
       print_once(f"seed {seed}: {report.result_line(result)}")
       results.append(result)
     return results
@@ -414,7 +415,7 @@ def train_trials(
   params: Mapping[str, Any],
   workdir: Path,
   name: str,
-  on_log: OnLog | None = None,
+  whole: Whole | None = None,
 ) -> list[dict[str, Any]]:
   """Trains trials on train and evaluates them on val; never looks at test.
 
@@ -427,7 +428,7 @@ def train_trials(
     params: that all start from.
     workdir: gets metrics.jsonl, the progress of these trials.
     name: for the progress line.
-    on_log: as for `trainer.train_loop`.
+    whole: how far the search is.
 
   Returns:
     For each, `val_accuracy` in [0, 1] and `val_loss` in nats after the last epoch,
@@ -444,7 +445,11 @@ def train_trials(
     state = population.stack_state(configs, program, params)
   timer = Timer()
   with Writers(
-    workdir, total_steps=program.total_steps, tensorboard=False, name=name
+    workdir,
+    total_steps=program.total_steps,
+    tensorboard=False,
+    name=name,
+    whole=whole,
   ) as writers:
     diverged: dict[int, str] = {}
     val: dict[str, Any] = {}
@@ -458,7 +463,6 @@ def train_trials(
         stop=StopSignal(),
         timer=timer,
         diverged=diverged,
-        on_log=on_log,
       )
       val = prepared.evaluate(config, "val", state)
     except trainer.Diverged:

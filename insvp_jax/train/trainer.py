@@ -5,7 +5,7 @@ command line, the search and notebooks call it. `train_loop` is THE loop over ba
 search calls it, too, with a state that may be that of several trials at once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import math
@@ -30,6 +30,7 @@ from insvp_jax.distributed import lock, processes, stopping
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
 from insvp_jax.logs import prompt_panels, weights_and_biases
+from insvp_jax.logs.progress import Whole
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.methods import Method
 from insvp_jax.train import batches, evaluate, optim, report
@@ -198,7 +199,7 @@ def train(
   prepared: Prepared | None = None,
   test: bool = True,
   method: type[Method] | None = None,
-  on_log: Callable[[Timer], None] | None = None,
+  whole: Whole | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
 
@@ -210,7 +211,7 @@ def train(
     test: whether the test split is evaluated, once, after the last step. A search
       leaves it out: the test split never selects anything.
     method: a class of your own in place of `config.method`; see `methods.register`.
-    on_log: as for `train_loop`.
+    whole: how far the search is that this run is a part of.
 
   Returns:
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
@@ -277,6 +278,7 @@ def train(
       wandb=config.wandb,
       config=config_lib.stored(config),
       name=f"{data.name} {config.method}",
+      whole=whole,
     ) as writers:
       if start_step:
         writers.log(f"resumed at step {start_step} of {program.total_steps}")
@@ -297,7 +299,6 @@ def train(
         timer=timer,
         checkpointer=checkpointer,
         progress=progress,
-        on_log=on_log,
       )
       writers.log(timer.summary_line())
 
@@ -353,7 +354,6 @@ def train_loop(
   checkpointer: Checkpointer | None = None,
   progress: Mapping[str, Any] | None = None,
   diverged: dict[int, str] | None = None,
-  on_log: Callable[[Timer], None] | None = None,
 ) -> TrainState:
   """Takes all steps that are left; logs, evaluates, saves and stops between them.
 
@@ -372,7 +372,6 @@ def train_loop(
     checkpointer: gets the state; None where nothing is saved.
     progress: what a run that goes on had stored with its checkpoint.
     diverged: gets {index: what went wrong} of each trial whose metrics are not finite.
-    on_log: called with the timer after each step that is logged.
 
   Returns:
     The state after the last step.
@@ -457,8 +456,6 @@ def train_loop(
       timed_step = step
       if logs:
         _log(config, program, metrics, diverged, writers, timer, step)
-        if on_log:
-          on_log(timer)
       # A process that has to stop may have little time left: it evaluates later.
       if evaluates and has_val and not is_stopping:
         _evaluate(config, prepared, state, writers, step)

@@ -42,7 +42,7 @@ class FakeTrainer:
     self.test_accuracy = test_accuracy
     self.runs, self.trials, self.chunks = [], [], []
 
-  def train_trials(self, configs, prepared, params, workdir, name, on_log=None):
+  def train_trials(self, configs, prepared, params, workdir, name, whole=None):
     self.chunks.append(len(configs))
     self.trials += [(config, prepared) for config in configs]
     return [self.trial(config) for config in configs]
@@ -55,7 +55,7 @@ class FakeTrainer:
       trial["diverged"] = str(error)
     return {**trial, "train_seconds": 2.0, "images_per_second": 8.0}
 
-  def __call__(self, config, workdir, *, prepared=None, test=True, on_log=None):
+  def __call__(self, config, workdir, *, prepared=None, test=True, whole=None):
     self.runs.append((config, workdir, prepared, test))
     on_train = config.data.train_split == "train"
     splits = prepared.data.splits if prepared else ("val", "test")
