@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from insvp_jax import errors, files, tools
-from insvp_jax.data import decode
+from insvp_jax.data import decode, preprocess
 from insvp_jax.tools import attribution, demo_server, plots, predict, visualize
 
 MOST_RUNS = 4
@@ -50,21 +50,24 @@ class Answer:
   pictures: Sequence[tuple[str, bytes]]
 
 
-def answer(run: Any, pixels: UInt8[np.ndarray, "h w 3"], top: int = 5) -> Answer:
+def answer(run: Any, image: Any, top: int = 5) -> Answer:
   """Returns the most probable classes of an image and pictures of why.
 
   Args:
     run: from `load_run`.
-    pixels: of the image, in [0, 255].
+    image: one, as for `Run.predict`.
     top: how many classes.
+
+  Raises:
+    ValueError: the run has diverged.
   """
-  classes = next(predict.top_classes(run, [pixels], top))
+  classes = next(predict.top_classes(run, [image], top))
   pictures = []
   if visualize.image_prompts(run):
-    pictures.append(("the prompts", _png(visualize.prompt_figure(run, [pixels]))))
+    pictures.append(("the prompts", _png(visualize.prompt_figure(run, [image]))))
   name = classes[0][0]
-  maps = attribution.grad_cam(run, [pixels])
-  inputs, prompted = run.preprocess([pixels]), run.prompted([pixels])
+  maps = attribution.grad_cam(run, [image])
+  inputs, prompted = run.preprocess([image]), run.prompted([image])
   # The map is of what the backbone sees, which may be the image in a frame.
   seen = inputs if inputs.shape == prompted.shape else prompted
   column = plots.Maps(run.to_pixels(seen), maps, [f"for {name}"])
@@ -74,29 +77,39 @@ def answer(run: Any, pixels: UInt8[np.ndarray, "h w 3"], top: int = 5) -> Answer
 
 
 def read_upload(
-  path: Path, name: str, options: decode.DecodeOptions
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the pixels of a file that a stranger may have sent.
+  run: Any, path: Path, name: str
+) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
+  """Returns an image that a stranger may have sent, and what is to be said of it.
 
   Args:
-    path: where it lies.
+    run: from `load_run`; it says how files are decoded. Its limits may be lower than
+      the package's own, not higher.
+    path: of the file.
     name: what it was called; errors say so.
-    options: of the run; its limits may be lower than the package's own, not higher.
+
+  Returns:
+    The pixels, `preprocess.Resized`, and a line or "".
 
   Raises:
     ValueError: it is too large, or no image; the message can be shown.
   """
   options = dataclasses.replace(
-    options,
-    max_pixels=min(options.max_pixels, decode.MAX_PIXELS),
-    max_bytes=max_bytes([options]),
+    run.decode_options,
+    max_pixels=min(run.decode_options.max_pixels, decode.MAX_PIXELS),
+    max_bytes=max_bytes([run]),
+    # Of this image alone, whatever was sent before.
+    range_16bit=decode.Range16Bit(),
   )
-  return decode.decode_image(files.read_bytes(path, options.max_bytes), name, options)
+  data = files.read_bytes(path, options.max_bytes)
+  with decode.decoded(data, name, options) as pixels:
+    square = preprocess.resize(run.preset, pixels, run.model.input_size)
+  return square.view(preprocess.Resized), options.unused_bits()
 
 
-def max_bytes(options: Sequence[decode.DecodeOptions]) -> int:
+def max_bytes(runs: Sequence[Any]) -> int:
   """Returns how many bytes an image may have that all runs take."""
-  return min(decode.MAX_FILE_MB * 2**20, *(each.max_bytes for each in options))
+  limits = [run.decode_options.max_bytes for run in runs]
+  return min(decode.MAX_FILE_MB * 2**20, *limits)
 
 
 class Responder:
@@ -112,15 +125,17 @@ class Responder:
     self.runs, self.folder, self.top = runs, folder.resolve(), top
 
   def __call__(self, upload: Mapping[str, Any] | None) -> list[Any]:
-    """Returns the file that is left in the field: none, and what `texts` lists.
+    """Returns the file that the field keeps, none, and what the page shows.
 
     Args:
       upload: a file as Gradio describes it; None for none.
     """
     try:
       return [None, *self.respond(upload)]
-    except MemoryError as error:
-      return [None, *self._failed(f"there is too little memory: {error}")]
+    except (MemoryError, RuntimeError) as error:
+      if not errors.is_out_of_memory(error):
+        raise
+      return [None, *self._failed("there is too little memory for it.")]
     except errors.INPUT_ERRORS as error:
       if not errors.is_ours(error):
         raise
@@ -140,11 +155,9 @@ class Responder:
     name = errors.printable(str((upload or {}).get("orig_name") or path.name))
     shown, notes = [], []
     for run in self.runs.values():
-      # Of this image alone, whatever was sent before.
-      fresh = decode.Range16Bit()
-      options = dataclasses.replace(run.decode_options, range_16bit=fresh)
-      answered = answer(run, read_upload(path, name, options), self.top)
-      notes.append(options.unused_bits())
+      image, note = read_upload(run, path, name)
+      answered = answer(run, image, self.top)
+      notes.append(note)
       shown += [dict(answered.classes), pictures_html(answered)]
     lines = [name, *dict.fromkeys(filter(None, notes))]
     return ["<br>".join(map(escape, lines)), *shown]
@@ -285,7 +298,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
       runs = [load_run(path, backbone=args.backbone) for path in args.run]
       by_title = dict(zip(titles(args.run, runs), runs, strict=True))
-      limit = max_bytes([run.decode_options for run in runs])
+      limit = max_bytes(runs)
       with demo_server.upload_folder() as folder:
         responder = Responder(by_title, folder, args.top)
         # Compiled now, so that the first image need not wait for it.

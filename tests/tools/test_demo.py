@@ -156,6 +156,15 @@ def test_16_bit_images_that_become_dark_are_said_so_once_and_for_each(runs, tmp_
     assert line.count("no value of the 1 16-bit images") == 1
 
 
+def test_too_little_memory_is_a_line_on_the_page(runs, tmp_path, monkeypatch):
+  def large(*args):
+    raise RuntimeError("RESOURCE_EXHAUSTED: 1 TiB")
+
+  monkeypatch.setattr(demo, "answer", large)
+  line = demo.Responder(runs, tmp_path)(sent(tmp_path, png()[0]))[1]
+  assert "No answer: there is too little memory for it." in line
+
+
 def test_interrupted_uploads_are_removed_after_a_while(tmp_path):
   (tmp_path / "new").write_bytes(b"x")
   (tmp_path / "folder").mkdir()
