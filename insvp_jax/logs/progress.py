@@ -32,9 +32,8 @@ class Whole:
     self._done = self._kept = 0.0  # work of finished runs; of those from before
     # The run under way: its work, how much of that is done, whether it tells the pace.
     self._running, self._share, self._is_typical = 0.0, 0.0, True
-    self._clock: tuple[float, float] | None = (
-      None  # (time, work done) of the first call
-    )
+    # (time, work done) of the first step that tells the pace.
+    self._clock: tuple[float, float] | None = None
 
   def keep(self, work: float | int) -> None:
     """Counts runs that were finished before."""
@@ -228,7 +227,7 @@ class Bar:
     fields = {"shown": "", "left": None}
     self._task = self._progress.add_task(name, total=total_steps, **fields)
     if whole:
-      title = f"all {whole.num_runs} runs"
+      title = f"all {whole.num_runs} runs" if whole.num_runs > 1 else "search"
       self._all = self._progress.add_task(title, total=1.0, **fields)
 
   def show(self, step: int, shown: Sequence[str]) -> None:

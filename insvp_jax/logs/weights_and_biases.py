@@ -5,6 +5,7 @@ the workdir alone (`wandb sync` sends it later), with WANDB_MODE=disabled nothin
 """
 
 from collections.abc import Mapping
+import functools
 import importlib.util
 from pathlib import Path
 import re
@@ -24,8 +25,11 @@ _PROJECT = r"([\w.-]{1,64}/)?[\w.-]{1,128}"
 _ID = r"[\w-]{1,64}"
 
 
+@functools.cache
 def check_project(project: str) -> None:
   """Checks that a project can be written to; call it before anything long.
+
+  What has passed is not asked for again: a search calls it for each row.
 
   Raises:
     ValueError: its name is none, wandb is not installed, or does not know the user.

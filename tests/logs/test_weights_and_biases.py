@@ -21,6 +21,11 @@ from insvp_jax.logs.writers import Writers
 from insvp_jax.train import trainer
 
 
+@pytest.fixture(autouse=True)
+def _ask_again():
+  weights_and_biases.check_project.cache_clear()
+
+
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
   """The module, offline, with a home of its own; nothing may ask for its server."""
