@@ -22,6 +22,7 @@ _PUBLIC = {
   "load_backbone": ("insvp_jax.models.weights.load", "load_backbone"),
   "load_data": ("insvp_jax.data", "load_data"),
   "load_run": ("insvp_jax.run", "load_run"),
+  "push_to_hub": ("insvp_jax.tools.hub", "push_to_hub"),
   "save_backbone": ("insvp_jax.models.weights.load", "save_backbone"),
   "train": ("insvp_jax.train", ""),
   "tune": ("insvp_jax.search.suite", "tune"),

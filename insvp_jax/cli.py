@@ -26,7 +26,7 @@ COMMANDS = {
   "report": ("make the papers' tables, or one of all tasks, from runs", "report"),
   "prepare": ("list the published data sets, check or prepare them", "prepare_data"),
   "meta_init": ("learn a border over several tasks for dam_vp and vp", "meta_init"),
-  "export": ("write a run's backbone to an .npz file", "export"),
+  "export": ("write a run for others: a program, an adapter, its backbone", "export"),
 }
 # The flags of `insvp_jax.main` that a command stands for.
 _FLAGS = {"train": [], "tune": ["--mode=tune"], "plan": ["--plan"]}

@@ -10,7 +10,7 @@ import functools
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 import numpy as np
 
 from insvp_jax import methods, trees
+from insvp_jax.checkpoints import adapters
 from insvp_jax.checkpoints.files import (
   FOLDER,
   Damaged,
@@ -40,6 +41,8 @@ from insvp_jax.train import state as state_lib
 FORMAT = 1
 # Batches are padded to one of these sizes, so that few programs are compiled.
 BATCH_SIZES = (1, 8, 32)
+# Begins the name of a repository of Hugging Face.
+_HUB = "hf-hub:"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +196,8 @@ def load_run(
 
   Args:
     path: the run's workdir, its checkpoints directory, or that of one step. If the
-      newest checkpoint is damaged, the one before it is loaded, with a warning.
+      newest checkpoint is damaged, the one before it is loaded, with a warning. Or the
+      folder of an exported adapter, or its repository, "hf-hub:user/name@revision".
     backbone: the backbone's file, if it has moved: a path, or a repository or https
       address to request, which the run's own description alone may not ask for. It must
       be the same file: its digest is compared.
@@ -207,26 +211,24 @@ def load_run(
       description, or the backbone is not the one that the run was trained on.
   """
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-
-  def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    verify(checkpoint, warnings.warn)
-    meta = read_meta(checkpoint)
-    return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
-
-  checkpoint, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
+  if os.fspath(path).startswith(_HUB):
+    path = weights.hub_folder(os.fspath(path), (adapters.CONFIG, adapters.ARRAYS))
+  is_exported = adapters.is_adapter(path)
+  stored = _open_adapter(Path(path)) if is_exported else _open_steps(path, sharding)
+  meta = stored.meta
   if method is not None:
     methods.register(method)
-  _check_meta(meta, checkpoint)
+  _check_meta(meta, stored.where)
   model = create_model(**meta["model"])
   shapes = trees.flatten(state_lib.param_shapes(model))
-  stored = {*meta["trainable"], *adapter}
+  names = {*meta["trainable"], *stored.leaves}
   expected = {
     name: leaf
     for name, leaf in shapes.items()
-    if name in stored or re.fullmatch(ALWAYS_STORED, name)
+    if name in names or re.fullmatch(ALWAYS_STORED, name)
   }
-  item = f"'adapter' of the checkpoint {checkpoint}"
-  check_leaves(adapter, expected, item, dtypes=False)
+  check_leaves(stored.leaves, expected, stored.name, dtypes=False)
+  adapter = stored.read(expected)
   frozen_shapes = {name: leaf for name, leaf in shapes.items() if name not in adapter}
   frozen = {}
   # None are frozen if the run trained the whole backbone.
@@ -242,9 +244,52 @@ def load_run(
     class_names=tuple(map(printable, meta["class_names"])),
     preset=preprocess.get_preset(meta["preset"]),
     meta=meta,
-    result=_read_result(checkpoint),
-    workdir=checkpoint.parents[1],
+    result=stored.result,
+    workdir=stored.workdir,
   )
+
+
+class _Stored(NamedTuple):
+  """What is stored of a run: in a checkpoint, or in an exported adapter.
+
+  Attributes:
+    where: it lies.
+    name: of the arrays, for messages.
+    meta: the description of the run.
+    leaves: the arrays by name, or no more than their shapes.
+    read: `expected -> arrays`, called once the shapes are known to be right.
+    result: the contents of result.json, or None.
+    workdir: of the run.
+  """
+
+  where: Path
+  name: str
+  meta: dict[str, Any]
+  leaves: Mapping[str, Any]
+  read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+  result: Mapping[str, Any] | None
+  workdir: Path
+
+
+def _open_adapter(folder: Path) -> _Stored:
+  """Returns an exported adapter; its arrays are not read yet."""
+  meta, result, shapes, read = adapters.open_adapter(folder)
+  arrays = str(folder / adapters.ARRAYS)
+  return _Stored(folder, arrays, meta, shapes, read, result, folder.absolute())
+
+
+def _open_steps(path: str | os.PathLike, sharding: jax.sharding.Sharding) -> _Stored:
+  """Returns the newest checkpoint that is whole."""
+
+  def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    verify(checkpoint, warnings.warn)
+    meta = read_meta(checkpoint)
+    return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
+
+  where, (meta, arrays) = newest_good(find_steps(path), read, warnings.warn)
+  item = f"'adapter' of the checkpoint {where}"
+  result, workdir = _read_result(where), where.parents[1]
+  return _Stored(where, item, meta, arrays, lambda expected: arrays, result, workdir)
 
 
 def _load_backbone(

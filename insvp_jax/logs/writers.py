@@ -3,7 +3,7 @@
 Everything is written by process 0 alone; on the others the same calls do nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import io
 import json
@@ -181,12 +181,12 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
   write_text(path, f"{text}\n")
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str | Iterable[str]) -> None:
   """Writes a file that is either complete or not there at all.
 
   Args:
     path: the file; one that exists is replaced, and its directory is made.
-    text: all of its content.
+    text: all of its content, or pieces of it, which are written as they come.
 
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
@@ -201,14 +201,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     files.check_replaceable(path)
     # Names of files that are no text in any encoding are spelt.
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-      file.write(text)
+      file.writelines([text] if isinstance(text, str) else text)
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)
   except OSError as error:
+    raise cannot_write(path, error) from error
+  finally:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
-    raise cannot_write(path, error) from error
 
 
 def remove_partial(workdir: str | os.PathLike) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import tools
-from insvp_jax.tools import run_data, scores, visualize
+from insvp_jax.tools import run_data, runs, scores, visualize
 from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "evaluate", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument("--splits", nargs="+", help="train, val, test (the default), ...")
   parser.add_argument(
     "--root", default="", help="another folder or .zip of images of the run's classes"
@@ -98,9 +97,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.confusion and Path(args.confusion).suffix.lower() != ".csv":
       visualize.check_format(Path(args.confusion))
       visualize.check_matplotlib()
-    from insvp_jax.run import load_run
-
-    run = load_run(args.run, backbone=args.backbone)
+    run = runs.load(args)
     data = run_data.read(run, args.root)
     splits = data.data.splits
     # A folder of classes alone is all there is to score.

@@ -2,6 +2,7 @@
 
 insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/ photos.zip
 insvp predict --run=runs/folder/insvp/seed0 --top=1 --format=csv --output=of.csv photos/
+insvp predict --run=runs --best "photos/**/*.jpg"
 
 Images that do not decode are named on stderr, and the others are predicted. The status
 is then 2 at the end; with --skip_corrupt it is 0.
@@ -12,6 +13,7 @@ Without the command `insvp` it is python -m insvp_jax.tools.predict.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 from insvp_jax import tools
 from insvp_jax.errors import one_line
+from insvp_jax.tools import runs
 
 BATCH_SIZE = 32  # images decoded at a time
 _LARGEST_BATCH = 2**12
@@ -46,8 +49,21 @@ def top_classes(
       yield [(run.class_names[i], float(probabilities[i])) for i in labels]
 
 
+@dataclasses.dataclass
+class _Errors:
+  """The images that do not decode: how many, and why the first one does not."""
+
+  count: int = 0
+  first: Exception | None = None
+
+  def add(self, error: Exception) -> None:
+    """Counts an error; only the first one, which keeps its file's content, stays."""
+    self.count += 1
+    self.first = self.first or error
+
+
 def _batches(
-  run: Any, images: Sequence[tools.ImageFile], errors: list[Exception], size: int
+  run: Any, images: Sequence[tools.ImageFile], errors: _Errors, size: int
 ) -> Iterator[list[tuple[tools.ImageFile, Any]]]:
   """Yields batches of images with their resized pixels, those that decode.
 
@@ -66,15 +82,15 @@ def _batches(
       with image.decoded(run.decode_options) as pixels:
         square = preprocess.resize(run.preset, pixels, run.model.input_size)
       return square.view(preprocess.Resized)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
       return error
 
   batch = []
   squares = prefetch.ordered_map(read, images, ahead=size)
   with contextlib.closing(squares):
     for image, square in zip(images, squares, strict=True):
-      if isinstance(square, ValueError):
-        errors.append(square)
+      if isinstance(square, Exception):
+        errors.add(square)
         if len(images) > 1:
           print(f"insvp_jax: {one_line(square)}", file=sys.stderr, flush=True)
         continue
@@ -137,8 +153,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "predict", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument("--top", type=int, default=5, help="how many classes to print")
   parser.add_argument(
     "--skip_corrupt", action="store_true", help="images that do not decode are no error"
@@ -153,7 +168,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     "--batch", type=int, default=BATCH_SIZE, help=f"images decoded ahead, {BATCH_SIZE}"
   )
   parser.add_argument(
-    "images", nargs="+", help="image files, or folders or .zip archives of them"
+    "images",
+    nargs="+",
+    help="image files, folders or .zip archives of them, or patterns in quotes",
   )
   args = parser.parse_args(argv)
 
@@ -170,10 +187,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from rich.progress import MofNCompleteColumn, Progress
 
     from insvp_jax.logs import writers
-    from insvp_jax.run import load_run
 
-    run = load_run(args.run, backbone=args.backbone)
-    errors: list[Exception] = []
+    run = runs.load(args)
+    errors = _Errors()
 
     def rows(bar: Any) -> Iterator[Row]:
       task = bar.add_task("images", total=len(images))
@@ -185,20 +201,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         bar.advance(task, len(read))
 
     # Beside what is printed it would be in the way.
-    hidden = not args.output or not sys.stderr.isatty()
+    is_printed = not args.output and sys.stdout.isatty()
+    hidden = is_printed or not sys.stderr.isatty()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
       pieces = FORMATS[args.format](rows(bar))
       if args.output:
-        writers.write_text(args.output, "".join(pieces))
+        writers.write_text(args.output, pieces)
       for piece in pieces:
         print(piece, end="", flush=True)
     if unused := run.decode_options.unused_bits():
       print(f"insvp_jax: {unused} in training", file=sys.stderr)
-    if errors and len(images) == 1:
-      raise errors[0]
-    if errors:
-      count = f"{len(errors)} of {len(images)} images"
+    if errors.first and len(images) == 1:
+      raise errors.first
+    if errors.first:
+      count = f"{errors.count} of {len(images)} images"
       if not args.skip_corrupt:
         raise ValueError(
           f"{count} have no prediction, since they do not decode: mend or remove them, "

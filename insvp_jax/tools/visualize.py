@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import tools
-from insvp_jax.tools import run_data
+from insvp_jax.tools import run_data, runs
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
@@ -197,8 +197,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "visualize", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument(
     "--images",
     nargs="+",
@@ -214,9 +213,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     check_matplotlib()
     check_format(Path(args.output))
     images = tools.find_images(args.images) if args.images else []
-    from insvp_jax.run import load_run
-
-    run = load_run(args.run, backbone=args.backbone)
+    run = runs.load(args)
     draw(run, args.output, images=images, rows=args.rows)
     print(f"wrote {args.output}")
 
