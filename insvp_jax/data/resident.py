@@ -70,8 +70,9 @@ def balanced_order(seed, epoch, labels, num_classes: int):
   Returns:
     Positions of examples, int32 [n].
 
-  Source: "class-aware sampling", Shen et al. 2016, "Relay Backpropagation", section
-    3.2; here the places of the classes are shuffled over the epoch.
+  Source: "class-aware sampling", Shen et al. 2016, "Relay Backpropagation for Effective
+    Learning of Deep Convolutional Neural Networks"; here the places of the classes are
+    shuffled over the epoch.
   """
   size = labels.shape[0]
   key = jax.random.fold_in(jax.random.key(seed), epoch)
