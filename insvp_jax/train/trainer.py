@@ -5,7 +5,7 @@ command line, the search and notebooks call it. `train_loop` is THE loop over ba
 search calls it, too, with a state that may be that of several trials at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import math
