@@ -5,7 +5,7 @@ command line, the search and notebooks call it. `train_loop` is THE loop over ba
 search calls it, too, with a state that may be that of several trials at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import math
@@ -48,6 +48,9 @@ from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
 from insvp_jax.train.timing import Profiler, Timer
 
+# What reads a task's data: as `load_data`.
+ReadData = Callable[[str, ConfigDict, int], TaskData]
+
 
 class Diverged(FloatingPointError):
   """The loss, a gradient or a parameter is no longer a number."""
@@ -66,6 +69,7 @@ class Prepared:
     routes: of the splits, where the method has a route.
     loaded: what loading the backbone did, in a line; "" for random weights.
     kept: how many of the training images are used: (shots, fraction) of config.data.
+    read: how the data were read; see `prepare`.
   """
 
   data: TaskData
@@ -76,6 +80,7 @@ class Prepared:
   routes: RouteCache = dataclasses.field(default_factory=RouteCache)
   loaded: str = ""
   kept: tuple[int, float] = (0, 1.0)
+  read: ReadData | None = None
 
   def features(
     self, config: ConfigDict, split: str, params: Mapping[str, Any]
@@ -139,7 +144,10 @@ class Prepared:
 
 
 def prepare(
-  config: ConfigDict, like: Prepared | None = None, hparams: tuple[str, ...] = ()
+  config: ConfigDict,
+  like: Prepared | None = None,
+  hparams: tuple[str, ...] = (),
+  read: ReadData | None = None,
 ) -> Prepared:
   """Reads data and weights and builds the program; trains nothing.
 
@@ -149,6 +157,8 @@ def prepare(
       used again (for another method, or another training split). Data are read anew
       for another image size, or where another number of the training images is used.
     hparams: as for `create_program`.
+    read: takes the arguments of `load_data` and reads the data in its place, where they
+      are not what `config.task` names; None is that of `like`.
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
@@ -162,11 +172,12 @@ def prepare(
   mesh_lib.check_batch_size(config.batch_size, mesh)
   size = input_size(config)
   kept = (config.data.shots, float(config.data.fraction))
+  read = read or (like.read if like else None)
   # Methods may take images of different sizes.
   if like and like.program.model.input_size == size and like.kept == kept:
     data = like.data
   else:
-    data = load_data(config.task, config.data, size)
+    data = (read or load_data)(config.task, config.data, size)
   split = config.data.train_split
   if split not in data.splits:
     raise ValueError(
@@ -188,8 +199,15 @@ def prepare(
     return dataclasses.replace(like, data=data, program=program, kept=kept)
   loaded: list[str] = []
   weights, identity = state_lib.load_weights(config, program.model, loaded.append)
-  loaded_line = "".join(loaded)
-  return Prepared(data, weights, identity, program, loaded=loaded_line, kept=kept)
+  return Prepared(
+    data,
+    weights,
+    identity,
+    program,
+    loaded="".join(loaded),
+    kept=kept,
+    read=read,
+  )
 
 
 def train(
@@ -200,6 +218,7 @@ def train(
   test: bool = True,
   method: type[Method] | None = None,
   whole: Whole | None = None,
+  read: ReadData | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
 
@@ -212,6 +231,7 @@ def train(
       leaves it out: the test split never selects anything.
     method: a class of your own in place of `config.method`; see `methods.register`.
     whole: how far the search is that this run is a part of.
+    read: as for `prepare`.
 
   Returns:
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
@@ -229,7 +249,7 @@ def train(
     config.method = methods.register(method)
     config_lib.complete(config)
   is_alone = prepared is None
-  prepared = prepared or prepare(config)
+  prepared = prepared or prepare(config, read=read)
   fill_preset(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
   _check_profile(config, program.total_steps)
@@ -264,7 +284,7 @@ def train(
     spare = report.spare_params(program, state)
     write_json(workdir / "config.json", config_lib.stored(config))
     if data.files:
-      lists = stored_splits.to_json(data.class_names, data.files)
+      lists = stored_splits.to_json(data.class_names, data.files, data.are_listed)
       write_json(workdir / SPLITS_FILE, lists)
     table = report.param_table(config, program)
     write_text(workdir / "parameters.txt", f"{table}\n")
