@@ -66,7 +66,8 @@ EQUATIONS = {
   ),
   "autovp": (
     r"x' = \mathrm{pad}(\mathrm{resize}_\rho(x)) + m_\rho \odot \sigma(\delta), \qquad "
-    r"\mathrm{logits}(x) = W s(x') + b \ \text{or}\ \mathrm{mean}_{i \in \pi(k)} s_i(x')"
+    r"\mathrm{logits}(x) = W s(x') + b \ \text{or}\ "
+    r"\mathrm{mean}_{i \in \pi(k)} s_i(x')"
   ),
   "linear": r"\mathrm{logits} = W f(x) + b",
   "full": r"\mathrm{logits} = W f_\theta(x) + b, \quad \theta\ \text{trains, too}",
@@ -137,9 +138,7 @@ def _column(table: str, title: str) -> dict[str, str]:
     title: of the column.
   """
   for block in re.findall(r"(?:^\|.*\n)+", MEASURED.read_text(), re.M):
-    rows = [
-      [c.strip(" `") for c in row.split("|")[1:-1]] for row in block.splitlines()
-    ]
+    rows = [[c.strip(" `") for c in row.split("|")[1:-1]] for row in block.splitlines()]
     if rows[0][:2] == table.split("|"):
       at = rows[0].index(title)
       return {row[0]: row[at] for row in rows[2:]}
@@ -198,9 +197,7 @@ def entry(
   method = METHODS[name]
   summary = (method.__doc__ or "").strip().splitlines()[0]
   listed = ", ".join(f"`{part}` {number:,}" for part, number in parts.items())
-  runs = [
-    title for title, spec in specs.items() if not support.refusal(name, {}, spec)
-  ]
+  runs = [title for title, spec in specs.items() if not support.refusal(name, {}, spec)]
   lines = [
     f"## {name}",
     "",
@@ -227,9 +224,7 @@ def catalogue() -> str:
   Raises:
     LookupError: a method without an equation.
   """
-  costs = _column(
-    "boxed|forward, MFLOP per image", "train step / plain ViT forward"
-  )
+  costs = _column("boxed|forward, MFLOP per image", "train step / plain ViT forward")
   accuracies = _column("test accuracy, %|parameters", "mean")
   if missing := METHODS.keys() - EQUATIONS.keys():
     raise LookupError(

@@ -78,7 +78,7 @@ def reference() -> str:
   parts = []
   for name in insvp_jax.__all__:
     value = getattr(insvp_jax, name)
-    parts += [f"## insvp_jax.{name}", ""]
+    parts += [f"## `insvp_jax.{name}`", ""]
     if name == "train":
       # A folder that can be called.
       value = importlib.import_module("insvp_jax.train.trainer").train
@@ -92,7 +92,7 @@ def reference() -> str:
     else:
       parts += [_describe(value), ""]
   for name in ("Method", "Hooks", "Adaptation", "BackboneSpec"):
-    parts += [f"## insvp_jax.methods.{name}", ""]
+    parts += [f"## `insvp_jax.methods.{name}`", ""]
     parts += _directive("autoclass", _target(getattr(methods, name)), members="")
   return "\n".join(parts)
 
