@@ -39,6 +39,9 @@ myst_heading_anchors = 4
 # Notebooks keep the outputs that they were stored with; the tests execute them.
 nb_execution_mode = "off"
 
+# Docstrings have names between single backticks.
+default_role = "literal"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False

@@ -32,6 +32,8 @@ _LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(([\w./-]+)((?:#[\w-]+)?)\)")
 # Where these stand come the reference, and the pages that index.md does not list.
 _REFERENCE = "<!-- reference -->"
 _OTHERS = "\nOTHERS\n"
+# Of a public module, what its users call.
+_FUNCTIONS = {"config": "defaults, published, complete, parse_arg, select, format_keys"}
 
 
 @functools.cache
@@ -83,8 +85,9 @@ def reference() -> str:
       # A folder that can be called.
       value = importlib.import_module("insvp_jax.train.trainer").train
     if inspect.ismodule(value):
-      members = ", ".join(_own_functions(value))
-      parts += _directive("automodule", value.__name__, members=members)
+      parts += _directive(
+        "automodule", value.__name__, members=_FUNCTIONS.get(name, "")
+      )
     elif inspect.isclass(value):
       parts += _directive("autoclass", _target(value), members="")
     elif callable(value):
@@ -99,17 +102,6 @@ def reference() -> str:
 
 def _target(value: Any) -> str:
   return f"{value.__module__}.{value.__qualname__}"
-
-
-def _own_functions(module: Any) -> list[str]:
-  """Returns the public functions that a module defines, in their order."""
-  return [
-    name
-    for name, value in vars(module).items()
-    if inspect.isfunction(value)
-    and value.__module__ == module.__name__
-    and not name.startswith("_")
-  ]
 
 
 def _directive(kind: str, target: str, **options: str) -> list[str]:
@@ -152,9 +144,18 @@ def _read(app: Sphinx, docname: str, content: list[str]) -> None:
   content[0] = site_links(content[0], origin)
 
 
+def _signature(
+  app: Sphinx, what: str, name: str, value: Any, options: Any, text: Any, returned: Any
+) -> tuple[Any, Any]:
+  """Returns a signature and what it returns, with arrays by their public name."""
+  del app, what, name, value, options
+  return tuple(t and t.replace("jaxlib._jax.Array", "Array") for t in (text, returned))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
   """Connects the extension."""
   app.connect("builder-inited", _copy)
   app.connect("source-read", _read)
+  app.connect("autodoc-process-signature", _signature)
   app.connect("build-finished", _remove)
   return {"parallel_read_safe": True}
