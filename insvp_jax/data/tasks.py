@@ -394,12 +394,13 @@ def _groups() -> dict[str, tuple[str, ...]]:
   return {name: tuple(names) for name, names in {**groups, "vtab": vtab}.items()}
 
 
-def are_ordered(task: str, data_config: Mapping[str, Any]) -> bool:
+def are_ordered(task: str, data_config: Any) -> bool:
   """Returns whether a task's classes are grades of one thing, in their order.
 
   Args:
     task: its name; of one's own images, that of their folder.
-    data_config: the section config.data, also a stored one; `ordered` says it of them.
+    data_config: the section config.data, or a stored one, a dict; its `ordered` says
+      it of one's own images.
   """
   is_known = task in TASKS and TASKS[task].ordered
   return is_known or bool(data_config.get("ordered"))

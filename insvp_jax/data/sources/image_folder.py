@@ -185,13 +185,16 @@ def join_layouts(
   known, around = layouts["train"].class_names, os.path.commonpath(roots.values())
   joined: dict[str, list[tuple[str, int]]] = {}
   for given, layout in layouts.items():
+    others = set(layout.splits) - {"train"}
+    if given == "train":
+      others &= set(paths)
+    if others:
+      raise ValueError(
+        f"{paths[given]}, given as {given}, has a split {min(others)} in it; leave one "
+        "of them out, or give the folder of its classes."
+      )
     for split, members in layout.splits.items():
       name = split if given == "train" else given
-      if name in joined or (given != "train" and split != "train"):
-        raise ValueError(
-          f"{paths[given]} has the split {split}, although {name} was given by itself; "
-          "leave one out, or give the folder of its classes."
-        )
       if unknown := sorted(set(layout.class_names) - set(known)):
         raise ValueError(
           f"{paths[given]} has the class {unknown[0]!r}, which train does not have."

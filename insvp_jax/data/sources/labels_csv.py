@@ -218,7 +218,8 @@ class _Table:
     split = find("split", SPLIT_COLUMNS, free)
     free = [i for i in free if i != split]
     # What the cells are says more than what the column is called.
-    of_images = [i for i in free if self._is_image(cells[i])]
+    of_images = [i for i in free if _has_ending(cells[i])]
+    of_images = of_images or [i for i in free if self._is_image(cells[i])]
     image = of_images[0] if len(of_images) == 1 and not given["image"] else None
     if image is None:
       image = find("image", IMAGE_COLUMNS, of_images or free)
@@ -278,9 +279,7 @@ class _Table:
 
   def _is_image(self, cell: str) -> bool:
     """Returns whether a cell looks like the path of an image, or leads to one."""
-    if cell.lower().endswith(decode.IMAGE_SUFFIXES):
-      return True
-    return bool(cell) and self._find(cell) is not None
+    return _has_ending(cell) or (bool(cell) and self._find(cell) is not None)
 
   def _is_there(self, name: str) -> bool:
     return self._root.sizes([name])[0] >= 0
@@ -305,15 +304,14 @@ class _Table:
     for place in (places := self._places(path)):
       if self._is_there(place):
         return place
-    if path.lower().endswith(decode.IMAGE_SUFFIXES):
+    if _has_ending(path):
       return None
     # Names without their endings, as some competitions have them.
     for place in places:
-      endings = [
-        e for suffix in decode.IMAGE_SUFFIXES for e in (suffix, suffix.upper())
-      ]
-      found = {(place + end).casefold(): place + end for end in endings}
-      found = {key: name for key, name in found.items() if self._is_there(name)}
+      endings = [e for s in decode.IMAGE_SUFFIXES for e in (s, s.upper())]
+      names = [f"{place}{ending}" for ending in endings]
+      # Some file systems do not tell cases apart.
+      found = {name.casefold(): name for name in names if self._is_there(name)}
       if len(found) == 1:
         return next(iter(found.values()))
     return None
@@ -419,6 +417,11 @@ class _Table:
         )
     order = [split for split in ("train", "val", "test") if split in splits]
     return Layout(names, {split: splits[split] for split in order})
+
+
+def _has_ending(path: str) -> bool:
+  """Returns whether a path ends as that of an image."""
+  return path.lower().endswith(decode.IMAGE_SUFFIXES)
 
 
 def given_columns(header: Sequence[Any]) -> set[str]:

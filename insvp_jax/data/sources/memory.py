@@ -237,9 +237,7 @@ def _find_columns(
   return found["image"], found["label"]
 
 
-def _examples(
-  images: Sequence[Any], labels: Iterable[Any], declared: Any, what: str
-) -> Examples:
+def _examples(images: Any, labels: Iterable[Any], declared: Any, what: str) -> Examples:
   """Returns the examples with names of classes as labels."""
   names = tuple(class_names_lib.class_name(str(name)) for name in declared or ())
   if len(set(names)) < len(names):
@@ -426,7 +424,7 @@ def _stream(
     resize = preprocess.resize_whole if whole else preprocess.resize
     for request in requests:
       images = []
-      for position in request:
+      for position in request.tolist():
         try:
           images.append(resize(preset, pixels(position), image_size=image_size))
         except ValueError as error:
