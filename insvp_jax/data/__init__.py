@@ -64,7 +64,6 @@ LIST_COMMAND = "insvp prepare --list"
 # Tasks that are no rows of `TASKS`, and how they are loaded.
 OTHER_TASKS: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
   "folder": image_folder.load,
-  "memory": memory.refuse,
   "digits": digits.load,
   "cifar10_npz": cifar_npz.load,
 }
@@ -107,7 +106,10 @@ def load_data(
       f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them, such as "
       f"{GROUPS[task][0]!r}; all of them: {LIST_COMMAND} --task={task}."
     )
-  trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
+  if load is None:
+    if task == memory.TASK:
+      memory.refuse()
+    trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
   if not data_config.preset:
     data_config = data_config.copy_and_resolve_references()
     data_config.preset = DEFAULT_PRESET

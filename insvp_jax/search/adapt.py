@@ -82,6 +82,7 @@ def adapt(
     ValueError: bad input, or images other than those of the run in the workdir; the
       message says what came and what was expected.
     FileNotFoundError: images, weights or a CSV are not there.
+    Stopped: SIGINT or SIGTERM came; a checkpoint of the final run was written.
   """
   changes = _flatten(settings)
   if lr is not None:
@@ -154,6 +155,12 @@ def _open(config: ConfigDict, given: Mapping[str, Any]) -> ReadData | None:
   paths = {
     k: os.fspath(v) for k, v in given.items() if isinstance(v, str | os.PathLike)
   }
+  is_csv = any(map(image_folder.is_csv, paths.values()))
+  if config.data.root and not is_csv:
+    raise ValueError(
+      f"adapt got data.root={config.data.root!r}, which is where the paths of a CSV "
+      "start from, but no CSV; leave it out."
+    )
   if not paths:
     config.task = memory.TASK
     examples = {k: memory.collect(v, k, config.data) for k, v in given.items()}
@@ -165,7 +172,7 @@ def _open(config: ConfigDict, given: Mapping[str, Any]) -> ReadData | None:
       "as images."
     )
   elif len(paths) == 1:
-    if image_folder.is_csv(paths["train"]):
+    if is_csv:
       config.data.labels = paths["train"]
     else:
       config.data.root = paths["train"]

@@ -136,7 +136,7 @@ def load(
   source = f"images of {root.path}"
   files = {name: (images.names, images.labels) for name, images in part_lists.items()}
   return TaskData(
-    root.name,
+    root.name or "images",  # the root of a file system has none
     layout.class_names,
     splits,
     skipped,

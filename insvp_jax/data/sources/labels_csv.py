@@ -8,6 +8,7 @@ spreadsheets count rows.
 
 import codecs
 from collections.abc import Iterator, Sequence
+import contextlib
 import csv
 import dataclasses
 import io
@@ -89,6 +90,7 @@ class _Table:
     whole = os.path.abspath(root.path)
     is_folder = os.path.isdir(whole)
     self._starts = {whole, os.path.realpath(whole)} if is_folder else set()
+    self._by_stem: dict[str, dict[str, list[str]]] = {}
     self._beside = os.path.dirname(os.path.abspath(self._path))
     rows = self._parse(self._text())
     if not rows:
@@ -308,13 +310,28 @@ class _Table:
       return None
     # Names without their endings, as some competitions have them.
     for place in places:
-      endings = [e for s in decode.IMAGE_SUFFIXES for e in (s, s.upper())]
-      names = [f"{place}{ending}" for ending in endings]
-      # Some file systems do not tell cases apart.
-      found = {name.casefold(): name for name in names if self._is_there(name)}
-      if len(found) == 1:
-        return next(iter(found.values()))
+      folder, _, stem = place.rpartition("/")
+      if len(names := self._endings(folder).get(stem, ())) == 1:
+        return names[0] if self._is_there(names[0]) else None
     return None
+
+  def _endings(self, folder: str) -> dict[str, list[str]]:
+    """Returns the image files in a folder of the root by name without ending."""
+    if folder not in self._by_stem:
+      names: list[str] = []
+      if self._starts:
+        with contextlib.suppress(OSError, ValueError):
+          names = os.listdir(self._root.path / folder)
+      else:
+        files_there = self._root.entries().files
+        places = [name.rpartition("/") for name in files_there]
+        names = [name for around, _, name in places if around == folder]
+      by_stem: dict[str, list[str]] = {}
+      for name in filter(_has_ending, names):
+        place = f"{folder}/{name}" if folder else name
+        by_stem.setdefault(name.rpartition(".")[0], []).append(place)
+      self._by_stem[folder] = by_stem
+    return self._by_stem[folder]
 
   def _missing(self, row: int, path: str, num_missing: int) -> Exception:
     """Returns what to say of an image that was not found, the first of some."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 import numpy as np
@@ -64,13 +64,12 @@ class _Column(Sequence):
     return self._image_of(self._rows[int(index)])
 
 
-def refuse(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
+def refuse() -> NoReturn:
   """Says that images that were given in Python cannot be read again from a file.
 
   Raises:
     ValueError: always.
   """
-  del data_config, image_size
   raise ValueError(
     "the images of this run were given in Python and are stored nowhere: call "
     "insvp_jax.adapt with them again, or score a folder of others with --root."
