@@ -17,6 +17,7 @@ _PUBLIC = {
   "METHODS": ("insvp_jax.methods", "METHODS"),
   "Run": ("insvp_jax.run", "Run"),
   "TASKS": ("insvp_jax.data.tasks", "TASKS"),
+  "adapt": ("insvp_jax.search.adapt", "adapt"),
   "config": ("insvp_jax.config", ""),
   "create_model": ("insvp_jax.models.classifier", "create_model"),
   "load_backbone": ("insvp_jax.models.weights.load", "load_backbone"),

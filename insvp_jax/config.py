@@ -106,6 +106,12 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.lists": ("", "folder of VPT-style train.json, val.json and test.json"),
   "data.duplicates": ("warn", "pictures in two splits or classes: warn, drop or error"),
   "data.splits_json": ("", "a run's splits.json, in place of splits that are drawn"),
+  "data.labels": ("", "CSV of paths below root and labels; empty: folders are classes"),
+  "data.image_column": ("", "the column of paths, or of images; empty: found"),
+  "data.label_column": ("", "the column of labels; empty: found"),
+  "data.split_column": ("", "the column of train, val or test; empty: found, if any"),
+  "data.ordered": (False, "the classes are grades: tell the quadratic kappa, too"),
+  "data.sampling": ("uniform", "an epoch shows all images, or balanced: classes alike"),
   "data.resident_mb": (1024, "MiB; larger splits stay in their files and are streamed"),
   # The optimizer of the trainable parameters, and its schedule.
   "optim.name": ("adamw", "adamw or sgd"),
@@ -167,12 +173,12 @@ _BACKBONE_FIELDS = (
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
   r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|profile|keep_checkpoints|"
-  r"data/(root|cache_dir|data_dir|lists|splits_json|max_pixels|max_file_mb)|"
+  r"prompt_images|profile|keep_checkpoints|data/(max_pixels|max_file_mb|ordered)|"
+  r"data/(root|labels|(image|label|split)_column|cache_dir|data_dir|lists|splits_json)|"
   r"backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
-PER_HOST = r"data/(root|cache_dir|data_dir|lists|splits_json)|backbone/weights"
+PER_HOST = r"data/(root|labels|cache_dir|data_dir|lists|splits_json)|backbone/weights"
 
 
 def method_sections() -> tuple[str, ...]:
@@ -358,7 +364,7 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def stored(config: ConfigDict) -> dict[str, Any]:
   """Returns `to_dict` with whole paths: a run may be read again from elsewhere."""
   values = to_dict(config)
-  for name in ("root", "data_dir", "lists", "splits_json"):
+  for name in ("root", "labels", "data_dir", "lists", "splits_json"):
     path = values["data"][name]
     if path and "://" not in path:
       values["data"][name] = os.path.abspath(os.path.expanduser(path))

@@ -19,8 +19,11 @@ from insvp_jax import config as config_lib
 from insvp_jax.methods import parts_of
 
 # What all rows share: images and backbone, which are prepared once, and what is no part
-# of a single run or does not shape it.
-_SHARED = rf"task|method|seed|image_size|(backbone|data)/.*|{config_lib.MAY_CHANGE}"
+# of a single run or does not shape it. How images are sampled is a row's own.
+_SHARED = (
+  r"task|method|seed|image_size|(backbone|data)/(?!sampling$).*|"
+  f"{config_lib.MAY_CHANGE}"
+)
 
 
 @dataclasses.dataclass(frozen=True)

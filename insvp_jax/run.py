@@ -46,10 +46,10 @@ BATCH_SIZES = (1, 8, 32)
 class Run:
   """A trained model, ready to be used.
 
-  `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a list of images of
-  different sizes, a path, or a list of paths. They are resized and normalised exactly
-  as those that the run was evaluated on; `data.preprocess.Resized` ones are resized
-  already, as what a split holds.
+  `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a path, an image of
+  Pillow, or a list of these, of different sizes. They are resized and normalised
+  exactly as those that the run was evaluated on; `data.preprocess.Resized` ones are
+  resized already, as what a split holds.
 
   Attributes:
     model: the classifier.
@@ -379,7 +379,7 @@ def _read_images(
   images: Any, options: decode.DecodeOptions
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
   """Yields `images` as `Run` takes them, one by one: files may be large."""
-  if isinstance(images, str | os.PathLike):
+  if isinstance(images, str | os.PathLike) or hasattr(images, "getexif"):
     images = [images]
   elif hasattr(images, "ndim"):
     images = np.asanyarray(images)
@@ -397,6 +397,8 @@ def _read_image(
   # What a tool has found in a folder or archive.
   if hasattr(image, "read_pixels"):
     return image.read_pixels(options)
+  if hasattr(image, "getexif"):
+    return decode.from_pillow(image, "an image", options)
   image = np.asanyarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(

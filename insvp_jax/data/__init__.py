@@ -38,6 +38,7 @@ from insvp_jax.data.sources import (
   fgvc_folder,
   gtsrb,
   image_folder,
+  memory,
   tfds,
   vtab_folder,
 )
@@ -78,7 +79,10 @@ _FOLDER_FORMATS: dict[
 
 
 def load_data(
-  task: str, data_config: ml_collections.ConfigDict, image_size: int
+  task: str,
+  data_config: ml_collections.ConfigDict,
+  image_size: int,
+  load: Callable[[ml_collections.ConfigDict, int], TaskData] | None = None,
 ) -> TaskData:
   """Opens the splits of a task, with images resized to the preset's stored size.
 
@@ -91,6 +95,7 @@ def load_data(
     data_config: the section config.data. An empty preset is the default one: which
       weights' pixels it should follow is not known here.
     image_size: side of the model's input in pixels.
+    load: reads the images in place of what the task's name stands for.
 
   Raises:
     ValueError: if the task or the preset is unknown, or the data contradict themselves.
@@ -101,14 +106,25 @@ def load_data(
       f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them, such as "
       f"{GROUPS[task][0]!r}; all of them: {LIST_COMMAND} --task={task}."
     )
-  trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
+  if load is None:
+    if task == memory.TASK:
+      memory.refuse()
+    trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
   if not data_config.preset:
     data_config = data_config.copy_and_resolve_references()
     data_config.preset = DEFAULT_PRESET
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
-  data = _load(task, data_config, image_size)
+  if data_config.get("labels") and task != "folder":
+    raise ValueError(
+      f"config.data.labels is {data_config.labels}, but the task {task} has labels of "
+      "its own; expected the task folder, e.g. --config=folder."
+    )
+  if load is None:
+    data = _load(task, data_config, image_size)
+  else:
+    data = load(data_config, image_size)
   return _with_few_shots(data, data_config) if data_config.get("shots") else data
 
 

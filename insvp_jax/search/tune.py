@@ -28,7 +28,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
-from insvp_jax.checkpoints.files import Damaged, load_json
+from insvp_jax.checkpoints.files import Damaged, find_steps, load_json, read_meta
 from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
@@ -41,13 +41,18 @@ from insvp_jax.train import evaluate, report, trainer
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state, fill_preset
 from insvp_jax.train.timing import Timer
-from insvp_jax.train.trainer import Prepared, prepare
+from insvp_jax.train.trainer import Prepared, ReadData, prepare
 
 MODES = ("auto", "train", "tune")
 OnLog = Callable[[Timer], None]
 
 
-def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  mode: str = "auto",
+  read: ReadData | None = None,
+) -> dict[str, Any]:
   """Does what a config asks for: one run, or search, retraining and a table.
 
   With `config.tune` empty this is `trainer.train` alone. Otherwise each row of
@@ -65,6 +70,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     mode: "auto" as above; "train" is one run with `config.optim`, whatever
       `config.tune` says; "tune" is a search, for which an empty `tune.lr` stands for
       the method's own grid (see `grids`).
+    read: as for `trainer.prepare`.
 
   Returns:
     The result of the single run, or the summary by the rows' labels.
@@ -82,7 +88,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   for variant in variants:
     parts_of(variant.method)
   if not _is_search(config, mode):
-    result = trainer.train(config, workdir)
+    result = trainer.train(config, workdir, read=read)
     print_once(report.result_line(result))
     return result
   trials.check_keys(config)
@@ -91,7 +97,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   searches, prepared, are_compared = {}, None, bool(config.tune.variants)
   for variant in variants:
     row = variant.config(config, mode == "tune")
-    search = Search(row, mode, prepared, are_compared=are_compared)
+    search = Search(row, mode, prepared, are_compared=are_compared, read=read)
     searches[variant.label], prepared = search, search.prepared
     if "batch_size" not in variant.changes:
       # What 0 stood for holds for all rows.
@@ -158,6 +164,7 @@ class Search:
     like: Prepared | None,
     points: list[trials.Point] | None = None,
     are_compared: bool = False,
+    read: ReadData | None = None,
   ):
     """Checks all that can be checked before anything trains.
 
@@ -167,6 +174,7 @@ class Search:
       like: of another row on the same task and backbone; see `prepare`.
       points: to be tried in place of the grid.
       are_compared: whether rows are compared on val, so that a single point is tried.
+      read: as for `trainer.prepare`.
 
     Raises:
       ValueError, FileNotFoundError: bad input; see the message.
@@ -183,7 +191,7 @@ class Search:
       program_lib.input_size(each)
     hparams = trials.hparams_of_point(self.points[0])
     # The program is the same for all points of equal fields: what differs is data.
-    self.prepared = prepare(configs[0], like=like, hparams=hparams)
+    self.prepared = prepare(configs[0], like=like, hparams=hparams, read=read)
     self._latest = trials.fields_of(self.points[0]), self.prepared
     # Automatic until now. The final runs keep what the trials had.
     self.config = trials.at(config, batch_size=configs[0].batch_size)
@@ -252,6 +260,7 @@ class Search:
       workdir: of the row.
       on_log: as for `trainer.train_loop`, of each run.
     """
+    self._check_same_images(workdir)
     finished = self.search(workdir, on_log) if self.has_trials else []
     chosen = self.points[0]
     if self.has_trials:
@@ -270,6 +279,18 @@ class Search:
       "trials": [{name: trial[name] for name in columns} for trial in finished],
       **({"pruning": best["pruning"]} if self.percents else {}),
     }
+
+  def _check_same_images(self, workdir: Path) -> None:
+    """Refuses the workdir of other images before trials take their time."""
+    final = trials.at(self.config, train_split=self.final_split)
+    digest = report.data_digest(final, self.prepared.data)
+    for seed in self.seeds:
+      where = workdir / f"seed{seed}"
+      if stored_digest(where) not in (None, digest):
+        raise ValueError(
+          f"{where} holds a run of other images: they or their labels have changed. "
+          "Use another workdir, or delete this one to start over."
+        )
 
   def search(
     self, workdir: Path, on_log: OnLog | None = None
@@ -366,7 +387,7 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {
     "mean": statistics.mean(accuracies) if accuracies else None,
     "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-    "balanced_mean": _balanced_mean(results),
+    **_means_by_class(results),
     "group_means": _group_means(results),
     "test_accuracies": accuracies,
     "seeds": [result["seed"] for result in results],
@@ -377,12 +398,24 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
-  """Returns the mean balanced accuracy; None where the test classes are of one size."""
-  by_class = [result.get("test_by_class") for result in results]
-  if not all(each and each["imbalance"] > evaluate.UNBALANCED for each in by_class):
-    return None
-  return statistics.mean(each["balanced_accuracy"] for each in by_class)
+def _means_by_class(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """Returns the mean balanced accuracy, macro-F1 and quadratic kappa of the runs.
+
+  The first two are None where the test classes are of one size, the third where they
+  are no grades. Runs of before have the first alone.
+  """
+  by_class = [result.get("test_by_class") or {} for result in results]
+  unequal = all(each.get("imbalance", 0) > evaluate.UNBALANCED for each in by_class)
+
+  def mean(name: str, is_told: bool = True) -> float | None:
+    values = [each.get(name) for each in by_class]
+    return None if None in values or not is_told else statistics.mean(values)
+
+  return {
+    "balanced_mean": mean("balanced_accuracy", unequal),
+    "macro_f1_mean": mean("macro_f1", unequal),
+    "kappa_mean": mean("quadratic_kappa"),
+  }
 
 
 def _group_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -463,6 +496,14 @@ def train_trials(
     }
 
   return [outcome(member) for member in range(num_members)]
+
+
+def stored_digest(workdir: Path) -> str | None:
+  """Returns the digest of the data of a workdir's run; None where there is none."""
+  try:
+    return read_meta(find_steps(workdir)[0]).get("data_sha256")
+  except (FileNotFoundError, Damaged):
+    return None  # Resuming says what is damaged.
 
 
 def _of_member(values: Any, member: int) -> float:

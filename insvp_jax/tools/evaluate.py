@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import tools
+from insvp_jax.data import tasks
 from insvp_jax.tools import run_data, scores, visualize
 from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
-# Tasks whose classes are grades of one thing.
-_GRADES = ("diabetic_retinopathy",)
 
 
 def predict_split(run: Any, data: RunData, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -49,10 +48,15 @@ def _text(run: Any, scored: dict[str, Any], name: str) -> str:
   """Returns two lines about a split."""
   from insvp_jax.train import evaluate, report
 
-  recalls = [row["recall"] for row in scored["classes"]]
+  columns = {
+    "class_accuracy": "recall",
+    "class_f1": "f1",
+    "class_count": "num_examples",
+  }
   evaluated = {
-    "class_accuracy": np.array([np.nan if r is None else r for r in recalls]),
-    "class_count": np.array([row["num_examples"] for row in scored["classes"]]),
+    # None is NaN.
+    key: np.array([row[column] for row in scored["classes"]], float)
+    for key, column in columns.items()
   }
   # Runs of before do not know how many there were to train on.
   train_count = run.meta.get("train_count")
@@ -116,7 +120,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       raise ValueError(
         f"--confusion is of one split, but --splits has {len(names)}; name one."
       )
-    ordered, found = args.ordered or run.meta.get("task") in _GRADES, {}
+    stored = run.meta.get("config") or {}
+    ordered = args.ordered or tasks.are_ordered(
+      run.meta.get("task") or "", stored.get("data") or {}
+    )
+    found = {}
     for name in names:
       labels, probabilities = predict_split(run, data, name)
       found[name] = scores.score(

@@ -250,8 +250,11 @@ def create_eval_step(
 ) -> Callable[..., dict[str, Average]]:
   """Returns `eval_step(params, batch, hparams=None) -> sums over unmasked examples`.
 
-  The sums are `correct` and `count` (int32) and `loss` (float32, in nats); padding
-  has mask 0 and adds nothing to any of them.
+  The sums and counts are those of "accuracy" and "loss" (float32, in nats), []; of
+  "class_accuracy": the right ones and the number of each class's examples, int32 [k];
+  of "class_prediction": the sum of the classes predicted for each class's examples, as
+  indices, and how often each class is predicted, int32 [k]. Padding has mask 0 and adds
+  nothing to any of them.
   """
 
   def eval_step(
@@ -265,16 +268,22 @@ def create_eval_step(
       logits = model.apply(variables, _eval_images(model, preset, batch), **known)
     targets = losses.targets(batch["labels"], model.head.num_classes)
     is_real = batch["mask"] > 0
-    is_correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+    predicted = jnp.argmax(logits, axis=-1)
+    is_correct = predicted == batch["labels"]
     nats = losses.cross_entropy(logits, targets)
     # Rows of 0 and 1, whatever the smoothing is in training.
     counts = (targets * is_real[:, None]).astype(jnp.int32)
+    guesses = losses.targets(predicted, model.head.num_classes) * is_real[:, None]
     return {
       "accuracy": Average.from_model_output(is_correct, mask=is_real),
       "loss": Average.from_model_output(nats, mask=is_real),
       "class_accuracy": Average(
         total=jnp.sum(counts * is_correct[:, None], axis=0),
         count=jnp.sum(counts, axis=0),
+      ),
+      "class_prediction": Average(
+        total=jnp.sum(counts * predicted[:, None].astype(jnp.int32), axis=0),
+        count=jnp.sum(guesses.astype(jnp.int32), axis=0),
       ),
     }
 
@@ -312,6 +321,7 @@ def create_multi_step(
   *,
   batch_size: int,
   sharding: jax.sharding.Sharding,
+  balanced_classes: int = 0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `multi_step(state, arrays, seed, count) -> (state, metrics)`.
 
@@ -325,6 +335,7 @@ def create_multi_step(
     carried: bool tree, True for the parameters that a step changes.
     batch_size: b.
     sharding: of a batch.
+    balanced_classes: as for `resident.epoch_order`.
 
   Returns:
     A pure function. Its metrics are those of the first step whose metrics are not all
@@ -339,12 +350,21 @@ def create_multi_step(
     # they never change.
     changing, frozen = trees.split(state.params, carried)
 
+    def order_at(step):
+      return resident.epoch_order(
+        seed,
+        step // steps_per_epoch,
+        num_examples,
+        labels=arrays["labels"],
+        balanced_classes=balanced_classes,
+      )
+
     def body(_, carry):
       state, order, metrics = carry
       # A new epoch has a new order; within an epoch it is carried along.
       order = jax.lax.cond(
         state.step % steps_per_epoch == 0,
-        lambda: resident.epoch_order(seed, state.step // steps_per_epoch, num_examples),
+        lambda: order_at(state.step),
         lambda: order,
       )
       batch = functions.make_batch(arrays, order, seed, state.step)
@@ -365,8 +385,7 @@ def create_multi_step(
     zeros = jnp.zeros(jnp.shape(state.peak_lr), jnp.float32)
     names = (*METRICS, *functions.measures)
     metrics = {**dict.fromkeys(names, zeros), "step": zeros.astype(jnp.int32)}
-    order = resident.epoch_order(seed, state.step // steps_per_epoch, num_examples)
-    carry = (state.replace(params=changing), order, metrics)
+    carry = (state.replace(params=changing), order_at(state.step), metrics)
     state, _, metrics = jax.lax.fori_loop(0, count, body, carry)
     return state.replace(params=trees.merge(state.params, frozen)), metrics
 

@@ -47,6 +47,9 @@ from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
 from insvp_jax.train.timing import Profiler, Timer
 
+# What reads a task's data: as `load_data`.
+ReadData = Callable[[str, ConfigDict, int], TaskData]
+
 
 class Diverged(FloatingPointError):
   """The loss, a gradient or a parameter is no longer a number."""
@@ -64,6 +67,7 @@ class Prepared:
     cache: features of the splits, where they are constant.
     routes: of the splits, where the method has a route.
     loaded: what loading the backbone did, in a line; "" for random weights.
+    read: how the data were read; see `prepare`.
   """
 
   data: TaskData
@@ -73,6 +77,7 @@ class Prepared:
   cache: FeatureCache = dataclasses.field(default_factory=FeatureCache)
   routes: RouteCache = dataclasses.field(default_factory=RouteCache)
   loaded: str = ""
+  read: ReadData | None = None
 
   def features(
     self, config: ConfigDict, split: str, params: Mapping[str, Any]
@@ -136,7 +141,10 @@ class Prepared:
 
 
 def prepare(
-  config: ConfigDict, like: Prepared | None = None, hparams: tuple[str, ...] = ()
+  config: ConfigDict,
+  like: Prepared | None = None,
+  hparams: tuple[str, ...] = (),
+  read: ReadData | None = None,
 ) -> Prepared:
   """Reads data and weights and builds the program; trains nothing.
 
@@ -145,6 +153,8 @@ def prepare(
     like: a preparation for the same task and backbone, whose data and weights are
       used again (for another method, or another training split).
     hparams: as for `create_program`.
+    read: takes the arguments of `load_data` and reads the data in its place, where they
+      are not what `config.task` names; None is that of `like`.
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
@@ -156,11 +166,12 @@ def prepare(
   # `create_program` checks it again: here a wrong size shows before data are read.
   mesh_lib.check_batch_size(config.batch_size, mesh)
   size = input_size(config)
+  read = read or (like.read if like else None)
   # Methods may take images of different sizes.
   if like and like.program.model.input_size == size:
     data = like.data
   else:
-    data = load_data(config.task, config.data, size)
+    data = (read or load_data)(config.task, config.data, size)
   split = config.data.train_split
   if split not in data.splits:
     raise ValueError(
@@ -182,7 +193,7 @@ def prepare(
     return dataclasses.replace(like, data=data, program=program)
   loaded: list[str] = []
   weights, identity = state_lib.load_weights(config, program.model, loaded.append)
-  return Prepared(data, weights, identity, program, loaded="".join(loaded))
+  return Prepared(data, weights, identity, program, loaded="".join(loaded), read=read)
 
 
 def train(
@@ -193,6 +204,7 @@ def train(
   test: bool = True,
   method: type[Method] | None = None,
   on_log: Callable[[Timer], None] | None = None,
+  read: ReadData | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
 
@@ -205,6 +217,7 @@ def train(
       leaves it out: the test split never selects anything.
     method: a class of your own in place of `config.method`; see `methods.register`.
     on_log: as for `train_loop`.
+    read: as for `prepare`.
 
   Returns:
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
@@ -222,7 +235,7 @@ def train(
     config.method = methods.register(method)
     config_lib.complete(config)
   is_alone = prepared is None
-  prepared = prepared or prepare(config)
+  prepared = prepared or prepare(config, read=read)
   fill_preset(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
   _check_profile(config, program.total_steps)
@@ -257,7 +270,7 @@ def train(
     spare = report.spare_params(program, state)
     write_json(workdir / "config.json", config_lib.stored(config))
     if data.files:
-      lists = stored_splits.to_json(data.class_names, data.files)
+      lists = stored_splits.to_json(data.class_names, data.files, data.are_listed)
       write_json(workdir / SPLITS_FILE, lists)
     table = report.param_table(config, program)
     write_text(workdir / "parameters.txt", f"{table}\n")
