@@ -23,12 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = PurePosixPath("docs")
 COPIES = "project"  # below docs/
 ELSEWHERE = (
-  *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+  *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
   *("benchmarks/README.md", "launch/README.md", "notebooks/*.ipynb"),
 )
-# A page for another one in the list of pages.
-ALIASES = {"README.md": "docs/index.md", "docs/README.md": "docs/index.md"}
-_LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(([\w./-]+)((?:#[\w-]+)?)\)")
+_LINK = re.compile(r"\[([^\]\[]*)\]\(([\w./-]+)((?:#[\w-]+)?)\)")
 # Where these stand come the reference, and the pages that index.md does not list.
 _REFERENCE = "<!-- reference -->"
 _OTHERS = "\nOTHERS\n"
@@ -45,7 +43,6 @@ def copied() -> list[str]:
 
 def page_of(path: str) -> str:
   """Returns where below docs/ the site has a file of the repository; "" for nowhere."""
-  path = ALIASES.get(path, path)
   if path in copied():
     return f"{COPIES}/{path}"
   below = PurePosixPath(path)
