@@ -63,6 +63,9 @@ def small(words, place):
     total_steps=2,
     optim__warmup_epochs=0.0,
     tensorboard=False,
+    insvp__global_kernels="(3,3)",
+    insvp__global_dilations="(1,1)",
+    insvp__prompt_length=2,
   )
   if "--mode=train" in words:
     return flags
