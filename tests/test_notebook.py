@@ -72,7 +72,7 @@ def parameters(name: str, place: Path) -> str:
       "backbone": "boxed",
       "method": "linear",
       "lr": 0.01,
-      "epochs": 2,
+      "epochs": 3,  # two are warm-up
     },
     "compare_methods": {
       "methods": ("linear", "vpt_deep"),
