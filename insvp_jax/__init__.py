@@ -2,6 +2,7 @@
 
   model = insvp_jax.create_model(backbone="boxed", method="insvp", num_classes=10)
   run = insvp_jax.load_run("runs/quickstart/insvp/seed0")
+  run = insvp_jax.adapt((images, labels), workdir="runs/mine")
 
 The public names are imported on first use: `import insvp_jax` alone costs nothing.
 """

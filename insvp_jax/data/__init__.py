@@ -3,8 +3,8 @@
 The way of one image of a `.zip`, from `load_data` to the batch on the device:
 
 1. `load_data` (here) calls `load` of a module in `sources`: for one's own images
-   `image_folder`, which finds splits and classes in the names of the archive's files;
-   `image_kinds` says which of them are images.
+   `image_folder`, which finds splits and classes in the names of the archive's files,
+   or in a CSV (`labels_csv`); `image_kinds` says which of them are images.
 2. `image_files.ImageFiles`, names and labels of a split's files, gives a
    `splits.StreamSplit`, which decodes images in any order while it is read: in threads
    (`prefetch`), `folder_or_zip` reads the bytes in place, `decode` makes RGB pixels of
@@ -19,6 +19,7 @@ The way of one image of a `.zip`, from `load_data` to the batch on the device:
 
 With `data.shots`, `load_data` at last keeps so many training images of each class.
 
+Images that were given in Python (`memory`) have no files: 1 and 2 are a list of them.
 A task of TFDS differs in 1 and 2: `sources.tfds` finds records and labels
 (`tfrecords`), divides them (`subsets`, `vpt_lists`) and decodes them (`tfds_stream`).
 `downloads`, `availability` and `original_rows` serve the tool `prepare_data`.

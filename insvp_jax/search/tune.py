@@ -283,10 +283,11 @@ class Search:
   def _check_same_images(self, workdir: Path) -> None:
     """Refuses the workdir of other images before trials take their time."""
     final = trials.at(self.config, train_split=self.final_split)
-    digest = report.data_digest(final, self.prepared.data)
     for seed in self.seeds:
       where = workdir / f"seed{seed}"
-      if stored_digest(where) not in (None, digest):
+      stored = stored_digest(where)
+      # Only then the test split is looked at, and no more than its digest.
+      if stored and stored != report.data_digest(final, self.prepared.data):
         raise ValueError(
           f"{where} holds a run of other images: they or their labels have changed. "
           "Use another workdir, or delete this one to start over."

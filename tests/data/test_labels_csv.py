@@ -74,7 +74,9 @@ def table(rows, **options):
   quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
   encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
   end=st.sampled_from(["\n", "\r\n"]),
-  header=st.sampled_from([None, ("Path", "Label"), ("FILE", "what it is"), ("", "x")]),
+  header=st.sampled_from(
+    [None, ("Path", "Label"), ("FILE", "what"), ("", "x"), ("x", "")]
+  ),
   order=st.permutations(range(len(ODD))),
 )
 def test_a_table_is_read_however_it_is_written(
@@ -192,6 +194,7 @@ BAD = {
   "one column": ("ant/000.png\nbee/000.png\n", "has one column"),
   "ragged": (f"{HEAD}bee/000.png,a,b\n", "row 3: 3 cells, expected 2"),
   "quotes": (f'{HEAD}"bee/000.png,bee\n', "row 3: the quotes do not fit"),
+  "quotes in the first row": ('"ant/000.png,ant\n', "row 1: the quotes do not fit"),
   "no label": (f"{HEAD}\nbee/000.png,\n", "row 4: no label of bee/000.png"),
   "no path": (f"{HEAD},bee\n", "row 3: no path"),
   "missing": (

@@ -216,6 +216,9 @@ FORMS = {
     {"image": {"bytes": png(x), "path": None}, "label": y, "id": 3}
     for x, y in zip(images, labels, strict=True)
   ],
+  "dicts of other names": lambda images, labels: (
+    {"x": x, "t": y} for x, y in zip(images, labels, strict=True)
+  ),
   "columns": lambda images, labels: {"image": images, "label": np.array(labels)},
 }
 
@@ -300,7 +303,7 @@ BAD = {
   "no pixels": (([IMAGE[:0]] * 4, [0, 1] * 2), "image 0 of train is uint8"),
   "no image": (([b"x"] * 4, [0, 1] * 2), "image 0 of train"),
   "splits": ({"train": HubLike([IMAGE], ["ant"])}, "give one of them"),
-  "columns": ([{"a": IMAGE, "b": 1, "c": 2}], "which column has the images"),
+  "columns": ([{"a": IMAGE, "b": 1, "c": 2}], "which column has the labels"),
   "unlabelled": (
     [{"image": IMAGE, "label": -1}],
     "label of image 0 of train is -1, expected 0 to 2",

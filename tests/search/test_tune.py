@@ -52,7 +52,9 @@ class FakeTrainer:
       trial["diverged"] = str(error)
     return {**trial, "train_seconds": 2.0, "images_per_second": 8.0}
 
-  def __call__(self, config, workdir, *, prepared=None, test=True, on_log=None):
+  def __call__(
+    self, config, workdir, *, prepared=None, test=True, on_log=None, read=None
+  ):
     self.runs.append((config, workdir, prepared, test))
     on_train = config.data.train_split == "train"
     splits = prepared.data.splits if prepared else ("val", "test")
@@ -427,6 +429,33 @@ def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
 def test_a_name_makes_no_cells_of_its_own():
   table = tables.markdown([["a|b\x1b[2J", "1"]], ["x", "y"])
   assert r"| a\|b\x1b[2J |" in table
+
+
+def test_unequal_and_ordered_classes_have_columns_of_their_own():
+  def result(seed, **by_class):
+    return {
+      **{"seed": seed, "test_accuracy": 0.75, "images_per_second": None},
+      **{"trainable_params": 51, "prompter_params": 0, "train_seconds": 2.0},
+      "test_by_class": {"imbalance": 2.0, "balanced_accuracy": 0.5, **by_class},
+    }
+
+  def row(*results):
+    return {**tune._of_runs(results), "lr": 0.1, "wd": 0.0, "searched": []}
+
+  new = {"macro_f1": 0.25, "quadratic_kappa": 0.125}
+  summary = {"linear": row(result(0, **new), result(1, **{**new, "macro_f1": 0.75}))}
+  titles, values = cells(tables.format_table("insects", summary))
+  shown = dict(zip(titles, values, strict=True))
+  assert shown["balanced, %"] == "50.00" and shown["macro-F1, %"] == "50.00"
+  assert shown["quadratic kappa"] == "0.125"
+  header, line = csv.reader(tables.format_csv("insects", summary).splitlines())
+  numbers = dict(zip(header, line, strict=True))
+  assert (numbers["macro_f1_mean"], numbers["kappa_mean"]) == ("0.5", "0.125")
+  # Of classes of one size, and of runs of before.
+  equal = {"linear": row(result(0, imbalance=1.2, macro_f1=0.25))}
+  assert "macro" not in tables.format_table("insects", equal)
+  before = row(result(0), result(1, **new))
+  assert (before["balanced_mean"], before["macro_f1_mean"]) == (0.5, None)
 
 
 def test_further_hparams_are_searched_for_and_stand_in_the_tables(install, tmp_path):

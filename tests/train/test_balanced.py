@@ -19,7 +19,7 @@ from tiny_training import (
   tiny_config,
 )
 
-from insvp_jax import config_checks, trees
+from insvp_jax import config_checks, config_variants, trees
 from insvp_jax.data import ArraySplit
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.search import population, trials
@@ -128,6 +128,12 @@ def test_a_run_on_unequal_classes_says_what_accuracy_hides(tmp_path):
   kappa = by_class["quadratic_kappa"]
   assert kappa is None or f"quadratic kappa {kappa:.3f}" in line
   assert by_class["worst_class"]["name"] in CLASSES
+
+
+def test_rows_of_a_search_may_differ_in_it():
+  assert not config_variants.is_shared("data.sampling")
+  assert config_variants.is_shared("data.split_seed")
+  assert config_variants.is_shared("data.sampling_of_another_kind")
 
 
 @pytest.mark.parametrize(

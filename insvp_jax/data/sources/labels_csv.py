@@ -57,7 +57,7 @@ def root_of(data_config: ml_collections.ConfigDict) -> str:
   """Returns the folder or archive of the images: `root`, or that of the CSV."""
   if data_config.root or not data_config.labels:
     return data_config.root
-  return os.path.dirname(os.path.expanduser(data_config.labels)) or "."
+  return os.path.dirname(os.path.abspath(os.path.expanduser(data_config.labels)))
 
 
 def find_layout(root: FileTree, data_config: ml_collections.ConfigDict) -> Layout:
@@ -149,18 +149,13 @@ class _Table:
         continue
       if width > 1 or not rows:
         return rows
-    # None fits: what is wrong with the one that separates most.
-    width, error = max(errors, key=lambda each: each[0], default=(0, None))
-    if width < 2 or error is None:
-      raise (
-        error
-        if width and error
-        else ValueError(
-          f"{self._name} has one column, expected paths and labels, between commas, "
-          "semicolons, tabs or bars."
-        )
-      )
-    raise error
+    if errors:
+      # None fits: what is wrong with the one that separates most.
+      raise max(errors, key=lambda each: each[0])[1]
+    raise ValueError(
+      f"{self._name} has one column, expected paths and labels, between commas, "
+      "semicolons, tabs or bars."
+    )
 
   def _read(self, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields (number, cells without spaces around) of the rows that are not empty."""
@@ -231,7 +226,7 @@ class _Table:
     label = find("label", LABEL_COLUMNS, free)
     if label is None:
       if any(header):
-        free = [i for i in free if not _NAMELESS.fullmatch(header[i])]
+        free = [i for i in free if not _NAMELESS.fullmatch(header[i])] or free
       if len(free) != 1:
         raise self._unclear("label", header, rows[0])
       (label,) = free

@@ -172,7 +172,7 @@ def _of_rows(
     if keys is None:
       keys = (0, 1)
       if isinstance(row, Mapping):
-        columns = {name: features.get(name) for name in row}
+        columns = {name: features.get(name, cell) for name, cell in row.items()}
         keys = _find_columns(columns, what, data_config)
     is_row = isinstance(row, Mapping if isinstance(keys[0], str) else tuple | list)
     try:
@@ -204,7 +204,7 @@ def _find_columns(
 
   Args:
     columns: by name; the values are features of a data set, which may declare names of
-      classes, or anything else.
+      classes, or cells, or whole columns.
     what: how errors name the data set.
     data_config: the section config.data; `image_column` and `label_column` are read.
   """
@@ -222,18 +222,27 @@ def _find_columns(
       found[kind] = name
       continue
     usual = [n for word in known for n in free if str(n).lower() == word]
-    if kind == "label" and not usual:
-      usual = declared if len(declared) == 1 else []
+    if not usual:
+      pictures = [name for name in free if _is_picture(columns[name])]
+      likely = declared if kind == "label" else pictures
+      usual = likely if len(likely) == 1 else []
     if not usual and kind == "label" and len(free) == 1:
       usual = free
     if not usual:
       raise ValueError(
         f"{what}: which column has the {kind}s is not clear from "
         f"{', '.join(map(repr, named))}; set config.data.{kind}_column, e.g. "
-        f"adapt(..., data=dict({kind}_column={(free or named)[-1]!r}))."
+        f"adapt(..., data=dict({kind}_column={named[0]!r}))."
       )
     found[kind] = usual[0]
   return found["image"], found["label"]
+
+
+def _is_picture(value: Any) -> bool:
+  """Returns whether a feature, or a cell, is one of images."""
+  # Hugging Face's feature is called so.
+  is_feature = type(value).__name__ == "Image"
+  return is_feature or hasattr(value, "getexif") or getattr(value, "ndim", 0) in (2, 3)
 
 
 def _examples(images: Any, labels: Iterable[Any], declared: Any, what: str) -> Examples:
