@@ -150,29 +150,6 @@ def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
   assert scope["run"].meta["config"]["loss"]["class_weights"] is True
 
 
-def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
-  from insvp_jax.search import adapt
-
-  original = adapt._config
-
-  def tiny(backbone, method, changes):
-    # The method that compiles quickest, for two steps.
-    changes = {**changes, "total_steps": 2, "tensorboard": False}
-    changes["optim.warmup_epochs"] = 0.0
-    return original(backbone, "linear", changes)
-
-  monkeypatch.setattr(adapt, "_config", tiny)
-  monkeypatch.chdir(tmp_path)
-  first, second = blocks((root / "docs" / "adapt.md").read_text(), "python")
-  scope = {}
-  exec(first, scope)
-  assert scope["run"].workdir == tmp_path / "runs/digits/linear/seed0"
-  assert "[[" in capsys.readouterr().out
-  exec(second, scope)
-  assert scope["run"].result["lr"] == 0.01
-  assert scope["run"].meta["config"]["loss"]["class_weights"] is True
-
-
 def config_of(words):
   """Returns the config of a command with its overrides' keys looked up."""
   flags = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
