@@ -41,6 +41,14 @@ class Split(abc.ABC):
     """Returns the number of examples, n."""
     return len(self.labels)
 
+  def class_counts(self, num_classes: int) -> Int[np.ndarray, "k"]:
+    """Returns how many examples each class has.
+
+    Args:
+      num_classes: k.
+    """
+    return np.bincount(self.labels, minlength=num_classes)
+
   @property
   @abc.abstractmethod
   def stored_size(self) -> int:

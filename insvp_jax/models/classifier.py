@@ -45,6 +45,22 @@ class PromptedClassifier(nn.Module):
     """Pixels per side of the images that the model takes."""
     return self.prompter.input_size()
 
+  @nn.nowrap
+  def masks(self, shapes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (which parameters train, which a step changes): trees of bools.
+
+    Those that a step changes are the trainable ones, and those that it sets without a
+    gradient; see `Method.updated_patterns`.
+
+    Args:
+      shapes: the tree of parameters.
+    """
+    trainable, updated = (
+      self.prompter.trainable_patterns(),
+      self.prompter.updated_patterns(),
+    )
+    return trees.mask(shapes, trainable), trees.mask(shapes, trainable + updated)
+
   def route(self, images: Float[Array, "b h w c"]) -> Int[Array, "b"]:
     """Returns the method's `route` of the plain backbone's feature."""
     feature = self.backbone(images)

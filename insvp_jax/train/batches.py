@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax.data import ArraySplit, pipeline, resident
+from insvp_jax.data import ArraySplit, resident
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
@@ -111,11 +111,10 @@ def create_feed(
   if arrays is None and isinstance(split, ArraySplit) and (many or is_routed):
     arrays = resident.put_split(split, rows) | ({"route": route} if is_routed else {})
   if arrays is None or not many:
-    batches = pipeline.train_batches(
+    batches = program.objective.train_batches(
       split if arrays is None else arrays,
       batch_size=config.batch_size,
       seed=config.seed,
-      preset=get_preset(config.data.preset),
       image_size=program.model.input_size,
       start_step=int(state.step),
       sharding=rows,
@@ -157,7 +156,7 @@ def next_end(
 def abstract_batch(
   config: ConfigDict, program: Program, batch_size: int, *, train: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes and types of a batch of images and labels, without a mask.
+  """Returns the shapes and types of a batch of images and targets, without a mask.
 
   Args:
     config: the whole configuration.
@@ -169,7 +168,7 @@ def abstract_batch(
   side = size if train and preset.augments else preset.stored_size(size)
   return {
     "images": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
-    "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    **program.objective.abstract_targets(batch_size, side),
   }
 
 
@@ -210,7 +209,7 @@ def eval_batches(
   """
   size = eval_batch_size(config, program, len(split))
   rows = mesh_lib.batch_sharding(program.mesh)
-  images = pipeline.eval_batches(split, batch_size=size, sharding=rows)
+  images = program.objective.eval_batches(split, batch_size=size, sharding=rows)
   if features is None and route is None:
     return images
   take = jax.jit(_take, static_argnames="size", out_shardings=rows)
