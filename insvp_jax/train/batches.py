@@ -209,7 +209,9 @@ def eval_batches(
   """
   size = eval_batch_size(config, program, len(split))
   rows = mesh_lib.batch_sharding(program.mesh)
-  images = program.objective.eval_batches(split, batch_size=size, sharding=rows)
+  images = program.objective.eval_batches(
+    split, batch_size=size, image_size=program.model.input_size, sharding=rows
+  )
   if features is None and route is None:
     return images
   take = jax.jit(_take, static_argnames="size", out_shardings=rows)

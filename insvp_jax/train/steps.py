@@ -127,8 +127,9 @@ def create_train_step(
   Returns:
     A pure function of batches from `Objective.train_batches`, with a "route" where that
     is known (see `PromptedClassifier.route`). Its metrics are scalars: loss (mean, in
-    nats), accuracy (against targets that are not mixed, in [0, 1]), grad_norm (of the trainable leaves), param_norm (of the same leaves after the
-    update), all float32, and step (int32, counted from 1); and the method's `measures`,
+    nats), accuracy (against targets that are not mixed, in [0, 1]), grad_norm (of the
+    trainable leaves), param_norm (of the same leaves after the update), all float32,
+    and step (int32, counted from 1); and the method's `measures`,
     the largest entry of each.
   """
   if objective is None:
@@ -157,7 +158,8 @@ def create_train_step(
         **known,
       )
       value = objective.loss(output, targets)
-      if "reads" in sown:
+      # Of a method's own loss only where a target is that of an image.
+      if "reads" in sown and objective.ONE_FEATURE:
         reads = block_reads(sown["reads"])
         prompter = params.get("prompter", {})
         value += model.prompter.extra_loss(prompter, reads, targets)
@@ -253,7 +255,8 @@ def create_eval_step(
       output = model.apply(variables, batch["features"], method="classify")
     else:
       known = {"route": batch["route"]} if "route" in batch else {}
-      output = model.apply(variables, _eval_images(model, preset, batch), **known)
+      images = objective.eval_inputs(batch["images"], model.input_size)
+      output = model.apply(variables, images, **known)
     return objective.outcome(output, batch)
 
   return eval_step

@@ -2,14 +2,23 @@
 
 from insvp_jax.train.objectives.base import Objective
 from insvp_jax.train.objectives.classification import Classification
+from insvp_jax.train.objectives.segmentation import Segmentation
 
-__all__ = ["OBJECTIVES", "Classification", "Objective", "objective_of", "title_of"]
+__all__ = [
+  "OBJECTIVES",
+  "Classification",
+  "Objective",
+  "Segmentation",
+  "objective_of",
+  "title_of",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
   "classification": Classification,
+  "segmentation": Segmentation,
 }
 # {task: key of `OBJECTIVES`} of all tasks that are no classification.
-_OF_TASK: dict[str, str] = {}
+_OF_TASK = {"segment_folder": "segmentation"}
 
 
 def objective_of(task: str) -> type[Objective]:

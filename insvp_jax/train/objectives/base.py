@@ -87,6 +87,15 @@ class Objective(abc.ABC):
     """Returns the share of a train batch's targets that are met, float32 []."""
 
   @abc.abstractmethod
+  def eval_inputs(self, images: Array, image_size: int) -> Array:
+    """Returns what evaluation applies the model to: [b, h, w, 3], normalised.
+
+    Args:
+      images: of a batch, uint8.
+      image_size: side of the model's input in pixels.
+    """
+
+  @abc.abstractmethod
   def outcome(self, output: Any, batch: Batch) -> Any:
     """Returns what `evaluate` takes of a batch of evaluation.
 
@@ -125,9 +134,17 @@ class Objective(abc.ABC):
     split: Split,
     *,
     batch_size: int,
+    image_size: int,
     sharding: jax.sharding.Sharding | None,
   ) -> Iterable[Any]:
-    """Returns all examples of a split once, in the form that `evaluate` takes."""
+    """Returns all examples of a split once, in the form that `evaluate` takes.
+
+    Args:
+      split: the examples.
+      batch_size: of what the model is applied to, over all devices and processes.
+      image_size: side of the model's input in pixels.
+      sharding: of a batch, by its leading axis.
+    """
 
   @abc.abstractmethod
   def abstract_targets(self, batch_size: int, side: int) -> dict[str, Any]:

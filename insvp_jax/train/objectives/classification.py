@@ -77,6 +77,9 @@ class Classification(Objective):
     correct = jnp.argmax(output, axis=-1) == batch["labels"]
     return jnp.mean(correct.astype(jnp.float32))
 
+  def eval_inputs(self, images: Array, image_size: int) -> Array:
+    return preprocess.eval_preprocess(self.preset, images, image_size)
+
   def outcome(self, output: Any, batch: Batch) -> dict[str, Average]:
     """Returns sums over unmasked examples.
 
@@ -123,8 +126,10 @@ class Classification(Objective):
     split: Split,
     *,
     batch_size: int,
+    image_size: int,
     sharding: jax.sharding.Sharding | None,
   ) -> Iterator[Batch]:
+    del image_size
     return pipeline.eval_batches(split, batch_size=batch_size, sharding=sharding)
 
   def abstract_targets(self, batch_size: int, side: int) -> dict[str, Any]:
