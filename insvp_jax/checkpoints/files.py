@@ -117,9 +117,11 @@ def _facts(run: Path) -> str:
     meta = read_meta(_steps_in(run / FOLDER)[0])
     facts = [str(meta[key]) for key in ("task", "method") if key in meta]
     if (run / "result.json").is_file():
-      accuracy = load_json(run / "result.json").get("test_accuracy")
-      if isinstance(accuracy, float | int):
-        facts.append(f"test accuracy {100 * accuracy:.2f}%")
+      result = load_json(run / "result.json")
+      metric = result.get("metric", "accuracy")
+      value = result.get(f"test_{metric}")
+      if isinstance(value, float | int):
+        facts.append(f"test {metric} {100 * value:.2f}%")
   except Damaged:
     return ": damaged"
   return f": {', '.join(facts)}"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Int, Int16, Int64, UInt8
 import numpy as np
@@ -177,6 +177,8 @@ class MaskSplit(StreamSplit):
     files: the images and masks; None is none.
     pixels: of each class in each mask, int64 [n, k].
   """
+
+  COUNTED: ClassVar[str] = "pixels"
 
   files: MaskFiles | None = None
   pixels: Any = None

@@ -162,11 +162,17 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a text file as `write_bytes` does, in UTF-8."""
+  # Names of files that are no text in any encoding are spelt.
+  write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
   """Writes a file that is either complete or not there at all.
 
   Args:
     path: the file; one that exists is replaced, and its directory is made.
-    text: all of its content.
+    data: all of its content.
 
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
@@ -179,9 +185,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.check_replaceable(path)
-    # Names of files that are no text in any encoding are spelt.
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-      file.write(text)
+    with partial.open("wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)

@@ -55,7 +55,7 @@ def read(run: Any, root: str = "") -> RunData:
     data_config.cache_dir = "off"
   task, stored = config.get("task") or "", run.workdir / SPLITS_FILE
   if root:
-    task = "folder"
+    task = "segment_folder" if run.segments else "folder"
     data_config.root, data_config.splits_json = root, ""
     data_config.val_fraction = data_config.test_fraction = 0.0
     data_config.shots, data_config.fraction = 0, 1.0

@@ -165,7 +165,8 @@ def abstract_batch(
     train: whether they have been cropped, where the preset crops.
   """
   preset, size = get_preset(config.data.preset), program.model.input_size
-  side = size if train and preset.augments else preset.stored_size(size)
+  is_cropped = (train and preset.augments) or not program.objective.ONE_FEATURE
+  side = size if is_cropped else preset.stored_size(size)
   return {
     "images": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
     **program.objective.abstract_targets(batch_size, side),
@@ -184,6 +185,8 @@ def eval_batch_size(
       known.
   """
   size, devices = config.eval_batch_size, program.mesh.size
+  if not program.objective.ONE_FEATURE:
+    size, num_examples = config.segment.batch_size, None
   if num_examples is not None:
     # Up to the usual size one program serves all splits.
     usual = config_lib.keys()["eval_batch_size"][0]
@@ -197,8 +200,10 @@ def eval_batches(
   split: Split,
   features: Mapping[str, Array] | None = None,
   route: Array | None = None,
-) -> Iterator[dict[str, Array]]:
-  """Returns every example of a split once, in padded batches with a "mask".
+) -> Any:
+  """Returns every example of a split once, as `Objective.evaluate` takes them.
+
+  Of a classification these are padded batches with a "mask".
 
   Args:
     config: the whole configuration.

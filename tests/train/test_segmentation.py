@@ -1,14 +1,24 @@
 """Segmentation end to end: the head, every method, resume and devices."""
 
 import dataclasses
+import io
 import json
 import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
-from segment_fixtures import CLASSES, SIZE, SPLITS, segment_config, write_shapes
+from segment_fixtures import (
+  CLASSES,
+  SIZE,
+  SPLITS,
+  draw,
+  segment_config,
+  write_shapes,
+)
+from tiny_runs import make_params
 from tiny_training import assert_same, at_step, metrics, prepare, stop_by, stored
 
 from insvp_jax import trees
@@ -17,6 +27,10 @@ from insvp_jax.data.label_maps import IGNORED
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.models import setr
 from insvp_jax.models.classifier import create_model
+from insvp_jax.run import load_run
+from insvp_jax.tools import evaluate as evaluate_tool
+from insvp_jax.tools import masks as masks_lib
+from insvp_jax.tools import predict as predict_tool
 from insvp_jax.train import trainer
 from insvp_jax.train.objectives import Segmentation
 from insvp_jax.train.objectives import segmentation as segmentation_lib
@@ -45,6 +59,8 @@ def counts(method, **method_kwargs):
     image_size=512,
     head="setr",
     method_kwargs=method_kwargs,
+    # Traced once for all blocks; the parameters are as many.
+    backbone_kwargs={"scan": True},
   )
   images = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
@@ -88,7 +104,7 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
     head_kwargs={"channels": 4, "blocks": (1, 3)},
   )
   images = jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
-  params = model.init(jax.random.key(0), images)["params"]
+  params = jax.tree.map(jnp.abs, make_params(model))
   found = {}
   for scan in (False, True):
     backbone = model.backbone.clone(scan=scan)
@@ -99,26 +115,32 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
       blocks["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *each)
       params["backbone"] = {**params["backbone"], "Transformer": blocks}
     own = model.clone(backbone=backbone)
-    maps = own.apply({"params": params}, images, method="maps")
+    maps, logits = jax.jit(
+      lambda params, own=own: (
+        own.apply({"params": params}, images, method="maps"),
+        own.apply({"params": params}, images),
+      )
+    )(params)
     assert [x.shape for x in maps] == [(2, 4, 4, 16)] * 3
     found[scan] = maps
-    logits = own.apply({"params": params}, images)
     assert logits.shape == (2, SIZE, SIZE, 3) and logits.dtype == jnp.float32
   for unrolled, scanned in zip(found[False], found[True], strict=True):
     np.testing.assert_allclose(unrolled, scanned, atol=2e-5)
   # Without a method the last map is that of the tokens that the backbone gives.
   plain = model.backbone.clone(skip_unread=False)
-  one = {
-    "params": {"backbone": model.init(jax.random.key(0), images)["params"]["backbone"]}
-  }
-  tokens = plain.apply({"params": one["params"]["backbone"]}, images, method="tokens")
-  maps = plain.apply(
-    {"params": one["params"]["backbone"]},
-    images,
-    method=lambda module, x: module.maps(module.embed(x), blocks=(2,)),
-  )
+
+  def both(params):
+    tokens = plain.apply({"params": params}, images, method="tokens")
+    maps = plain.apply(
+      {"params": params},
+      images,
+      method=lambda module, x: module.maps(module.embed(x), blocks=(2,)),
+    )
+    return tokens, maps[-1]
+
+  tokens, last = jax.jit(both)(make_params(model)["backbone"])
   np.testing.assert_allclose(
-    maps[-1].reshape(2, 16, 16), tokens[:, 1:], rtol=1e-5, atol=1e-6
+    last.reshape(2, 16, 16), tokens[:, 1:], rtol=1e-5, atol=1e-6
   )
 
 
@@ -126,10 +148,13 @@ def test_the_head_is_that_of_the_published_order():
   """The classifier after the last upsampling, with running statistics as they are."""
   head = setr.UpHead(num_classes=3, channels=4, num_convs=2, up=2)
   x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-  params = head.init(jax.random.key(1), x, 16, train=False)["params"]
+  shapes = jax.eval_shape(
+    lambda: head.init(jax.random.key(1), x, 16, train=False)["params"]
+  )
+  rng = np.random.default_rng(0)
+  # Not negative, since there are variances among them.
   params = jax.tree.map(
-    lambda leaf: leaf + 0.1 * jnp.abs(jax.random.normal(jax.random.key(2), leaf.shape)),
-    params,
+    lambda leaf: jnp.asarray(rng.random(leaf.shape), jnp.float32), shapes
   )
   y = x - x.mean(-1, keepdims=True)
   norm = params["LayerNorm_0"]
@@ -146,7 +171,7 @@ def test_the_head_is_that_of_the_published_order():
     y = (y - bn["mean"]) / jnp.sqrt(bn["var"] + 1e-5) * bn["scale"] + bn["bias"]
     y = setr.resize(jnp.maximum(y, 0), 2 * size)
   logits = y @ params["classifier"]["kernel"] + params["classifier"]["bias"]
-  found = head.apply({"params": params}, x, 16, train=False)
+  found = jax.jit(lambda: head.apply({"params": params}, x, 16, train=False))()
   np.testing.assert_allclose(found, logits, rtol=2e-4, atol=2e-4)
 
 
@@ -192,14 +217,15 @@ def test_the_loss_is_the_mean_over_the_pixels_that_count():
     ]
     return np.mean(nats)
 
-  found = objective(aux_weight=0.4).loss(tuple(map(jnp.asarray, logits)), labels)
+  on_device = tuple(map(jnp.asarray, logits))
+  found = objective(aux_weight=0.4).loss(on_device, jnp.asarray(labels))
   main, *others = map(expected, logits)
   assert float(found) == pytest.approx(main + 0.4 * sum(others), rel=1e-5)
   right = (logits[0].argmax(-1) == labels)[labels != IGNORED].mean()
-  share = objective().accuracy(tuple(logits), {"masks": labels})
+  share = objective().accuracy(on_device, {"masks": jnp.asarray(labels)})
   assert float(share) == pytest.approx(right)
-  nothing = np.full_like(labels, IGNORED)
-  assert float(objective().loss(tuple(map(jnp.asarray, logits)), nothing)) == 0
+  nothing = jnp.full(labels.shape, IGNORED, jnp.int16)
+  assert float(objective().loss(on_device, nothing)) == 0
 
 
 # --- Runs.
@@ -295,3 +321,62 @@ def test_batches_of_windows_are_filled_up(mesh):
     images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
     np.testing.assert_array_equal(apply(images), images)
   assert seen == [(4, 1), (4, 4), (8, 5)]
+
+
+# --- What a run is good for.
+
+
+def test_evaluate_gives_the_numbers_of_the_run(learnt, capsys):
+  _, workdir, result = learnt
+  assert evaluate_tool.main([f"--run={workdir}", "--format=json"]) == 0
+  scored = json.loads(capsys.readouterr().out)["splits"]["test"]
+  assert scored["miou"] == pytest.approx(result["test_miou"], abs=1e-3)
+  assert sum(map(sum, scored["confusion"])) == scored["num_pixels"]
+  flags = ["--splits", "val", "--by_class", "--scales", "0.75", "1.5", "--flips"]
+  assert evaluate_tool.main([f"--run={workdir}", *flags]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith("val: mIoU ") and "3 images" in lines[0]
+  assert [line.split()[0] for line in lines[1:]] == ["class", *CLASSES]
+
+
+def test_predict_writes_masks_and_overlays(learnt, root, tmp_path, capsys):
+  _, workdir, _ = learnt
+  images, output = root / "images" / "test", tmp_path / "found"
+  flags = [f"--run={workdir}", f"--output={output}", "--overlays"]
+  assert predict_tool.main([*flags, str(images), str(images / "1.png")]) == 0
+  assert len(capsys.readouterr().out.splitlines()) == 5
+  names = {path.name for path in output.iterdir()}
+  masks = {f"{i}.png" for i in range(4)} | {"1_2.png"}
+  assert names == masks | {name.replace(".png", "_overlay.png") for name in masks}
+  with Image.open(output / "1.png") as mask, Image.open(images / "1.png") as image:
+    assert mask.size == image.size and mask.mode == "P"
+    found = load_run(workdir).segment(np.asarray(image))[0]
+    np.testing.assert_array_equal(np.asarray(mask), found)
+    labels = draw(1, 2)[1]
+    assert (found == labels)[labels != 255].mean() > 0.8
+  # What a person sees is the image under the colours.
+  with Image.open(output / "1_overlay.png") as picture:
+    assert picture.mode == "RGB" and picture.size == (23, 18)
+
+
+def test_what_a_segmenter_cannot_do_is_one_line(learnt, root, capsys):
+  _, workdir, _ = learnt
+  image = str(root / "images" / "test" / "0.png")
+  assert predict_tool.main([f"--run={workdir}", image]) == 2
+  assert "name the folder of the masks by --output" in capsys.readouterr().err
+  assert evaluate_tool.main([f"--run={workdir}", "--scales", "0"]) == 2
+  assert "expected numbers in [0.01, 100]" in capsys.readouterr().err
+  run = load_run(workdir)
+  with pytest.raises(ValueError, match="classifies pixels, not images; use segment"):
+    run.predict(image)
+  with pytest.raises(ValueError, match="unknown field of config.segment 'scale'"):
+    run.segment(image, scale=(1.0,))
+
+
+def test_masks_of_many_classes_have_16_bits():
+  labels = np.array([[0, 300], [5, 999]])
+  with Image.open(io.BytesIO(masks_lib.png(labels, 1000))) as image:
+    np.testing.assert_array_equal(np.asarray(image), labels)
+  colors = masks_lib.palette(256)
+  assert len(np.unique(colors, axis=0)) == 256
+  assert colors[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]

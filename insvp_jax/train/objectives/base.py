@@ -6,7 +6,7 @@ alone. Whoever adds a kind of task writes one of them, and names it in
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -136,7 +136,7 @@ class Objective(abc.ABC):
     batch_size: int,
     image_size: int,
     sharding: jax.sharding.Sharding | None,
-  ) -> Iterable[Any]:
+  ) -> Any:
     """Returns all examples of a split once, in the form that `evaluate` takes.
 
     Args:
@@ -158,9 +158,7 @@ class Objective(abc.ABC):
   # --- What a model is worth.
 
   @abc.abstractmethod
-  def evaluate(
-    self, eval_step: Callable[[Batch], Any], batches: Iterable[Any]
-  ) -> dict[str, Any]:
+  def evaluate(self, eval_step: Callable[[Batch], Any], batches: Any) -> dict[str, Any]:
     """Returns what a model is worth on a split: METRIC, "num_examples" and more.
 
     Args:
