@@ -20,7 +20,7 @@ def get_config(arg=""):
   config.task = "segment_folder" if is_published else arg["task"]
   config.method = "vpt_deep"
   config.backbone.name = "boxed"
-  config.batch_size = 8
+  config.batch_size = 0  # 32, or less where there are few images
   config.total_epochs = 20.0
   config.optim.lr = 1e-3
   config.optim.wd = 1e-4
@@ -28,7 +28,6 @@ def get_config(arg=""):
   config.vpt_deep.prompt_length = 10
   if is_published:
     config.backbone.name = "vit_l16_i21k"
-    config.image_size = 512
     config.data.reduce_zero_label = True
     # Validation is what published numbers are of: nothing is drawn from train.
     config.data.val_fraction = 0.0
@@ -47,4 +46,7 @@ def get_config(arg=""):
     config.optim.warmup_epochs = 0.0
     config.backbone.dtype = "bfloat16"
     config.backbone.scan = True
-  return select(config, arg)
+  config = select(config, arg)
+  if is_published:
+    config.image_size = 512
+  return config

@@ -69,7 +69,8 @@ def read(run: Any, root: str = "") -> RunData:
     read_by_run = {data_config.train_split, "val", "test"}
     is_same = data.digest(read_by_run) == run.meta.get("data_sha256")
     if not is_same:
-      _tell(data, is_drawn=task == "folder" and not data_config.splits_json)
+      is_own = task in ("folder", "segment_folder")
+      _tell(data, is_drawn=is_own and not data_config.splits_json)
   return RunData(data, columns)
 
 

@@ -28,8 +28,10 @@ from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.models import setr
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
+from insvp_jax.search import tune
 from insvp_jax.tools import evaluate as evaluate_tool
 from insvp_jax.tools import masks as masks_lib
+from insvp_jax.tools import plan
 from insvp_jax.tools import predict as predict_tool
 from insvp_jax.train import trainer
 from insvp_jax.train.objectives import Segmentation
@@ -321,6 +323,25 @@ def test_batches_of_windows_are_filled_up(mesh):
     images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
     np.testing.assert_array_equal(apply(images), images)
   assert seen == [(4, 1), (4, 4), (8, 5)]
+
+
+def test_a_search_selects_by_miou(root, tmp_path, capsys):
+  config = segment_config(root, "linear", tune__lr=(0.03, 1e-6), tune__seeds=(0,))
+  config.total_steps = 6
+  summary = tune.run(config, tmp_path, "auto")
+  row = summary["linear"]
+  assert row["metric"] == "miou" and row["lr"] == 0.03
+  values = {trial["lr"]: trial["val_miou"] for trial in row["trials"]}
+  assert row["val_miou"] == values[0.03] > values[1e-6]
+  assert row["test_mious"] == [row["mean"]]
+  assert "test mIoU, %" in (tmp_path / "table.md").read_text()
+  columns = (tmp_path / "table.csv").read_text().splitlines()[0].split(",")
+  assert {"test_mious", "val_miou"} < set(columns)
+  assert "linear: test mIoU" in capsys.readouterr().out
+  # What it needs is planned by the same steps.
+  planned = plan.plan(config, jax.devices()[:1])
+  assert planned["eval_batch_size"] == config.segment.batch_size
+  assert planned["arrays"]["training_images"] == 0
 
 
 # --- What a run is good for.
