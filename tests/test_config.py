@@ -440,7 +440,7 @@ def test_a_shipped_config_is_valid(root, name):
   assert trees.flatten(config.to_dict()).keys() == (
     trees.flatten(defaults().to_dict()).keys()
   )
-  sources = {*tasks.TASKS, "folder", "digits", "cifar10_npz"}
+  sources = {*tasks.TASKS, "folder", "segment_folder", "digits", "cifar10_npz"}
   assert config.task in sources
   assert config.data.preset in {*PRESETS, ""}
   assert config.head_init in HEAD_INITS

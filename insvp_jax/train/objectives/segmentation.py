@@ -103,11 +103,12 @@ class Segmentation(Objective):
   ) -> Float32[Array, ""]:
     is_real = labels != IGNORED
     labels = jnp.where(is_real, labels, 0).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
     # Not by rows of probabilities, which would be k times the size of the mask.
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    nats = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    nats = norm - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     if self.smoothing:
-      spread = -jnp.mean(log_probs, axis=-1)
+      spread = norm - jnp.mean(logits, axis=-1)
       nats = (1 - self.smoothing) * nats + self.smoothing * spread
     if self.class_weights is not None:
       nats = nats * jnp.asarray(self.class_weights)[labels]
