@@ -86,6 +86,8 @@ def test_missing_splits_are_drawn_and_nothing_is_in_two(tmp_path):
   assert load(root, val_fraction=0.2, test_fraction=0.3).digest(names) == data.digest(
     names
   )
+  with pytest.raises(ValueError, match="data.shots is 3, which is of images with one"):
+    load(root, shots=3)
   with pytest.raises(ValueError, match="leave none of the 10 images"):
     load(root, val_fraction=0.5, test_fraction=0.5)
 

@@ -62,11 +62,12 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     ValueError: if the layout, an image, a mask or the classes are not usable; the
       message names what.
   """
-  for key in ("shots", "splits_json", "skip_corrupt"):
-    if data_config[key]:
+  usual = {"shots": 0, "fraction": 1, "splits_json": "", "skip_corrupt": False}
+  for key, value in usual.items():
+    if data_config[key] != value:
       raise ValueError(
         f"config.data.{key} is {data_config[key]!r}, which is of images with one label "
-        "each; leave it out for images with masks."
+        f"each; set it to {value!r} for images with masks."
       )
   preset = preprocess.get_preset(data_config.preset)
   with open_folder_or_zip(data_config.root) as root:
