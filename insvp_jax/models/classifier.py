@@ -33,8 +33,7 @@ _OF_ONE_FEATURE = {
 }
 # Running statistics of the head.
 _UPDATED = r"head/.*/(mean|var)"
-
-
+# Of one feature of an image, and of maps of patch tokens.
 HEADS = ("linear", "setr")
 
 
