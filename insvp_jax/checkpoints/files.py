@@ -240,19 +240,22 @@ _META: dict[str, Any] = {
     "backbone_kwargs": dict,
     "method_kwargs": dict,
     "head_init": str,
+    "head": str,
+    "head_kwargs": dict,
     "mean": [_NUMBER],
     "std": [_NUMBER],
   },
   "backbone": {"id": str, "sha256": str, "seed": int, "init": str, "source": str},
   "class_names": [str],
   "train_count": [int],
+  "num_train_examples": int,
   "preset": str,
   "image_size": int,
   "method": str,
   "task": str,
   "data_sha256": str,
   "trainable": [str],
-  "config": {"task": str, "backbone": dict, "data": dict},
+  "config": {"task": str, "backbone": dict, "data": dict, "segment": dict},
   "versions": dict,
 }
 # Likewise of how far it was; all else there are numbers.
@@ -268,7 +271,7 @@ def read_meta(where: Path) -> dict[str, Any]:
   meta = read_json(where, "meta")
   check_types(meta, _META, f"the description of the run at {where}")
   try:
-    for section in ("data", "backbone"):
+    for section in ("data", "backbone", "segment"):
       stored = (meta.get("config") or {}).get(section)
       config_checks.check_types(section, stored or {})
   except ValueError as error:

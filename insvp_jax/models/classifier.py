@@ -35,6 +35,7 @@ _OF_ONE_FEATURE = {
 _UPDATED = r"head/.*/(mean|var)"
 # Of one feature of an image, and of maps of patch tokens.
 HEADS = ("linear", "setr")
+_MOST_CHANNELS = 2**12
 
 
 def block_reads(reads: Mapping[str, Any]) -> Any:
@@ -374,9 +375,17 @@ def create_model(
   trees.lookup(dict.fromkeys(HEADS), head, "head")
   if head == "setr":
     _check_segments(built, prompter, method)
+    for name in head_kwargs or {}:
+      trees.lookup(dict.fromkeys(("channels", "blocks")), name, "field of head_kwargs")
     return _segmenter(built, prompter, num_classes, **(head_kwargs or {}))
   linear = prompter.head(Head(num_classes, head_init))
   return PromptedClassifier(built, prompter, linear)
+
+
+def _is_in(value: Any, low: int, high: int) -> bool:
+  """Returns whether a value is a whole number in a range."""
+  is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+  return is_whole and low <= value <= high
 
 
 def _segmenter(
@@ -389,13 +398,17 @@ def _segmenter(
   """Returns the model with SETR's head.
 
   Raises:
-    ValueError: blocks that the backbone does not have.
+    ValueError: no number of channels, or blocks that the backbone does not have.
   """
+  if not _is_in(channels, 1, _MOST_CHANNELS):
+    raise ValueError(
+      f"channels is {channels!r}, expected a whole number from 1 to {_MOST_CHANNELS}."
+    )
   if blocks is None:
     blocks = setr.aux_blocks(backbone.depth)
   blocks = tuple(blocks)
-  in_order = list(blocks) == sorted(set(blocks))
-  if not in_order or any(not 1 <= block <= backbone.depth for block in blocks):
+  are_there = all(_is_in(block, 1, backbone.depth) for block in blocks)
+  if not are_there or list(blocks) != sorted(set(blocks)):
     raise ValueError(
       f"the blocks of auxiliary heads are {blocks}, expected ascending numbers from 1 "
       f"to {backbone.depth}."

@@ -197,13 +197,14 @@ def run_meta(
     data_sha256: from `data_digest`.
   """
   is_trainable = trees.flatten(program.mask)
-  counts = data.splits[config.data.train_split].class_counts(data.num_classes)
+  split = data.splits[config.data.train_split]
   return {
     "format": 1,
     "model": config_lib.to_dict(_model_kwargs(config, program, data.num_classes)),
     "backbone": dict(backbone),
     "class_names": list(data.class_names),
-    "train_count": counts.tolist(),
+    "train_count": split.class_counts(data.num_classes).tolist(),
+    "num_train_examples": len(split),
     "preset": config.data.preset,
     "image_size": program.model.backbone.image_size,
     "method": config.method,
@@ -272,7 +273,7 @@ def result(
     f"val_{metric}": val and val[metric],
     f"test_{metric}": test and test[metric],
     "num_test_examples": test["num_examples"] if test else 0,
-    "num_train_examples": sum(meta["train_count"]),
+    "num_train_examples": meta["num_train_examples"],
     "test_by_class": test
     and objective.by_class(test, meta["class_names"], meta["train_count"]),
     "trainable_params": trees.count(trainable) - spare,

@@ -198,6 +198,26 @@ def test_backbones_of_stages_are_refused():
     create_model("resnet50", "linear", num_classes=3, head="setr")
 
 
+@pytest.mark.parametrize(
+  "head_kwargs, message",
+  [
+    ({"channels": 0}, "channels is 0, expected a whole number from 1 to 4096"),
+    ({"blocks": (2, 1)}, "are .2, 1., expected ascending numbers from 1 to 1"),
+    ({"blocks": ("1",)}, "expected ascending numbers"),
+    ({"block": (1,)}, "unknown field of head_kwargs 'block'"),
+  ],
+)
+def test_what_a_head_cannot_be_is_named(head_kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    create_model(
+      *("mu/4", "linear"),
+      num_classes=3,
+      image_size=SIZE,
+      head="setr",
+      head_kwargs=head_kwargs,
+    )
+
+
 # --- The loss.
 
 
@@ -245,7 +265,9 @@ def learnt(root, data, tmp_path_factory):
 def test_the_shapes_are_learnt_and_every_pixel_is_counted(learnt, data):
   _, workdir, result = learnt
   assert result["metric"] == "miou" and result["test_miou"] > 0.6
-  assert result["val_miou"] > 0.6 and result["num_test_examples"] == SPLITS["test"]
+  assert result["val_miou"] > 0.6
+  for name in ("train", "test"):
+    assert result[f"num_{name}_examples"] == SPLITS[name]
   classes = result["test_by_class"]["classes"]
   pixels = data.splits["test"].class_counts(3).tolist()
   assert [row["pixels"] for row in classes] == pixels
