@@ -392,10 +392,10 @@ def _segmenter(
   backbone: nn.Module,
   prompter: Method,
   num_classes: int,
-  channels: int = 256,
-  blocks: Sequence[int] | None = None,
+  channels: Any = 256,
+  blocks: Any = None,
 ) -> PromptedSegmenter:
-  """Returns the model with SETR's head.
+  """Returns the model with SETR's head; `channels` and `blocks` may be a file's.
 
   Raises:
     ValueError: no number of channels, or blocks that the backbone does not have.
