@@ -21,6 +21,7 @@ from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import flops
+from insvp_jax.train.objectives import objective_of
 from insvp_jax.train.program import Program
 
 # Nothing is gained by more, and a signal is looked at between two calls.
@@ -185,7 +186,7 @@ def eval_batch_size(
       known.
   """
   size, devices = config.eval_batch_size, program.mesh.size
-  if not program.objective.ONE_FEATURE:
+  if not objective_of(config.task).ONE_FEATURE:
     size, num_examples = config.segment.batch_size, None
   if num_examples is not None:
     # Up to the usual size one program serves all splits.
