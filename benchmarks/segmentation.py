@@ -73,7 +73,10 @@ def create_config(method: str, root: Path, steps: int) -> ConfigDict:
   config.backbone.name, config.image_size = "boxed", SIZE
   config.segment.channels = 16
   config.batch_size, config.total_epochs, config.total_steps = 8, 0.0, steps
-  config.optim.lr = 1e-3 if method == "full" else 5e-3
+  config.optim.lr = 5e-3
+  if method == "full":
+    # As SETR is trained: the backbone slower than the head.
+    config.optim.lr, config.optim.head_lr = 1e-4, 5e-3
   config.optim.warmup_steps = min(10, steps - 1)
   config.vpt_deep.prompt_length = 10
   return config
