@@ -7,6 +7,9 @@ Without these the splits are drawn from train: stratified, seeded, stored with t
 run. InsVP, VPT-Deep and a linear head each choose their lr on val, are trained
 again on train + val with three seeds, and are reported on test.
 
+Where a CSV says what the images are of: --config.data.labels=labels.csv besides the
+root, or in place of it.
+
 One method: --config=configs/folder.py:root=photos.zip,method=insvp. One run of it, with
 nothing to choose: --mode=train --config.optim.lr=0.003 besides.
 """

@@ -2,6 +2,7 @@
 
   model = insvp_jax.create_model(backbone="boxed", method="insvp", num_classes=10)
   run = insvp_jax.load_run("runs/quickstart/insvp/seed0")
+  run = insvp_jax.adapt((images, labels), workdir="runs/mine")
 
 The public names are imported on first use: `import insvp_jax` alone costs nothing.
 """
@@ -17,11 +18,13 @@ _PUBLIC = {
   "METHODS": ("insvp_jax.methods", "METHODS"),
   "Run": ("insvp_jax.run", "Run"),
   "TASKS": ("insvp_jax.data.tasks", "TASKS"),
+  "adapt": ("insvp_jax.search.adapt", "adapt"),
   "config": ("insvp_jax.config", ""),
   "create_model": ("insvp_jax.models.classifier", "create_model"),
   "load_backbone": ("insvp_jax.models.weights.load", "load_backbone"),
   "load_data": ("insvp_jax.data", "load_data"),
   "load_run": ("insvp_jax.run", "load_run"),
+  "push_to_hub": ("insvp_jax.tools.hub", "push_to_hub"),
   "save_backbone": ("insvp_jax.models.weights.load", "save_backbone"),
   "train": ("insvp_jax.train", ""),
   "tune": ("insvp_jax.search.suite", "tune"),

@@ -21,11 +21,12 @@ COMMANDS = {
   "predict": ("print a run's predictions for images", "predict"),
   "evaluate": ("print a run's accuracy on the splits of its task", "evaluate"),
   "visualize": ("draw the prompts of a run", "visualize"),
-  "figure": ("draw the accuracies and losses of a search", "figure"),
+  "demo": ("serve a page to try runs on one's own images", "demo"),
+  "figure": ("draw where runs look, t-SNE, curves, a search", "figure"),
   "report": ("make the papers' tables, or one of all tasks, from runs", "report"),
   "prepare": ("list the published data sets, check or prepare them", "prepare_data"),
   "meta_init": ("learn a border over several tasks for dam_vp and vp", "meta_init"),
-  "export": ("write a run's backbone to an .npz file", "export"),
+  "export": ("write a run for others: a program, an adapter, its backbone", "export"),
 }
 # The flags of `insvp_jax.main` that a command stands for.
 _FLAGS = {"train": [], "tune": ["--mode=tune"], "plan": ["--plan"]}

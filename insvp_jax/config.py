@@ -46,6 +46,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
   # With 1 a damaged one is the end.
   "keep_checkpoints": (2, "how many of the newest checkpoints are kept"),
   "tensorboard": (True, "write TensorBoard files beside metrics.jsonl"),
+  "wandb": ("", "a project of Weights & Biases, or entity/project; empty: none"),
   "prompt_images": (0, "test images to draw InsVP's prompts for"),
   "profile": ("", 'steps to be recorded in <workdir>/profile, e.g. "10:15"'),
   "multihost": (bool, "join other processes; None: where a cluster is detected"),
@@ -113,6 +114,12 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.classes": ("", "file that names a mask's classes: .txt, .csv or .json"),
   "data.ignore_label": (255, "value of a mask's pixels that do not count; -1: none"),
   "data.reduce_zero_label": (False, "0 of a mask does not count, and 1 is the first"),
+  "data.labels": ("", "CSV of paths below root and labels; empty: folders are classes"),
+  "data.image_column": ("", "the column of paths, or of images; empty: found"),
+  "data.label_column": ("", "the column of labels; empty: found"),
+  "data.split_column": ("", "the column of train, val or test; empty: found, if any"),
+  "data.ordered": (False, "the classes are grades: tell the quadratic kappa, too"),
+  "data.sampling": ("uniform", "an epoch shows all images, or balanced: classes alike"),
   "data.resident_mb": (1024, "MiB; larger splits stay in their files and are streamed"),
   # The optimizer of the trainable parameters, and its schedule.
   "optim.name": ("adamw", "adamw or sgd"),
@@ -188,13 +195,17 @@ _BACKBONE_FIELDS = (
 )
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
-  r"(tune|plan)/.*|eval_batch_size|segment/(stride|scales|flips|batch_size)|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
-  r"prompt_images|profile|keep_checkpoints|"
-  r"data/(root|cache_dir|data_dir|lists|splits_json|classes|max_pixels|max_file_mb)|"
+  r"(tune|plan)/.*|eval_batch_size|segment/(stride|scales|flips|batch_size)|"
+  r"(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"wandb|prompt_images|profile|keep_checkpoints|"
+  r"data/(max_pixels|max_file_mb|ordered|classes)|"
+  r"data/(root|labels|(image|label|split)_column|cache_dir|data_dir|lists|splits_json)|"
   r"backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
-PER_HOST = r"data/(root|cache_dir|data_dir|lists|splits_json|classes)|backbone/weights"
+PER_HOST = (
+  r"data/(root|labels|cache_dir|data_dir|lists|splits_json|classes)|backbone/weights"
+)
 
 
 def method_sections() -> tuple[str, ...]:
@@ -380,7 +391,7 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def stored(config: ConfigDict) -> dict[str, Any]:
   """Returns `to_dict` with whole paths: a run may be read again from elsewhere."""
   values = to_dict(config)
-  for name in ("root", "data_dir", "lists", "splits_json", "classes"):
+  for name in ("root", "labels", "data_dir", "lists", "splits_json", "classes"):
     path = values["data"][name]
     if path and "://" not in path:
       values["data"][name] = os.path.abspath(os.path.expanduser(path))

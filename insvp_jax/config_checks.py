@@ -34,7 +34,18 @@ def validate(config: ConfigDict) -> None:
       f"config.loss.label_smoothing is {config.loss.label_smoothing}, expected in "
       "[0, 1)."
     )
-  for key in ("root", "data_dir", "cache_dir", "lists"):
+  if config.data.sampling not in ("uniform", "balanced"):
+    raise ValueError(
+      f"config.data.sampling is {config.data.sampling!r}, expected 'uniform' or "
+      "'balanced'."
+    )
+  if config.data.sampling == "balanced" and config.loss.class_weights:
+    raise ValueError(
+      "config.data.sampling is 'balanced' and config.loss.class_weights is True: each "
+      "makes all classes count alike, both together would favour the small ones; "
+      "expected one of them."
+    )
+  for key in ("root", "data_dir", "cache_dir", "lists", "labels"):
     check_folder(f"config.data.{key}", config.data[key])
   _check_home("config.backbone.weights", config.backbone.weights)
   config_lib.profile_steps(config)
@@ -148,6 +159,19 @@ def check_types(section: str, stored: Mapping[str, Any]) -> None:
   for name, value in stored.items():
     if f"{section}.{name}" in known:
       _check_value(f"{section}.{name}", value, known[f"{section}.{name}"][0])
+
+
+def check_value(key: str, value: Any) -> None:
+  """Checks the type of the value of one of the config's keys.
+
+  Args:
+    key: such as "optim.lr".
+    value: that it is to have.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  _check_value(key, value, config_lib.keys()[key][0])
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:

@@ -22,9 +22,9 @@ from insvp_jax.methods import parts_of
 # compared on, are the same ones whatever these say.
 _SUBSET = r"data/(shots|fraction)"
 # What all rows share: images and backbone, which are prepared once, and what is no part
-# of a single run or does not shape it.
+# of a single run or does not shape it. How images are sampled is a row's own.
 _SHARED = (
-  rf"task|method|seed|image_size|backbone/.*|(?!{_SUBSET}$)data/.*|"
+  rf"task|method|seed|image_size|backbone/.*|(?!({_SUBSET}|data/sampling)$)data/.*|"
   f"{config_lib.MAY_CHANGE}"
 )
 

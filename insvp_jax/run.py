@@ -10,7 +10,7 @@ import functools
 import os
 from pathlib import Path
 import re
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import methods, trees
+from insvp_jax.checkpoints import adapters
 from insvp_jax.checkpoints.files import (
   FOLDER,
   Damaged,
@@ -47,16 +48,18 @@ from insvp_jax.train.objectives import Segmentation, segmentation
 FORMAT = 1
 # Batches are padded to one of these sizes, so that few programs are compiled.
 BATCH_SIZES = (1, 8, 32)
+# Begins the name of a repository of Hugging Face.
+_HUB = "hf-hub:"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
   """A trained model, ready to be used.
 
-  `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a list of images of
-  different sizes, a path, or a list of paths. They are resized and normalised exactly
-  as those that the run was evaluated on; `data.preprocess.Resized` ones are resized
-  already, as what a split holds.
+  `images` are one uint8 image [h, w, 3], a batch [b, h, w, 3], a path, an image of
+  Pillow, or a list of these, of different sizes. They are resized and normalised
+  exactly as those that the run was evaluated on; `data.preprocess.Resized` ones are
+  resized already, as what a split holds.
 
   Attributes:
     model: the classifier.
@@ -188,8 +191,12 @@ class Run:
 
   @functools.cached_property
   def _compiled(self) -> dict[str, Callable]:
-    """The compiled functions by name, filled by `_apply`."""
+    """The compiled functions by name, filled by `compiled`."""
     return {}
+
+  def compiled(self, name: str, function: Callable) -> Callable:
+    """Returns a function compiled; the first one of a name is kept with the run."""
+    return self._compiled.setdefault(name, jax.jit(function))
 
   def _resized(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
     """Returns an image as the run's splits hold it."""
@@ -213,13 +220,12 @@ class Run:
       images: see `Run`.
     """
     image_size = self.model.input_size
-    if name not in self._compiled:
 
-      def preprocess_and_apply(params: Any, pixels: Array) -> Any:
-        inputs = preprocess.eval_preprocess(self.preset, pixels, image_size)
-        return function(params, inputs)
+    def preprocess_and_apply(params: Any, pixels: Array) -> Any:
+      inputs = preprocess.eval_preprocess(self.preset, pixels, image_size)
+      return function(params, inputs)
 
-      self._compiled[name] = jax.jit(preprocess_and_apply)
+    compiled = self.compiled(name, preprocess_and_apply)
     pixels = [
       self._resized(image) for image in _read_images(images, self.decode_options)
     ]
@@ -228,7 +234,7 @@ class Run:
       batch = pixels[start : start + BATCH_SIZES[-1]]
       batch_size = next(size for size in BATCH_SIZES if size >= len(batch))
       padding = [batch[-1]] * (batch_size - len(batch))
-      output = self._compiled[name](self.params, np.stack(batch + padding))
+      output = compiled(self.params, np.stack(batch + padding))
       outputs.append(jax.device_get(output))
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)
     # Only the last batch is padded.
@@ -246,7 +252,8 @@ def load_run(
 
   Args:
     path: the run's workdir, its checkpoints directory, or that of one step. If the
-      newest checkpoint is damaged, the one before it is loaded, with a warning.
+      newest checkpoint is damaged, the one before it is loaded, with a warning. Or the
+      folder of an exported adapter, or its repository, "hf-hub:user/name@revision".
     backbone: the backbone's file, if it has moved: a path, or a repository or https
       address to request, which the run's own description alone may not ask for. It must
       be the same file: its digest is compared.
@@ -260,26 +267,24 @@ def load_run(
       description, or the backbone is not the one that the run was trained on.
   """
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-
-  def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    verify(checkpoint, warnings.warn)
-    meta = read_meta(checkpoint)
-    return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
-
-  checkpoint, (meta, adapter) = newest_good(find_steps(path), read, warnings.warn)
+  if os.fspath(path).startswith(_HUB):
+    path = weights.hub_folder(os.fspath(path), (adapters.CONFIG, adapters.ARRAYS))
+  is_exported = adapters.is_adapter(path)
+  stored = _open_adapter(Path(path)) if is_exported else _open_steps(path, sharding)
+  meta = stored.meta
   if method is not None:
     methods.register(method)
-  _check_meta(meta, checkpoint)
+  _check_meta(meta, stored.where)
   model = create_model(**meta["model"])
   shapes = trees.flatten(state_lib.param_shapes(model))
-  stored = {*meta["trainable"], *adapter}
+  names = {*meta["trainable"], *stored.leaves}
   expected = {
     name: leaf
     for name, leaf in shapes.items()
-    if name in stored or re.fullmatch(ALWAYS_STORED, name)
+    if name in names or re.fullmatch(ALWAYS_STORED, name)
   }
-  item = f"'adapter' of the checkpoint {checkpoint}"
-  check_leaves(adapter, expected, item, dtypes=False)
+  check_leaves(stored.leaves, expected, stored.name, dtypes=False)
+  adapter = stored.read(expected)
   frozen_shapes = {name: leaf for name, leaf in shapes.items() if name not in adapter}
   frozen = {}
   # None are frozen if the run trained the whole backbone.
@@ -295,9 +300,52 @@ def load_run(
     class_names=tuple(map(printable, meta["class_names"])),
     preset=preprocess.get_preset(meta["preset"]),
     meta=meta,
-    result=_read_result(checkpoint),
-    workdir=checkpoint.parents[1],
+    result=stored.result,
+    workdir=stored.workdir,
   )
+
+
+class _Stored(NamedTuple):
+  """What is stored of a run: in a checkpoint, or in an exported adapter.
+
+  Attributes:
+    where: it lies.
+    name: of the arrays, for messages.
+    meta: the description of the run.
+    leaves: the arrays by name, or no more than their shapes.
+    read: `expected -> arrays`, called once the shapes are known to be right.
+    result: the contents of result.json, or None.
+    workdir: of the run.
+  """
+
+  where: Path
+  name: str
+  meta: dict[str, Any]
+  leaves: Mapping[str, Any]
+  read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+  result: Mapping[str, Any] | None
+  workdir: Path
+
+
+def _open_adapter(folder: Path) -> _Stored:
+  """Returns an exported adapter; its arrays are not read yet."""
+  meta, result, shapes, read = adapters.open_adapter(folder)
+  arrays = str(folder / adapters.ARRAYS)
+  return _Stored(folder, arrays, meta, shapes, read, result, folder.absolute())
+
+
+def _open_steps(path: str | os.PathLike, sharding: jax.sharding.Sharding) -> _Stored:
+  """Returns the newest checkpoint that is whole."""
+
+  def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    verify(checkpoint, warnings.warn)
+    meta = read_meta(checkpoint)
+    return meta, read_arrays(checkpoint, "adapter", sharding=sharding)
+
+  where, (meta, arrays) = newest_good(find_steps(path), read, warnings.warn)
+  item = f"'adapter' of the checkpoint {where}"
+  result, workdir = _read_result(where), where.parents[1]
+  return _Stored(where, item, meta, arrays, lambda expected: arrays, result, workdir)
 
 
 def _load_backbone(
@@ -435,7 +483,7 @@ def _read_images(
   images: Any, options: decode.DecodeOptions
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
   """Yields `images` as `Run` takes them, one by one: files may be large."""
-  if isinstance(images, str | os.PathLike):
+  if isinstance(images, str | os.PathLike) or hasattr(images, "getexif"):
     images = [images]
   elif hasattr(images, "ndim"):
     images = np.asanyarray(images)
@@ -453,6 +501,8 @@ def _read_image(
   # What a tool has found in a folder or archive.
   if hasattr(image, "read_pixels"):
     return image.read_pixels(options)
+  if hasattr(image, "getexif"):
+    return decode.from_pillow(image, "an image", options)
   image = np.asanyarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(

@@ -30,6 +30,10 @@ def data_config(**changes) -> ml_collections.ConfigDict:
     "resident_mb": 1024,
     "duplicates": "warn",
     "splits_json": "",
+    "labels": "",
+    "image_column": "",
+    "label_column": "",
+    "split_column": "",
   }
   return ml_collections.ConfigDict({**values, **changes})
 

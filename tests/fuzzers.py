@@ -29,8 +29,9 @@ import safetensors.numpy
 
 from insvp_jax import errors, files, trees
 from insvp_jax.checkpoints import files as checkpoint_files
+from insvp_jax.config import defaults
 from insvp_jax.data import cache, decode, folder_or_zip, vpt_lists
-from insvp_jax.data.sources import cifar_npz, stored_splits, tfrecords
+from insvp_jax.data.sources import cifar_npz, labels_csv, stored_splits, tfrecords
 from insvp_jax.data.splits import ArraySplit, TaskData
 from insvp_jax.distributed import lock
 from insvp_jax.logs import writers
@@ -597,15 +598,43 @@ def stored_splits_lists(seed: int) -> None:
     path = Path(folder) / "splits.json"
     path.write_bytes(damaged_json(value, rng))
     with _clear_errors(), folder_or_zip.open_folder_or_zip(folder) as root:
-      class_names, splits = stored_splits.read(root, str(path))
+      class_names, splits, _ = stored_splits.read(root, str(path))
       labels = [label for members in splits.values() for _, label in members]
       assert all(0 <= label < len(class_names) for label in labels)
+
+
+def label_tables(seed: int) -> None:
+  """CSVs of labels: of images that are there, with classes and splits as they say."""
+  rng = random.Random(seed)
+  names = ["a/1.png", "a/2.png", "b/1.png", "b/2.png", "c.jpg"]
+  rows = [(name, name[0], rng.choice(("train",) * 9 + ("val",))) for name in names]
+  width, end = rng.choice((2, 3)), rng.choice(("\n", "\r\n", "\r"))
+  cells = [row[:width] for row in [("path", "label", "split"), *rows]]
+  delimiter = rng.choice(",;\t|")
+  lines = [delimiter.join(row) for row in cells[rng.randrange(2) :]]
+  data = end.join(lines).encode(rng.choice(("utf-8", "utf-8-sig", "utf-16")))
+  with tempfile.TemporaryDirectory() as folder:
+    for name in names:
+      path = Path(folder) / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(b"x")
+    path = Path(folder) / "labels.csv"
+    path.write_bytes(mutate(data, rng) if rng.random() < 0.8 else data)
+    config = defaults().data
+    config.labels = str(path)
+    told = mock.patch.object(labels_csv.logging, "warning")
+    with told, _clear_errors(), folder_or_zip.open_folder_or_zip(folder) as root:
+      layout = labels_csv.find_layout(root, config)
+      listed = [member for some in layout.splits.values() for member in some]
+      assert {name for name, _ in listed} <= {*names, "labels.csv"}
+      assert all(0 <= label < len(layout.class_names) for _, label in listed)
+      assert len(layout.class_names) > 1 and layout.splits["train"]
 
 
 FUZZERS = (
   *(image_bytes, image_metadata, zip_directory, npz_arrays, npz_backbone, npz_images),
   *(cached_data, record_starts, checksums, run_files, run_meta, metrics_lines),
-  *(lock_files, split_lists, stored_splits_lists, published_weights),
+  *(lock_files, split_lists, stored_splits_lists, published_weights, label_tables),
 )
 
 

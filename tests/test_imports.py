@@ -42,12 +42,14 @@ ONLY = {
   "config": {"methods", "trees"},
   "trees": set(),
 }
-# TensorFlow reads TFDS and does nothing else; figures and t-SNE are for tools.
+# TensorFlow reads TFDS and does nothing else; figures, t-SNE and pages are for tools.
 ONLY_IN_FUNCTIONS = {
   "tensorflow",
   "tensorflow_datasets",
   "matplotlib",
   "sklearn",
+  "gradio",
+  "wandb",
   # These two import TensorFlow where it is installed.
   "clu.metric_writers",
   "clu.periodic_actions",

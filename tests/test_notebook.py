@@ -1,12 +1,17 @@
+"""Notebooks are executed, all in one kernel, small; their stored outputs are whole."""
+
 import base64
 import io
 from pathlib import Path
+import re
 
 import nbformat
 import numpy as np
 from PIL import Image
 import pytest
+from test_suite import write_noah
 from tiny_runs import make_params, make_run
+from tiny_training import write_images
 
 from insvp_jax import config as config_lib
 from insvp_jax.models.classifier import create_model
@@ -15,7 +20,22 @@ from insvp_jax.run import load_run
 from insvp_jax.tools import run_data
 from insvp_jax.train.trainer import train
 
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}
+# A search of a moment, in place of what takes minutes.
+SMALL = {
+  "backbone.name": "mu/4",
+  "backbone.weights": "random",
+  "backbone.depth": 1,
+  "image_size": 16,
+  "batch_size": 4,
+  "total_steps": 2,
+  "optim.warmup_epochs": 0.0,
+  "tensorboard": False,
+  "data.cache_dir": "off",
+  "tune.population": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +60,66 @@ def trained(tmp_path_factory) -> Path:
   return workdir / "seed0"
 
 
-def execute(
-  notebook: Path, run: Path, root: Path, monkeypatch
-) -> nbformat.NotebookNode:
+def read(name: str) -> nbformat.NotebookNode:
+  return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def parameters(name: str, place: Path) -> str:
+  """Returns what takes the place of a notebook's cell of parameters."""
+  values = {
+    "adapt_images": {
+      "root": str(place / "images"),
+      "backbone": "boxed",
+      "method": "linear",
+      "lr": 0.01,
+      "epochs": 3,  # two are warm-up
+    },
+    "compare_methods": {
+      "methods": ("linear", "vpt_deep"),
+      "learning_rates": (0.01, 0.1),
+      "seeds": (0,),
+      "epochs": 1,
+      "shots": 4,
+      "settings": SMALL | {"vpt_deep.prompt_length": 2},
+    },
+    "vtab_task": {
+      "task": "svhn",
+      "method": "linear",
+      "root": str(place / "vtab-1k"),
+      "data_dir": "",
+      "settings": SMALL | {"tune.lr": (0.01,), "tune.wd": (), "tune.seeds": (0, 1)},
+    },
+  }[name] | {"workdir": str(place / name)}
+  return "\n".join(f"{key} = {value!r}" for key, value in values.items())
+
+
+@pytest.fixture(scope="module")
+def executed(trained, root, tmp_path_factory) -> dict[str, nbformat.NotebookNode]:
+  """All notebooks, executed one after the other by one kernel."""
   from nbclient import NotebookClient
 
-  monkeypatch.setenv("INSVP_RUN", str(run))
-  monkeypatch.setenv("PYTHONPATH", str(root))
-  monkeypatch.delenv("MPLBACKEND", raising=False)
-  node = nbformat.read(notebook, as_version=4)
-  # Where Jupyter starts the kernel too.
-  where = {"metadata": {"path": str(notebook.parent)}}
-  NotebookClient(node, timeout=300, kernel_name="python3", resources=where).execute()
-  return node
+  place = tmp_path_factory.mktemp("notebooks")
+  write_images(place / "images")
+  write_noah(place / "vtab-1k", "svhn", number_of_classes=2)
+  nodes = {name: read(name) for name in NAMES}
+  for name, node in nodes.items():
+    for cell in node.cells:
+      if "parameters" in cell.metadata.get("tags", ()):
+        cell.source = parameters(name, place)
+    # Nothing of one is there for the next.
+    node.cells.append(nbformat.v4.new_code_cell("%reset -f"))
+  together = nbformat.v4.new_notebook()
+  together.cells = [cell for node in nodes.values() for cell in node.cells]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("INSVP_RUN", str(trained))
+    patch.setenv("PYTHONPATH", str(root))
+    patch.delenv("MPLBACKEND", raising=False)
+    # Where Jupyter starts the kernel too.
+    where = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(
+      together, timeout=300, kernel_name="python3", resources=where
+    ).execute()
+  return nodes
 
 
 def pictures(node: nbformat.NotebookNode) -> list[np.ndarray]:
@@ -61,15 +128,14 @@ def pictures(node: nbformat.NotebookNode) -> list[np.ndarray]:
   return [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
 
 
-def text(node: nbformat.NotebookNode) -> str:
+def text(node: nbformat.NotebookNode, stream: str = "stdout") -> str:
   outputs = [out for cell in node.cells for out in cell.get("outputs", [])]
-  assert not [out for out in outputs if out.get("name") == "stderr"]
-  return "".join(out.get("text", "") for out in outputs)
+  return "".join(out.text for out in outputs if out.get("name") == stream)
 
 
-@pytest.fixture
-def notebook(root):
-  return root / "notebooks" / "load_run.ipynb"
+def markdown(node: nbformat.NotebookNode) -> str:
+  outputs = [out for cell in node.cells for out in cell.get("outputs", [])]
+  return "".join(out.get("data", {}).get("text/markdown", "") for out in outputs)
 
 
 def test_a_loaded_run_is_as_accurate_as_the_trainer_said(trained):
@@ -84,9 +150,10 @@ def test_a_loaded_run_is_as_accurate_as_the_trainer_said(trained):
 
 # Jupyter's client and its kernels warn about themselves.
 @pytest.mark.filterwarnings("default")
-def test_notebook_runs_on_a_fresh_run(notebook, trained, root, monkeypatch):
-  node = execute(notebook, trained, root, monkeypatch)
+def test_a_run_is_loaded(executed):
+  node = executed["load_run"]
   printed = text(node)
+  assert text(node, "stderr") == ""
   assert "task       digits, method insvp" in printed
   assert "classes    0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in printed
   assert "on the test split" in printed
@@ -98,28 +165,88 @@ def test_notebook_runs_on_a_fresh_run(notebook, trained, root, monkeypatch):
   assert printed.count("of the variation") == 1
 
 
-def test_notebook_runs_on_a_method_without_prompts(
-  notebook, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.filterwarnings("default")
+def test_a_folder_is_adapted_to(executed):
+  node = executed["adapt_images"]
+  assert "images: 3 classes, train 24, val 10, test 13" in text(node, "stderr")
+  assert re.search(r"test accuracy \d+\.\d% of 13 images", text(node))
+  assert len(pictures(node)) == 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_methods_are_compared(executed):
+  node = executed["compare_methods"]
+  assert {"linear", "vpt_deep"} <= set(re.findall(r"^\| (\w+)", markdown(node), re.M))
+  assert text(node).count("on val: lr 0.01: ") == 2
+  assert len(pictures(node)) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_prompts_are_looked_into(executed):
+  node = executed["inside_prompts"]
+  printed = text(node)
+  assert "specific [256, 2, " in printed
+  assert printed.count("of it differs from image to image") == 3
+  assert len(re.findall(r"(?:as trained|no [a-z ]+) +\d+\.\d%$", printed, re.M)) == 5
+  assert len(pictures(node)) == 2
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_task_of_vtab_is_trained(executed):
+  node = executed["vtab_task"]
+  assert "all splits are there" in text(node)
+  assert re.search(r"\| linear +\| +\d+\.\d+ ± \d", markdown(node))
+
+
+def run_here(name: str, **names) -> None:
+  """Executes the code of a notebook in this process."""
+  node = read(name)
+  sources = [cell.source for cell in node.cells if cell.cell_type == "code"]
+  code = "\n".join(sources).replace("%matplotlib inline", "")
+  code = re.sub(r"^ *%pip.*$", "  pass", code, flags=re.M)
+  exec(code, names)
+
+
+def test_a_task_that_is_not_there_says_what_to_prepare(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  pytest.importorskip("IPython")
+  run_here("vtab_task")
+  printed = capsys.readouterr().out
+  assert "Not yet: config.data.root: no vtab-1k" in printed
+  assert "vtab-1k/svhn/train800val200.txt" in printed
+  assert "insvp prepare --task=svhn --data_dir=FOLDER" in printed
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_a_method_without_prompts_is_loaded(tmp_path, monkeypatch, capsys):
   data = {"preset": "vtab", "split_seed": 0}
   meta = {"config": {"task": "digits", "data": data}, "task": "digits"}
   meta["class_names"] = list("0123456789")
   workdir, _, _ = make_run(tmp_path, "linear", meta=meta, num_classes=10)
   monkeypatch.setenv("INSVP_RUN", str(workdir))
-  node = nbformat.read(notebook, as_version=4)
-  sources = [cell.source for cell in node.cells if cell.cell_type == "code"]
-  names = {"display": pytest.fail}
-  exec("\n".join(sources).replace("%matplotlib inline", ""), names)
-  names["plt"].close("all")
+  run_here("load_run", display=pytest.fail)
+  import matplotlib.pyplot as plt
+
+  plt.close("all")
   printed = capsys.readouterr().out
   assert printed.count("is taken for") == 6
   assert "method linear" in printed and "of the variation" not in printed
 
 
-def test_notebook_is_kept_without_outputs(notebook):
-  node = nbformat.read(notebook, as_version=4)
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_are_of_one_run_of_the_whole(name):
+  node = read(name)
   nbformat.validate(node)
-  for cell in node.cells:
-    assert cell.get("outputs", []) == []
-    assert cell.get("execution_count") is None
-  assert 'INSVP_RUN", "runs/quickstart/insvp/seed0"' in node.cells[1].source
+  cells = [cell for cell in node.cells if cell.cell_type == "code"]
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+  assert text(node) or pictures(node)
+  printed = text(node) + text(node, "stderr") + markdown(node)
+  # No folder of whoever ran it, and no error.
+  assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|Users)/", printed)
+  assert all(o.output_type != "error" for c in cells for o in c.outputs)
+  assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 2**19
+
+
+def test_notebooks_look_at_the_run_of_the_quickstart():
+  for name in ("load_run", "inside_prompts"):
+    assert 'INSVP_RUN", "runs/quickstart/insvp/seed0"' in read(name).cells[1].source

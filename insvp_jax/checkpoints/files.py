@@ -82,7 +82,7 @@ def is_step(name: str) -> bool:
 
 def _not_a_run(path: Path) -> FileNotFoundError:
   """Returns the error about a folder that is no run: which runs it holds."""
-  runs = _runs_below(path)
+  runs = runs_below(path)
   if not runs:
     return FileNotFoundError(
       f"{path} is no run and holds none: expected a run's workdir, such as "
@@ -99,8 +99,11 @@ def _not_a_run(path: Path) -> FileNotFoundError:
   return error
 
 
-def _runs_below(path: Path) -> list[Path]:
-  """Returns the workdirs of runs below a folder, at any depth, sorted."""
+def runs_below(path: str | os.PathLike) -> list[Path]:
+  """Returns the workdirs of runs below a folder, at any depth, sorted.
+
+  The folder itself is one of them if it is a workdir. Links are not followed.
+  """
   runs = []
   for folder, inner, _ in os.walk(path):
     # Changed in place: os.walk descends into what stays.
@@ -112,16 +115,17 @@ def _runs_below(path: Path) -> list[Path]:
 
 
 def _facts(run: Path) -> str:
-  """Returns a run's task, method and test accuracy, as far as its files tell."""
+  """Returns a run's task, method and accuracies, as far as its files tell."""
   try:
     meta = read_meta(_steps_in(run / FOLDER)[0])
     facts = [str(meta[key]) for key in ("task", "method") if key in meta]
     if (run / "result.json").is_file():
       result = load_json(run / "result.json")
       metric = result.get("metric", "accuracy")
-      value = result.get(f"test_{metric}")
-      if isinstance(value, float | int):
-        facts.append(f"test {metric} {100 * value:.2f}%")
+      for split in ("val", "test"):
+        value = result.get(f"{split}_{metric}")
+        if isinstance(value, float | int):
+          facts.append(f"{split} {metric} {100 * value:.2f}%")
   except Damaged:
     return ": damaged"
   return f": {', '.join(facts)}"
@@ -268,14 +272,26 @@ def read_meta(where: Path) -> dict[str, Any]:
   Raises:
     Damaged: it is missing or unreadable, or a value is none that it can have.
   """
-  meta = read_json(where, "meta")
-  check_types(meta, _META, f"the description of the run at {where}")
+  return check_meta(read_json(where, "meta"), f"the description of the run at {where}")
+
+
+def check_meta(meta: dict[str, Any], name: str) -> dict[str, Any]:
+  """Returns a run's description after checking the types of its values.
+
+  Args:
+    meta: what a JSON file held.
+    name: of it, for the message.
+
+  Raises:
+    Damaged: a value is none that it can have.
+  """
+  check_types(meta, _META, name)
   try:
     for section in ("data", "backbone", "segment"):
       stored = (meta.get("config") or {}).get(section)
       config_checks.check_types(section, stored or {})
   except ValueError as error:
-    raise Damaged(f"the description of the run at {where}: {error}") from error
+    raise Damaged(f"{name}: {error}") from error
   return meta
 
 

@@ -3,8 +3,8 @@
 The way of one image of a `.zip`, from `load_data` to the batch on the device:
 
 1. `load_data` (here) calls `load` of a module in `sources`: for one's own images
-   `image_folder`, which finds splits and classes in the names of the archive's files;
-   `image_kinds` says which of them are images.
+   `image_folder`, which finds splits and classes in the names of the archive's files,
+   or in a CSV (`labels_csv`); `image_kinds` says which of them are images.
 2. `image_files.ImageFiles`, names and labels of a split's files, gives a
    `splits.StreamSplit`, which decodes images in any order while it is read: in threads
    (`prefetch`), `folder_or_zip` reads the bytes in place, `decode` makes RGB pixels of
@@ -23,6 +23,7 @@ Images with masks (`sources.segment_folder`) are a `masks.MaskSplit`, always str
 With `data.shots`, `load_data` at last keeps so many training images of each class, with
 `data.fraction` that share of them.
 
+Images that were given in Python (`memory`) have no files: 1 and 2 are a list of them.
 A task of TFDS differs in 1 and 2: `sources.tfds` finds records and labels
 (`tfrecords`), divides them (`subsets`, `vpt_lists`) and decodes them (`tfds_stream`).
 `downloads`, `availability` and `original_rows` serve the tool `prepare_data`.
@@ -42,6 +43,7 @@ from insvp_jax.data.sources import (
   fgvc_folder,
   gtsrb,
   image_folder,
+  memory,
   segment_folder,
   tfds,
   vtab_folder,
@@ -84,7 +86,10 @@ _FOLDER_FORMATS: dict[
 
 
 def load_data(
-  task: str, data_config: ml_collections.ConfigDict, image_size: int
+  task: str,
+  data_config: ml_collections.ConfigDict,
+  image_size: int,
+  load: Callable[[ml_collections.ConfigDict, int], TaskData] | None = None,
 ) -> TaskData:
   """Opens the splits of a task, with images resized to the preset's stored size.
 
@@ -97,6 +102,7 @@ def load_data(
     data_config: the section config.data. An empty preset is the default one: which
       weights' pixels it should follow is not known here.
     image_size: side of the model's input in pixels.
+    load: reads the images in place of what the task's name stands for.
 
   Raises:
     ValueError: if the task or the preset is unknown, or the data contradict themselves.
@@ -107,14 +113,25 @@ def load_data(
       f"{task!r} stands for {len(GROUPS[task])} tasks, expected one of them, such as "
       f"{GROUPS[task][0]!r}; all of them: {LIST_COMMAND} --task={task}."
     )
-  trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
+  if load is None:
+    if task == memory.TASK:
+      memory.refuse()
+    trees.lookup({**TASKS, **OTHER_TASKS}, task, "task", LIST_COMMAND)
   if not data_config.preset:
     data_config = data_config.copy_and_resolve_references()
     data_config.preset = DEFAULT_PRESET
   get_preset(data_config.preset)
   if image_size < 1:
     raise ValueError(f"image_size has to be positive, got {image_size}.")
-  data = _load(task, data_config, image_size)
+  if data_config.get("labels") and task != "folder":
+    raise ValueError(
+      f"config.data.labels is {data_config.labels}, but the task {task} has labels of "
+      "its own; expected the task folder, e.g. --config=folder."
+    )
+  if load is None:
+    data = _load(task, data_config, image_size)
+  else:
+    data = load(data_config, image_size)
   return _with_fewer_images(data, data_config)
 
 

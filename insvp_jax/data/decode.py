@@ -353,6 +353,40 @@ def read_image(
   return decode_image(files.read_bytes(path, options.max_bytes), str(path), options)
 
 
+def from_pillow(
+  image: Any, name: str, options: DecodeOptions | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns the pixels of an image of Pillow as `decode_image` does those of a file.
+
+  Args:
+    image: a `PIL.Image.Image` of any mode that whole numbers have.
+    name: how errors name it.
+    options: limits, and the range of 16-bit values; None for the defaults.
+
+  Raises:
+    ValueError: it has too many pixels, no known range, or its file is damaged.
+  """
+  options = options or _DEFAULTS
+  width, height = image.size
+  if not width * height:
+    raise ValueError(f"{name} has no pixels: it is {width} x {height}.")
+  if width * height > options.max_pixels:
+    raise _too_many_pixels(name, f"{width * height}", options)
+  if image.mode == "F":
+    raise ValueError(
+      f"{name} has floating-point pixels, which have no known range; give 8 or 16 bits."
+    )
+  try:
+    # Of a file only the header may have been read.
+    image.load()
+    image = _turn(image)
+    if image.mode.startswith("I"):
+      return _grey_to_rgb(image, options.max_16bit or _WHITE)[0]
+    return _by_rows(_lay_on_white if image.has_transparency_data else _plain_rgb, image)
+  except (OSError, SyntaxError, ValueError) as error:
+    raise ValueError(f"{name} does not decode: {error}") from error
+
+
 # How many first bytes `may_be_16bit` looks at.
 HEAD_BYTES = 32
 

@@ -304,7 +304,7 @@ class _Folder(FileTree):
     Raises:
       OSError: the name leads out of the folder, or is none.
     """
-    inside = _within_root(name)
+    inside = within_root(name)
     if inside is None or "\0" in name:
       raise OSError(errno.ENOENT, "no name of a file in this folder")
     return self.path / inside
@@ -421,7 +421,7 @@ def _unicode_name(info: zipfile.ZipInfo) -> str:
   return ""
 
 
-def _within_root(name: str) -> str | None:
+def within_root(name: str) -> str | None:
   """Returns a file's name without "." and ".." in it; None if it leaves the root."""
   # Nearly all names; this is called for each.
   if "//" not in name and "/." not in name and not name.startswith(("/", ".")):
@@ -449,7 +449,7 @@ class _Zip(FileTree):
     self._left_out: dict[str, list[str]] = {}
     infos = archive.infolist()
     for info, stored in zip(infos, _stored_names(infos), strict=True):
-      name = _within_root(stored)
+      name = within_root(stored)
       if name is None:
         self._left_out.setdefault(OUTSIDE, []).append(stored)
       elif len(name) > _MAX_DEPTH and name.count("/") > _MAX_DEPTH:

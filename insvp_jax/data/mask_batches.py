@@ -190,6 +190,7 @@ def train_batches(
     steps_per_epoch=pipeline.steps_per_epoch(len(split), batch_size),
     seed=seed,
     start_step=start_step,
+    balanced_classes=0,
   )
   return _train_batches(split, schedule, crops, image_size, sharding)
 
@@ -201,7 +202,7 @@ def _train_batches(split, schedule: pipeline.Schedule, crops, image_size, shardi
   def items() -> Iterator[tuple[int, int, int]]:
     """Yields (step, row, position in the split) of each crop."""
     epoch, order = None, np.zeros(0, np.int64)
-    for step, on_device in schedule.steps():
+    for step, on_device in schedule.steps(split.labels):
       if epoch != step // schedule.steps_per_epoch:
         epoch, order = step // schedule.steps_per_epoch, jax.device_get(on_device)
       start = resident.batch_start(step, schedule.num_examples, schedule.batch_size)

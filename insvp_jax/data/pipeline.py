@@ -49,6 +49,7 @@ def train_batches(
   preset: Preset | None = None,
   image_size: int = 0,
   start_step: int = 0,
+  balanced_classes: int = 0,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[dict[str, Array]]:
   """Yields batches for ever; batch t depends only on the examples, `seed` and t.
@@ -63,6 +64,8 @@ def train_batches(
     preset: how images are cropped and flipped; None leaves them as they are stored.
     image_size: side of the crops in pixels; used only with a preset.
     start_step: the first step to yield, to go on after an interruption.
+    balanced_classes: number of classes that are to be shown alike, see
+      `resident.balanced_order`; 0 shows each example once an epoch.
     sharding: the sharding of a batch, by its leading axis; None for the default device.
 
   Returns:
@@ -81,6 +84,7 @@ def train_batches(
     steps_per_epoch=steps_per_epoch(num_examples, batch_size),
     seed=seed,
     start_step=start_step,
+    balanced_classes=balanced_classes,
   )
   from_memory = on_devices or isinstance(examples, ArraySplit)
   batches = _resident_batches if from_memory else _streamed_batches
@@ -97,6 +101,7 @@ class Schedule:
     steps_per_epoch: number of batches in an epoch.
     seed: the run's seed.
     start_step: the first step to yield.
+    balanced_classes: as for `train_batches`.
   """
 
   num_examples: int
@@ -104,23 +109,28 @@ class Schedule:
   steps_per_epoch: int
   seed: int
   start_step: int
+  balanced_classes: int
 
-  def steps(self, out_shardings=None) -> Iterator[tuple[int, Array]]:
+  def steps(self, labels, out_shardings=None) -> Iterator[tuple[int, Array]]:
     """Yields (step, order of its epoch) from the first step on, for ever.
 
     Args:
+      labels: class of each example, int32 [n].
       out_shardings: the sharding of the order; None for the default device.
     """
     # Static arguments, not closures: the next call finds the compiled program.
+    static = ("size", "balanced_classes")
     permute = jax.jit(
-      resident.epoch_order, static_argnames="size", out_shardings=out_shardings
+      resident.epoch_order, static_argnames=static, out_shardings=out_shardings
     )
     seed = np.uint32(self.seed % 2**32)
+    balanced = {"labels": labels, "balanced_classes": self.balanced_classes}
+    options = balanced if self.balanced_classes else {}
     epoch, order, step = None, None, self.start_step
     while True:
       if epoch != step // self.steps_per_epoch:
         epoch = step // self.steps_per_epoch
-        order = permute(seed, np.uint32(epoch), size=self.num_examples)
+        order = permute(seed, np.uint32(epoch), size=self.num_examples, **options)
       yield step, order
       step += 1
 
@@ -139,7 +149,8 @@ def _resident_batches(examples, schedule: Schedule, preset, image_size, sharding
   )
   # As uint32, because JAX refuses a Python number that is no int32.
   seed = np.uint32(schedule.seed % 2**32)
-  for step, order in schedule.steps(resident.replicated(sharding)):
+  everywhere = resident.replicated(sharding)
+  for step, order in schedule.steps(examples["labels"], everywhere):
     yield take_batch(examples, order, seed, np.int32(step), **options)
 
 
@@ -153,7 +164,7 @@ def _streamed_batches(split, schedule: Schedule, preset, image_size, sharding):
 
   def requests():
     epoch, order = None, np.zeros(0, np.int64)
-    for step, on_device in schedule.steps():
+    for step, on_device in schedule.steps(split.labels):
       # One transfer an epoch, not one a step.
       if epoch != step // schedule.steps_per_epoch:
         epoch, order = step // schedule.steps_per_epoch, jax.device_get(on_device)

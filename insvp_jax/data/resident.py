@@ -32,19 +32,64 @@ def augment_key(seed: Any, step: Any) -> Key[Array, ""]:
   return jax.random.split(key, 3)[0]
 
 
-def epoch_order(seed, epoch, size: int):
+def epoch_order(seed, epoch, size: int, *, labels=None, balanced_classes: int = 0):
   """Returns the order of an epoch's examples; pure and jit-able.
 
   Args:
     seed: the run's seed, uint32 [].
     epoch: number of epochs before this one, uint32 [].
     size: number of examples, n; static.
+    labels: class of each example, int32 [n]; needed with `balanced_classes` only.
+    balanced_classes: number of classes that are to be shown alike; static. 0 shows each
+      example once.
 
   Returns:
-    A permutation of the positions 0 to n - 1, int32 [n].
+    A permutation of the positions 0 to n - 1, int32 [n], or the `balanced_order`.
   """
+  if balanced_classes:
+    return balanced_order(seed, epoch, labels, balanced_classes)
   key = jax.random.fold_in(jax.random.key(seed), epoch)
   return jax.random.permutation(key, size)
+
+
+def balanced_order(seed, epoch, labels, num_classes: int):
+  """Returns the order of an epoch that shows all classes alike; pure and jit-able.
+
+  An epoch has as many places as there are examples, n. Each of the k classes that have
+  examples gets n / k of them, rounded up for as many classes, drawn anew in each epoch,
+  as it takes. In the places of a class its examples take turns, in an order of their
+  own in each epoch: none is there twice more often than another. Examples of large
+  classes are left out of an epoch, others of small ones are repeated.
+
+  Args:
+    seed: the run's seed, uint32 [].
+    epoch: number of epochs before this one, uint32 [].
+    labels: class of each example, int32 [n].
+    num_classes: number of classes, k or more; static.
+
+  Returns:
+    Positions of examples, int32 [n].
+
+  Source: "class-aware sampling", Shen et al. 2016, "Relay Backpropagation for Effective
+    Learning of Deep Convolutional Neural Networks"; here the places of the classes are
+    shuffled over the epoch.
+  """
+  size = labels.shape[0]
+  key = jax.random.fold_in(jax.random.key(seed), epoch)
+  members_key, classes_key, places_key = jax.random.split(key, 3)
+  # The examples class by class, shuffled within each.
+  shuffled = jax.random.permutation(members_key, size)
+  by_class = shuffled[jnp.argsort(labels[shuffled], stable=True)]
+  counts = jnp.bincount(labels, length=num_classes)
+  starts = jnp.cumsum(counts) - counts
+  # The classes that have examples, in a random order; the others behind them.
+  ranks = jax.random.permutation(classes_key, num_classes)
+  classes = jnp.argsort(jnp.where(counts > 0, ranks, num_classes))
+  places = jnp.arange(size)
+  num_present = jnp.sum(counts > 0)
+  label, turn = classes[places % num_present], places // num_present
+  order = by_class[starts[label] + turn % counts[label]]
+  return order[jax.random.permutation(places_key, size)]
 
 
 def batch_start(step, num_examples: int, batch_size: int):

@@ -200,6 +200,7 @@ class TaskData:
     final_split: the split that the final model of the task's protocol is trained on.
     files: of one's own images, for each split (names of its files relative to the root,
       their labels), which is stored with a run.
+    are_listed: whether a list names the files, so that others do not matter.
   """
 
   name: str
@@ -211,6 +212,7 @@ class TaskData:
   files: Mapping[str, tuple[Sequence[str], np.ndarray]] = dataclasses.field(
     default_factory=dict
   )
+  are_listed: bool = False
 
   def __post_init__(self):
     """Checks that labels are class indices and that no split is empty.
@@ -281,6 +283,34 @@ class TaskData:
     skipped = f", {self.skipped} unreadable images skipped" if self.skipped else ""
     first = f"{self.name}: {self.num_classes} classes, {sizes}{skipped}"
     return f"{first}\n{self.class_counts()}"
+
+
+def chain(first: StreamSplit, second: StreamSplit) -> StreamSplit:
+  """Returns the examples of `first`, then those of `second`, of another source."""
+  number = len(first)
+
+  def opened(requests: Iterable[Indices], whole: bool) -> Iterator[Any]:
+    for request in requests:
+      is_first = request < number
+      images: list[Any] = [None] * len(request)
+      for part, places, start in (
+        (first, np.flatnonzero(is_first), 0),
+        (second, np.flatnonzero(~is_first), number),
+      ):
+        if len(places):
+          for group in part.open([request[places] - start], whole):
+            for place, image in zip(places, group, strict=True):
+              images[place] = image
+      yield images if whole else np.stack(images)
+
+  sha = hashlib.sha256(f"{first.digest} {second.digest}".encode())
+  return dataclasses.replace(
+    first,
+    labels=np.concatenate([first.labels, second.labels]),
+    identity=sha.hexdigest(),
+    open=opened,
+    square=first.square and second.square,
+  )
 
 
 def concatenate(first: ArraySplit, second: ArraySplit) -> ArraySplit:

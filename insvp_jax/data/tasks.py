@@ -11,7 +11,7 @@ InsVP and DAM-VP (HTA), kaidic/LDAM-DRW (CIFAR-100-LT).
 from collections.abc import Mapping
 import dataclasses
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Task:
       (`sources.vtab_folder`), "lists" (`sources.fgvc_folder`), "gtsrb"
       (`sources.gtsrb`), or "" for not at all.
     folder_name: name of the task's folder where several tasks' folders lie together.
+    ordered: whether the classes are grades of one thing, the next one the nearest.
   """
 
   name: str
@@ -84,6 +85,7 @@ class Task:
   id_feature: str = ""
   folder_format: str = ""
   folder_name: str = ""
+  ordered: bool = False
 
   def subset(self, name: str = "") -> Subset:
     """Returns a named choice of training images.
@@ -201,6 +203,7 @@ def _vtab_task(group: str, row: tuple) -> Task:
     label_rule=name if has_rule else "label",
     folder_format="noah",
     folder_name=_NOAH_NAMES.get(name, name),
+    ordered=name == "diabetic_retinopathy",
   )
 
 
@@ -389,6 +392,18 @@ def _groups() -> dict[str, tuple[str, ...]]:
     groups.setdefault(task.group, []).append(task.name)
   vtab = [name for name, task in TASKS.items() if task.benchmark == "vtab"]
   return {name: tuple(names) for name, names in {**groups, "vtab": vtab}.items()}
+
+
+def are_ordered(task: str, data_config: Any) -> bool:
+  """Returns whether a task's classes are grades of one thing, in their order.
+
+  Args:
+    task: its name; of one's own images, that of their folder.
+    data_config: the section config.data, or a stored one, a dict; its `ordered` says
+      it of one's own images.
+  """
+  is_known = task in TASKS and TASKS[task].ordered
+  return is_known or bool(data_config.get("ordered"))
 
 
 # Names that stand for several tasks: VTAB's three groups and each benchmark.

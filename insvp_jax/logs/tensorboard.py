@@ -1,4 +1,4 @@
-"""TensorBoard's event file: scalars, text and images."""
+"""TensorBoard's event file: scalars, text, images and the trials of a search."""
 
 from collections.abc import Mapping
 import io
@@ -56,6 +56,35 @@ class EventFile:
     """Appends an image."""
     summary = self._summary.image(name, pixels, dataformats="HWC")
     self._add(summary=summary, step=step)
+
+  def trial(
+    self,
+    hparams: Mapping[str, float | int | bool | str],
+    metrics: Mapping[str, float | int],
+    *,
+    failed: bool = False,
+  ) -> None:
+    """Appends a whole trial: a row of the tab HPARAMS, where each file is one.
+
+    Args:
+      hparams: of the trial.
+      metrics: what came of it.
+      failed: whether it did not come to its end.
+    """
+    from tensorboardX.proto import api_pb2, plugin_hparams_pb2
+
+    # Without the description of the experiment: the tab would show the hparams and
+    # metrics that its first trial had, not those that any has.
+    _, start, end = self._summary.hparams(dict(hparams), dict(metrics))
+    self._add(summary=start, step=0)
+    self.write(0, metrics)
+    if failed:
+      # tensorboardX knows successes alone.
+      plugin = end.value[0].metadata.plugin_data
+      content = plugin_hparams_pb2.HParamsPluginData.FromString(plugin.content)
+      content.session_end_info.status = api_pb2.Status.Value("STATUS_FAILURE")
+      plugin.content = content.SerializeToString()
+    self._add(summary=end, step=0)
 
   def close(self) -> None:
     """Closes the file."""

@@ -1,9 +1,9 @@
-"""What a run tells: metrics.jsonl, TensorBoard, how far it is.
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, how far it is.
 
 Everything is written by process 0 alone; on the others the same calls do nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import io
 import json
@@ -18,9 +18,10 @@ import numpy as np
 
 from insvp_jax import files
 from insvp_jax.distributed import processes
-from insvp_jax.logs import progress
+from insvp_jax.logs import progress, weights_and_biases
 from insvp_jax.logs.appended_file import AppendedFile, cannot_write
 from insvp_jax.logs.tensorboard import EventFile
+from insvp_jax.logs.weights_and_biases import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 PARTIAL = ".partial"  # ends the name of a file that is not complete yet
@@ -38,7 +39,10 @@ class Writers:
     start_step: int = 0,
     start_lines: int | None = None,
     tensorboard: bool = True,
+    wandb: str = "",
+    config: Mapping[str, Any] | None = None,
     name: str = "",
+    whole: progress.Whole | None = None,
     stream: io.TextIOBase | None = None,
   ):
     """Opens the files of a run, for a new one or to go on with it.
@@ -52,16 +56,20 @@ class Writers:
         what was written at `start_step` before and after it was saved. None keeps
         all lines of that step.
       tensorboard: whether to write an event file, too.
+      wandb: the project of Weights & Biases to write to, too; "" for none.
+      config: what Weights & Biases shows of the run.
       name: of the run, in front of its progress.
+      whole: how far the search is that the run is a part of.
       stream: where progress goes, a bar on a terminal, else lines; None is the
         standard error.
 
     Raises:
       OSError: the files cannot be written.
+      ValueError: Weights & Biases refuses the run.
     """
     self._is_main = processes.is_main_process()
-    self._progress = progress.create(stream or sys.stderr, name, total_steps)
-    self._metrics = self._events = None
+    self._progress = progress.create(stream or sys.stderr, name, total_steps, whole)
+    self._metrics = self._events = self._wandb = None
     self.lines = 0  # of metrics.jsonl
     if self._is_main:
       workdir = Path(workdir)
@@ -71,12 +79,17 @@ class Writers:
       self._metrics = AppendedFile(workdir / METRICS_FILE, sum(map(len, kept)))
       try:
         self._events = EventFile(workdir, start_step) if tensorboard else None
+        if wandb:
+          self._wandb = WandbRun(
+            workdir, wandb, name=name, config=config or {}, start_step=start_step
+          )
+          write_json(workdir / weights_and_biases.FILE, self._wandb.identity)
       except BaseException:
-        self._metrics.close()
+        self.close(failed=True)
         raise
 
   def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Appends scalars to metrics.jsonl and to TensorBoard.
+    """Appends scalars to metrics.jsonl, TensorBoard and Weights & Biases.
 
     Args:
       step: batches seen so far.
@@ -88,8 +101,8 @@ class Writers:
     line = json.dumps({"step": step, **_finite(values)}) + "\n"
     self._metrics.append(line.encode())
     self.lines += 1
-    if self._events:
-      self._events.write(step, values)
+    for log in filter(None, (self._events, self._wandb)):
+      log.write(step, values)
 
   def text(self, name: str, text: str) -> None:
     """Shows a text, Markdown, in TensorBoard."""
@@ -99,14 +112,15 @@ class Writers:
       self._events.text(0, name, spelt)
 
   def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
-    """Shows images in TensorBoard, by name."""
-    for name, pixels in images.items() if self._events else ():
-      self._events.image(step, name, pixels)
+    """Shows images in TensorBoard and Weights & Biases, by name."""
+    for log in filter(None, (self._events, self._wandb)):
+      for name, pixels in images.items():
+        log.image(step, name, pixels)
 
   @property
   def shows_images(self) -> bool:
     """Whether `images` has an effect, so that they are worth being made."""
-    return self._events is not None
+    return self._events is not None or self._wandb is not None
 
   def train(
     self, step: int, scalars: Mapping[str, Any], *, images_per_second: float | int = 0.0
@@ -131,12 +145,18 @@ class Writers:
     if self._is_main:
       self._progress.log(text)
 
-  def close(self) -> None:
-    """Ends the progress bar and closes the files."""
+  def close(self, *, failed: bool = False) -> None:
+    """Ends the progress bar and closes the files.
+
+    Args:
+      failed: whether the run did not come to its end.
+    """
     self._progress.close()
     for file in (self._metrics, self._events):
       if file:
         file.close()
+    if self._wandb:
+      self._wandb.close(failed=failed)
 
   def __enter__(self) -> "Writers":
     """Returns itself; `close` is called at the end of the with block."""
@@ -144,7 +164,7 @@ class Writers:
 
   def __exit__(self, *error: object) -> None:
     """Closes the files."""
-    self.close()
+    self.close(failed=error[0] is not None)
 
 
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
@@ -161,18 +181,24 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
   write_text(path, f"{text}\n")
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a text file as `write_bytes` does, in UTF-8."""
+def write_text(path: str | os.PathLike, text: str | Iterable[str]) -> None:
+  """Writes a text file as `write_bytes` does, in UTF-8.
+
+  Args:
+    path: the file; one that exists is replaced, and its directory is made.
+    text: all of its content, or pieces of it, which are written as they come.
+  """
+  pieces = [text] if isinstance(text, str) else text
   # Names of files that are no text in any encoding are spelt.
-  write_bytes(path, text.encode("utf-8", "backslashreplace"))
+  write_bytes(path, (piece.encode("utf-8", "backslashreplace") for piece in pieces))
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: str | os.PathLike, data: bytes | Iterable[bytes]) -> None:
   """Writes a file that is either complete or not there at all.
 
   Args:
     path: the file; one that exists is replaced, and its directory is made.
-    data: all of its content.
+    data: all of its content, or pieces of it, which are written as they come.
 
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
@@ -186,14 +212,15 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.check_replaceable(path)
     with partial.open("wb") as file:
-      file.write(data)
+      file.writelines([data] if isinstance(data, bytes) else data)
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)
   except OSError as error:
+    raise cannot_write(path, error) from error
+  finally:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
-    raise cannot_write(path, error) from error
 
 
 def remove_partial(workdir: str | os.PathLike) -> None:

@@ -51,12 +51,12 @@ def convolve_tokens(
   alone = x @ kernel[1, 1]
   if x.shape[1] > num_prefix:
     end = num_prefix + rows * columns
-    patches = x[:, num_prefix:end].reshape(len(x), rows, columns, -1)
+    patches = x[:, num_prefix:end].reshape(x.shape[0], rows, columns, -1)
     padded = jnp.pad(patches, ((0, 0), (1, 1), (1, 1), (0, 0)))
     neighbours = jnp.concatenate(
       [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)], -1
     )
-    patches = neighbours.reshape(len(x), rows * columns, -1) @ jnp.reshape(
+    patches = neighbours.reshape(x.shape[0], rows * columns, -1) @ jnp.reshape(
       kernel, (-1, kernel.shape[-1])
     )
     alone = jnp.concatenate([alone[:, :num_prefix], patches, alone[:, end:]], axis=1)

@@ -39,7 +39,7 @@ class E2VPTHooks(Hooks):
   def qkv(self, p, q, k, v):
     def join(x: Array, prompt: Array) -> Array:
       prompt = jnp.swapaxes(prompt, 0, 1)  # [m, h, e]
-      prompt = jnp.broadcast_to(prompt, (len(x), *prompt.shape))
+      prompt = jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape))
       return jnp.concatenate([x, prompt.astype(x.dtype)], axis=1)
 
     return q, join(k, p.block["key"]), join(v, p.block["value"])
@@ -161,7 +161,7 @@ class E2VPT(Method):
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     del prompted, embed
     tokens = drop_per_sample(
-      self.prompt_dropout, self._tokens()[:, None], len(images), train=train
+      self.prompt_dropout, self._tokens()[:, None], images.shape[0], train=train
     )
     own = self.kv_prompts
     blocks = {name: own.get(name, own.get("kv")) for name in ("key", "value")}

@@ -118,7 +118,7 @@ class Gated(Method):
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     del prompted, embed
     tokens = self.common_prompt[:, None]  # [1, 1, p, d]
-    tokens = drop_per_sample(self.prompt_dropout, tokens, len(images), train=train)
+    tokens = drop_per_sample(self.prompt_dropout, tokens, images.shape[0], train=train)
     # The last block has no gate: its prompts leave it as they are.
     gate = jnp.ones(1)
     if self.spec.depth > 1:

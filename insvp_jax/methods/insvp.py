@@ -393,7 +393,7 @@ class InsVP(Method):
     terms, specific = [], []
     if self.use_common:
       common = stage_prompts.drop(
-        self.common_dropout, self.common_prompts, len(images), train=train
+        self.common_dropout, self.common_prompts, images.shape[0], train=train
       )
       terms.append([weights["common"] * tokens for tokens in common])
     if self.use_specific:

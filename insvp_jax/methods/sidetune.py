@@ -79,7 +79,7 @@ class AlexNet(nn.Module):
       if pooled:
         x = nn.max_pool(x, (3, 3), (2, 2))
     x = adaptive_average_pool(x, _CELLS)
-    return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
 
 
 def adaptive_average_pool(
@@ -144,7 +144,7 @@ class Sidetune(Method):
     size = images.shape[1]
     size = self.side_size or (size if size >= _SMALLEST else _ENLARGED)
     if size != images.shape[1]:
-      shape = (len(images), size, size, 3)
+      shape = (images.shape[0], size, size, 3)
       images = jax.image.resize(images, shape, "bilinear")
     side = self.projection(self.side(images.astype(feature.dtype)))
     share = nn.sigmoid(self.alpha)

@@ -72,7 +72,7 @@ class VFPT(Method):
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     del prompted, embed
     tokens = drop_per_sample(
-      self.prompt_dropout, self.common_prompt[:, None], len(images), train=train
+      self.prompt_dropout, self.common_prompt[:, None], images.shape[0], train=train
     )
     num_rows = int(self.fourier_fraction * self.prompt_length)
     return Adaptation(

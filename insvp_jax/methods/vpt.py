@@ -77,7 +77,7 @@ class VPTShallow(VPT):
       return Adaptation(shared=self.pixels())
     if self.location == "prepend-pixel":
       tokens = stage_prompts.drop(
-        self.prompt_dropout, [self.pixels(embed)], len(images), train=train
+        self.prompt_dropout, [self.pixels(embed)], images.shape[0], train=train
       )
       return Adaptation(prompts=stage_prompts.join(self.spec, tokens))
     return super().adapt(images, prompted, embed=embed, train=train)

@@ -194,7 +194,7 @@ class VPT(Method):
         bias_init=torch_uniform(width),
       )
 
-  def _tokens(self, num_samples: int, train: bool) -> list[Array]:
+  def _tokens(self, num_samples: Any, train: bool) -> list[Array]:
     """Returns the prompts [l, b or 1, p, d] of blocks that have own, by stage."""
     if len(self.spec.stages) > 1:
       return stage_prompts.drop(
@@ -210,7 +210,7 @@ class VPT(Method):
   def adapt(self, images, prompted, *, embed=None, train=False) -> Adaptation:
     """Returns the prompts; their batch axis is 1 unless dropout is on."""
     del prompted, embed
-    tokens, blocks = self._tokens(len(images), train), self._blocks()
+    tokens, blocks = self._tokens(images.shape[0], train), self._blocks()
     if self.location == "prepend" and len(self.spec.stages) > 1:
       return Adaptation(prompts=stage_prompts.join(self.spec, tokens))
     (tokens,) = tokens

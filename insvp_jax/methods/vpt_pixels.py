@@ -59,7 +59,7 @@ class PixelBorder(nn.Module):
 
     def around(x: Array, border: Array, axis: int) -> Array:
       border = (border - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
-      border = jnp.broadcast_to(border.astype(x.dtype), (len(x), *border.shape))
+      border = jnp.broadcast_to(border.astype(x.dtype), (x.shape[0], *border.shape))
       before, after = jnp.split(border, 2, axis=axis)
       return jnp.concatenate([before, x, after], axis=axis)
 

@@ -186,7 +186,7 @@ class ConvNeXt(StagedBackbone):
     """Returns the positions of the first stage, of images of any size."""
     side = images.shape[1] // self.patch_size
     x = self.embedding(images)
-    return self.embedding_norm(x.reshape(len(x), side, side, self.width))
+    return self.embedding_norm(x.reshape(x.shape[0], side, side, self.width))
 
   def encode(
     self, x: Float[Array, "b h w d"], adaptation: Adaptation = UNCHANGED

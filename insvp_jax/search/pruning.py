@@ -34,6 +34,7 @@ from insvp_jax.methods import METHODS, parts_of
 from insvp_jax.models.classifier import PromptedClassifier
 from insvp_jax.run import load_run
 from insvp_jax.search import trials
+from insvp_jax.search.outlook import Row
 from insvp_jax.train import report, trainer
 
 # What E2VPT's published code tries of tokens and of pieces.
@@ -181,7 +182,7 @@ def num_trials(search: Any) -> int:
 
 
 def prune(
-  search: Any, chosen: trials.Point, workdir: Path, on_log: Any = None
+  search: Any, chosen: trials.Point, workdir: Path, row: Row
 ) -> tuple[dict[str, list], dict[str, Any]]:
   """Returns the masks that are best on val, and what the summary says of the choice.
 
@@ -192,18 +193,18 @@ def prune(
     search: the `tune.Search` of a method, with `percents` to try.
     chosen: a point of its grid.
     workdir: of the method.
-    on_log: as for `trainer.train_loop`, of each run.
+    row: is told how far the runs are.
 
   Raises:
     ValueError: every trial diverged.
   """
-  scores = _find_scores(search, chosen, workdir, on_log)
+  scores = _find_scores(search, chosen, workdir, row)
   keeps = masks_of(search.config.method)
   masks = combinations(scores, keeps, search.percents)
   points = [{**chosen, **each} for each in masks]
   print_once(f"{len(points)} combinations of pruned masks, scored by {_where(workdir)}")
   stage = type(search)(search.config, "auto", search.prepared, points)
-  finished = stage.search(workdir, on_log)
+  finished = stage.search(workdir, row)
 
   def kept(index: int) -> dict[str, int]:
     return {name: int(np.sum(mask)) for name, mask in masks[index].items()}
@@ -224,7 +225,7 @@ def _where(workdir: Path) -> Path:
 
 
 def _find_scores(
-  search: Any, chosen: trials.Point, workdir: Path, on_log: Any
+  search: Any, chosen: trials.Point, workdir: Path, row: Row
 ) -> dict[str, list]:
   """Returns the scores of the masks' entries, from the file or newly computed."""
   config, prepared = trials.at(search.config, **chosen), search.prepared_for(chosen)
@@ -233,9 +234,11 @@ def _find_scores(
   path = workdir / trials.FILE
   for line in trials.read(path, digest):
     if line.get("scores", {}).keys() >= search.percents.keys():
+      row.keep(trials=1)
       return line["scores"]
   where = _where(workdir)
-  trainer.train(config, where, prepared=prepared, test=False, on_log=on_log)
+  with row.trials() as whole:
+    trainer.train(config, where, prepared=prepared, test=False, whole=whole)
   run = load_run(where)
   split, mesh = prepared.data.splits["train"], prepared.program.mesh
   # On one device, and doubles take twice the memory.

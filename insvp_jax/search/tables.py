@@ -12,6 +12,12 @@ from insvp_jax.train import objectives
 
 # Of classes by their number of training images; see `train.evaluate.by_group`.
 GROUPS = ("many", "medium", "few")
+# What a row of unequal or ordered classes has beside its accuracy, and its title.
+_MEANS = {
+  "balanced_mean": "balanced, %",
+  "macro_f1_mean": "macro-F1, %",
+  "kappa_mean": "quadratic kappa",
+}
 
 
 def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
@@ -57,10 +63,14 @@ def percents(share: float | None) -> str:
 def format_table(task: str, summary: Mapping[str, Any]) -> str:
   """Returns the summary as a Markdown table, a row per label."""
   hparams = _searched_hparams(summary)
-  is_unbalanced = any(result.get("balanced_mean") for result in summary.values())
+  means = [
+    name
+    for name in _MEANS
+    if any(result.get(name) is not None for result in summary.values())
+  ]
   groups = group_names(summary)
   title = objectives.title_of(metric_of(summary))
-  titles = [task, f"test {title}, %", *["balanced, %"] * is_unbalanced]
+  titles = [task, f"test {title}, %", *(_MEANS[name] for name in means)]
   titles += [f"{name}, %" for name in groups]
   titles += ["seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
@@ -69,8 +79,7 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
     mean = percents(result["mean"])
     spread = f" ± {100 * result['std']:.2f}" if result["std"] is not None else ""
     cells = [label, f"{mean}{spread}"]
-    if is_unbalanced:
-      cells.append(percents(result.get("balanced_mean")))
+    cells += [_mean(name, result.get(name)) for name in means]
     cells += [percents(result.get("group_means", {}).get(name)) for name in groups]
     cells.append(f"{len(result['seeds'])}")
     cells += [_number(result.get(name, "")) for name in ("lr", "wd", *hparams)]
@@ -86,7 +95,7 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
     "method",
     "mean",
     "std",
-    "balanced_mean",
+    *_MEANS,
     *GROUPS,
     "seeds",
     values_key(metric),
@@ -113,6 +122,13 @@ def _searched_hparams(summary: Mapping[str, Any]) -> list[str]:
   """Returns the hparams beside lr and wd that any row was searched for."""
   names = (name for result in summary.values() for name in result["searched"])
   return [name for name in dict.fromkeys(names) if name not in ("lr", "wd")]
+
+
+def _mean(name: str, value: float | None) -> str:
+  """Returns the cell of one of `_MEANS`; a kappa is no share."""
+  if name == "kappa_mean" and value is not None:
+    return f"{value:.3f}"
+  return percents(value)
 
 
 def _number(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 A trial is a point of a grid: {"lr": ..., "wd": ..., further hparams of the method}, and
 fields of methods by "<method>.<field>", which make another program of it.
-Each finished one is a line of `trials.jsonl`, on disk before the next begins.
+Each finished one is a line of `trials.jsonl`, on disk before the next begins, and a row
+of TensorBoard's tab HPARAMS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from insvp_jax import config as config_lib
 from insvp_jax import files, trees
 from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed import processes
+from insvp_jax.logs.tensorboard import EventFile
 from insvp_jax.methods import hparams_of, parts_of
 from insvp_jax.search.grids import GRIDS, Grid
 
@@ -154,12 +156,44 @@ def point_text(point: Mapping[str, Any]) -> str:
   """Returns "lr 0.01, wd 0.0001, dropout 0.1"."""
 
   def text(value: Any) -> str:
-    if isinstance(value, tuple | list) and np.size(value) > 2:  # a mask
-      return f"{np.sum(value)} of {np.size(value)}"
     is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    return f"{value:g}" if is_number else str(value)
+    return f"{value:g}" if is_number else str(_plain(value))
 
   return ", ".join(f"{name} {text(value)}" for name, value in point.items())
+
+
+def _plain(value: Any) -> Any:
+  """Returns a number or a text as it is, of other values a text."""
+  if isinstance(value, tuple | list) and np.size(value) > 2:  # a mask
+    return f"{np.sum(value)} of {np.size(value)}"
+  return value if isinstance(value, float | int | str) else str(value)
+
+
+def show(folder: Path, method: str, point: Point, trial: Mapping[str, Any]) -> None:
+  """Shows a finished trial in TensorBoard's tab HPARAMS; the first process writes.
+
+  Args:
+    folder: of the trials, which each get a folder there.
+    method: of the row.
+    point: of the trial.
+    trial: what `read` returned.
+  """
+  if not processes.is_main_process():
+    return
+  # Texts alone may be alike: of masks they say how much is left.
+  identity = json.dumps([point, trial["settings"]], sort_keys=True)
+  suffix = hashlib.sha256(identity.encode()).hexdigest()[:8]
+  # Values may be texts, such as paths.
+  text = re.sub(r"[^\w.,+-]", " ", point_text(point))[:80]
+  where = folder / f"{text} {suffix}"
+  if where.exists():
+    return
+  names = ("val_accuracy", "val_loss")
+  metrics = {name: trial[name] for name in names if trial.get(name) is not None}
+  hparams = {"method": method} | {name: _plain(x) for name, x in point.items()}
+  where.mkdir(parents=True)
+  with contextlib.closing(EventFile(where)) as events:
+    events.trial(hparams, metrics, failed=not metrics)
 
 
 def settings(

@@ -13,9 +13,8 @@ Visual Task Adaptation Benchmark", section 3; the choice by the last epoch, ties
 the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 2022).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -28,26 +27,31 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks
-from insvp_jax.checkpoints.files import Damaged, load_json
+from insvp_jax.checkpoints.files import Damaged, find_steps, load_json, read_meta
 from insvp_jax.config_variants import variants_of
 from insvp_jax.distributed.processes import print_once
 from insvp_jax.distributed.stopping import StopSignal
+from insvp_jax.logs.progress import Whole
 from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import parts_of
 from insvp_jax.models.classifier import create_model
 from insvp_jax.search import population, pruning, tables, trials
-from insvp_jax.search.outlook import Outlook, Work, work_of
+from insvp_jax.search.outlook import Outlook, Row, Work, work_of
 from insvp_jax.train import evaluate, report, trainer
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state, fill_preset
 from insvp_jax.train.timing import Timer
-from insvp_jax.train.trainer import Prepared, prepare
+from insvp_jax.train.trainer import Prepared, ReadData, prepare
 
 MODES = ("auto", "train", "tune")
-OnLog = Callable[[Timer], None]
 
 
-def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str, Any]:
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  mode: str = "auto",
+  read: ReadData | None = None,
+) -> dict[str, Any]:
   """Does what a config asks for: one run, or search, retraining and a table.
 
   With `config.tune` empty this is `trainer.train` alone. Otherwise each row of
@@ -65,6 +69,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
     mode: "auto" as above; "train" is one run with `config.optim`, whatever
       `config.tune` says; "tune" is a search, for which an empty `tune.lr` stands for
       the method's own grid (see `grids`).
+    read: as for `trainer.prepare`.
 
   Returns:
     The result of the single run, or the summary by the rows' labels.
@@ -82,7 +87,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   for variant in variants:
     parts_of(variant.method)
   if not _is_search(config, mode):
-    result = trainer.train(config, workdir)
+    result = trainer.train(config, workdir, read=read)
     print_once(report.result_line(result))
     return result
   trials.check_keys(config)
@@ -91,7 +96,7 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   searches, prepared, are_compared = {}, None, bool(config.tune.variants)
   for variant in variants:
     row = variant.config(config, mode == "tune")
-    search = Search(row, mode, prepared, are_compared=are_compared)
+    search = Search(row, mode, prepared, are_compared=are_compared, read=read)
     searches[variant.label], prepared = search, search.prepared
     if "batch_size" not in variant.changes:
       # What 0 stood for holds for all rows.
@@ -107,9 +112,8 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
       # The first line of the summary: how many images there are to train on.
       print_once(search.prepared.data.summary().partition("\n")[0])
     trainer.print_params(search.config, search.prepared)
-    on_log = functools.partial(outlook.tell, label)
     changes = config_lib.to_dict(variant.changes)
-    results = search.run(workdir / variant.folder, on_log)
+    results = search.run(workdir / variant.folder, outlook.row(label))
     summary[label] = {"method": variant.method, "changes": changes, **results}
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
@@ -161,6 +165,7 @@ class Search:
     like: Prepared | None,
     points: list[trials.Point] | None = None,
     are_compared: bool = False,
+    read: ReadData | None = None,
   ):
     """Checks all that can be checked before anything trains.
 
@@ -170,6 +175,7 @@ class Search:
       like: of another row on the same task and backbone; see `prepare`.
       points: to be tried in place of the grid.
       are_compared: whether rows are compared on val, so that a single point is tried.
+      read: as for `trainer.prepare`.
 
     Raises:
       ValueError, FileNotFoundError: bad input; see the message.
@@ -186,7 +192,7 @@ class Search:
       program_lib.input_size(each)
     hparams = trials.hparams_of_point(self.points[0])
     # The program is the same for all points of equal fields: what differs is data.
-    self.prepared = prepare(configs[0], like=like, hparams=hparams)
+    self.prepared = prepare(configs[0], like=like, hparams=hparams, read=read)
     self._latest = trials.fields_of(self.points[0]), self.prepared
     # Automatic until now. The final runs keep what the trials had.
     self.config = trials.at(config, batch_size=configs[0].batch_size)
@@ -253,22 +259,23 @@ class Search:
       final_steps=config_lib.num_steps(self.config, num_train)[0],
     )
 
-  def run(self, workdir: Path, on_log: OnLog | None = None) -> dict[str, Any]:
+  def run(self, workdir: Path, row: Row) -> dict[str, Any]:
     """Returns the summary of the row: the choice, and its test accuracies.
 
     Args:
       workdir: of the row.
-      on_log: as for `trainer.train_loop`, of each run.
+      row: is told how far the runs are.
     """
-    finished = self.search(workdir, on_log) if self.has_trials else []
+    self._check_same_images(workdir)
+    finished = self.search(workdir, row) if self.has_trials else []
     chosen = self.points[0]
     if self.has_trials:
       chosen = trials.choose(finished, self.names)
     best = trials.find(finished, chosen) or {}
     if self.percents:
-      masks, pruned = pruning.prune(self, chosen, workdir, on_log)
+      masks, pruned = pruning.prune(self, chosen, workdir, row)
       chosen, best = {**chosen, **masks}, pruned
-    results = self.retrain(chosen, workdir, on_log)
+    results = self.retrain(chosen, workdir, row)
     metric = self.prepared.program.objective.METRIC
     columns = (*self.names, f"val_{metric}")
     return {
@@ -281,9 +288,20 @@ class Search:
       **({"pruning": best["pruning"]} if self.percents else {}),
     }
 
-  def search(
-    self, workdir: Path, on_log: OnLog | None = None
-  ) -> list[Mapping[str, Any]]:
+  def _check_same_images(self, workdir: Path) -> None:
+    """Refuses the workdir of other images before trials take their time."""
+    final = trials.at(self.config, train_split=self.final_split)
+    for seed in self.seeds:
+      where = workdir / f"seed{seed}"
+      stored = stored_digest(where)
+      # Only then the test split is looked at, and no more than its digest.
+      if stored and stored != report.data_digest(final, self.prepared.data):
+        raise ValueError(
+          f"{where} holds a run of other images: they or their labels have changed. "
+          "Use another workdir, or delete this one to start over."
+        )
+
+  def search(self, workdir: Path, row: Row) -> list[Mapping[str, Any]]:
     """Returns the finished trials of all points, in their order."""
     path, prepared = workdir / trials.FILE, self.prepared
     digest = trials.settings(
@@ -293,19 +311,29 @@ class Search:
       report.data_digest(self.config, prepared.data, test=False),
     )
     finished = trials.read(path, digest)
+    for trial in finished:
+      self._show(trial, workdir)
     missing = [point for point in self.points if trials.find(finished, point) is None]
+    row.keep(trials=len(self.points) - len(missing))
     if missing:
       with trainer.hold_workdir(workdir / "search"):
         for _, group in itertools.groupby(missing, trials.fields_of):
-          for trial in self._run_trials(list(group), workdir / "search", on_log):
+          for trial in self._run_trials(list(group), workdir / "search", row):
             # As it will be read: pairs become lists.
             trial = json.loads(json.dumps({**trial, "settings": digest}))
             trials.append(path, trial)
             finished.append(trial)
+            self._show(trial, workdir)
     return [trials.find(finished, point) for point in self.points]
 
+  def _show(self, trial: Mapping[str, Any], workdir: Path) -> None:
+    """Shows a finished trial in TensorBoard, if there are files for it."""
+    if self.config.tensorboard and all(name in trial for name in self.names):
+      point = {name: trial[name] for name in self.names}
+      trials.show(workdir / "search" / "hparams", self.config.method, point, trial)
+
   def _run_trials(
-    self, points: list[trials.Point], workdir: Path, on_log: OnLog | None
+    self, points: list[trials.Point], workdir: Path, row: Row
   ) -> Iterator[dict[str, Any]]:
     """Yields the trials of points of equal fields, population by population."""
     prepared, start = self.prepared_for(points[0]), 0
@@ -325,22 +353,23 @@ class Search:
       # One compiled step for all populations: the last one is filled up.
       members = (configs[start : start + size] + configs[-1:] * size)[:size]
       program = stacked if size > 1 else prepared.program
+      chunk = points[start : start + size]
       try:
-        outcomes = train_trials(
-          members,
-          dataclasses.replace(prepared, program=program),
-          params,
-          workdir,
-          title,
-          on_log,
-        )
+        with row.trials(len(chunk)) as whole:
+          outcomes = train_trials(
+            members,
+            dataclasses.replace(prepared, program=program),
+            params,
+            workdir,
+            title,
+            whole,
+          )
       except jax.errors.JaxRuntimeError as error:
         if size == 1 or "RESOURCE_EXHAUSTED" not in str(error):
           raise
         size //= 2
         print_once(f"{title}: too many for the device's memory; now {size} at a time")
         continue
-      chunk = points[start : start + size]
       for point, outcome in zip(chunk, outcomes, strict=False):
         value = outcome[trials.val_key(outcome)]
         text = outcome["diverged"] or f"val {100 * value:.2f}%"
@@ -349,7 +378,7 @@ class Search:
       start += size
 
   def retrain(
-    self, chosen: trials.Point, workdir: Path, on_log: OnLog | None = None
+    self, chosen: trials.Point, workdir: Path, row: Row
   ) -> list[dict[str, Any]]:
     """Returns the results of the final runs, one per seed."""
     final = trials.at(self.config, **chosen, train_split=self.final_split)
@@ -358,7 +387,10 @@ class Search:
       config, where = trials.at(final, seed=seed), workdir / f"seed{seed}"
       result = _finished_result(config, where, prepared)
       if result is None:
-        result = trainer.train(config, where, prepared=prepared, on_log=on_log)
+        with row.final() as whole:
+          result = trainer.train(config, where, prepared=prepared, whole=whole)
+      else:
+        row.keep(finals=1)
       print_once(f"seed {seed}: {report.result_line(result)}")
       results.append(result)
     return results
@@ -377,7 +409,7 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {
     "mean": statistics.mean(values) if values else None,
     "std": statistics.stdev(values) if len(values) > 1 else None,
-    "balanced_mean": _balanced_mean(results),
+    **_means_by_class(results),
     "group_means": _group_means(results),
     tables.values_key(results[0].get("metric", "accuracy")): values,
     "seeds": [result["seed"] for result in results],
@@ -388,13 +420,24 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _balanced_mean(results: Sequence[Mapping[str, Any]]) -> float | None:
-  """Returns the mean balanced accuracy; None where the test classes are of one size."""
+def _means_by_class(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """Returns the mean balanced accuracy, macro-F1 and quadratic kappa of the runs.
+
+  The first two are None where the test classes are of one size, the third where they
+  are no grades. Runs of before have the first alone.
+  """
   by_class = [result.get("test_by_class") or {} for result in results]
-  # Of a segmentation there is no such number.
-  if not all(each.get("imbalance", 0) > evaluate.UNBALANCED for each in by_class):
-    return None
-  return statistics.mean(each["balanced_accuracy"] for each in by_class)
+  unequal = all(each.get("imbalance", 0) > evaluate.UNBALANCED for each in by_class)
+
+  def mean(name: str, is_told: bool = True) -> float | None:
+    values = [each.get(name) for each in by_class]
+    return None if None in values or not is_told else statistics.mean(values)
+
+  return {
+    "balanced_mean": mean("balanced_accuracy", unequal),
+    "macro_f1_mean": mean("macro_f1", unequal),
+    "kappa_mean": mean("quadratic_kappa"),
+  }
 
 
 def _group_means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -414,7 +457,7 @@ def train_trials(
   params: Mapping[str, Any],
   workdir: Path,
   name: str,
-  on_log: OnLog | None = None,
+  whole: Whole | None = None,
 ) -> list[dict[str, Any]]:
   """Trains trials on train and evaluates them on val; never looks at test.
 
@@ -427,7 +470,7 @@ def train_trials(
     params: that all start from.
     workdir: gets metrics.jsonl, the progress of these trials.
     name: for the progress line.
-    on_log: as for `trainer.train_loop`.
+    whole: how far the search is.
 
   Returns:
     For each, the `metric`, its value on val in [0, 1] (`val_accuracy`), and `val_loss`
@@ -446,7 +489,11 @@ def train_trials(
     state = population.stack_state(configs, program, params)
   timer = Timer()
   with Writers(
-    workdir, total_steps=program.total_steps, tensorboard=False, name=name
+    workdir,
+    total_steps=program.total_steps,
+    tensorboard=False,
+    name=name,
+    whole=whole,
   ) as writers:
     diverged: dict[int, str] = {}
     val: dict[str, Any] = {}
@@ -460,7 +507,6 @@ def train_trials(
         stop=StopSignal(),
         timer=timer,
         diverged=diverged,
-        on_log=on_log,
       )
       val = prepared.evaluate(config, "val", state)
     except trainer.Diverged:
@@ -480,6 +526,14 @@ def train_trials(
     }
 
   return [outcome(member) for member in range(num_members)]
+
+
+def stored_digest(workdir: Path) -> str | None:
+  """Returns the digest of the data of a workdir's run; None where there is none."""
+  try:
+    return read_meta(find_steps(workdir)[0]).get("data_sha256")
+  except (FileNotFoundError, Damaged):
+    return None  # Resuming says what is damaged.
 
 
 def _of_member(values: Any, member: int) -> float:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
+import glob
 import os
 from pathlib import Path
 import sys
@@ -13,7 +14,10 @@ from insvp_jax import errors
 
 # What a shell reports for SIGPIPE, which ends other programs then.
 _PIPE_CLOSED = 128 + 13
-RUN_HELP = "the run's workdir, such as runs/folder/insvp/seed0"
+RUN_HELP = (
+  "the run's workdir, such as runs/folder/insvp/seed0, the folder of an exported "
+  "adapter, or hf-hub:user/name@revision"
+)
 BACKBONE_HELP = (
   "the backbone's file, if it has moved, or a repository or https address to request"
 )
@@ -91,7 +95,7 @@ def run_tool(main: Callable[[], None]) -> int:
   return 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ImageFile:
   """An image in a folder or archive, or alone, that is decoded when it is asked for.
 
@@ -130,23 +134,50 @@ class ImageFile:
     return decode.decoded(data, str(self), options)
 
 
+def _matches(path: str) -> list[str]:
+  """Returns a path or, of a pattern, what it matches, sorted; see `find_images`.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder, or nothing that matches.
+  """
+  if os.path.exists(path):
+    return [path]
+  if not glob.has_magic(path):
+    raise FileNotFoundError(f"there is no image file or folder {path}.")
+  # As `find` would: what is in a folder comes with that folder if it matches, too.
+  found = sorted(glob.glob(path, recursive=True), key=lambda name: name.split("/"))
+  if not found:
+    raise FileNotFoundError(
+      f"no file or folder matches {path!r}; * stands for anything but /, and ** for "
+      "folders at any depth."
+    )
+  outside: list[str] = []
+  for name in found:
+    if not (outside and os.path.isdir(outside[-1]) and _is_in(name, outside[-1])):
+      outside.append(name)
+  return outside
+
+
+def _is_in(path: str, folder: str) -> bool:
+  return path.startswith(f"{folder.rstrip('/')}/") or path == folder
+
+
 def find_images(paths: Sequence[str]) -> list[ImageFile]:
   """Returns the images among the paths, and in the folders and archives among them.
 
   Those of a folder or archive are found as in training, and a line on stderr says what
-  was left out. A file that is named is taken whatever its name is.
+  was left out. A file that is named is taken whatever its name is. A pattern, such as
+  "photos/**/*.jpg", stands for the files and folders that it matches, each once.
 
   Raises:
-    FileNotFoundError: a path does not exist.
+    FileNotFoundError: a path does not exist, or a pattern matches nothing.
     ValueError: a folder or archive holds no image, or a path is no regular file.
   """
   from insvp_jax.data import decode, image_kinds
   from insvp_jax.data.folder_or_zip import open_path
 
   images = []
-  for path in map(Path, paths):
-    if not path.exists():
-      raise FileNotFoundError(f"there is no image file or folder {path}.")
+  for path in (Path(match) for pattern in paths for match in _matches(pattern)):
     if not path.is_dir() and path.suffix.lower() != ".zip":
       if not path.is_file():
         raise ValueError(f"{path} is no regular file, expected an image or a folder.")

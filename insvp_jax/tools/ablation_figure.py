@@ -13,7 +13,6 @@ import math
 import re
 from typing import Any
 
-from insvp_jax.search import tables
 from insvp_jax.tools import visualize
 
 # From this ratio of the largest to the smallest value on, an axis is logarithmic.
@@ -246,8 +245,8 @@ def _legend(axis: Any, **where: Any) -> None:
       text.set_parse_math(False)
 
 
-def csv_text(summary: Mapping[str, Mapping[str, Any]]) -> str:
-  """Returns what is drawn as CSV, a line for each point; accuracies in [0, 1].
+def data(summary: Mapping[str, Mapping[str, Any]]) -> list[Sequence[Any]]:
+  """Returns what is drawn as rows, the titles first; accuracies in [0, 1].
 
   Args:
     summary: {label: row} of a search.
@@ -261,5 +260,5 @@ def csv_text(summary: Mapping[str, Mapping[str, Any]]) -> str:
       " ".join(map(str, row.get("test_accuracies") or ())),
       row.get("val_accuracy"),
     )
-    rows.append(["" if cell is None else cell for cell in cells])
-  return tables.csv_text(rows)
+    rows.append(cells)
+  return rows

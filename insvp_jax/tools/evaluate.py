@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 
 from insvp_jax import tools
-from insvp_jax.tools import masks, run_data, scores, visualize
+from insvp_jax.data import tasks
+from insvp_jax.tools import masks, run_data, runs, scores, visualize
 from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
-# Tasks whose classes are grades of one thing.
-_GRADES = ("diabetic_retinopathy",)
 
 
 def predict_split(run: Any, data: RunData, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +52,15 @@ def _text(run: Any, scored: dict[str, Any], name: str) -> str:
   """Returns two lines about a split."""
   from insvp_jax.train import evaluate, report
 
-  recalls = [row["recall"] for row in scored["classes"]]
+  columns = {
+    "class_accuracy": "recall",
+    "class_f1": "f1",
+    "class_count": "num_examples",
+  }
   evaluated = {
-    "class_accuracy": np.array([np.nan if r is None else r for r in recalls]),
-    "class_count": np.array([row["num_examples"] for row in scored["classes"]]),
+    # None is NaN.
+    key: np.array([row[column] for row in scored["classes"]], float)
+    for key, column in columns.items()
   }
   # Runs of before do not know how many there were to train on.
   train_count = run.meta.get("train_count")
@@ -76,8 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "evaluate", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument("--splits", nargs="+", help="train, val, test (the default), ...")
   parser.add_argument(
     "--root", default="", help="another folder or .zip of images of the run's classes"
@@ -103,9 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.confusion and Path(args.confusion).suffix.lower() != ".csv":
       visualize.check_format(Path(args.confusion))
       visualize.check_matplotlib()
-    from insvp_jax.run import load_run
-
-    run = load_run(args.run, backbone=args.backbone)
+    run = runs.load(args)
     changes = tools.segment_changes(args, run)
     if run.segments and args.ordered:
       raise ValueError("--ordered is of classes of images; leave it out.")
@@ -126,7 +127,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       raise ValueError(
         f"--confusion is of one split, but --splits has {len(names)}; name one."
       )
-    ordered, found = args.ordered or run.meta.get("task") in _GRADES, {}
+    stored = run.meta.get("config") or {}
+    ordered = args.ordered or tasks.are_ordered(
+      run.meta.get("task") or "", stored.get("data") or {}
+    )
+    found = {}
     for name in names:
       if run.segments:
         split = data.data.splits[name]

@@ -1,10 +1,16 @@
-"""Writes the backbone of a run to a file that this package and others read.
+"""Writes a run for other programs: its backbone, its adapter, or a whole classifier.
 
+insvp export --run=runs/svhn --format=stablehlo --output=model.stablehlo
+insvp export --run=runs/svhn --format=adapter --output=svhn_insvp/
 insvp export --run=runs/pretrain --output=backbone.npz
 insvp export --run=runs/svhn --output=backbone.safetensors --names=timm
 
-An .npz has big_vision's names, a .safetensors timm's or, with --names=hf, Hugging
-Face's. Without the command `insvp` it is python -m insvp_jax.tools.export.
+stablehlo: the classifier as one program for jax alone, and a description beside it.
+onnx: the same for ONNX Runtime.
+adapter: a folder with what was trained, its description and a model card, which
+`load_run` takes.
+backbone, the default: an .npz has big_vision's names, a .safetensors timm's or, with
+--names=hf, Hugging Face's.
 A method that can be folded into a plain backbone, such as LoRA, is folded into it.
 With --with_head the run's linear head comes along, for methods that read the classes a
 backbone was trained on; whoever does not ask for it (head_classes) loads the same file
@@ -12,14 +18,29 @@ without it.
 It also writes backbone.json: the sizes that `create_model` needs, how the backbone was
 trained and its accuracy. With --output=insvp_jax/assets/boxed.npz it becomes the
 backbone in the box.
+
+Without the command `insvp` it is python -m insvp_jax.tools.export.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 import sys
 from typing import Any
 
 from insvp_jax import tools
+from insvp_jax.tools import runs
+
+# What the description of a backbone has, and that of a program.
+_OF_BACKBONE = ("sha256", "trained_on")
+_OF_PROGRAM = ("sha256", "platforms")
+# The endings of --output by format; "" for a folder.
+FORMATS = {
+  "backbone": (".npz", ".safetensors"),
+  "stablehlo": (".stablehlo",),
+  "onnx": (".onnx",),
+  "adapter": ("",),
+}
 
 
 def export_backbone(
@@ -52,7 +73,7 @@ def export_backbone(
   from insvp_jax.models import merging, weights
 
   beside = output.with_suffix(".json")
-  check_description(beside)
+  check_description(beside, _OF_BACKBONE)
   backbone = merging.merge(run.model, run.params)
   if with_head:
     head = run.params.get("head", {})
@@ -89,19 +110,74 @@ def export_backbone(
   return description
 
 
-def check_description(path: Path) -> None:
+def export_program(run: Any, output: Path, form: str) -> dict[str, Any]:
+  """Writes a run's whole classifier and its description; returns the description.
+
+  Args:
+    run: from `load_run`.
+    output: path of the program; the description is beside it, such as
+      model.stablehlo.json.
+    form: "stablehlo" or "onnx".
+
+  Raises:
+    ValueError: the method cannot be exported so, or the weights are too large.
+    OSError: the files cannot be written, or something else is in the way.
+  """
+  from insvp_jax import files
+  from insvp_jax.logs.writers import write_json
+  from insvp_jax.tools import programs
+
+  beside = output.with_name(f"{output.name}.json")
+  check_description(beside, _OF_PROGRAM)
+  files.check_replaceable(output)
+  write = {"stablehlo": programs.write_stablehlo, "onnx": programs.write_onnx}[form]
+  description = programs.describe(run, output, write(run, output))
+  write_json(beside, description)
+  return description
+
+
+def check_description(path: Path, keys: Collection[str]) -> None:
   """Checks that what lies where the description goes, if anything, is one.
+
+  Args:
+    path: of the .json.
+    keys: that one of its kind has.
 
   Raises:
     ValueError: it is something else, which would be lost.
   """
   from insvp_jax.checkpoints.files import load_json
 
-  if path.exists() and not {"sha256", "trained_on"} <= load_json(path).keys():
+  if path.exists() and not set(keys) <= load_json(path).keys():
+    kind = "a backbone" if keys == _OF_BACKBONE else "a program"
     raise ValueError(
-      f"{path} is there already, and is no description of a backbone, which would take "
+      f"{path} is there already, and is no description of {kind}, which would take "
       "its place. Move it away, or choose another --output."
     )
+
+
+def _check_arguments(args: argparse.Namespace, of_backbone: Mapping[str, Any]) -> None:
+  """Checks that the flags are those of the format.
+
+  Args:
+    args: the arguments.
+    of_backbone: defaults of the flags that only a backbone has.
+
+  Raises:
+    ValueError: they are not.
+  """
+  endings = FORMATS[args.format]
+  if args.output.suffix not in endings and endings != ("",):
+    raise ValueError(
+      f"--output is {args.output}, expected a path ending in {' or '.join(endings)} "
+      f"for --format={args.format}."
+    )
+  of_others = [ending for known in FORMATS.values() for ending in known if ending]
+  if endings == ("",) and args.output.suffix in of_others:
+    raise ValueError(f"--output is {args.output}, expected a folder for an adapter.")
+  for name, default in of_backbone.items():
+    if args.format != "backbone" and getattr(args, name) != default:
+      raise ValueError(f"--{name} is of --format=backbone, not of {args.format}.")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -112,33 +188,44 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "export", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument(
-    "--output", required=True, type=Path, help="path of the .npz or .safetensors"
+    "--output",
+    required=True,
+    type=Path,
+    help="path of the .npz, .safetensors, .stablehlo or .onnx, or the adapter's folder",
   )
-  parser.add_argument("--dtype", default="float32", help="float32 or float16")
-  parser.add_argument("--names", default="timm", help="of .safetensors: timm or hf")
-  parser.add_argument("--command", default="", help="that trained it, to be recorded")
-  parser.add_argument("--with_head", action="store_true", help="write its head, too")
+  parser.add_argument(
+    "--format",
+    choices=tuple(FORMATS),
+    default="backbone",
+    help="backbone is the default",
+  )
+  backbone = parser.add_argument_group("of a backbone")
+  backbone.add_argument("--dtype", default="float32", help="float32 or float16")
+  backbone.add_argument("--names", default="timm", help="of .safetensors: timm or hf")
+  backbone.add_argument("--command", default="", help="that trained it, to be recorded")
+  backbone.add_argument("--with_head", action="store_true", help="write its head, too")
   args = parser.parse_args(argv)
+  flags = ("dtype", "names", "command", "with_head")
 
   def work() -> None:
-    if args.output.suffix not in (".npz", ".safetensors"):
-      raise ValueError(
-        f"--output is {args.output}, expected a path ending in .npz or .safetensors."
-      )
-    from insvp_jax.run import load_run
+    _check_arguments(args, {name: parser.get_default(name) for name in flags})
+    if args.format == "adapter":
+      from insvp_jax.checkpoints import adapters
+      from insvp_jax.tools import hub
 
-    run = load_run(args.run, backbone=args.backbone)
-    description = export_backbone(
-      run,
-      args.output,
-      dtype=args.dtype,
-      names=args.names,
-      command=args.command,
-      with_head=args.with_head,
-    )
+      adapters.check_writable(args.output)
+      hub.export_adapter(runs.load(args), args.output)
+      size = (args.output / adapters.ARRAYS).stat().st_size / 2**20
+      print(f"{args.output}: {size:.2f} MiB, {', '.join(adapters.FILES)}")
+      return
+    run = runs.load(args)
+    if args.format == "backbone":
+      chosen = {name: getattr(args, name) for name in flags}
+      description = export_backbone(run, args.output, **chosen)
+    else:
+      description = export_program(run, args.output, args.format)
     size = args.output.stat().st_size / 2**20
     print(f"{args.output}: {size:.2f} MiB, sha256 {description['sha256']}")
 

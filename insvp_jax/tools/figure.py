@@ -1,9 +1,15 @@
-"""Draws a search: accuracies of its trials and final runs by row, and their losses.
+"""Draws what runs and searches have found, and writes the numbers beside it.
 
 insvp figure --run=runs/methods --output=methods.png
 insvp figure --run=runs/ablation --output=ablation.png --data=ablation.csv
+insvp figure --kind=gradcam --run=runs/insvp --run=runs/vpt_deep --output=gradcam.png
+insvp figure --kind=rollout --run=runs/insvp --images photos/ --data=rollout.npz
+insvp figure --kind=tsne --run=runs/insvp --vectors=specific --data=tsne.csv
+insvp figure --kind=curves --run=runs/insvp --run=runs/vpt_deep --data=curves.csv
+insvp figure --kind=parameters --run=runs/insvp --run=runs/ablation --label insvp all
 
-Without the command `insvp` it is python -m insvp_jax.tools.figure.
+Without the command `insvp` it is python -m insvp_jax.tools.figure. The other kinds are
+in `run_figures`; this one is of a search, and the default.
 
 A search over variants is drawn as an ablation: a curve or bars, see `ablation_figure`.
 Others, and with --trials these too, as follows.
@@ -16,65 +22,26 @@ config.eval_every_epochs, on tasks whose final runs leave val out. The numbers a
 of summary.json, table.csv and the runs' metrics.jsonl.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
+import functools
 from pathlib import Path
 import sys
 from typing import Any
 
 import numpy as np
 
-from insvp_jax import files, tools
-from insvp_jax.checkpoints.files import load_json
-from insvp_jax.config_variants import Variant
-from insvp_jax.logs.writers import METRICS_FILE, write_text
+from insvp_jax import tools
+from insvp_jax.errors import printable
 from insvp_jax.search import tables
 from insvp_jax.search.trials import val_key
-from insvp_jax.tools import ablation_figure, visualize
+from insvp_jax.tools import ablation_figure, run_figures, tsne, visualize
+from insvp_jax.tools.plots import COLORS, DPI, STYLES, Curve, averaged
+from insvp_jax.tools.run_files import first_final_run, read_losses, read_summary
 from insvp_jax.train import objectives
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; no yellow on white.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-STYLES = ("-", "--", ":")
 ROW_INCHES = 0.5
-# Points of a curve: more of them are averaged, as the loss of one batch is noisy.
-NUM_POINTS = 40
 _CHOSEN = {"markersize": 7.5, "markeredgecolor": "black", "markeredgewidth": 1.4}
-
-Curve = tuple[np.ndarray, np.ndarray]
-
-
-def read_summary(workdir: Path) -> dict[str, Any]:
-  """Returns {label: what `search.tune.run` returned of that row}.
-
-  Raises:
-    FileNotFoundError: no search has written its summary there.
-    ValueError: it is one of a group of tasks; or the file is damaged.
-  """
-  if (workdir / "suite.json").exists():
-    tasks = sorted(path.parent.name for path in workdir.glob("*/summary.json"))
-    raise ValueError(
-      f"{workdir} has the searches of several tasks; name the folder of one of "
-      f"{', '.join(tasks)}."
-    )
-  path = workdir / "summary.json"
-  if not path.exists():
-    raise FileNotFoundError(
-      f"there is no {path}; --run wants the workdir of a search, which writes it after "
-      "its first row."
-    )
-  return load_json(path)
-
-
-def read_losses(run: Path) -> dict[str, Curve]:
-  """Returns (steps, nats) by name, "loss" and "val_loss", of a run's metrics.jsonl."""
-  path, curves = run / METRICS_FILE, {}
-  lines = files.read_bytes(path).splitlines() if path.exists() else ()
-  rows = [files.parse_json(line) for line in lines]
-  for name in ("loss", "val_loss"):
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    if points:
-      curves[name] = tuple(np.array(points, float).T)
-  return curves
 
 
 def search_figure(
@@ -171,7 +138,7 @@ def _draw_losses(axis: Any, losses: Mapping[str, Mapping[str, Curve]]) -> None:
     for name, curve in curves.items():
       is_val = name == "val_loss"
       marks = {"marker": "o", "markersize": 3.5} if is_val else {"label": label}
-      steps, nats = curve if is_val else _averaged(curve)
+      steps, nats = curve if is_val else averaged(curve)
       axis.plot(steps, nats, style, color=color, linewidth=1.3, **marks)
   axis.set_xlabel("step")
   axis.set_ylabel("loss, nats")
@@ -185,53 +152,210 @@ def _draw_losses(axis: Any, losses: Mapping[str, Mapping[str, Curve]]) -> None:
     text.set_parse_math(False)
 
 
-def _averaged(curve: Curve) -> Curve:
-  """Returns at most `NUM_POINTS` points: means over neighbours."""
-  parts = min(NUM_POINTS, len(curve[0]))
-  steps, nats = (
-    np.array([part.mean() for part in np.array_split(values, parts)])
-    for values in curve
-  )
-  return steps, nats
+def search_data(
+  summary: Mapping[str, Any], losses: Mapping[str, Mapping[str, Curve]]
+) -> list[tuple]:
+  """Returns what `search_figure` shows as rows of a table, the titles first.
+
+  x is the lr of a trial and the step of a loss.
+  """
+  data: list[tuple] = [("row", "what", "x", "value", "std")]
+  for label, row in summary.items():
+    data += [
+      (label, "val_accuracy", trial["lr"], trial["val_accuracy"], None)
+      for trial in row["trials"]
+    ]
+    if row["mean"] is not None:
+      data.append((label, "test_accuracy", None, row["mean"], row["std"]))
+    for name, curve in losses.get(label, {}).items():
+      points = curve if name == "val_loss" else averaged(curve)
+      data += [
+        (label, name, float(x), float(y), None) for x, y in zip(*points, strict=True)
+      ]
+  return data
 
 
-def draw(workdir: str | Path, path: str | Path, trials: bool = False) -> None:
+def draw(
+  workdir: str | Path,
+  path: str | Path,
+  data: str | Path | None = None,
+  dpi: int = 150,
+  trials: bool = False,
+) -> None:
   """Draws a search and writes the figure.
 
   Args:
     workdir: of the search.
-    path: the figure's file.
+    path: the figure's file; a .csv gets what it would show, and nothing is drawn.
+    data: a .csv for what it shows; None for none.
+    dpi: pixels per inch of the figure.
     trials: whether a search over variants is drawn trial by trial, too.
 
   Raises:
     ValueError, FileNotFoundError, OSError: as `read_summary`, `search_figure` and
       `visualize.save_figure`.
   """
-  workdir = Path(workdir)
-  visualize.check_format(Path(path))
+  workdir, path = Path(workdir), Path(path)
+  files = [data] if data else []
+  if path.suffix.lower() == ".csv":
+    files, path = [*files, path], None
+  else:
+    visualize.check_format(path)
   summary = read_summary(workdir)
   if ablation_figure.is_ablation(summary) and not trials:
-    figure = ablation_figure.ablation_figure(summary, workdir.name, COLORS)
-    visualize.save_figure(figure, path)
-    return
-  losses = {}
-  for label, row in summary.items():
-    folder = Variant(label, row.get("method", label)).folder
-    losses[label] = read_losses(workdir / folder / f"seed{row['seeds'][0]}")
-  visualize.save_figure(search_figure(summary, losses, workdir.name), path)
+    rows = ablation_figure.data(summary)
+    create = functools.partial(ablation_figure.ablation_figure, colors=COLORS)
+  else:
+    losses = {
+      label: read_losses(first_final_run(workdir, label, row))
+      for label, row in summary.items()
+    }
+    rows = search_data(summary, losses)
+    create = functools.partial(search_figure, losses=losses)
+  if path:
+    visualize.save_figure(create(summary, title=workdir.name), path, dpi)
+  for file in files:
+    run_figures.write_data(file, rows)
 
 
-def write_data(workdir: str | Path, path: str | Path) -> None:
-  """Writes the accuracies of a search's rows, and what they differ in, as CSV.
+# --- The command.
 
-  Args:
-    workdir: of the search.
-    path: the file.
+_KINDS = ("search", *run_figures.KINDS)
+# The fewest and the most pixels per inch.
+_DPI = (30, 1200)
+# Flags that some kinds have.
+_FLAGS = {
+  *("backbone", "images", "num_images", "label", "class_name", "vectors", "seed")
+}
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+  parser = tools.argument_parser(__doc__, "figure", prog)
+  parser.add_argument(
+    "--run",
+    required=True,
+    action="append",
+    help="the workdir of a run or of a search; several times where runs are compared",
+  )
+  parser.add_argument(
+    "--kind",
+    choices=_KINDS,
+    default="search",
+    help="search: accuracies and losses of a search; prompts: of images; gradcam, "
+    "rollout: where runs look; tsne: images as points; curves: losses and accuracy by "
+    "epoch; parameters: against accuracy",
+  )
+  parser.add_argument(
+    "--output",
+    default="figure.png",
+    help="the figure's file; .csv for the data of a search alone",
+  )
+  parser.add_argument(
+    "--data",
+    help="a file for the numbers: .npz of prompts, gradcam, rollout, else .csv",
+  )
+  parser.add_argument(
+    "--trials",
+    action="store_true",
+    default=None,
+    help="draw all trials and losses of a search over variants",
+  )
+  parser.add_argument(
+    "--dpi", type=int, help="pixels per inch; 300, or 150 of a search"
+  )
+  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  parser.add_argument(
+    "--images",
+    nargs="+",
+    help="image files, or folders of them; test images of the first run's task without",
+  )
+  parser.add_argument("--num_images", type=int, help="how many images at most")
+  parser.add_argument(
+    "--label", nargs="+", help="names of the runs in the figure, in their order"
+  )
+  parser.add_argument(
+    "--class_name", help="that Grad-CAM is of; each image's predicted one without it"
+  )
+  parser.add_argument(
+    "--vectors",
+    choices=tsne.VECTORS,
+    help="of t-SNE: features, or InsVP's specific prompts",
+  )
+  parser.add_argument(
+    "--seed", type=int, help="of the draw of test images, and of t-SNE; 0"
+  )
+  return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+  """Checks flags before anything is read.
 
   Raises:
-    ValueError, FileNotFoundError, OSError: as `read_summary` and `write_text`.
+    ValueError: one does not fit the kind, or is missing a part.
   """
-  write_text(path, ablation_figure.csv_text(read_summary(Path(workdir))))
+  kind = run_figures.KINDS.get(args.kind)
+  flags = kind.flags if kind else frozenset()
+  for name in sorted(_FLAGS - flags):
+    if getattr(args, name) is not None:
+      takers = [other for other, k in run_figures.KINDS.items() if name in k.flags]
+      raise ValueError(
+        f"--{name} is nothing to --kind={args.kind}; it is of {', '.join(takers)}."
+      )
+  if args.trials and kind:
+    raise ValueError(f"--trials is nothing to --kind={args.kind}; it is of search.")
+  if len(args.run) > 1 and not (kind and kind.several):
+    several = [other for other, k in run_figures.KINDS.items() if k.several]
+    raise ValueError(
+      f"--kind={args.kind} takes one --run, got {len(args.run)}; {', '.join(several)} "
+      "take several."
+    )
+  if args.label and len(args.label) != len(args.run):
+    raise ValueError(
+      f"--label has {len(args.label)} names for {len(args.run)} runs; name each."
+    )
+  if args.label and len(set(args.label)) < len(args.label):
+    raise ValueError("--label names two runs alike; they could not be told apart.")
+  if args.num_images is not None and args.num_images < 1:
+    raise ValueError(f"--num_images is {args.num_images}, expected at least 1.")
+  if args.seed is not None and not 0 <= args.seed < 2**32:
+    raise ValueError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}.")
+  if args.dpi is not None and not _DPI[0] <= args.dpi <= _DPI[1]:
+    raise ValueError(f"--dpi is {args.dpi}, expected {_DPI[0]} to {_DPI[1]}.")
+  if not _is_data(args):
+    visualize.check_format(Path(args.output))
+  suffix = kind.suffix if kind else ".csv"
+  if args.data and Path(args.data).suffix.lower() != suffix:
+    raise ValueError(
+      f"cannot write the data of --kind={args.kind} to {args.data!r}; its name has to "
+      f"end with {suffix}."
+    )
+
+
+def _is_data(args: argparse.Namespace) -> bool:
+  """Returns whether the output is the data of a search, without a figure."""
+  return args.kind == "search" and Path(args.output).suffix.lower() == ".csv"
+
+
+def _draw_kind(args: argparse.Namespace) -> None:
+  """Draws what is no search, and writes figure and data."""
+  kind = run_figures.KINDS[args.kind]
+  labels = args.label or run_figures.labels_of(args.run)
+  labels = map(printable, labels)
+  given = {
+    name: getattr(args, name)
+    for name in ("backbone", "class_name", "vectors", "seed")
+    if getattr(args, name) is not None
+  }
+  request = run_figures.Request(
+    runs=dict(zip(labels, map(Path, args.run), strict=True)),
+    images=tools.find_images(args.images) if args.images else (),
+    num_images=args.num_images or kind.num_images,
+    **given,
+  )
+  drawn = kind.draw(request)
+  visualize.save_figure(drawn.figure, args.output, args.dpi or DPI)
+  if args.data:
+    run_figures.write_data(args.data, drawn.data)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -241,26 +365,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     argv: the arguments; None for those of the process.
     prog: the command that was typed; see `tools.argument_parser`.
   """
-  parser = tools.argument_parser(__doc__, "figure", prog)
-  parser.add_argument("--run", required=True, help="the workdir of a search")
-  parser.add_argument(
-    "--output", default="figure.png", help="the figure's file; .csv for its data alone"
-  )
-  parser.add_argument("--data", help="a .csv file for the accuracies that are drawn")
-  parser.add_argument(
-    "--trials", action="store_true", help="draw all trials and losses of an ablation"
-  )
-  args = parser.parse_args(argv)
+  args = _parser(prog).parse_args(argv)
 
   def work() -> None:
-    is_data = Path(args.output).suffix.lower() == ".csv"
-    if not is_data:
+    _check(args)
+    if not _is_data(args):
       visualize.check_matplotlib()
-      draw(args.run, args.output, args.trials)
-      print(f"wrote {args.output}")
-    for path in filter(None, (args.data, args.output if is_data else None)):
-      write_data(args.run, path)
-      print(f"wrote {path}")
+    if args.kind == "search":
+      draw(args.run[0], args.output, args.data, args.dpi or 150, bool(args.trials))
+    else:
+      _draw_kind(args)
+    print(f"wrote {' and '.join(filter(None, (args.output, args.data)))}")
 
   return tools.run_tool(work)
 

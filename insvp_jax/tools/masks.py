@@ -70,7 +70,7 @@ def write(
   run: Any,
   images: Sequence[Any],
   folder: str | Path,
-  errors: list[Exception],
+  errors: Any,
   *,
   overlays: bool = False,
   changes: Mapping[str, Any] | None = None,
@@ -81,8 +81,8 @@ def write(
     run: a segmenter, from `load_run`.
     images: from `tools.find_images`.
     folder: gets <name>.png and, with overlays, <name>_overlay.png.
-    errors: gets an error for each of the others, which is also printed if there are
-      several images.
+    errors: `add` gets an error for each of the others, which is also printed if there
+      are several images.
     overlays: whether pictures are written, too.
     changes: of the run's evaluation; see `Run.segment`.
 
@@ -106,7 +106,7 @@ def write(
   with contextlib.closing(prefetch.ordered_map(read, images, ahead=4)) as decoded:
     for image, pixels in zip(images, decoded, strict=True):
       if isinstance(pixels, ValueError):
-        errors.append(pixels)
+        errors.add(pixels)
         if len(images) > 1:
           print(f"insvp_jax: {one_line(pixels)}", file=sys.stderr, flush=True)
         continue

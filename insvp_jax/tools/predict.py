@@ -2,6 +2,7 @@
 
 insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/ photos.zip
 insvp predict --run=runs/folder/insvp/seed0 --top=1 --format=csv --output=of.csv photos/
+insvp predict --run=runs --best "photos/**/*.jpg"
 insvp predict --run=runs/segment --output=masks --overlays photos/
 
 Of segmentation --output is a folder: it gets a PNG mask of each image, whose values are
@@ -17,6 +18,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 
 from insvp_jax import tools
 from insvp_jax.errors import one_line
+from insvp_jax.tools import runs
 
 BATCH_SIZE = 32  # images decoded at a time
 _LARGEST_BATCH = 2**12
@@ -51,8 +54,21 @@ def top_classes(
       yield [(run.class_names[i], float(probabilities[i])) for i in labels]
 
 
+@dataclasses.dataclass
+class _Errors:
+  """The images that do not decode: how many, and why the first one does not."""
+
+  count: int = 0
+  first: Exception | None = None
+
+  def add(self, error: Exception) -> None:
+    """Counts an error; only the first one, which keeps its file's content, stays."""
+    self.count += 1
+    self.first = self.first or error
+
+
 def _batches(
-  run: Any, images: Sequence[tools.ImageFile], errors: list[Exception], size: int
+  run: Any, images: Sequence[tools.ImageFile], errors: _Errors, size: int
 ) -> Iterator[list[tuple[tools.ImageFile, Any]]]:
   """Yields batches of images with their resized pixels, those that decode.
 
@@ -71,15 +87,15 @@ def _batches(
       with image.decoded(run.decode_options) as pixels:
         square = preprocess.resize(run.preset, pixels, run.model.input_size)
       return square.view(preprocess.Resized)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
       return error
 
   batch = []
   squares = prefetch.ordered_map(read, images, ahead=size)
   with contextlib.closing(squares):
     for image, square in zip(images, squares, strict=True):
-      if isinstance(square, ValueError):
-        errors.append(square)
+      if isinstance(square, Exception):
+        errors.add(square)
         if len(images) > 1:
           print(f"insvp_jax: {one_line(square)}", file=sys.stderr, flush=True)
         continue
@@ -138,7 +154,7 @@ def _print_classes(
   run: Any,
   images: Sequence[tools.ImageFile],
   args: argparse.Namespace,
-  errors: list[Exception],
+  errors: _Errors,
 ) -> None:
   """Prints or writes the classes of images.
 
@@ -163,12 +179,13 @@ def _print_classes(
       bar.advance(task, len(read))
 
   # Beside what is printed it would be in the way.
-  hidden = not args.output or not sys.stderr.isatty()
+  is_printed = not args.output and sys.stdout.isatty()
+  hidden = is_printed or not sys.stderr.isatty()
   columns = (*Progress.get_default_columns(), MofNCompleteColumn())
   with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
     pieces = FORMATS[args.format](rows(bar))
     if args.output:
-      writers.write_text(args.output, "".join(pieces))
+      writers.write_text(args.output, pieces)
     for piece in pieces:
       print(piece, end="", flush=True)
 
@@ -178,7 +195,7 @@ def _write_masks(
   images: Sequence[tools.ImageFile],
   args: argparse.Namespace,
   changes: Mapping[str, Any],
-  errors: list[Exception],
+  errors: _Errors,
 ) -> None:
   """Writes the masks of images, and prints their files.
 
@@ -208,8 +225,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "predict", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument("--top", type=int, default=5, help="how many classes to print")
   parser.add_argument(
     "--skip_corrupt", action="store_true", help="images that do not decode are no error"
@@ -230,7 +246,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     "--overlays", action="store_true", help="segmentation: write pictures, too"
   )
   parser.add_argument(
-    "images", nargs="+", help="image files, or folders or .zip archives of them"
+    "images",
+    nargs="+",
+    help="image files, folders or .zip archives of them, or patterns in quotes",
   )
   args = parser.parse_args(argv)
 
@@ -243,10 +261,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       )
     images = tools.find_images(args.images)
     # Imported late, so that a wrong flag costs no start-up time.
-    from insvp_jax.run import load_run
 
-    run = load_run(args.run, backbone=args.backbone)
-    errors: list[Exception] = []
+    run = runs.load(args)
+    errors = _Errors()
 
     changes = tools.segment_changes(args, run)
     if run.segments:
@@ -257,10 +274,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       _print_classes(run, images, args, errors)
     if unused := run.decode_options.unused_bits():
       print(f"insvp_jax: {unused} in training", file=sys.stderr)
-    if errors and len(images) == 1:
-      raise errors[0]
-    if errors:
-      count = f"{len(errors)} of {len(images)} images"
+    if errors.first and len(images) == 1:
+      raise errors.first
+    if errors.first:
+      count = f"{errors.count} of {len(images)} images"
       if not args.skip_corrupt:
         raise ValueError(
           f"{count} have no prediction, since they do not decode: mend or remove them, "

@@ -56,7 +56,8 @@ def read(run: Any, root: str = "") -> RunData:
   task, stored = config.get("task") or "", run.workdir / SPLITS_FILE
   if root:
     task = "segment_folder" if run.segments else "folder"
-    data_config.root, data_config.splits_json = root, ""
+    data_config.root = root
+    data_config.labels = data_config.splits_json = ""
     data_config.val_fraction = data_config.test_fraction = 0.0
     data_config.shots, data_config.fraction = 0, 1.0
   elif task == "folder" and stored.is_file():

@@ -1,7 +1,7 @@
 """What predictions are worth: accuracies, F1, calibration, the confusion matrix.
 
-Source of the counts and ratios: `sklearn.metrics`. Classes without examples are left
-out of every mean over classes.
+What a run's result says, too, is computed in `train.evaluate`. Classes without examples
+are left out of every mean over classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,26 +49,28 @@ def score(
     accuracy of this split resampled with replacement; "top_5_accuracy" (None of at
     most 5 classes), "balanced_accuracy" and "macro_f1", means over classes of recall
     and of F1; "calibration_error", the expected one of Guo et al. 2017 with 15 bins;
-    "quadratic_kappa" (None unless ordered). Besides "loss" in nats, "num_examples",
-    and for each class in "classes" its name, "precision", "recall", "f1" (None without
-    examples) and "num_examples"; "confusion" counts true classes by predicted ones.
+    "quadratic_kappa" (None unless ordered, or where it is not defined). Besides "loss"
+    in nats, "num_examples", and for each class in "classes" its name, "precision",
+    "recall", "f1" (None without examples) and "num_examples"; "confusion" counts true
+    classes by predicted ones.
   """
-  from sklearn import metrics
+  from insvp_jax.train import evaluate
 
   predicted, columns = probabilities.argmax(axis=1), np.arange(len(class_names))
   is_correct = predicted == labels
-  precision, recall, f1, count = metrics.precision_recall_fscore_support(
-    labels, predicted, labels=columns, zero_division=0
+  confusion = np.zeros((len(columns), len(columns)), int)
+  np.add.at(confusion, (labels, predicted), 1)
+  of_class = evaluate.class_scores(
+    np.diag(confusion),
+    confusion.sum(axis=1),
+    confusion.sum(axis=0),
+    confusion @ columns,
   )
-  present = count > 0
+  means = evaluate.balanced(of_class, class_names, ordered=ordered)
+  parts = {"precision": "precision", "recall": "accuracy", "f1": "f1"}
   of_label = probabilities[np.arange(len(labels)), labels]
   # float32 underflows to 0 beyond 100 nats.
   nats = -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
-  kappa = None
-  if ordered:
-    kappa = metrics.cohen_kappa_score(
-      labels, predicted, labels=columns, weights="quadratic"
-    )
   top = None
   if len(columns) > TOP:
     nearest = np.argpartition(-probabilities, TOP - 1, axis=1)[:, :TOP]
@@ -77,24 +79,27 @@ def score(
     "accuracy": float(is_correct.mean()),
     "accuracy_interval": _interval(is_correct),
     "top_5_accuracy": top,
-    "balanced_accuracy": float(recall[present].mean()),
-    "macro_f1": float(f1[present].mean()),
+    "balanced_accuracy": means["balanced_accuracy"],
+    "macro_f1": means["macro_f1"],
     "calibration_error": calibration_error(probabilities.max(axis=1), is_correct),
-    "quadratic_kappa": None if kappa is None else float(kappa),
+    "quadratic_kappa": means["quadratic_kappa"],
     "loss": float(nats.mean(dtype=np.float64)),
     "num_examples": len(labels),
     "classes": [
       {
         "name": name,
-        "precision": float(precision[i]) if present[i] else None,
-        "recall": float(recall[i]) if present[i] else None,
-        "f1": float(f1[i]) if present[i] else None,
-        "num_examples": int(count[i]),
+        **{key: _or_none(of_class[f"class_{part}"][i]) for key, part in parts.items()},
+        "num_examples": int(of_class["class_count"][i]),
       }
       for i, name in enumerate(class_names)
     ],
-    "confusion": metrics.confusion_matrix(labels, predicted, labels=columns).tolist(),
+    "confusion": confusion.tolist(),
   }
+
+
+def _or_none(value: float) -> float | None:
+  """Returns a number that JSON holds."""
+  return None if np.isnan(value) else float(value)
 
 
 def _interval(is_correct: np.ndarray) -> list[float]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import tools
-from insvp_jax.tools import run_data
+from insvp_jax.tools import run_data, runs
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
@@ -66,6 +66,11 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   from matplotlib.figure import Figure
 
   prompts, probabilities = run.prompts(images), run.predict(images)
+  if not all(np.isfinite(prompts[name]).all() for name in names):
+    raise ValueError(
+      f"prompts of the run at {run.workdir} are not finite: it has diverged; train it "
+      "with a smaller lr."
+    )
   pixels = run.to_pixels(run.preprocess(images))
   prompted_pixels = run.to_pixels(run.prompted(images))
   columns, rows = len(names) + 2, len(pixels)
@@ -91,13 +96,19 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   return figure
 
 
-def save_figure(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike, dpi: int = 150) -> None:
   """Writes a figure to a file that is either complete or not there at all.
+
+  Args:
+    figure: the figure.
+    path: its file; the letters of a .pdf are text, of a kind that publishers accept.
+    dpi: pixels per inch where it is of pixels.
 
   Raises:
     ValueError: the file's ending is not one of `FORMATS`.
     OSError: the disk is full or read-only.
   """
+  import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
   path = Path(path)
@@ -105,7 +116,9 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{os.getpid()}.{path.name}")
   try:
-    FigureCanvasAgg(figure).print_figure(partial, dpi=150)
+    # TrueType: publishers refuse matplotlib's default, Type 3.
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+      FigureCanvasAgg(figure).print_figure(partial, dpi=dpi)
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
@@ -184,8 +197,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog: the command that was typed; see `tools.argument_parser`.
   """
   parser = tools.argument_parser(__doc__, "visualize", prog)
-  parser.add_argument("--run", required=True, help=tools.RUN_HELP)
-  parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
+  runs.add_arguments(parser)
   parser.add_argument(
     "--images",
     nargs="+",
@@ -201,9 +213,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     check_matplotlib()
     check_format(Path(args.output))
     images = tools.find_images(args.images) if args.images else []
-    from insvp_jax.run import load_run
-
-    run = load_run(args.run, backbone=args.backbone)
+    run = runs.load(args)
     draw(run, args.output, images=images, rows=args.rows)
     print(f"wrote {args.output}")
 

@@ -118,6 +118,7 @@ def create_feed(
       seed=config.seed,
       image_size=program.model.input_size,
       start_step=int(state.step),
+      balanced_classes=program.balanced_classes,
       sharding=rows,
     )
     return StreamFeed(program.train_step, batches)

@@ -52,6 +52,7 @@ class Program:
     objective: of the task: target, loss and metric.
     hparams: names of the method's fields that come with the state instead of being
       compiled into the steps.
+    balanced_classes: number of classes that are shown alike; 0 with uniform sampling.
   """
 
   model: PromptedClassifier
@@ -67,6 +68,7 @@ class Program:
   functions: steps.StepFunctions
   objective: Objective
   hparams: tuple[str, ...] = ()
+  balanced_classes: int = 0
 
   @functools.cached_property
   def shapes(self) -> dict[str, Any]:
@@ -113,7 +115,11 @@ class Program:
     replicated, sharded = self._shardings
     return jax.jit(
       steps.create_multi_step(
-        self.functions, self.carried, batch_size=self.batch_size, sharding=sharded
+        self.functions,
+        self.carried,
+        batch_size=self.batch_size,
+        sharding=sharded,
+        balanced_classes=self.balanced_classes,
       ),
       donate_argnums=0,
       in_shardings=(self.state_sharding, replicated, replicated, replicated),
@@ -262,6 +268,7 @@ def create_program(
     ),
     objective=objective,
     hparams=hparams,
+    balanced_classes=num_classes if config.data.sampling == "balanced" else 0,
   )
 
 

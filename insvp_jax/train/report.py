@@ -15,12 +15,12 @@ import tabulate
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
-from insvp_jax.data import TaskData
+from insvp_jax.data import TaskData, tasks
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models import architectures
 from insvp_jax.models.vit import ViT
 from insvp_jax.models.weights import backbone_fields, is_file_name, pixels_of
-from insvp_jax.train import evaluate, features, objectives, optim
+from insvp_jax.train import evaluate, features, losses, objectives, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
 from insvp_jax.train.timing import Timer
@@ -111,12 +111,28 @@ def run_text(
     f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
     f"seed {config.seed}",
     features.summary_line(config, program, split),
+    _balance_line(config, split.labels, data.num_classes),
     f"{spare:,} of the prompter's parameters are spare: no image reaches them, and no "
     "result counts them"
     if spare
     else "",
   ]
   return "\n".join(filter(None, lines))
+
+
+def _balance_line(config: ConfigDict, labels: np.ndarray, num_classes: int) -> str:
+  """Returns how classes of unequal size are made to count alike; "" if they are not."""
+  counts = np.bincount(labels, minlength=num_classes)
+  if config.data.sampling == "balanced":
+    times = len(labels) / np.count_nonzero(counts)
+    return (
+      f"balanced sampling: {times:.4g} images of each class an epoch, "
+      f"of {counts[counts > 0].min()} to {counts.max()} that there are"
+    )
+  if config.loss.class_weights:
+    weights = losses.class_weights(counts)[counts > 0]
+    return f"class weights in the loss: {weights.min():.3g} to {weights.max():.3g}"
+  return ""
 
 
 def param_summary(config: ConfigDict, program: Program) -> str:
@@ -275,7 +291,12 @@ def result(
     "num_test_examples": test["num_examples"] if test else 0,
     "num_train_examples": meta["num_train_examples"],
     "test_by_class": test
-    and objective.by_class(test, meta["class_names"], meta["train_count"]),
+    and objective.by_class(
+      test,
+      meta["class_names"],
+      meta["train_count"],
+      ordered=tasks.are_ordered(meta["task"], config.data),
+    ),
     "trainable_params": trees.count(trainable) - spare,
     "prompter_params": trees.count(prompter) - spare,
     "total_params": trees.count(program.shapes) - spare,
@@ -314,7 +335,7 @@ def result_line(result: Mapping[str, Any]) -> str:
   ]
   by_class = result.get("test_by_class")
   if by_class and metric == "accuracy":
-    scores[-1] += by_class_text(by_class)
+    scores[-1] += by_class_text(by_class, with_figures=True)
   share = 100 * result["trainable_params"] / result["total_params"]
   # None where features came from a cache: no image was looked at.
   rate = result["images_per_second"]
@@ -334,13 +355,14 @@ def bytes_text(nbytes: int) -> str:
   return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
-def by_class_text(by_class: Mapping[str, Any]) -> str:
+def by_class_text(by_class: Mapping[str, Any], *, with_figures: bool = False) -> str:
   """Returns what accuracy hides, in brackets; "" where the classes are of one size.
 
   Args:
     by_class: from `evaluate.balanced`.
+    with_figures: also macro-F1, and the quadratic kappa of classes that are grades.
   """
-  parts = []
+  parts, kappa = [], by_class.get("quadratic_kappa")
   if by_class["imbalance"] > evaluate.UNBALANCED:
     worst = by_class["worst_class"]
     parts = [
@@ -348,6 +370,11 @@ def by_class_text(by_class: Mapping[str, Any]) -> str:
       f"worst class {worst['name']} {100 * worst['accuracy']:.2f}% of "
       f"{worst['num_examples']}",
     ]
+    # Results of before have none.
+    if with_figures and "macro_f1" in by_class:
+      parts.insert(1, f"macro-F1 {100 * by_class['macro_f1']:.2f}%")
+  if with_figures and kappa is not None:
+    parts.append(f"quadratic kappa {kappa:.3f}")
   parts += [
     f"{name} {100 * group['accuracy']:.2f}% of {group['num_classes']} classes"
     for name, group in by_class.get("groups", {}).items()

@@ -182,6 +182,7 @@ def _open_task(
       seed=config.seed,
       preset=preset,
       image_size=model.input_size,
+      balanced_classes=program.balanced_classes,
       sharding=mesh_lib.batch_sharding(program.mesh),
     ),
     steps_per_epoch=program.steps_per_epoch,

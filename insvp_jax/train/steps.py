@@ -293,6 +293,7 @@ def create_multi_step(
   *,
   batch_size: int,
   sharding: jax.sharding.Sharding,
+  balanced_classes: int = 0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `multi_step(state, arrays, seed, count) -> (state, metrics)`.
 
@@ -306,6 +307,7 @@ def create_multi_step(
     carried: bool tree, True for the parameters that a step changes.
     batch_size: b.
     sharding: of a batch.
+    balanced_classes: as for `resident.epoch_order`.
 
   Returns:
     A pure function. Its metrics are those of the first step whose metrics are not all
@@ -320,12 +322,21 @@ def create_multi_step(
     # they never change.
     changing, frozen = trees.split(state.params, carried)
 
+    def order_at(step):
+      return resident.epoch_order(
+        seed,
+        step // steps_per_epoch,
+        num_examples,
+        labels=arrays["labels"],
+        balanced_classes=balanced_classes,
+      )
+
     def body(_, carry):
       state, order, metrics = carry
       # A new epoch has a new order; within an epoch it is carried along.
       order = jax.lax.cond(
         state.step % steps_per_epoch == 0,
-        lambda: resident.epoch_order(seed, state.step // steps_per_epoch, num_examples),
+        lambda: order_at(state.step),
         lambda: order,
       )
       batch = functions.make_batch(arrays, order, seed, state.step)
@@ -346,8 +357,7 @@ def create_multi_step(
     zeros = jnp.zeros(jnp.shape(state.peak_lr), jnp.float32)
     names = (*METRICS, *functions.measures)
     metrics = {**dict.fromkeys(names, zeros), "step": zeros.astype(jnp.int32)}
-    order = resident.epoch_order(seed, state.step // steps_per_epoch, num_examples)
-    carry = (state.replace(params=changing), order, metrics)
+    carry = (state.replace(params=changing), order_at(state.step), metrics)
     state, _, metrics = jax.lax.fori_loop(0, count, body, carry)
     return state.replace(params=trees.merge(state.params, frozen)), metrics
 

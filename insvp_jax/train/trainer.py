@@ -29,7 +29,8 @@ from insvp_jax.data.sources import stored_splits
 from insvp_jax.distributed import lock, processes, stopping
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed.stopping import Interrupted, Stopped, StopSignal
-from insvp_jax.logs import prompt_panels
+from insvp_jax.logs import prompt_panels, weights_and_biases
+from insvp_jax.logs.progress import Whole
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.methods import Method
 from insvp_jax.train import batches, optim, report
@@ -46,6 +47,9 @@ from insvp_jax.train.program import (
 from insvp_jax.train.state import TrainState
 from insvp_jax.train.steps import METRICS
 from insvp_jax.train.timing import Profiler, Timer
+
+# What reads a task's data: as `load_data`.
+ReadData = Callable[[str, ConfigDict, int], TaskData]
 
 
 class Diverged(FloatingPointError):
@@ -65,6 +69,7 @@ class Prepared:
     routes: of the splits, where the method has a route.
     loaded: what loading the backbone did, in a line; "" for random weights.
     kept: how many of the training images are used: (shots, fraction) of config.data.
+    read: how the data were read; see `prepare`.
   """
 
   data: TaskData
@@ -75,6 +80,7 @@ class Prepared:
   routes: RouteCache = dataclasses.field(default_factory=RouteCache)
   loaded: str = ""
   kept: tuple[int, float] = (0, 1.0)
+  read: ReadData | None = None
 
   def features(
     self, config: ConfigDict, split: str, params: Mapping[str, Any]
@@ -138,7 +144,10 @@ class Prepared:
 
 
 def prepare(
-  config: ConfigDict, like: Prepared | None = None, hparams: tuple[str, ...] = ()
+  config: ConfigDict,
+  like: Prepared | None = None,
+  hparams: tuple[str, ...] = (),
+  read: ReadData | None = None,
 ) -> Prepared:
   """Reads data and weights and builds the program; trains nothing.
 
@@ -148,11 +157,14 @@ def prepare(
       used again (for another method, or another training split). Data are read anew
       for another image size, or where another number of the training images is used.
     hparams: as for `create_program`.
+    read: takes the arguments of `load_data` and reads the data in its place, where they
+      are not what `config.task` names; None is that of `like`.
 
   Raises:
     ValueError, FileNotFoundError: bad input; see the message.
   """
   config_checks.validate(config)
+  weights_and_biases.check_project(config.wandb)
   fill_preset(config)
   get_preset(config.data.preset)
   mesh = mesh_lib.create_mesh(fsdp=config.backbone.fsdp)
@@ -160,11 +172,12 @@ def prepare(
   mesh_lib.check_batch_size(config.batch_size, mesh)
   size = input_size(config)
   kept = (config.data.shots, float(config.data.fraction))
+  read = read or (like.read if like else None)
   # Methods may take images of different sizes.
   if like and like.program.model.input_size == size and like.kept == kept:
     data = like.data
   else:
-    data = load_data(config.task, config.data, size)
+    data = (read or load_data)(config.task, config.data, size)
   split = config.data.train_split
   if split not in data.splits:
     raise ValueError(
@@ -185,8 +198,15 @@ def prepare(
     return dataclasses.replace(like, data=data, program=program, kept=kept)
   loaded: list[str] = []
   weights, identity = state_lib.load_weights(config, program.model, loaded.append)
-  loaded_line = "".join(loaded)
-  return Prepared(data, weights, identity, program, loaded=loaded_line, kept=kept)
+  return Prepared(
+    data,
+    weights,
+    identity,
+    program,
+    loaded="".join(loaded),
+    kept=kept,
+    read=read,
+  )
 
 
 def train(
@@ -196,7 +216,8 @@ def train(
   prepared: Prepared | None = None,
   test: bool = True,
   method: type[Method] | None = None,
-  on_log: Callable[[Timer], None] | None = None,
+  whole: Whole | None = None,
+  read: ReadData | None = None,
 ) -> dict[str, Any]:
   """Trains one model, resuming where an earlier call was stopped.
 
@@ -208,7 +229,8 @@ def train(
     test: whether the test split is evaluated, once, after the last step. A search
       leaves it out: the test split never selects anything.
     method: a class of your own in place of `config.method`; see `methods.register`.
-    on_log: as for `train_loop`.
+    whole: how far the search is that this run is a part of.
+    read: as for `prepare`.
 
   Returns:
     The contents of result.json; accuracies in [0, 1], None where not evaluated.
@@ -226,7 +248,7 @@ def train(
     config.method = methods.register(method)
     config_lib.complete(config)
   is_alone = prepared is None
-  prepared = prepared or prepare(config)
+  prepared = prepared or prepare(config, read=read)
   fill_preset(config)
   program, data, workdir = prepared.program, prepared.data, Path(workdir)
   _check_profile(config, program.total_steps)
@@ -261,7 +283,7 @@ def train(
     spare = report.spare_params(program, state)
     write_json(workdir / "config.json", config_lib.stored(config))
     if data.files:
-      lists = stored_splits.to_json(data.class_names, data.files)
+      lists = stored_splits.to_json(data.class_names, data.files, data.are_listed)
       write_json(workdir / SPLITS_FILE, lists)
     table = report.param_table(config, program)
     write_text(workdir / "parameters.txt", f"{table}\n")
@@ -272,7 +294,10 @@ def train(
       start_step=start_step,
       start_lines=progress.get("metrics_lines"),
       tensorboard=config.tensorboard,
+      wandb=config.wandb,
+      config=config_lib.stored(config),
       name=f"{data.name} {config.method}",
+      whole=whole,
     ) as writers:
       if start_step:
         writers.log(f"resumed at step {start_step} of {program.total_steps}")
@@ -293,7 +318,6 @@ def train(
         timer=timer,
         checkpointer=checkpointer,
         progress=progress,
-        on_log=on_log,
       )
       writers.log(timer.summary_line())
 
@@ -349,7 +373,6 @@ def train_loop(
   checkpointer: Checkpointer | None = None,
   progress: Mapping[str, Any] | None = None,
   diverged: dict[int, str] | None = None,
-  on_log: Callable[[Timer], None] | None = None,
 ) -> TrainState:
   """Takes all steps that are left; logs, evaluates, saves and stops between them.
 
@@ -368,7 +391,6 @@ def train_loop(
     checkpointer: gets the state; None where nothing is saved.
     progress: what a run that goes on had stored with its checkpoint.
     diverged: gets {index: what went wrong} of each trial whose metrics are not finite.
-    on_log: called with the timer after each step that is logged.
 
   Returns:
     The state after the last step.
@@ -453,8 +475,6 @@ def train_loop(
       timed_step = step
       if logs:
         _log(config, program, metrics, diverged, writers, timer, step)
-        if on_log:
-          on_log(timer)
       # A process that has to stop may have little time left: it evaluates later.
       if evaluates and has_val and not is_stopping:
         _evaluate(config, prepared, state, writers, step)

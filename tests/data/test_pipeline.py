@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from insvp_jax.data import ArraySplit, pipeline
+from insvp_jax.data import ArraySplit, StreamSplit, pipeline, resident
 
 
 def _split(num_examples: int, size: int = 2) -> ArraySplit:
@@ -23,6 +23,9 @@ def _numbers(batch) -> list[int]:
 
 def _take(number, split, **kwargs):
   return list(itertools.islice(pipeline.train_batches(split, **kwargs), number))
+
+
+_balanced_order = jax.jit(resident.balanced_order, static_argnums=3)
 
 
 def _rows(mesh):
@@ -62,6 +65,47 @@ def test_the_order_is_the_documented_permutation():
   expected = jax.random.permutation(key, 12).tolist()
   (batch,) = _take(1, _split(12), batch_size=12, seed=4, start_step=1)
   assert _numbers(batch) == expected
+
+
+@given(
+  labels=st.lists(st.integers(0, 5), min_size=23, max_size=23),
+  seed=st.integers(0, 2**32 - 1),
+  epoch=st.integers(0, 2**31 - 1),
+)
+def test_balanced_epochs_show_all_classes_alike_and_their_images_in_turn(
+  labels, seed, epoch
+):
+  labels = np.array(labels, np.int32)
+  order = np.asarray(_balanced_order(np.uint32(seed), np.uint32(epoch), labels, 7))
+  assert order.shape == labels.shape
+  present, places = np.unique(labels[order], return_counts=True)
+  np.testing.assert_array_equal(present, np.unique(labels))
+  assert set(places - len(labels) // len(present)) <= {0, 1}
+  seen = np.bincount(order, minlength=len(labels))
+  for label in present:
+    times = seen[labels == label]
+    assert times.max() - times.min() <= 1
+
+
+def test_balanced_batches_are_those_of_seed_and_step_on_any_devices(mesh):
+  # Class 6 is rare.
+  images = np.stack([pixels(i, 2) for i in range(31)])
+  labels = np.array([6] * 2 + [0] * 20 + [3] * 9, np.int32)
+  split = ArraySplit(images, labels)
+  options = {"batch_size": 8, "seed": 3, "balanced_classes": 8}
+  batches = list(map(_numbers, _take(9, split, **options)))
+  orders = [sorted(sum(batches[3 * i : 3 * i + 3], [])) for i in range(3)]
+  assert len({str(order) for order in orders}) == 3
+  seen = Counter(int(labels[n]) for n in sum(batches, []))
+  assert 20 <= min(seen.values()) and set(seen) == {0, 3, 6}
+  resumed = _take(4, split, start_step=5, **options)
+  assert list(map(_numbers, resumed)) == batches[5:]
+  sharded = _take(9, split, sharding=_rows(mesh), **options)
+  assert list(map(_numbers, sharded)) == batches
+  stream = StreamSplit(
+    labels, 2, "digest", lambda requests, whole: split.read(requests, whole=whole)
+  )
+  assert list(map(_numbers, _take(9, stream, **options))) == batches
 
 
 def test_four_devices_see_what_one_sees(mesh, make_mesh):

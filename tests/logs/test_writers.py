@@ -155,6 +155,40 @@ def test_a_narrow_terminal_keeps_steps_and_time(tmp_path, terminal, monkeypatch)
   assert re.fullmatch(r"caltech101.* 3/9 +33% loss 1.*… --:--", bar)
 
 
+def test_a_search_has_one_bar_below_that_of_its_run(tmp_path, terminal):
+  whole = progress.Whole(4, 400.0)
+  whole.keep(100.0)
+  for number in range(2):
+    with (
+      whole.run(100.0),
+      Writers(
+        tmp_path / str(number),
+        total_steps=10,
+        tensorboard=False,
+        name=f"run{number}",
+        whole=whole,
+        stream=terminal,
+      ) as found,
+    ):
+      for step in (0, 5, 10):
+        found.train(step, {"loss": 1.0})
+  drawn = [line.rstrip() for line in terminal.drawn()]
+  shown = [line for line in drawn if line.startswith("all 4 runs")]
+  done = [re.search(r" ([0-9]+%) +[0-9:-]+$", line)[1] for line in shown]
+  assert list(dict.fromkeys(done)) == ["25%", "38%", "50%", "62%", "75%"]
+  # It goes with each run: what stays are the runs' own.
+  assert "run1 " in drawn[-2] and " 10/10 " in drawn[-2]
+
+
+def test_lines_say_how_far_the_search_is(tmp_path):
+  whole, stream = progress.Whole(2, 8.0), io.StringIO()
+  with whole.run(4.0):
+    write_steps(tmp_path, [1, 5], total_steps=10, stream=stream, whole=whole)
+  first, second = stream.getvalue().splitlines()
+  assert first.endswith("  search 5%")
+  assert re.search(r" left  search 25%, [0-9:]+ left$", second)
+
+
 def test_what_only_looks_like_a_terminal_gets_plain_lines(tmp_path, monkeypatch):
   monkeypatch.setenv("TERM", "dumb")
   stream = write_steps(tmp_path, [5], stream=Terminal())

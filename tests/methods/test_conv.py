@@ -4,12 +4,13 @@ import flax.linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from insvp_jax import methods
-from insvp_jax.methods.ops.conv import CHOICES, Conv, choose_form
+from insvp_jax.methods.ops.conv import CHOICES, PORTABLE, Conv, auto_is, choose_form
 from insvp_jax.methods.ops.conv_forms import FORMS, blocks, fft, fft_length
 
 # Of the largest absolute value, or of the data's own size where that is less.
@@ -205,3 +206,26 @@ def test_an_unknown_form_is_one_clear_line():
   )
   with pytest.raises(ValueError, match="conv is 'ftt'.*Did you mean 'fft'"):
     methods.create_method("insvp", spec, conv="ftt")
+
+
+def test_a_portable_program_has_the_form_of_each_platform():
+  conv, images = Conv(3, 7), jnp.ones((2, 8, 8, 3))
+  params = conv.init(jax.random.key(0), images)
+
+  def apply(images):
+    with auto_is(PORTABLE):
+      return conv.apply(params, images)
+
+  shape = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), 8, 8, 3), jnp.float32)
+  lowered = {
+    platforms: export.export(jax.jit(apply), platforms=platforms)(shape)
+    for platforms in (("cpu",), ("cuda",), ("cpu", "cuda", "tpu"))
+  }
+  assert ["fft" in e.mlir_module() for e in lowered.values()] == [True, False, True]
+  # Elsewhere "auto" is what it was.
+  outside = jax.jit(conv.apply)(params, images)
+  for exported in (lowered[("cpu",)], lowered[("cpu", "cuda", "tpu")]):
+    np.testing.assert_allclose(exported.call(images), outside, atol=1e-5)
+  with auto_is("plain"):
+    plain = str(jax.make_jaxpr(conv.apply)(params, images))
+  assert "conv_general_dilated" in plain and "fft" not in plain

@@ -257,8 +257,8 @@ def test_the_catalogue_of_methods_is_what_there_is(root):
     assert row["folds"] == ("yes" if folds and not is_head else ""), name
 
 
-def test_the_comparison_of_the_readme_has_the_methods_and_their_counts(root):
-  text = (root / "README.md").read_text()
+def test_the_comparison_with_the_paper_has_the_methods_and_their_counts(root):
+  text = (root / "docs" / "measured.md").read_text()
   section = text[text.index("## The comparison of InsVP's paper") :]
   section = section[: section.index("\n## ", 1)]
   titles, *table = markdown_table.cells(section)

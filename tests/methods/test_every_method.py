@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+from jax import export as jax_export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -217,14 +218,17 @@ def test_no_image_sees_the_others_and_bfloat16_fits(name):
   other_logits = apply({"params": params}, others)
   np.testing.assert_array_equal(logits[0], other_logits[0])
   assert not np.array_equal(logits[1], other_logits[1])
-  # The types of all that goes from block to block have to fit, too.
+  # The types of all that goes from block to block have to fit, too. And an exported
+  # program takes any number of images: a symbol.
+  (b,) = jax_export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((b, *images.shape[1:]), jnp.float32)
   for scan in {False, name not in NEEDS_UNROLLED}:
     _, program = program_of(name, backbone__scan=scan, backbone__dtype="bfloat16")
     model = program.model
     shape = jax.eval_shape(
       lambda p, x, model=model: model.apply({"params": p}, x), program.shapes, images
     )
-    assert shape.shape == (2, CLASSES) and shape.dtype == jnp.float32
+    assert shape.shape == (b, CLASSES) and shape.dtype == jnp.float32
 
 
 # Train steps that cost more than 2.5 forward passes, and why.

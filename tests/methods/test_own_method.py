@@ -1,4 +1,4 @@
-"""A method from outside the package, as docs/methods.md makes one."""
+"""A method from outside the package, as docs/extending.md makes one."""
 
 import re
 
@@ -25,13 +25,15 @@ def _registered():
 def test_the_documented_method_trains_and_is_loaded(root, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
-  text = (root / "docs" / "methods.md").read_text()
-  define, use = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  text = (root / "docs" / "extending.md").read_text()
+  define, use, name = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
   assert len([line for line in define.splitlines() if line]) <= 21
   names = {"__name__": "notebook"}
   exec(define, names)
   monkeypatch.setattr(config_lib, "defaults", lambda: tiny_config())
   exec(use, names)
+  exec(name, names)
+  assert config_lib.method_kwargs(names["config"]) == {"start": 0.9}
   run = names["run"]
   gates = run.params["prompter"]
   assert {n: leaf.shape for n, leaf in gates.items()} == {

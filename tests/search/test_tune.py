@@ -2,7 +2,10 @@
 
 import csv
 import json
+import shutil
 import statistics
+import sys
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +42,7 @@ class FakeTrainer:
     self.test_accuracy = test_accuracy
     self.runs, self.trials, self.chunks = [], [], []
 
-  def train_trials(self, configs, prepared, params, workdir, name, on_log=None):
+  def train_trials(self, configs, prepared, params, workdir, name, whole=None):
     self.chunks.append(len(configs))
     self.trials += [(config, prepared) for config in configs]
     return [self.trial(config) for config in configs]
@@ -52,7 +55,9 @@ class FakeTrainer:
       trial["diverged"] = str(error)
     return {**trial, "train_seconds": 2.0, "images_per_second": 8.0}
 
-  def __call__(self, config, workdir, *, prepared=None, test=True, on_log=None):
+  def __call__(
+    self, config, workdir, *, prepared=None, test=True, whole=None, read=None
+  ):
     self.runs.append((config, workdir, prepared, test))
     on_train = config.data.train_split == "train"
     splits = prepared.data.splits if prepared else ("val", "test")
@@ -427,6 +432,33 @@ def test_a_grid_that_is_empty_or_of_no_method_is_one_line(install, tmp_path):
 def test_a_name_makes_no_cells_of_its_own():
   table = tables.markdown([["a|b\x1b[2J", "1"]], ["x", "y"])
   assert r"| a\|b\x1b[2J |" in table
+
+
+def test_unequal_and_ordered_classes_have_columns_of_their_own():
+  def result(seed, **by_class):
+    return {
+      **{"seed": seed, "test_accuracy": 0.75, "images_per_second": None},
+      **{"trainable_params": 51, "prompter_params": 0, "train_seconds": 2.0},
+      "test_by_class": {"imbalance": 2.0, "balanced_accuracy": 0.5, **by_class},
+    }
+
+  def row(*results):
+    return {**tune._of_runs(results), "lr": 0.1, "wd": 0.0, "searched": []}
+
+  new = {"macro_f1": 0.25, "quadratic_kappa": 0.125}
+  summary = {"linear": row(result(0, **new), result(1, **{**new, "macro_f1": 0.75}))}
+  titles, values = cells(tables.format_table("insects", summary))
+  shown = dict(zip(titles, values, strict=True))
+  assert shown["balanced, %"] == "50.00" and shown["macro-F1, %"] == "50.00"
+  assert shown["quadratic kappa"] == "0.125"
+  header, line = csv.reader(tables.format_csv("insects", summary).splitlines())
+  numbers = dict(zip(header, line, strict=True))
+  assert (numbers["macro_f1_mean"], numbers["kappa_mean"]) == ("0.5", "0.125")
+  # Of classes of one size, and of runs of before.
+  equal = {"linear": row(result(0, imbalance=1.2, macro_f1=0.25))}
+  assert "macro" not in tables.format_table("insects", equal)
+  before = row(result(0), result(1, **new))
+  assert (before["balanced_mean"], before["macro_f1_mean"]) == (0.5, None)
 
 
 def test_further_hparams_are_searched_for_and_stand_in_the_tables(install, tmp_path):
@@ -820,3 +852,77 @@ def test_a_flag_that_no_row_would_look_at_is_one_line():
   config.tune.variants = (*config.tune.variants, ("as it is", "mlp", ()))
   config_variants.check_overrides(config, {"optim.lr", "tune.lr"})
   config_variants.check_overrides(search_config(), {"method"})
+
+
+def hparams_tab(logdir, monkeypatch):
+  """Returns the rows of TensorBoard's tab HPARAMS: (hparams, metrics, status)."""
+  # So that TensorBoard does not import TensorFlow, which takes long.
+  monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+  from tensorboard.backend.event_processing import (
+    data_provider,
+    plugin_event_multiplexer,
+  )
+  from tensorboard.context import RequestContext
+  from tensorboard.plugins.hparams import (
+    api_pb2,
+    backend_context,
+    list_session_groups,
+  )
+
+  runs = plugin_event_multiplexer.EventMultiplexer()
+  runs.AddRunsFromDirectory(str(logdir))
+  runs.Reload()
+  provider = data_provider.MultiplexerDataProvider(runs, str(logdir))
+  shown = backend_context.Context(types.SimpleNamespace(data_provider=provider))
+  columns = [
+    api_pb2.ColParams(metric=api_pb2.MetricName(tag=tag))
+    for tag in ("val_accuracy", "val_loss")
+  ]
+  statuses = {value: name for name, value in api_pb2.Status.items()}
+  request = api_pb2.ListSessionGroupsRequest(
+    start_index=0, slice_size=100, col_params=columns, allowed_statuses=list(statuses)
+  )
+  handler = list_session_groups.Handler(RequestContext(), shown, "", request)
+  rows = []
+  for group in handler.run().session_groups:
+    hparams = {k: v.number_value or v.string_value for k, v in group.hparams.items()}
+    metrics = {each.name.tag: each.value for each in group.metric_values}
+    rows.append((hparams, metrics, statuses[group.sessions[0].status]))
+  return sorted(rows, key=lambda row: (row[0]["wd"] or 0, -row[0]["lr"]))
+
+
+def test_tensorboard_shows_each_trial_with_its_hparams(install, tmp_path, monkeypatch):
+  def accuracy(config):
+    if config.optim.lr > 0.05:
+      raise Diverged("the loss is nan")
+    return 0.5 + config.optim.wd
+
+  install(accuracy)
+  config = search_config(tensorboard=True, tune__lr=(0.1, 0.01), tune__wd=(0.25, 0.125))
+  tune.run(config, tmp_path)
+  rows = hparams_tab(tmp_path, monkeypatch)
+  assert [(row["lr"], row["wd"], row["method"]) for row, *_ in rows] == [
+    (lr, wd, "linear") for wd in (0.125, 0.25) for lr in (0.1, 0.01)
+  ]
+  assert [(metrics, status) for _, metrics, status in rows] == [
+    ({}, "STATUS_FAILURE"),
+    ({"val_accuracy": 0.625}, "STATUS_SUCCESS"),
+    ({}, "STATUS_FAILURE"),
+    ({"val_accuracy": 0.75}, "STATUS_SUCCESS"),
+  ]
+  # Started again, it adds what is missing and nothing twice.
+  folder = tmp_path / "linear" / "search" / "hparams"
+  removed = sorted(folder.iterdir())[0]
+  assert removed.name.startswith("lr 0.01, wd 0.125 ")
+  shutil.rmtree(removed)
+  tune.run(config, tmp_path)
+  assert (
+    hparams_tab(tmp_path, monkeypatch) == rows
+    and len(list(folder.rglob("events.*"))) == 4
+  )
+
+
+def test_without_tensorboard_no_trial_is_shown(install, tmp_path):
+  install(best_at(0.01))
+  tune.run(search_config(), tmp_path)
+  assert not list(tmp_path.rglob("events.*"))

@@ -136,9 +136,10 @@ def test_what_is_missing_is_left_out():
   for each in (summary, {**summary, "lr 0.1": one}, {"lr 0.1": one, "x": one}):
     (axis,) = ablation_figure.ablation_figure(each, "x", colors).axes
     assert not axis.patches and not axis.collections
-  rows = list(csv.DictReader(io.StringIO(ablation_figure.csv_text(summary))))
-  assert [(r["value"], r["test_mean"], r["test_std"]) for r in rows] == [
-    *(("0.1", "", ""), ("0.2", "", ""), ("", "", ""))
+  titles, *rows = ablation_figure.data(summary)
+  columns = [titles.index(name) for name in ("value", "test_mean", "test_std")]
+  assert [[row[i] for i in columns] for row in rows] == [
+    *([0.1, None, None], [0.2, None, None], [None, None, None])
   ]
 
 
@@ -164,12 +165,12 @@ def test_the_tool_draws_an_ablation_and_writes_its_data(tmp_path, capsys, monkey
   picture, data = tmp_path / "x.png", tmp_path / "x.csv"
   flags = [f"--run={tmp_path}", f"--output={picture}"]
   drawn = []
-  monkeypatch.setattr(figure, "search_figure", lambda *args: drawn.append(args))
-  monkeypatch.setattr(figure.visualize, "save_figure", lambda f, path: f)
+  monkeypatch.setattr(figure, "search_figure", lambda *a, **k: drawn.append(a))
+  monkeypatch.setattr(figure.visualize, "save_figure", lambda f, *args: f)
   assert figure.main([*flags, "--trials"]) == 0 and len(drawn) == 1
   monkeypatch.undo()
   assert figure.main([*flags, f"--data={data}"]) == 0
-  assert capsys.readouterr().out.endswith(f"wrote {picture}\nwrote {data}\n")
+  assert capsys.readouterr().out.endswith(f"wrote {picture} and {data}\n")
   assert picture.stat().st_size > 10_000
   written = data.read_text()
   (first, _) = csv.DictReader(io.StringIO(written))

@@ -113,7 +113,7 @@ def test_a_method_that_cannot_be_folded_gives_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
   "flags, message",
   [
-    (["--output", "backbone.npy"], "expected a path ending in .npz"),
+    (["--output", "backbone.npy"], "expected a path ending in .npz or .safetensors"),
     (["--output", "backbone.npz", "--dtype", "int8"], "int8"),
   ],
 )

@@ -1,12 +1,13 @@
 """The figure of a search: its points are those of the summary, whatever its size."""
 
+import csv
 import json
 import sys
 
 import numpy as np
 import pytest
 
-from insvp_jax.tools import figure
+from insvp_jax.tools import figure, plots
 
 
 def row(number, std=0.02, diverged=True):
@@ -62,7 +63,7 @@ def test_the_figure_has_all_trials_the_choice_the_tests_and_the_losses(tmp_path)
   curves = [line for line in right.lines if line.get_marker() == "None"]
   assert len(curves) == 3
   for i, line in enumerate(curves):
-    assert len(line.get_xdata()) == figure.NUM_POINTS
+    assert len(line.get_xdata()) == plots.NUM_POINTS
     # Each point is the mean of two or three steps.
     expected = np.mean([2.0 / s + i for s in (1, 2, 3)])
     assert line.get_ydata()[0] == pytest.approx(expected)
@@ -76,8 +77,23 @@ def test_one_row_and_sixteen_are_drawn_and_what_is_missing_is_left_out(tmp_path)
   (axis,) = figure.search_figure({"linear": bare}, {"linear": {}}, "x").axes
   assert not points(axis, "o") and not points(axis, "D")
   summary = write(tmp_path, 16)
-  assert figure.main([f"--run={tmp_path}", f"--output={tmp_path / 'x.png'}"]) == 0
+  flags = [f"--output={tmp_path / 'x.png'}", f"--data={tmp_path / 'x.csv'}"]
+  assert figure.main([f"--run={tmp_path}", *flags]) == 0
   assert (tmp_path / "x.png").stat().st_size > 10_000
+  with (tmp_path / "x.csv").open() as file:
+    titles, *rows = csv.reader(file)
+  assert titles == ["row", "what", "x", "value", "std"]
+  first = [row[1:] for row in rows if row[0] == "$row$ 0"]
+  assert first[:4] == [
+    ["val_accuracy", "0.001", "0.5", ""],
+    ["val_accuracy", "0.01", "0.6", ""],
+    ["val_accuracy", "0.1", "", ""],
+    ["test_accuracy", "", "0.55", "0.02"],
+  ]
+  losses = [row for row in first if row[0] == "loss"]
+  assert len(losses) == plots.NUM_POINTS
+  assert float(losses[0][2]) == pytest.approx(np.mean([2.0 / s for s in (1, 2, 3)]))
+  assert first[-1] == ["val_loss", "100.0", "1.5", ""]
   drawn = figure.search_figure(summary, {k: {} for k in summary}, "x")
   assert len(drawn.axes) == 1 and len(points(drawn.axes[0], "D")) == 16
 

@@ -17,10 +17,12 @@ from tiny_runs import CLASSES, SIZE, make_run
 
 from insvp_jax import main, tools
 from insvp_jax.config import defaults
+from insvp_jax.logs import writers
 from insvp_jax.run import load_run
 from insvp_jax.tools import (
   evaluate,
   export,
+  figure,
   meta_init,
   predict,
   prepare_data,
@@ -98,6 +100,69 @@ def test_predict_finds_what_training_finds(workdir, photos, tmp_path, capsys):
   # By way of the loop, g and the archive's neighbours once more.
   assert len(_predicted(captured.out)) == 3 * len(names)
   assert "1 behind a link to a folder around it (loop/f/)" in captured.err
+
+
+def test_predict_expands_patterns_itself(
+  workdir, photos, tmp_path, monkeypatch, capsys
+):
+  data = (photos / "0.png").read_bytes()
+  names = ["a/1.png", "a/b/2.png", "a/b/c.txt", "d/3.png", "d[1]/4.png", "5.png"]
+  for name in names:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+  monkeypatch.chdir(tmp_path)
+
+  def found(*patterns):
+    return [str(image) for image in tools.find_images(patterns)]
+
+  every = ["5.png", "a/1.png", "a/b/2.png", "d/3.png", "d[1]/4.png"]
+  assert found("**/*.png") == every
+  # A folder that matches comes with what is in it, once.
+  assert found("a/**") == ["a/1.png", "a/b/2.png", "a/b/c.txt"]
+  assert found("d*/*.png") == ["d/3.png", "d[1]/4.png"]
+  # What is there under that name is no pattern.
+  assert found("d[1]") == ["d[1]/4.png"]
+  assert predict.main([f"--run={workdir}", "--top=1", "**/*.png"]) == 0
+  assert _predicted(capsys.readouterr().out) == every
+  assert predict.main([f"--run={workdir}", "x/**/*.jpg"]) == 2
+  error = capsys.readouterr().err
+  assert "no file or folder matches 'x/**/*.jpg'" in error and error.count("\n") == 1
+
+
+def test_what_breaks_while_it_is_written_leaves_nothing(workdir, photos, tmp_path):
+  run, output = load_run(workdir), tmp_path / "out.csv"
+  output.write_text("before")
+
+  def rows():
+    yield from [("a.png", next(iter(predict.top_classes(run, [photos / "0.png"]))))]
+    # The first piece is in the file already, not in memory.
+    (partial,) = tmp_path.glob(".out.csv*")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    writers.write_text(output, predict.FORMATS["csv"](rows()))
+  assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+  assert output.read_text() == "before"
+
+
+def test_a_file_that_cannot_be_read_costs_no_others(
+  workdir, photos, tmp_path, monkeypatch, capsys
+):
+  for name in ("0.png", "1.png"):
+    shutil.copy(photos / name, tmp_path / name)
+
+  def decoded(image, options=None, decoded=tools.ImageFile.decoded):
+    if image.name == "0.png":
+      raise PermissionError(13, "Permission denied", str(image))
+    return decoded(image, options)
+
+  monkeypatch.setattr(tools.ImageFile, "decoded", decoded)
+  assert predict.main([f"--run={workdir}", "--top=1", str(tmp_path)]) == 2
+  captured = capsys.readouterr()
+  assert _predicted(captured.out) == [str(tmp_path / "1.png")]
+  first, last = captured.err.splitlines()
+  assert "Permission denied" in first and "0.png" in first
+  assert last.startswith("insvp_jax: 1 of 2 images have no prediction")
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -236,6 +301,7 @@ TOOLS = {
   "predict": predict,
   "evaluate": evaluate,
   "visualize": visualize,
+  "figure": figure,
   "export": export,
   "meta_init": meta_init,
   "prepare": prepare_data,

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from insvp_jax.data import ArraySplit, pipeline
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train.evaluate import balanced, by_group, evaluate
+from insvp_jax.train.evaluate import balanced, by_group, class_scores, evaluate
 
 
 def numbered_split(number):
@@ -28,6 +29,9 @@ def averages(correct, nats, count):
     # As if all were of one class.
     "class_accuracy": Average(
       total=jnp.int32(correct)[..., None], count=jnp.int32(count)[..., None]
+    ),
+    "class_prediction": Average(
+      total=jnp.int32(0 * count)[..., None], count=jnp.int32(correct)[..., None]
     ),
   }
 
@@ -58,7 +62,10 @@ def test_every_example_counts_once(number, batch_size, data):
     "num_correct": len(right),
     "num_examples": number,
     "class_accuracy": [len(right) / number],
+    "class_precision": [float(bool(right))],
+    "class_f1": [2 * len(right) / (number + len(right))],
     "class_count": [number],
+    "quadratic_kappa": pytest.approx(np.nan, nan_ok=True),
   }
 
 
@@ -102,15 +109,50 @@ def test_several_trials_are_evaluated_at_once():
 def test_classes_count_alike_in_balanced_accuracy():
   evaluated = {
     "class_accuracy": np.array([1.0, np.nan, 0.25, 0.25]),
+    "class_f1": np.array([0.5, np.nan, 0.25, 0.75]),
     "class_count": np.array([96, 0, 4, 8]),
   }
   found = balanced(evaluated, ("cat", "dog", "elk", "fox"))
   assert found == {
     "balanced_accuracy": 0.5,
+    "macro_f1": 0.5,
+    "quadratic_kappa": None,
     "worst_class": {"name": "fox", "accuracy": 0.25, "num_examples": 8},
     "imbalance": 24.0,
     "groups": {},
   }
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
+def test_sums_of_each_class_give_the_figures_of_scikit_learn(pairs):
+  labels, predicted = np.array(pairs).T
+  confusion = np.zeros((5, 5), int)
+  np.add.at(confusion, (labels, predicted), 1)
+  found = class_scores(
+    np.diag(confusion),
+    confusion.sum(axis=1),
+    confusion.sum(axis=0),
+    confusion @ np.arange(5),
+  )
+  scores = balanced(found, "abcde", ordered=True)
+  there = sorted({*labels.tolist()})
+  precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+    labels, predicted, labels=there, zero_division=0
+  )
+  np.testing.assert_allclose(found["class_precision"][there], precision)
+  np.testing.assert_allclose(found["class_accuracy"][there], recall)
+  np.testing.assert_allclose(found["class_f1"][there], f1)
+  assert np.isnan(np.delete(found["class_f1"], there)).all()
+  assert scores["macro_f1"] == pytest.approx(f1.mean())
+  assert scores["balanced_accuracy"] == pytest.approx(recall.mean())
+  if len({*labels.tolist(), *predicted.tolist()}) > 1:
+    kappa = metrics.cohen_kappa_score(
+      labels, predicted, labels=range(5), weights="quadratic"
+    )
+    assert scores["quadratic_kappa"] == pytest.approx(kappa, abs=1e-12)
+  else:
+    assert scores["quadratic_kappa"] is None
+  assert balanced(found, "abcde")["quadratic_kappa"] is None
 
 
 def test_the_accuracies_of_many_medium_and_few_are_those_of_numpy():

@@ -158,6 +158,14 @@ def test_eval_step_ignores_padding():
   for name in ("accuracy", "loss"):
     assert (int(whole[name].count), int(half[name].count)) == (8, 4)
     assert float(whole[name].compute()) == pytest.approx(float(half[name].compute()))
+  # Sums of each class, of which a confusion matrix has the same.
+  images = normalise(PRESETS["vtab"], jnp.asarray(data["images"][:4]))
+  guesses = np.argmax(model.apply({"params": state.params}, images), axis=-1)
+  sums = half["class_prediction"]
+  np.testing.assert_array_equal(sums.count, np.bincount(guesses, minlength=5))
+  by_label = np.zeros(5, int)
+  np.add.at(by_label, data["labels"][:4], guesses)
+  np.testing.assert_array_equal(sums.total, by_label)
 
 
 def test_a_head_may_have_its_own_lr():

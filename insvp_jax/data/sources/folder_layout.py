@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
-import unicodedata
 
 from absl import logging
 
@@ -12,6 +11,7 @@ from insvp_jax import trees
 from insvp_jax.data import decode, image_kinds
 from insvp_jax.data.folder_or_zip import EXPECTED, FileTree
 from insvp_jax.data.sources import split_names
+from insvp_jax.data.sources.class_names import class_name, tell_alike
 from insvp_jax.data.sources.split_names import SplitName
 from insvp_jax.errors import printable
 
@@ -202,7 +202,7 @@ def _inside_wrapping(
     train_classes: by name; {} for train itself. Val and test may have a single class.
   """
   while (only := _only_folder(folders, prefix)) is not None:
-    if _class_name(only) in train_classes:
+    if class_name(only) in train_classes:
       break
     prefix = f"{prefix}{only}/"
   return prefix
@@ -363,7 +363,7 @@ def _check_sub_folders(folders: _Folders, prefix: str) -> None:
   counts = Counter(
     inner
     for name in filled
-    for inner in {_class_name(n).casefold() for n in folders.filled(f"{prefix}{name}/")}
+    for inner in {class_name(n).casefold() for n in folders.filled(f"{prefix}{name}/")}
   )
   enough = max(2, _NEARLY_ALL * len(filled))
   same = sorted(name for name, count in counts.items() if count >= enough)
@@ -395,7 +395,7 @@ def _files_by_class(folders: _Folders, split: str, prefix: str) -> dict[str, lis
   # Also the classes of folders without files, so that they can be named in an error.
   folders_of: dict[str, list[str]] = {}
   for name in folders.inner(prefix):
-    folders_of.setdefault(_class_name(name), []).append(name)
+    folders_of.setdefault(class_name(name), []).append(name)
   num_loose = len(folders.images.get(prefix, ()))
   if not folders_of:
     hint = f" {num_loose} images lie there without a class folder." if num_loose else ""
@@ -432,14 +432,6 @@ def _what_lies_in(folders: _Folders, prefix: str) -> str:
   return f" In it, {line}." if line else ""
 
 
-def _class_name(folder: str) -> str:
-  """Returns the name of a folder's class, which every terminal can show."""
-  # In a locale that is not UTF-8, Python hands out the bytes of other names.
-  folder = folder.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-  # macOS decomposes accents: the same name has to be the same class everywhere.
-  return printable(unicodedata.normalize("NFC", folder))
-
-
 def _check_classes(
   folders: _Folders, split: str, members: Mapping[str, object], known: Sequence[str]
 ):
@@ -457,18 +449,7 @@ def _check_classes(
 
 def _tell_odd_names(folders: _Folders, class_names: Sequence[str]) -> None:
   """Warns of classes that may be one, and of names that cannot be read."""
-  same: dict[str, list[str]] = {}
-  for name in class_names:
-    # Spaces of all kinds, also those without a width.
-    letters = [c for c in name if unicodedata.category(c) not in ("Zs", "Cf")]
-    same.setdefault("".join(letters).casefold(), []).append(name)
-  if alike := [names for names in same.values() if len(names) > 1]:
-    logging.warning(
-      "%s: classes differ in case or spaces alone: %s; if they are one, make one "
-      "folder of them",
-      folders.place(""),
-      "; ".join(" and ".join(map(repr, names)) for names in alike[:_NUM_NAMED]),
-    )
+  tell_alike(folders.place(""), class_names)
   if any(re.search("[\udc80-\udcff]", prefix) for prefix in folders.images):
     logging.warning(
       "%s: folder names that are not UTF-8 are shown by their bytes, as \\xNN; to have "

@@ -1,17 +1,19 @@
-"""One's own images: a folder or a .zip archive with one sub-folder per class.
+"""One's own images: a folder or a .zip archive with one sub-folder per class, or a CSV.
 
-`find_layout` says which file belongs to which split and class; `load` decodes small
-splits, draws the splits that are missing and returns the task.
+`folder_layout` or `labels_csv` say which file belongs to which split and class; `load`
+decodes small splits, draws the splits that are missing and returns the task.
 """
 
 from collections.abc import Mapping, Sequence
 import functools
+import os
 
 from absl import logging
 from jaxtyping import Int
 import ml_collections
 import numpy as np
 
+from insvp_jax import trees
 from insvp_jax.data import (
   cache,
   decode,
@@ -22,7 +24,7 @@ from insvp_jax.data import (
 )
 from insvp_jax.data.folder_or_zip import open_folder_or_zip
 from insvp_jax.data.image_files import ImageFiles
-from insvp_jax.data.sources import stored_splits
+from insvp_jax.data.sources import labels_csv, stored_splits
 from insvp_jax.data.sources.folder_layout import Layout, find_layout
 from insvp_jax.data.splits import ArraySplit, TaskData
 from insvp_jax.data.subsets import stratified_parts
@@ -34,7 +36,11 @@ _ADVICE = (
 )
 
 
-def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
+def load(
+  data_config: ml_collections.ConfigDict,
+  image_size: int,
+  layout: Layout | None = None,
+) -> TaskData:
   """Reads a folder or .zip of images.
 
   It holds `train/<class>/...` and, if wanted, `val/<class>/...` and `test/<class>/...`,
@@ -44,11 +50,15 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   train's classes, in every split. An archive is read in place; one folder around
   everything, or around all of a split, is fine.
 
+  With `labels`, a CSV says which images there are, and what they are of; see
+  `labels_csv`. What is drawn is drawn alike.
+
   Args:
-    data_config: the section config.data; `root`, `preset`, `val_fraction`,
-      `test_fraction`, `split_seed`, `skip_corrupt`, `resident_mb`, `cache_dir` and
-      those of `decode.DecodeOptions` are read.
+    data_config: the section config.data; `root`, `labels` and its columns, `preset`,
+      `val_fraction`, `test_fraction`, `split_seed`, `skip_corrupt`, `resident_mb`,
+      `cache_dir` and those of `decode.DecodeOptions` are read.
     image_size: side of the model's input in pixels.
+    layout: which files there are, from `join_layouts`; None finds them.
 
   Returns:
     The splits train, val, train_val (both together) and test, as far as they exist; the
@@ -59,12 +69,18 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     ValueError: if the layout, a class or an image is not usable; the message names it.
   """
   preset = preprocess.get_preset(data_config.preset)
+  path, are_listed = labels_csv.root_of(data_config), True
   # Open for a moment: splits open the root themselves whenever they are read.
-  with open_folder_or_zip(data_config.root) as root:
-    if data_config.splits_json:
-      layout = Layout(*stored_splits.read(root, data_config.splits_json))
+  with open_folder_or_zip(path) as root:
+    if layout is not None:
+      pass
+    elif data_config.splits_json:
+      *stored, are_listed = stored_splits.read(root, data_config.splits_json)
+      layout = Layout(*stored)
+    elif data_config.labels:
+      layout = labels_csv.find_layout(root, data_config)
     else:
-      layout = find_layout(root)
+      layout, are_listed = find_layout(root), False
   advice = "" if data_config.skip_corrupt else _ADVICE
   # Shared, so that what is found of 16-bit images is found of the whole set.
   options = decode.DecodeOptions.from_config(data_config)
@@ -72,7 +88,7 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   for split, members in layout.splits.items():
     names, labels = zip(*members, strict=True)
     labels = np.array(labels, np.int32)
-    lists[split] = ImageFiles(data_config.root, names, labels, advice, options=options)
+    lists[split] = ImageFiles(path, names, labels, advice, options=options)
   readable, decoded = _decode_small_splits(lists, data_config, preset, image_size)
   # Skipping may leave a class without images, of which nothing could be learned.
   for split, images in readable.items():
@@ -84,8 +100,11 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   fractions = {"val": data_config.val_fraction, "test": data_config.test_fraction}
   if data_config.splits_json:
     fractions = {}
-  parts = _draw_missing_splits(
-    readable, fractions, data_config.split_seed, layout.class_names
+  parts = draw_missing_splits(
+    {split: images.labels for split, images in readable.items()},
+    fractions,
+    data_config.split_seed,
+    layout.class_names,
   )
   # The parts of splits on disk become the task's splits, as files and, where they are
   # decoded already, as pixels.
@@ -116,7 +135,84 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
   skipped = sum(len(lists[split]) - len(readable[split]) for split in lists)
   source = f"images of {root.path}"
   files = {name: (images.names, images.labels) for name, images in part_lists.items()}
-  return TaskData(root.name, layout.class_names, splits, skipped, source, files=files)
+  return TaskData(
+    root.name or "images",  # the root of a file system has none
+    layout.class_names,
+    splits,
+    skipped,
+    source,
+    files=files,
+    are_listed=are_listed,
+  )
+
+
+def join_layouts(
+  paths: Mapping[str, str], data_config: ml_collections.ConfigDict
+) -> tuple[str, Layout]:
+  """Returns one layout of splits that lie apart, and the folder around all of them.
+
+  Args:
+    paths: of "train" and of "val" or "test": folders of classes, or CSVs (see
+      `is_csv`). Only train may have splits of its own.
+    data_config: the section config.data; `root` and the columns are read of CSVs.
+
+  Returns:
+    (path of the folder, layout), for `load`.
+
+  Raises:
+    ValueError: a split is there twice, is an archive, or has a class that train lacks.
+    FileNotFoundError: a path is not there.
+  """
+  roots: dict[str, str] = {}
+  layouts: dict[str, Layout] = {}
+  for split, path in paths.items():
+    config = data_config.copy_and_resolve_references()
+    if is_csv(path):
+      config.labels = path
+    else:
+      config.root = path
+    roots[split] = os.path.abspath(os.path.expanduser(labels_csv.root_of(config)))
+    if os.path.isfile(roots[split]):
+      raise ValueError(
+        f"{split} is in {roots[split]}; of several paths each has to be a folder or a "
+        "CSV of files beside it: unpack the archive, or make one of all splits."
+      )
+    with open_folder_or_zip(roots[split]) as root:
+      is_listed = bool(config.labels)
+      layouts[split] = (
+        labels_csv.find_layout(root, config) if is_listed else find_layout(root)
+      )
+  known, around = layouts["train"].class_names, os.path.commonpath(roots.values())
+  joined: dict[str, list[tuple[str, int]]] = {}
+  for given, layout in layouts.items():
+    others = set(layout.splits) - {"train"}
+    if given == "train":
+      others &= set(paths)
+    if others:
+      raise ValueError(
+        f"{paths[given]}, given as {given}, has a split {min(others)} in it; leave one "
+        "of them out, or give the folder of its classes."
+      )
+    for split, members in layout.splits.items():
+      name = split if given == "train" else given
+      if unknown := sorted(set(layout.class_names) - set(known)):
+        raise ValueError(
+          f"{paths[given]} has the class {unknown[0]!r}, which train does not have."
+          f"{trees.did_you_mean(unknown[0], known)}"
+        )
+      start = os.path.relpath(roots[given], around)
+      start = "" if start == "." else f"{start}/"
+      own = [known.index(class_name) for class_name in layout.class_names]
+      joined[name] = sorted(
+        ((f"{start}{file}", own[label]) for file, label in members),
+        key=lambda member: (member[1], member[0]),
+      )
+  return around, Layout(known, joined)
+
+
+def is_csv(path: str) -> bool:
+  """Returns whether a path is that of a table of labels, not of images."""
+  return path.lower().endswith((".csv", ".tsv", ".txt")) and not os.path.isdir(path)
 
 
 def _decode_small_splits(
@@ -209,8 +305,8 @@ def _decode(
   return arrays
 
 
-def _draw_missing_splits(
-  lists: Mapping[str, ImageFiles],
+def draw_missing_splits(
+  labels: Mapping[str, Int[np.ndarray, "_"]],
   fractions: Mapping[str, float],
   seed: int,
   class_names: Sequence[str],
@@ -218,24 +314,24 @@ def _draw_missing_splits(
   """Draws val and test from train where they are not on disk.
 
   Args:
-    lists: the readable files of each split on disk.
+    labels: of the readable images of each split that there is.
     fractions: which fraction of train becomes val and test.
     seed: the seed of the draw.
     class_names: how errors name the classes.
 
   Returns:
-    For train, val and test, as far as they exist, the split on disk that their images
+    For train, val and test, as far as they exist, the split there is that their images
     belong to, and positions in it.
   """
   missing = {
-    name: fraction for name, fraction in fractions.items() if name not in lists
+    name: fraction for name, fraction in fractions.items() if name not in labels
   }
-  # What is on disk stays as it is: nothing is drawn from val or test, nor into them.
-  part_of = stratified_parts(lists["train"].labels, missing, seed, class_names)
+  # What there is stays as it is: nothing is drawn from val or test, nor into them.
+  part_of = stratified_parts(labels["train"], missing, seed, class_names)
   parts = {}
   for name in ("train", "val", "test"):
-    if name in lists and name != "train":
-      parts[name] = (name, np.arange(len(lists[name])))
+    if name in labels and name != "train":
+      parts[name] = (name, np.arange(len(labels[name])))
     elif (part_of == name).any():
       parts[name] = ("train", np.flatnonzero(part_of == name))
   for name in missing.keys() & parts.keys():

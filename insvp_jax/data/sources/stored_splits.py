@@ -19,13 +19,16 @@ _NAMES = ("train", "val", "test")
 
 
 def to_json(
-  class_names: Sequence[str], files: Mapping[str, tuple[Sequence[str], np.ndarray]]
+  class_names: Sequence[str],
+  files: Mapping[str, tuple[Sequence[str], np.ndarray]],
+  are_listed: bool = False,
 ) -> dict[str, Any]:
   """Returns the lists of files as they are stored.
 
   Args:
     class_names: of the labels.
     files: for each split (names relative to the root, labels).
+    are_listed: as in `TaskData`.
   """
   splits = {
     split: {
@@ -35,13 +38,14 @@ def to_json(
     for split, (names, labels) in files.items()
     if split in _NAMES
   }
-  return {"class_names": list(class_names), "splits": splits}
+  listed = {"listed": True} if are_listed else {}
+  return {"class_names": list(class_names), "splits": splits, **listed}
 
 
 def read(
   root: FileTree, path: str
-) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
-  """Returns (class names, {split: [(file, label), ...]}) of a stored file.
+) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]], bool]:
+  """Returns (class names, {split: [(file, label), ...]}, are_listed) of a stored file.
 
   Args:
     root: the folder or archive that the files lie in.
@@ -62,6 +66,7 @@ def read(
       ]
       for split, by_class in stored["splits"].items()
     }
+    are_listed = bool(stored.get("listed"))
   except OSError as error:
     raise FileNotFoundError(
       f"config.data.splits_json: cannot read {path} ({error.strerror})."
@@ -78,20 +83,27 @@ def read(
     )
   listed = [name for members in splits.values() for name, _ in members]
   _check_there(root, listed, path)
-  return class_names, {split: members for split, members in splits.items() if members}
+  if not are_listed:
+    _tell_others(root, listed, path)
+  filled = {split: members for split, members in splits.items() if members}
+  return class_names, filled, are_listed
 
 
 def _check_there(root: FileTree, listed: Sequence[str], path: str) -> None:
-  """Checks that the files are there; says how many others there are."""
-  there = set(image_kinds.find_images(root).images)
-  missing = [name for name in listed if name not in there]
+  """Checks that the files are there."""
+  sizes = root.sizes(listed)
+  missing = [name for name, size in zip(listed, sizes, strict=True) if size < 0]
   if missing:
     raise FileNotFoundError(
       f"{len(missing)} of {len(listed)} images that {path} names are not in {root.path}"
       f", first {printable(missing[0])}: was a folder renamed or moved? Restore them, "
       "or take another folder (insvp evaluate --root=...)."
     )
-  if others := len(there) - len(set(listed)):
+
+
+def _tell_others(root: FileTree, listed: Sequence[str], path: str) -> None:
+  """Says how many other images there are."""
+  if others := len(set(image_kinds.find_images(root).images) - set(listed)):
     logging.warning(
       "%s: %d images are not in %s, and left out", root.path, others, path
     )

@@ -1,7 +1,12 @@
 """The convolution of InsVP's prompters, and how it is computed where."""
 
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+
 import flax.linen as nn
 import jax
+from jax import lax
 from jaxtyping import Array, Float
 
 from insvp_jax.methods.ops.conv_forms import FORMS
@@ -9,10 +14,34 @@ from insvp_jax.methods.ops.initializers import torch_uniform
 
 AUTO = "auto"
 CHOICES = (AUTO, *FORMS)
+# What "auto" stands for in a program that is made here to run elsewhere.
+PORTABLE = "portable"
+_AUTO_IS = contextvars.ContextVar("auto_is", default="")
 
 
-def choose_form(channels: int, features: int, kernel: int, dilation: int) -> str:
-  """Returns the form that is fastest here, a key of `FORMS`.
+@contextlib.contextmanager
+def auto_is(form: str) -> Iterator[None]:
+  """Lets "auto" stand for one form in what is traced within.
+
+  Args:
+    form: a key of `FORMS`, or `PORTABLE`: the form that is fastest on the device that
+      the program will run on.
+  """
+  token = _AUTO_IS.set(form)
+  try:
+    yield
+  finally:
+    _AUTO_IS.reset(token)
+
+
+def choose_form(
+  channels: int,
+  features: int,
+  kernel: int,
+  dilation: int,
+  on_cpu: bool | None = None,
+) -> str:
+  """Returns the form that is fastest, a key of `FORMS`.
 
   Measured on CPUs by benchmarks/convolutions.py: spectra win between few channels,
   by a factor of 30 or more for the published 25 x 25 kernel, and lose where a
@@ -20,9 +49,16 @@ def choose_form(channels: int, features: int, kernel: int, dilation: int) -> str
   nothing is measured yet: wide dense kernels become matrix products there, which is
   what those devices are made for. So they do where there are several devices, since
   XLA gathers the whole batch on each of them before it transforms it.
+
+  Args:
+    channels, features: that go in and come out.
+    kernel, dilation: as of `Conv`.
+    on_cpu: whether a CPU computes it that is the only device; None: as it is here.
   """
+  if on_cpu is None:
+    on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
   wide = channels * features <= 8 * kernel**2
-  if jax.default_backend() == "cpu" and jax.device_count() == 1:
+  if on_cpu:
     return "fft" if wide and kernel > 1 else "plain"
   return "blocks" if wide and kernel >= 7 and dilation == 1 else "plain"
 
@@ -52,7 +88,28 @@ class Conv(nn.Module):
     kernel = self.param("kernel", init, (size, size, channels, self.features))
     bias = self.param("bias", init, (self.features,))
     images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias)
+    return self._convolve(images, kernel) + bias
+
+  @nn.nowrap
+  def _convolve(
+    self, images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"]
+  ) -> Float[Array, "b h w o"]:
+    """Returns the images convolved with the kernel in the form of `form`."""
+
+    def fastest(on_cpu: bool | None) -> str:
+      return choose_form(*kernel.shape[2:], len(kernel), self.dilation, on_cpu)
+
+    def convolve(form: str) -> Callable[[Array, Array], Array]:
+      return lambda images, kernel: FORMS[form](images, kernel, self.dilation)
+
     form = self.form
     if form == AUTO:
-      form = choose_form(channels, self.features, size, self.dilation)
-    return FORMS[form](images, kernel, self.dilation) + bias
+      form = _AUTO_IS.get() or fastest(None)
+    if form != PORTABLE:
+      return convolve(form)(images, kernel)
+    cpu, others = fastest(True), fastest(False)
+    if cpu == others:
+      return convolve(cpu)(images, kernel)
+    return lax.platform_dependent(
+      images, kernel, cpu=convolve(cpu), default=convolve(others)
+    )

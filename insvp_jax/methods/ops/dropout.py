@@ -1,5 +1,7 @@
 """Dropout that draws fast, and at a rate that may be data of the compiled step."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,11 +37,17 @@ class Dropout(nn.Module):
 
 
 def drop_per_sample(
-  dropout: Dropout, tokens: Float[Array, "l 1 p d"], num_samples: int, *, train: bool
+  dropout: Dropout, tokens: Float[Array, "l 1 p d"], num_samples: Any, *, train: bool
 ) -> Float[Array, "l b_or_1 p d"]:
   """Returns prompts that all images share, with dropout drawn for each image.
 
   The batch axis stays 1 where nothing is dropped.
+
+  Args:
+    dropout: draws.
+    tokens: the prompts.
+    num_samples: images; a symbol in a program that is exported for any number of them.
+    train: whether dropout is on.
   """
   if not train or is_off(dropout.rate):
     return tokens

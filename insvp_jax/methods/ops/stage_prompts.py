@@ -54,7 +54,7 @@ def create(
 def drop(
   dropout: Dropout,
   tokens: Sequence[Array],
-  num_samples: int,
+  num_samples: Any,
   *,
   train: bool,
 ) -> list[Array]:

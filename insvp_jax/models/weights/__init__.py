@@ -1,6 +1,11 @@
 """Pretrained weights: found, downloaded, read, checked and written."""
 
-from insvp_jax.models.weights.downloads import file_digest, resolve
+from insvp_jax.models.weights.downloads import (
+  atomic_file,
+  file_digest,
+  hub_folder,
+  resolve,
+)
 from insvp_jax.models.weights.load import load_backbone, save_backbone
 from insvp_jax.models.weights.published import (
   architecture_of,
@@ -19,7 +24,9 @@ __all__ = [
   "Release",
   "architecture_of",
   "are_sizes_known",
+  "atomic_file",
   "file_digest",
+  "hub_folder",
   "is_file_name",
   "is_remote",
   "load_backbone",

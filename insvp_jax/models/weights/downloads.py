@@ -1,6 +1,6 @@
 """Finds the file of a backbone on this machine, and downloads it if need be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import hashlib
@@ -122,6 +122,116 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
+class _Repository:
+  """A repository of Hugging Face, whose files are fetched one by one."""
+
+  def __init__(self, name: str):
+    """Takes "timm/..." or "hf-hub:...", with "@revision" where it is not the newest."""
+    self.name = name
+    self.id, _, revision = name.removeprefix("hf-hub:").partition("@")
+    self.revision: str | None = revision or None
+    self._num_bytes = 0
+
+  @property
+  def url(self) -> str:
+    """The address of its files."""
+    return f"https://huggingface.co/{self.id}/resolve/{self.revision or 'main'}/"
+
+  def get(self, file: str, **options: Any) -> Path | None:
+    """Returns a file; None where the repository has no such file.
+
+    Args:
+      file: its name.
+      **options: of `hf_hub_download`; without any the file is downloaded, and all that
+        are may not be larger than a download may.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    fetch = functools.partial(
+      huggingface_hub.hf_hub_download, self.id, file, revision=self.revision
+    )
+    try:
+      if not options:
+        self._num_bytes += fetch(dry_run=True).file_size or 0
+        _check_size(self.name, self._num_bytes, _max_bytes())
+      return Path(fetch(**options))
+    except errors.EntryNotFoundError as error:
+      # Both are subclasses: it is not there, or nobody could be asked.
+      is_offline = isinstance(error, errors.LocalEntryNotFoundError)
+      if is_offline and not options.get("local_files_only"):
+        raise
+      return None
+
+  def reason(self, error: Exception) -> str:
+    """Returns why nothing came, in a few words.
+
+    Raises:
+      ValueError: there can be no repository of that name.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+      raise ValueError(f"{self.name!r} is no name of a repository: {error}") from error
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines() or ["nothing more is known"]
+    return f"{type(cause).__name__}: {lines[0]}"
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+  """Returns what `huggingface_hub` raises where nothing comes."""
+  from huggingface_hub import errors
+
+  return (
+    OSError,
+    errors.HFValidationError,
+    errors.HfHubHTTPError,
+    errors.EntryNotFoundError,
+  )
+
+
+def hub_folder(name: str, wanted: Sequence[str]) -> Path:
+  """Returns the folder with some files of a repository of Hugging Face.
+
+  The newest ones are asked for, or those of a revision. Without a network it is what
+  `huggingface_hub` has in its cache.
+
+  Args:
+    name: "hf-hub:user/name", and "@revision" where it is not the newest one.
+    wanted: names of the files; nothing else is downloaded.
+
+  Raises:
+    ValueError: no name of a repository, or the files are too large.
+    FileNotFoundError: it lacks a file, or could not be reached.
+  """
+  import huggingface_hub
+
+  repository, path, reason = _Repository(name), None, ""
+  options: dict[str, Any] = {}
+  try:
+    try:
+      _look_up(huggingface_hub.constants.ENDPOINT)
+    except OSError as error:
+      reason, options = repository.reason(error), {"local_files_only": True}
+    for file in wanted:
+      path = repository.get(file, **options)
+      if path is None:
+        reason = reason or f"it has no {file}"
+        break
+      # All are of one commit, whatever is pushed meanwhile.
+      if re.fullmatch("[0-9a-f]{40}", path.parent.name):
+        repository.revision = path.parent.name
+  except _hub_errors() as error:
+    path, reason = None, repository.reason(error)
+  if path is not None:
+    return path.parent
+  raise FileNotFoundError(
+    f"{name} could not be had ({reason}). Check the name and the revision, log in with "
+    f"`hf auth login` if it is private, or download {' and '.join(wanted)} from "
+    f"{repository.url} into a folder, and give its path."
+  )
+
+
 def _hub_file(
   name: str, cache_dir: str | os.PathLike[str] | None, download: bool
 ) -> Path:
@@ -137,46 +247,24 @@ def _hub_file(
   Raises:
     ValueError, FileNotFoundError: see `resolve`.
   """
-  repository, _, revision = name.removeprefix("hf-hub:").partition("@")
-  url = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/"
+  repository = _Repository(name)
   folder = Path(cache_dir or paths.cache_dir()).expanduser().absolute()
-  folder = folder / _cache_name(url)
+  folder = folder / _cache_name(repository.url)
   for file in array_files.FILES:
     if (folder / file).is_file():
       return folder / file
   import huggingface_hub
-  from huggingface_hub import errors
-
-  num_bytes = 0
-
-  def get(file: str, **options: Any) -> Path | None:
-    """Returns a file of the repository; None where it has no such file."""
-    nonlocal num_bytes
-    fetch = functools.partial(
-      huggingface_hub.hf_hub_download, repository, file, revision=revision or None
-    )
-    try:
-      if not options:
-        num_bytes += fetch(dry_run=True).file_size or 0
-        _check_size(name, num_bytes, _max_bytes())
-      file = fetch(**options)
-    except errors.EntryNotFoundError as error:
-      # Both are subclasses: it is not there, or nobody could be asked.
-      is_offline = isinstance(error, errors.LocalEntryNotFoundError)
-      if is_offline and not options.get("local_files_only"):
-        raise
-      return None
-    return Path(file)
 
   def find(**options: Any) -> Path | None:
     for file in array_files.FILES:
-      path = get(file, **options)
+      path = repository.get(file, **options)
       if path is not None and file.endswith(".index.json"):
-        if None in [get(part, **options) for part in array_files.index_files(path)]:
+        parts = array_files.index_files(path)
+        if None in [repository.get(part, **options) for part in parts]:
           continue
       if path is not None:
         for beside in ("config.json", "preprocessor_config.json"):
-          get(beside, **options)
+          repository.get(beside, **options)
         return path
     return None
 
@@ -188,17 +276,14 @@ def _hub_file(
       if path := find():
         return path
     reason = f"it has none of {', '.join(array_files.FILES)}"
-  except errors.HFValidationError as error:
-    raise ValueError(f"{name!r} is no name of a repository: {error}") from error
-  except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
-    cause = error.__cause__ or error
-    reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+  except _hub_errors() as error:
+    reason = repository.reason(error)
   _check_download(name, download)
   raise FileNotFoundError(
     f"the backbone {name!r} is not on this machine and could not be downloaded "
-    f"({reason}). Download {url}{array_files.FILES[0]}, and config.json beside it, "
-    f"where there is a network and put them into {folder}; the cache is set by "
-    f"${paths.CACHE_VARIABLE}."
+    f"({reason}). Download {repository.url}{array_files.FILES[0]}, and config.json "
+    f"beside it, where there is a network and put them into {folder}; the cache is set "
+    f"by ${paths.CACHE_VARIABLE}."
   )
 
 

@@ -116,6 +116,7 @@ class Objective(abc.ABC):
     image_size: int,
     start_step: int,
     sharding: jax.sharding.Sharding | None,
+    balanced_classes: int = 0,
   ) -> Iterator[Batch]:
     """Yields batches for ever; batch t depends on the examples, the seed and t alone.
 
@@ -126,6 +127,7 @@ class Objective(abc.ABC):
       image_size: side of the model's input in pixels.
       start_step: the first step to yield.
       sharding: of a batch, by its leading axis.
+      balanced_classes: number of classes that are shown alike; 0 with uniform sampling.
     """
 
   @abc.abstractmethod
@@ -179,6 +181,8 @@ class Objective(abc.ABC):
     found: Mapping[str, Any],
     class_names: Sequence[str],
     train_count: Sequence[int],
+    *,
+    ordered: bool = False,
   ) -> dict[str, Any]:
     """Returns what `evaluate` found of the classes, as result.json keeps it.
 
@@ -186,4 +190,5 @@ class Objective(abc.ABC):
       found: what `evaluate` returned.
       class_names: one name per class.
       train_count: how much there was of each class to train on.
+      ordered: whether the classes are grades.
     """

@@ -83,21 +83,30 @@ class Classification(Objective):
   def outcome(self, output: Any, batch: Batch) -> dict[str, Average]:
     """Returns sums over unmasked examples.
 
-    They are of correct and of all examples (int32) and of the loss (float32, in nats);
-    padding has mask 0 and adds nothing to any of them.
+    The sums and counts are those of "accuracy" and "loss" (float32, in nats), []; of
+    "class_accuracy": the right ones and the number of each class's examples, int32 [k];
+    of "class_prediction": the sum of the classes predicted for each class's examples,
+    as indices, and how often each class is predicted, int32 [k]. Padding has mask 0 and
+    adds nothing to any of them.
     """
     targets = losses.targets(batch["labels"], self.num_classes)
     is_real = batch["mask"] > 0
-    is_correct = jnp.argmax(output, axis=-1) == batch["labels"]
+    predicted = jnp.argmax(output, axis=-1)
+    is_correct = predicted == batch["labels"]
     nats = losses.cross_entropy(output, targets)
     # Rows of 0 and 1, whatever the smoothing is in training.
     counts = (targets * is_real[:, None]).astype(jnp.int32)
+    guesses = losses.targets(predicted, self.num_classes) * is_real[:, None]
     return {
       "accuracy": Average.from_model_output(is_correct, mask=is_real),
       "loss": Average.from_model_output(nats, mask=is_real),
       "class_accuracy": Average(
         total=jnp.sum(counts * is_correct[:, None], axis=0),
         count=jnp.sum(counts, axis=0),
+      ),
+      "class_prediction": Average(
+        total=jnp.sum(counts * predicted[:, None].astype(jnp.int32), axis=0),
+        count=jnp.sum(guesses.astype(jnp.int32), axis=0),
       ),
     }
 
@@ -110,6 +119,7 @@ class Classification(Objective):
     image_size: int,
     start_step: int,
     sharding: jax.sharding.Sharding | None,
+    balanced_classes: int = 0,
   ) -> Iterator[Batch]:
     return pipeline.train_batches(
       examples,
@@ -119,6 +129,7 @@ class Classification(Objective):
       image_size=image_size,
       start_step=start_step,
       sharding=sharding,
+      balanced_classes=balanced_classes,
     )
 
   def eval_batches(
@@ -150,5 +161,7 @@ class Classification(Objective):
     found: Mapping[str, Any],
     class_names: Sequence[str],
     train_count: Sequence[int],
+    *,
+    ordered: bool = False,
   ) -> dict[str, Any]:
-    return evaluate.balanced(found, class_names, train_count)
+    return evaluate.balanced(found, class_names, train_count, ordered=ordered)

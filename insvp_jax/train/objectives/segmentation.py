@@ -71,6 +71,11 @@ class Segmentation(Objective):
           f"config.loss.{name} is {config.loss[name]:g}, but masks are not mixed; set "
           "it to 0."
         )
+    if config.data.sampling != "uniform":
+      raise ValueError(
+        f"config.data.sampling is {config.data.sampling!r}, but an image has pixels of "
+        "several classes; set it to 'uniform', and loss.class_weights if need be."
+      )
     return cls(
       num_classes,
       preprocess.get_preset(config.data.preset),
@@ -139,7 +144,9 @@ class Segmentation(Objective):
     image_size: int,
     start_step: int,
     sharding: jax.sharding.Sharding | None,
+    balanced_classes: int = 0,
   ) -> Iterator[Batch]:
+    del balanced_classes  # `create` has none of it.
     crops = Crops(
       resize=self.settings["resize"],
       scales=tuple(self.settings["train_scales"]),
@@ -228,9 +235,11 @@ class Segmentation(Objective):
     found: Mapping[str, Any],
     class_names: Sequence[str],
     train_count: Sequence[int],
+    *,
+    ordered: bool = False,
   ) -> dict[str, Any]:
     """Returns pixel and mean accuracy, and of each class its IoU and pixels."""
-    del train_count
+    del train_count, ordered
     iou = [None if np.isnan(x) else float(x) for x in found["class_iou"]]
     rows = zip(class_names, iou, found["class_pixels"], strict=True)
     return {
