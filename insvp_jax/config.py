@@ -22,7 +22,10 @@ from insvp_jax.methods import METHODS, fields, parts_of
 # (default, documentation) by key. A type is a None that takes values of that type. The
 # methods' sections and `tune.grid` follow from what the methods declare.
 _KEYS: dict[str, tuple[Any, str]] = {
-  "task": ("digits", "a task or group of data/tasks.py, digits, folder or cifar10_npz"),
+  "task": (
+    "digits",
+    "a task or group of data/tasks.py, digits, folder, segment_folder or cifar10_npz",
+  ),
   "method": ("insvp", f"{', '.join(METHODS)}; or several, joined by +"),
   "seed": (0, "seed of initialisation, batches, augmentation and dropout"),
   "batch_size": (64, "training images of a step, over all devices; 0: automatic"),
@@ -108,6 +111,9 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "data.lists": ("", "folder of VPT-style train.json, val.json and test.json"),
   "data.duplicates": ("warn", "pictures in two splits or classes: warn, drop or error"),
   "data.splits_json": ("", "a run's splits.json, in place of splits that are drawn"),
+  "data.classes": ("", "file that names a mask's classes: .txt, .csv or .json"),
+  "data.ignore_label": (255, "value of a mask's pixels that do not count; -1: none"),
+  "data.reduce_zero_label": (False, "0 of a mask does not count, and 1 is the first"),
   "data.labels": ("", "CSV of paths below root and labels; empty: folders are classes"),
   "data.image_column": ("", "the column of paths, or of images; empty: found"),
   "data.label_column": ("", "the column of labels; empty: found"),
@@ -140,6 +146,21 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "loss.cutmix_alpha": (0.0, "alpha of cutmix's Beta distribution; 0: no cutmix"),
   "loss.mix_prob": (0.5, "probability that a batch is mixed at all"),
   "loss.mix_switch_prob": (0.5, "probability of cutmix where mixup is on too"),
+  # Segmentation: the head, how it is trained, and how images of any size are covered.
+  "segment.channels": (256, "channels of the convolutions of SETR's head"),
+  "segment.aux_blocks": (tuple, "blocks that auxiliary heads see; None: as SETR's"),
+  "segment.aux_weight": (0.4, "weight of the loss of each auxiliary head"),
+  "segment.resize": (
+    "shorter",
+    "shorter: an image's shorter side becomes image_size; none: images as they are",
+  ),
+  "segment.train_scales": ((0.5, 2.0), "least and greatest factor of scale jitter"),
+  "segment.max_share": (0.75, "most that a class may have of a training crop"),
+  "segment.flip": (True, "mirror half of the training crops"),
+  "segment.stride": (0, "pixels between windows of evaluation; 0: 2/3 of image_size"),
+  "segment.scales": ((1.0,), "factors of an image's sides in evaluation"),
+  "segment.flips": (False, "evaluate images mirrored, too"),
+  "segment.batch_size": (8, "windows of a step of evaluation, over all devices"),
   # The search: which values are tried, and what is trained with the chosen ones.
   "tune.methods": ((), "methods side by side; empty: method alone"),
   "tune.variants": (
@@ -174,14 +195,17 @@ _BACKBONE_FIELDS = (
 )
 # What may change between a run and its resumption; all else shapes the result.
 MAY_CHANGE = (
-  r"(tune|plan)/.*|eval_batch_size|(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
+  r"(tune|plan)/.*|eval_batch_size|segment/(stride|scales|flips|batch_size)|"
+  r"(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"wandb|prompt_images|profile|keep_checkpoints|"
-  r"data/(max_pixels|max_file_mb|ordered)|"
+  r"data/(max_pixels|max_file_mb|ordered|classes)|"
   r"data/(root|labels|(image|label|split)_column|cache_dir|data_dir|lists|splits_json)|"
   r"backbone/(weights|remat|fsdp)"
 )
 # What may differ between the processes of one run: where a host has its files.
-PER_HOST = r"data/(root|labels|cache_dir|data_dir|lists|splits_json)|backbone/weights"
+PER_HOST = (
+  r"data/(root|labels|cache_dir|data_dir|lists|splits_json|classes)|backbone/weights"
+)
 
 
 def method_sections() -> tuple[str, ...]:
@@ -367,7 +391,7 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def stored(config: ConfigDict) -> dict[str, Any]:
   """Returns `to_dict` with whole paths: a run may be read again from elsewhere."""
   values = to_dict(config)
-  for name in ("root", "labels", "data_dir", "lists", "splits_json"):
+  for name in ("root", "labels", "data_dir", "lists", "splits_json", "classes"):
     path = values["data"][name]
     if path and "://" not in path:
       values["data"][name] = os.path.abspath(os.path.expanduser(path))

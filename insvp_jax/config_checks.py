@@ -69,6 +69,7 @@ def validate(config: ConfigDict) -> None:
       f"both config.data.shots = {config.data.shots} and config.data.fraction = "
       f"{config.data.fraction:g} were given; leave one out."
     )
+  _check_segment(config.segment)
   if config.data.duplicates not in ("warn", "drop", "error"):
     raise ValueError(
       f"config.data.duplicates is {config.data.duplicates!r}, expected 'warn', 'drop' "
@@ -89,6 +90,41 @@ def validate(config: ConfigDict) -> None:
       raise ValueError(
         f"config.backbone.{key} is {config.backbone[key]!r}, expected 'float32' or "
         "'bfloat16'."
+      )
+
+
+def _check_segment(segment: ConfigDict) -> None:
+  """Checks the values of config.segment that types and ranges say nothing of.
+
+  Raises:
+    ValueError: names the key, its value and what is expected.
+  """
+  if segment.resize not in ("shorter", "none"):
+    raise ValueError(
+      f"config.segment.resize is {segment.resize!r}, expected 'shorter' or 'none'."
+    )
+  for key, count in (("train_scales", 2), ("scales", None)):
+    scales = segment[key]
+    are_numbers = all(
+      isinstance(x, float | int) and not isinstance(x, bool) and 0.01 <= x <= 100
+      for x in scales
+    )
+    if not scales or not are_numbers or count not in (None, len(scales)):
+      raise ValueError(
+        f"config.segment.{key} is {scales!r}, expected {count or 'some'} numbers in "
+        "[0.01, 100], e.g. (0.5, 2.0)."
+      )
+  low, high = segment.train_scales
+  if low > high:
+    raise ValueError(
+      f"config.segment.train_scales is {segment.train_scales!r}, expected the least "
+      "factor first."
+    )
+  for block in segment.aux_blocks or ():
+    if not isinstance(block, int) or isinstance(block, bool):
+      raise ValueError(
+        f"config.segment.aux_blocks has {block!r}, expected numbers of blocks, counted "
+        "from 1."
       )
 
 
@@ -285,6 +321,12 @@ _RANGES: dict[str, tuple[float | int, float | int]] = {
   "data.max_pixels": _COUNT,
   "data.max_file_mb": (1, 2**20),
   "data.max_16bit": (0, 2**16 - 1),
+  "data.ignore_label": (-1, 2**16 - 1),
+  "segment.channels": (1, 2**12),
+  "segment.aux_weight": _NOT_NEGATIVE,
+  "segment.max_share": _SHARE,
+  "segment.stride": (0, 2**13),
+  "segment.batch_size": (1, 2**12),
   "optim.lr": _NOT_NEGATIVE,
   "optim.wd": _NOT_NEGATIVE,
   "loss.mixup_alpha": (0, 1e6),

@@ -201,6 +201,7 @@ def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
   """Does what the config says, and ends with what came of it and where it lies."""
   from insvp_jax.distributed import processes
   from insvp_jax.search import suite
+  from insvp_jax.train.objectives import Segmentation, objective_of
 
   results = suite.run(config, workdir, _MODE.value)
   pictures = [
@@ -208,6 +209,7 @@ def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
     for task_config, task_workdir in suite.members(config, workdir)
   ]
   best = suite.best_run(config, workdir, _MODE.value, results)
+  masks = "--output=MASKS " if objective_of(config.task) is Segmentation else ""
   tool = "insvp " if Path(sys.argv[0]).name == "insvp" else "python -m insvp_jax.tools."
   lines = {
     "table": workdir / "table.md",
@@ -216,7 +218,7 @@ def _train_or_tune(config: ConfigDict, workdir: Path) -> None:
     "logs": f"metrics.jsonl of each run, or tensorboard --logdir={workdir}"
     if config.tensorboard
     else "metrics.jsonl of each run",
-    "next": f"{tool}predict --run={best} IMAGES",
+    "next": f"{tool}predict --run={best} {masks}IMAGES",
   }
   if best == workdir:
     del lines["table"]

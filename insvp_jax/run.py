@@ -15,9 +15,10 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int16, UInt8
 import numpy as np
 
+from insvp_jax import config as config_lib
 from insvp_jax import methods, trees
 from insvp_jax.checkpoints import adapters
 from insvp_jax.checkpoints.files import (
@@ -35,8 +36,14 @@ from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
 from insvp_jax.errors import printable
 from insvp_jax.models import weights
-from insvp_jax.models.classifier import PromptedClassifier, create_model
+from insvp_jax.models.classifier import (
+  PromptedClassifier,
+  PromptedSegmenter,
+  create_model,
+)
 from insvp_jax.train import state as state_lib
+from insvp_jax.train import windows as windows_lib
+from insvp_jax.train.objectives import Segmentation, segmentation
 
 FORMAT = 1
 # Batches are padded to one of these sizes, so that few programs are compiled.
@@ -76,13 +83,62 @@ class Run:
     """Returns the probability of each class for each image.
 
     Raises:
-      ValueError, FileNotFoundError: not an image; see `Run`.
+      ValueError, FileNotFoundError: not an image; see `Run`. Or the run is one of
+        segmentation.
     """
+    if self.segments:
+      raise ValueError("this run classifies pixels, not images; use segment.")
 
     def probabilities(params: Any, inputs: Array) -> Array:
       return jax.nn.softmax(self.model.apply({"params": params}, inputs))
 
     return self._apply("predict", probabilities, images)
+
+  @property
+  def segments(self) -> bool:
+    """Whether it classifies pixels, by `segment`, and not images, by `predict`."""
+    return isinstance(self.model, PromptedSegmenter)
+
+  @property
+  def first_label(self) -> int:
+    """The value that the first class had in the masks that it was trained on."""
+    section = self.meta["config"].get("data", {})
+    return int(section.get("reduce_zero_label", False))
+
+  def segment(self, images: Any, **changes: Any) -> list[Int16[np.ndarray, "h w"]]:
+    """Returns the class of each pixel of each image, at the image's own size.
+
+    Args:
+      images: see `Run`; they are not resized before they come.
+      **changes: fields of the config's section `segment` that are not as in the run:
+        `scales`, `flips`, `stride`, `resize`, `batch_size`.
+
+    Raises:
+      ValueError: the run is none of segmentation, an unknown field, or not an image.
+    """
+    if not self.segments:
+      raise ValueError("this run classifies images, not pixels; use predict.")
+    settings = config_lib.defaults().segment.to_dict()
+    settings |= self.meta["config"].get("segment", {})
+    for name in changes:
+      trees.lookup(settings, name, "field of config.segment")
+    objective = Segmentation(len(self.class_names), self.preset, settings | changes)
+    windows = objective.windows(self.model.input_size)
+    if "segment" not in self._compiled:
+
+      def logits(params: Any, pixels: Array) -> Array:
+        inputs = preprocess.normalise(self.preset, pixels)
+        return self.model.apply({"params": params}, inputs)
+
+      self._compiled["segment"] = jax.jit(logits)
+    compiled = self._compiled["segment"]
+    logits_of = segmentation.logits_function(
+      lambda batch: compiled(self.params, batch["images"]), windows, None
+    )
+    return [
+      windows_lib.segment(image, logits_of, windows)
+      for image in _read_images(images, self.decode_options)
+    ]
 
   def features(self, images: Any) -> Float[np.ndarray, "b d"]:
     """Returns the feature that the head sees, for each image."""

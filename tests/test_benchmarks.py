@@ -91,6 +91,18 @@ def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, 
     assert float(row[1]) > 0 and 0 < float32 < bfloat16
 
 
+def test_segmentation_trains_each_method(benchmark, monkeypatch, tmp_path, capsys):
+  module, picture = benchmark("segmentation"), tmp_path / "found.png"
+  monkeypatch.setattr(module, "SPLITS", {"train": 8, "val": 1, "test": 3})
+  flags = ["--methods=linear", "--steps=2", f"--picture={picture}"]
+  monkeypatch.setattr(sys, "argv", ["segmentation", *flags])
+  module.main()
+  titles, row = cells(capsys.readouterr().out)
+  assert titles[3:] == [f"{name}, %" for name in module.CLASSES]
+  assert row[:2] == ["linear", "89,100"] and 0 <= float(row[2]) < 100
+  assert picture.stat().st_size > 0
+
+
 def train_step_over_plain_forward(module, preset, conv, compiled):
   model = module.create_model(
     "B/16", num_classes=10, method_kwargs={"preset": preset, "conv": conv}

@@ -32,6 +32,7 @@ CONFIGS = (
   "pixels",
   "pretrain",
   "quickstart",
+  "segment",
   "vtab",
 )
 
@@ -274,7 +275,7 @@ def test_an_automatic_batch_leaves_an_epoch_four_steps(number, devices):
 def test_only_own_images_have_an_automatic_batch(root):
   sizes = {name: load(root, name).batch_size for name in CONFIGS}
   automatic = {name for name, size in sizes.items() if size == 0}
-  assert automatic == {"ablation", "folder", "quickstart"}
+  assert automatic == {"ablation", "folder", "quickstart", "segment"}
   config = load(root, "vtab")
   with pytest.raises(ValueError, match="only 18 images; lower it to at most 18"):
     config_lib.num_steps(config, 18)
@@ -439,7 +440,7 @@ def test_a_shipped_config_is_valid(root, name):
   assert trees.flatten(config.to_dict()).keys() == (
     trees.flatten(defaults().to_dict()).keys()
   )
-  sources = {*tasks.TASKS, "folder", "digits", "cifar10_npz"}
+  sources = {*tasks.TASKS, "folder", "segment_folder", "digits", "cifar10_npz"}
   assert config.task in sources
   assert config.data.preset in {*PRESETS, ""}
   assert config.head_init in HEAD_INITS
@@ -505,6 +506,32 @@ def test_the_docs_have_all_ablations(root):
   spec.loader.exec_module(module)
   assert rows == {name: doc for name, (_, doc) in module.ABLATIONS.items()}
   assert list(rows) == list(ABLATIONS)
+
+
+@pytest.mark.parametrize(
+  "key, value, expected",
+  [
+    ("resize", "longer", "'shorter' or 'none'"),
+    ("scales", (), "some numbers in"),
+    ("scales", (1.0, 0.0), "some numbers in"),
+    ("train_scales", (1.0,), "2 numbers in"),
+    ("train_scales", (2.0, 0.5), "the least factor first"),
+    ("aux_blocks", (1, 2.5), "numbers of blocks"),
+    ("max_share", 1.5, r"in \[0, 1\]"),
+  ],
+)
+def test_what_segmentation_cannot_be_is_named(key, value, expected):
+  config = defaults()
+  config.segment[key] = value
+  with pytest.raises(ValueError, match=f"config.segment.{key} .*expected {expected}"):
+    config_checks.validate(config)
+
+
+def test_segmentation_is_published_on_ade20k_alone(root):
+  own, published = load(root, "segment", "root=x"), load(root, "segment", "ade20k")
+  assert own.task == published.task == "segment_folder"
+  assert (own.data.reduce_zero_label, published.data.reduce_zero_label) == (False, True)
+  assert (published.image_size, published.total_steps) == (512, 160_000)
 
 
 def test_these_are_all_shipped_configs(root):

@@ -121,10 +121,11 @@ def _facts(run: Path) -> str:
     facts = [str(meta[key]) for key in ("task", "method") if key in meta]
     if (run / "result.json").is_file():
       result = load_json(run / "result.json")
+      metric = result.get("metric", "accuracy")
       for split in ("val", "test"):
-        accuracy = result.get(f"{split}_accuracy")
-        if isinstance(accuracy, float | int):
-          facts.append(f"{split} accuracy {100 * accuracy:.2f}%")
+        value = result.get(f"{split}_{metric}")
+        if isinstance(value, float | int):
+          facts.append(f"{split} {metric} {100 * value:.2f}%")
   except Damaged:
     return ": damaged"
   return f": {', '.join(facts)}"
@@ -243,19 +244,22 @@ _META: dict[str, Any] = {
     "backbone_kwargs": dict,
     "method_kwargs": dict,
     "head_init": str,
+    "head": str,
+    "head_kwargs": dict,
     "mean": [_NUMBER],
     "std": [_NUMBER],
   },
   "backbone": {"id": str, "sha256": str, "seed": int, "init": str, "source": str},
   "class_names": [str],
   "train_count": [int],
+  "num_train_examples": int,
   "preset": str,
   "image_size": int,
   "method": str,
   "task": str,
   "data_sha256": str,
   "trainable": [str],
-  "config": {"task": str, "backbone": dict, "data": dict},
+  "config": {"task": str, "backbone": dict, "data": dict, "segment": dict},
   "versions": dict,
 }
 # Likewise of how far it was; all else there are numbers.
@@ -283,7 +287,7 @@ def check_meta(meta: dict[str, Any], name: str) -> dict[str, Any]:
   """
   check_types(meta, _META, name)
   try:
-    for section in ("data", "backbone"):
+    for section in ("data", "backbone", "segment"):
       stored = (meta.get("config") or {}).get(section)
       config_checks.check_types(section, stored or {})
   except ValueError as error:

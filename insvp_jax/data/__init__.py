@@ -17,6 +17,9 @@ The way of one image of a `.zip`, from `load_data` to the batch on the device:
    rows ahead, crops and flips them and puts them on the devices.
 5. The train step normalises pixels on the device (`preprocess.normalise`).
 
+Images with masks (`sources.segment_folder`) are a `masks.MaskSplit`, always streamed:
+`mask_batches` crops both at random, on the host.
+
 With `data.shots`, `load_data` at last keeps so many training images of each class, with
 `data.fraction` that share of them.
 
@@ -41,6 +44,7 @@ from insvp_jax.data.sources import (
   gtsrb,
   image_folder,
   memory,
+  segment_folder,
   tfds,
   vtab_folder,
 )
@@ -66,6 +70,7 @@ LIST_COMMAND = "insvp prepare --list"
 # Tasks that are no rows of `TASKS`, and how they are loaded.
 OTHER_TASKS: dict[str, Callable[[ml_collections.ConfigDict, int], TaskData]] = {
   "folder": image_folder.load,
+  "segment_folder": segment_folder.load,
   "digits": digits.load,
   "cifar10_npz": cifar_npz.load,
 }
@@ -91,9 +96,9 @@ def load_data(
   Small splits are decoded into memory; large ones are decoded as they are read.
 
   Args:
-    task: "folder" (one's own images), "digits" (scikit-learn's), "cifar10_npz", or a
-      name in `tasks.TASKS`, which is read from TFDS, or from image files where
-      `data_config.root` names them.
+    task: "folder" (one's own images), "segment_folder" (with masks), "digits"
+      (scikit-learn's), "cifar10_npz", or a name in `tasks.TASKS`, which is read from
+      TFDS, or from image files where `data_config.root` names them.
     data_config: the section config.data. An empty preset is the default one: which
       weights' pixels it should follow is not known here.
     image_size: side of the model's input in pixels.

@@ -78,7 +78,7 @@ def train_batches(
   on_devices = isinstance(examples, Mapping)
   num_examples = examples["labels"].shape[0] if on_devices else len(examples)
   # This function is no generator, so that the check runs now, not at the first `next`.
-  schedule = _Schedule(
+  schedule = Schedule(
     num_examples=num_examples,
     batch_size=batch_size,
     steps_per_epoch=steps_per_epoch(num_examples, batch_size),
@@ -92,7 +92,7 @@ def train_batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Schedule:
+class Schedule:
   """Which examples make up which batch of a run.
 
   Attributes:
@@ -135,7 +135,7 @@ class _Schedule:
       step += 1
 
 
-def _resident_batches(examples, schedule: _Schedule, preset, image_size, sharding):
+def _resident_batches(examples, schedule: Schedule, preset, image_size, sharding):
   """Yields the batches of examples in memory or on the devices."""
   if isinstance(examples, ArraySplit):
     examples = resident.put_split(examples, sharding)
@@ -154,9 +154,9 @@ def _resident_batches(examples, schedule: _Schedule, preset, image_size, shardin
     yield take_batch(examples, order, seed, np.int32(step), **options)
 
 
-def _streamed_batches(split, schedule: _Schedule, preset, image_size, sharding):
+def _streamed_batches(split, schedule: Schedule, preset, image_size, sharding):
   """Yields the batches of a streamed split; each process reads its own rows only."""
-  rows = _local_rows(sharding, schedule.batch_size)
+  rows = local_rows(sharding, schedule.batch_size)
   augments = preset is not None and preset.augments
   whole = preset is not None and preset.crops_whole_images
   # The reader runs ahead: what it has been asked for waits here for its images.
@@ -182,7 +182,7 @@ def _streamed_batches(split, schedule: _Schedule, preset, image_size, sharding):
         pixels = _crop_and_flip(
           pixels, preset, key, rows, schedule.batch_size, image_size
         )
-      yield _put_rows(
+      yield put_rows(
         {"images": np.asarray(pixels), "labels": split.labels[indices]},
         rows,
         schedule.batch_size,
@@ -250,7 +250,7 @@ def eval_batches(
 
 def _eval_batches(split, batch_size, sharding):
   """Yields the batches of `eval_batches`."""
-  rows = _local_rows(sharding, batch_size)
+  rows = local_rows(sharding, batch_size)
   starts = range(0, len(split), batch_size)
   # In the last batch a process may have no real rows: nothing is read for it then.
   batches = [start + rows[start + rows < len(split)] for start in starts]
@@ -269,7 +269,7 @@ def _eval_batches(split, batch_size, sharding):
           name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
           for name, array in batch.items()
         }
-      yield _put_rows(batch, rows, batch_size, sharding)
+      yield put_rows(batch, rows, batch_size, sharding)
   finally:
     images.close()
 
@@ -279,7 +279,7 @@ def _no_images(split: Split) -> np.ndarray:
   return np.empty((0, split.stored_size, split.stored_size, 3), np.uint8)
 
 
-def _local_rows(sharding, batch_size: int) -> np.ndarray:
+def local_rows(sharding, batch_size: int) -> np.ndarray:
   """Returns the rows of a batch that lie on this process's devices, ascending."""
   all_rows = np.arange(batch_size)
   if sharding is None:
@@ -289,7 +289,7 @@ def _local_rows(sharding, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([all_rows[index] for index in parts]))
 
 
-def _put_rows(
+def put_rows(
   batch: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, sharding: Any
 ) -> dict[str, Array]:
   """Puts a batch on the devices, of which this process has some rows.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
@@ -35,11 +35,22 @@ class Split(abc.ABC):
     labels: class indices in [0, k), in the split's own order.
   """
 
+  # What `class_counts` counts.
+  COUNTED: ClassVar[str] = "images"
+
   labels: Int32[np.ndarray, "n"]
 
   def __len__(self) -> int:
     """Returns the number of examples, n."""
     return len(self.labels)
+
+  def class_counts(self, num_classes: int) -> Int[np.ndarray, "k"]:
+    """Returns how many examples each class has.
+
+    Args:
+      num_classes: k.
+    """
+    return np.bincount(self.labels, minlength=num_classes)
 
   @property
   @abc.abstractmethod
@@ -248,14 +259,12 @@ class TaskData:
     """
     names = [name for name in ("train", "val", "test") if name in self.splits]
     names = names or list(self.splits)
-    counts = {
-      name: np.bincount(self.splits[name].labels, minlength=self.num_classes)
-      for name in names
-    }
+    counts = {name: self.splits[name].class_counts(self.num_classes) for name in names}
+    counted = self.splits[names[0]].COUNTED if names else "images"
     if self.num_classes <= most:
       rows = zip(self.class_names, *counts.values(), strict=True)
       numbers = ", ".join(f"{name} {'/'.join(map(str, row))}" for name, *row in rows)
-      return f"images of each class ({'/'.join(names)}): {numbers}"
+      return f"{counted} of each class ({'/'.join(names)}): {numbers}"
     ranges = []
     for name, of_class in counts.items():
       low, high = int(of_class.argmin()), int(of_class.argmax())
@@ -263,7 +272,7 @@ class TaskData:
         f"{name} {of_class[low]} ({self.class_names[low]}), {np.median(of_class):g}, "
         f"{of_class[high]} ({self.class_names[high]})"
       )
-    return f"images of the smallest, median and largest class: {'; '.join(ranges)}"
+    return f"{counted} of the smallest, median and largest class: {'; '.join(ranges)}"
 
   def summary(self) -> str:
     """Returns two lines: classes, sizes of splits, skipped files; `class_counts`."""

@@ -182,11 +182,23 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str | Iterable[str]) -> None:
-  """Writes a file that is either complete or not there at all.
+  """Writes a text file as `write_bytes` does, in UTF-8.
 
   Args:
     path: the file; one that exists is replaced, and its directory is made.
     text: all of its content, or pieces of it, which are written as they come.
+  """
+  pieces = [text] if isinstance(text, str) else text
+  # Names of files that are no text in any encoding are spelt.
+  write_bytes(path, (piece.encode("utf-8", "backslashreplace") for piece in pieces))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes | Iterable[bytes]) -> None:
+  """Writes a file that is either complete or not there at all.
+
+  Args:
+    path: the file; one that exists is replaced, and its directory is made.
+    data: all of its content, or pieces of it, which are written as they come.
 
   Raises:
     OSError: the disk is full or read-only; what was there before stays.
@@ -199,9 +211,8 @@ def write_text(path: str | os.PathLike, text: str | Iterable[str]) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.check_replaceable(path)
-    # Names of files that are no text in any encoding are spelt.
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-      file.writelines([text] if isinstance(text, str) else text)
+    with partial.open("wb") as file:
+      file.writelines([data] if isinstance(data, bytes) else data)
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)

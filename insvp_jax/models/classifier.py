@@ -1,8 +1,12 @@
-"""The classifier: a backbone, a method and a head, joined at the hooks."""
+"""The model: a backbone, a method and a head, joined at the hooks.
+
+`PromptedClassifier` has one class for an image, `PromptedSegmenter` one for each pixel.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 from numbers import Integral
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +16,26 @@ from jaxtyping import Array, Float, Int
 
 from insvp_jax import methods, trees
 from insvp_jax.methods.base import Method
+from insvp_jax.methods.combined import Combined
 from insvp_jax.methods.hooks import Adaptation
-from insvp_jax.models import architectures, weights
+from insvp_jax.models import architectures, setr, weights
 from insvp_jax.models.heads import HEAD_INITS, Head
 from insvp_jax.models.vit import ViT
+
+# What a method may do with the one feature of an image, or with its one label: there is
+# none where each pixel has a class. {function of `Method`: what it does, in words}.
+_OF_ONE_FEATURE = {
+  "adapt_feature": "changes the pooled feature",
+  "adapt_logits": "maps the logits of an image",
+  "extra_loss": "has a loss of its own on an image's label",
+  "head": "has a head of its own",
+  "route": "groups images by their pooled feature",
+}
+# Running statistics of the head.
+_UPDATED = r"head/.*/(mean|var)"
+# Of one feature of an image, and of maps of patch tokens.
+HEADS = ("linear", "setr")
+_MOST_CHANNELS = 2**12
 
 
 def block_reads(reads: Mapping[str, Any]) -> Any:
@@ -44,6 +64,22 @@ class PromptedClassifier(nn.Module):
   def input_size(self) -> int:
     """Pixels per side of the images that the model takes."""
     return self.prompter.input_size()
+
+  @nn.nowrap
+  def masks(self, shapes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (which parameters train, which a step changes): trees of bools.
+
+    Those that a step changes are the trainable ones, and those that it sets without a
+    gradient; see `Method.updated_patterns`.
+
+    Args:
+      shapes: the tree of parameters.
+    """
+    trainable, updated = (
+      self.prompter.trainable_patterns(),
+      self.prompter.updated_patterns(),
+    )
+    return trees.mask(shapes, trainable), trees.mask(shapes, trainable + updated)
 
   def route(self, images: Float[Array, "b h w c"]) -> Int[Array, "b"]:
     """Returns the method's `route` of the plain backbone's feature."""
@@ -141,6 +177,95 @@ class PromptedClassifier(nn.Module):
     return self.prompter.prompts(images, **self._routed(images, None))
 
 
+class PromptedSegmenter(PromptedClassifier):
+  """Images in, logits of each pixel out, under a method.
+
+  Parameters: as of `PromptedClassifier`.
+
+  Attributes:
+    blocks: whose maps the auxiliary heads see, counted from 1.
+  """
+
+  blocks: tuple[int, ...] = ()
+
+  @nn.nowrap
+  def masks(self, shapes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    trainable, carried = map(trees.flatten, super().masks(shapes))
+    updated = {name for name in trainable if re.fullmatch(_UPDATED, name)}
+    return (
+      trees.unflatten({n: on and n not in updated for n, on in trainable.items()}),
+      trees.unflatten({n: on or n in updated for n, on in carried.items()}),
+    )
+
+  def maps(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> tuple[Float[Array, "b g g d"], ...]:
+    """Returns the maps that the head sees, those of `blocks` and the last one."""
+    prompted, adaptation = self.adapt(images, train=train)
+    tokens = self.backbone.embed(prompted, adaptation)
+    return self.backbone.maps(tokens, adaptation, self.blocks)
+
+  def __call__(
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    route: Int[Array, "b"] | None = None,
+    train: bool = False,
+  ) -> Float[Array, "b h w k"] | tuple[Float[Array, "b h w k"], ...]:
+    """Returns logits of each pixel in float32.
+
+    In training it is a tuple with those of the auxiliary heads after them.
+
+    Args:
+      images: normalised with the backbone's preset.
+      route: None; there is no method with one.
+      train: whether dropout is on; then `rngs={"dropout": key}` is needed.
+    """
+    del route
+    outputs = self.head(self.maps(images, train=train), images.shape[1], train=train)
+    return outputs if train else outputs[0]
+
+
+def _check_segments(backbone: nn.Module, prompter: Method, name: Any) -> None:
+  """Checks that a backbone and a method can segment.
+
+  Args:
+    backbone: of the model.
+    prompter: the method.
+    name: of the method, for messages.
+
+  Raises:
+    ValueError: they cannot; the message says why.
+  """
+  if not hasattr(backbone, "maps"):
+    raise ValueError(
+      f"the backbone is a {type(backbone).__name__}, but segmentation needs maps of "
+      "patch tokens of several blocks: expected a ViT, e.g. B/16."
+    )
+  parts = dict(prompter.parts) if isinstance(prompter, Combined) else {name: prompter}
+  for part, method in parts.items():
+    does = [
+      text
+      for function, text in _OF_ONE_FEATURE.items()
+      if getattr(type(method), function) is not getattr(Method, function)
+    ]
+    if method.prepares() or method.refresh_every_epochs():
+      does.append("computes something of images and their labels beside the steps")
+    if method.reads_source_head():
+      does.append("reads the classes that the backbone was trained on")
+    if method.hooks().overrides("pool"):
+      does.append("pools the tokens")
+    if method.input_size() != method.spec.image_size:
+      does.append("takes images of a size of its own")
+    if method.prompted_size() != method.spec.image_size:
+      does.append("makes images larger")
+    if does:
+      raise ValueError(
+        f"the method {part!r} cannot segment: it {does[0]}. Expected one that adapts "
+        "the backbone alone, such as linear, bias, vpt_deep, insvp, lora or full."
+      )
+
+
 def _check_normalised(images: Any) -> None:
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(
@@ -188,8 +313,10 @@ def create_model(
   head_init: str = "zeros",
   mean: Sequence[float] = (0.5, 0.5, 0.5),
   std: Sequence[float] = (0.5, 0.5, 0.5),
+  head: str = "linear",
+  head_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptedClassifier:
-  """Returns the classifier of a backbone under a method.
+  """Returns the model of a backbone under a method.
 
   Args:
     backbone: a variant ("Ti/16", "swin_b"), a release's name ("vit_b16_i21k", "boxed"),
@@ -203,6 +330,9 @@ def create_model(
     head_init: a key of `models.heads.HEAD_INITS`.
     mean, std: of each channel, by which pixels in [0, 1] are normalised; some methods
       compute with it.
+    head: "linear", or "setr" for a `PromptedSegmenter` with SETR's.
+    head_kwargs: of "setr": `channels` of its convolutions, and `blocks`, those whose
+      maps auxiliary heads see; None is `setr.aux_blocks`.
 
   Raises:
     ValueError: an unknown name or field (with the nearest known one), or sizes
@@ -242,5 +372,46 @@ def create_model(
       "its head is not kept: set head_classes (config.backbone.head_classes) to their "
       "number: 10 of boxed, 21843 of AugReg's on ImageNet-21k."
     )
-  head = prompter.head(Head(num_classes, head_init))
-  return PromptedClassifier(built, prompter, head)
+  trees.lookup(dict.fromkeys(HEADS), head, "head")
+  if head == "setr":
+    _check_segments(built, prompter, method)
+    for name in head_kwargs or {}:
+      trees.lookup(dict.fromkeys(("channels", "blocks")), name, "field of head_kwargs")
+    return _segmenter(built, prompter, num_classes, **(head_kwargs or {}))
+  linear = prompter.head(Head(num_classes, head_init))
+  return PromptedClassifier(built, prompter, linear)
+
+
+def _is_in(value: Any, low: int, high: int) -> bool:
+  """Returns whether a value is a whole number in a range."""
+  is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+  return is_whole and low <= value <= high
+
+
+def _segmenter(
+  backbone: nn.Module,
+  prompter: Method,
+  num_classes: int,
+  channels: Any = 256,
+  blocks: Any = None,
+) -> PromptedSegmenter:
+  """Returns the model with SETR's head; `channels` and `blocks` may be a file's.
+
+  Raises:
+    ValueError: no number of channels, or blocks that the backbone does not have.
+  """
+  if not _is_in(channels, 1, _MOST_CHANNELS):
+    raise ValueError(
+      f"channels is {channels!r}, expected a whole number from 1 to {_MOST_CHANNELS}."
+    )
+  if blocks is None:
+    blocks = setr.aux_blocks(backbone.depth)
+  blocks = tuple(blocks)
+  are_there = all(_is_in(block, 1, backbone.depth) for block in blocks)
+  if not are_there or list(blocks) != sorted(set(blocks)):
+    raise ValueError(
+      f"the blocks of auxiliary heads are {blocks}, expected ascending numbers from 1 "
+      f"to {backbone.depth}."
+    )
+  head = setr.SETRHead(num_classes, channels, len(blocks), jnp.dtype(backbone.dtype))
+  return PromptedSegmenter(backbone, prompter, head, blocks)

@@ -161,6 +161,7 @@ class _ScannedBlock(nn.Module):
 
   block: Mapping[str, Any]
   update_prompts: bool
+  keeps: bool = False
 
   @nn.compact
   def __call__(self, carry, inputs, shared):
@@ -174,7 +175,8 @@ class _ScannedBlock(nn.Module):
     x, new_prompts, reads = block(
       x, new_prompts, self.update_prompts, None, HookArrays(arrays, shared)
     )
-    return (x, new_prompts if self.update_prompts else None), reads
+    new_prompts = new_prompts if self.update_prompts else None
+    return (x, new_prompts), (reads, x if self.keeps else None)
 
 
 def unsharded(
@@ -223,12 +225,21 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n d"], adaptation: Adaptation = UNCHANGED
-  ) -> Float[Array, "b m d"] | Float[Array, "b d"]:
+    self,
+    x: Float[Array, "b n d"],
+    adaptation: Adaptation = UNCHANGED,
+    keep: tuple[int, ...] | None = None,
+  ) -> Float[Array, "b m d"] | Float[Array, "b d"] | tuple[Float[Array, "b n d"], ...]:
     """Returns the normalised tokens of the last block, without prompts.
 
     Where a hook pools, it is the feature [b, d]. What the hooks keep for the loss is
     sown in the collection "reads", as the list "blocks".
+
+    Args:
+      x: prefix and patch tokens.
+      adaptation: the arrays of a method, and its hooks.
+      keep: blocks, counted from 1: then all tokens after each of them, as they are, and
+        those of the last block, normalised, are returned. No hook may pool.
     """
     _check(adaptation.prompts, self.depth)
     pools = adaptation.hooks.overrides("pool")
@@ -247,7 +258,7 @@ class Encoder(nn.Module):
       run = self._scanned
     else:
       run = self._unstacked
-    x, prompts, reads = run(x, adaptation)
+    x, prompts, reads, kept = run(x, adaptation, keep)
     if reads is not None:
       self.sow("reads", "blocks", reads, reduce_fn=lambda _, new: new, init_fn=list)
     arrays = HookArrays(None, adaptation.shared)
@@ -262,6 +273,8 @@ class Encoder(nn.Module):
         return x
       return layer(x) if after is None else after("encoder_norm", x, layer(x))
 
+    if keep is not None:
+      return (*kept, norm(x))
     if hooks.overrides("pool"):
       return hooks.pool(arrays, norm, x, prompts)
     return norm(x)[:, 0] if pools else norm(x)
@@ -294,18 +307,18 @@ class Encoder(nn.Module):
     block, policy = unsharded(block, self.unshard), self._remat_policy()
     return block if policy is None else nn.remat(block, **policy, **remat_options)
 
-  def _num_read(self, hooks: Hooks) -> int | None:
+  def _num_read(self, hooks: Hooks, keep: tuple[int, ...] | None) -> int | None:
     """Returns how many tokens the last block has to compute; None for all."""
-    return None if hooks.overrides("pool") else self.num_read
+    return None if keep is not None or hooks.overrides("pool") else self.num_read
 
-  def _unrolled(self, x, adaptation):
+  def _unrolled(self, x, adaptation, keep):
     block = self._lifted(Block, static_argnums=(3, 4))
     fields = self._block_fields(adaptation.hooks)
     return self._in_turn(
-      x, adaptation, lambda i: block(**fields, name=f"encoderblock_{i}")
+      x, adaptation, keep, lambda i: block(**fields, name=f"encoderblock_{i}")
     )
 
-  def _unstacked(self, x, adaptation):
+  def _unstacked(self, x, adaptation, keep):
     """As `_unrolled`, of parameters that are stacked: where blocks differ."""
     stacked = self.variables["params"]["encoderblock"]
     block = Block(**self._block_fields(adaptation.hooks), parent=None)
@@ -324,9 +337,9 @@ class Encoder(nn.Module):
         call = jax.checkpoint(call, static_argnums=(3, 4), **policy)
       return functools.partial(call, stacked)
 
-    return self._in_turn(x, adaptation, apply)
+    return self._in_turn(x, adaptation, keep, apply)
 
-  def _in_turn(self, x, adaptation, get_block):
+  def _in_turn(self, x, adaptation, keep, get_block):
     """Applies one block after the other; `get_block(i)` is the i-th."""
     hooks = adaptation.hooks
     # A block's own prompts: an array, or None where those of the block before go on.
@@ -336,7 +349,8 @@ class Encoder(nn.Module):
       tokens, first = adaptation.prompts.tokens, adaptation.prompts.first
       own |= {first + i: tokens[i] for i in range(tokens.shape[0])}
       carries = carries and adaptation.prompts.carry
-    prompts, reads = None, []
+    num_read = self._num_read(hooks, keep)
+    prompts, reads, kept = None, [], []
     for i in range(self.depth):
       if own[i] is not None:
         prompts = own[i]
@@ -347,15 +361,18 @@ class Encoder(nn.Module):
       goes_on = not is_last and carries and own[i + 1] is None
       update_prompts = goes_on or hooks.reads_prompts
       update_prompts |= is_last and hooks.pools_prompts
-      num_read = self._num_read(hooks) if is_last else None
       arrays = HookArrays(block_of(adaptation.blocks, i), adaptation.shared)
-      x, prompts, read = get_block(i)(x, prompts, update_prompts, num_read, arrays)
+      x, prompts, read = get_block(i)(
+        x, prompts, update_prompts, num_read if is_last else None, arrays
+      )
       reads.append(read)
-    if self.num_read is not None and not hooks.overrides("pool"):
-      x = x[:, : self.num_read]
-    return x, prompts, reads if hooks.overrides("leave") else None
+      if keep is not None and i + 1 in keep:
+        kept.append(x)
+    if num_read is not None:
+      x = x[:, :num_read]
+    return x, prompts, reads if hooks.overrides("leave") else None, kept
 
-  def _scanned(self, x, adaptation):
+  def _scanned(self, x, adaptation, keep):
     """Computes the same as `_unrolled`, though all blocks have to do the same.
 
     If one block updates the prompts all of them do, and the last one computes the
@@ -379,16 +396,16 @@ class Encoder(nn.Module):
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
       length=self.depth,
-    )(self._block_fields(hooks), update_prompts, name="encoderblock")
+    )(self._block_fields(hooks), update_prompts, bool(keep), name="encoderblock")
     is_prompted = jnp.arange(self.depth) < num_prompted
-    (x, prompts), reads = blocks(
+    (x, prompts), (reads, outputs) = blocks(
       (x, prompts), (tokens, is_prompted, adaptation.blocks), adaptation.shared
     )
-    if not hooks.overrides("pool"):
-      x = x[:, : self.num_read]
+    x = x[:, : self._num_read(hooks, keep)]
+    kept = [outputs[block - 1] for block in keep or ()]
     if not hooks.overrides("leave"):
-      return x, prompts, None
-    return x, prompts, [block_of(reads, i) for i in range(self.depth)]
+      return x, prompts, None, kept
+    return x, prompts, [block_of(reads, i) for i in range(self.depth)], kept
 
 
 def _are_alike(adaptation: Adaptation, depth: int) -> bool:

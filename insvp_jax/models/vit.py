@@ -332,6 +332,36 @@ class ViT(Backbone):
     """
     return self.Transformer(self._with_prefix(self.embed(images)))
 
+  def maps(
+    self,
+    tokens: Float[Array, "b n d"],
+    adaptation: Adaptation = UNCHANGED,
+    blocks: tuple[int, ...] = (),
+  ) -> tuple[Float[Array, "b g g d"], ...]:
+    """Returns maps of patch tokens, without class token, registers and prompts.
+
+    Args:
+      tokens: patch tokens, from `embed`.
+      adaptation: of a method; it must not pool.
+      blocks: which blocks' outputs are wanted, ascending and counted from 1.
+
+    Returns:
+      One for each of `blocks`, as they leave it, and that of the last block, normalised
+      by the backbone's last norm.
+    """
+    if self.is_initializing():
+      # The parameters do not depend on what becomes of the tokens.
+      self.encode(tokens)
+    kept = self.Transformer(self._with_prefix(tokens), adaptation, blocks)
+    if self.fc_norm:
+      after = bind_after(adaptation.hooks, HookArrays(None, adaptation.shared))
+      y = self.norm_of_feature(kept[-1])
+      last = y if after is None else after("encoder_norm", kept[-1], y)
+      kept = (*kept[:-1], last)
+    grid = round(tokens.shape[1] ** 0.5)
+    shape = (len(tokens), grid, grid, self.width)
+    return tuple(x[:, self.num_prefix :].reshape(shape) for x in kept)
+
   def _with_prefix(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     """Returns what the first block gets: [b, num_prefix + n, d]."""
     prefix = [self.cls] if self.has_cls else []

@@ -110,6 +110,9 @@ def population_size(
     split: that they train on.
   """
   asked, num_trials = configs[0].tune.population, len(configs)
+  if not program.objective.ONE_FEATURE:
+    # Its evaluation is that of one model.
+    return 1
   if asked:
     return min(asked, num_trials)
   stats = jax.local_devices()[0].memory_stats()

@@ -19,6 +19,7 @@ from insvp_jax.logs.writers import write_json, write_text
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.search import tables
 from insvp_jax.search import tune as tune_lib
+from insvp_jax.train import report
 from insvp_jax.train.program import fill_preset
 
 
@@ -105,7 +106,7 @@ def best_run(
   """
   task_config, task_dir = members(config, workdir)[0]
   summary = results if config.task not in GROUPS else results[task_config.task]
-  if "test_accuracy" in summary:  # a single run
+  if report.metric_keys(summary)[1] in summary:  # a single run
     return task_dir
   best = max(summary, key=lambda label: summary[label]["mean"] or 0.0)
   return tune_lib.first_runs(task_config, task_dir, mode)[best]

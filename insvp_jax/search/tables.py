@@ -8,6 +8,7 @@ from typing import Any
 import tabulate
 
 from insvp_jax.errors import printable
+from insvp_jax.train import objectives
 
 # Of classes by their number of training images; see `train.evaluate.by_group`.
 GROUPS = ("many", "medium", "few")
@@ -37,6 +38,17 @@ def markdown(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
   return f"{text}\n"
 
 
+def values_key(metric: str) -> str:
+  """Returns under which key a row has its metric on test, a number for each seed."""
+  return "test_accuracies" if metric == "accuracy" else f"test_{metric}s"
+
+
+def metric_of(summary: Mapping[str, Any]) -> str:
+  """Returns the metric of a table's rows, by its name in keys."""
+  # Rows of before there were several kinds of tasks name none.
+  return next((row.get("metric", "accuracy") for row in summary.values()), "accuracy")
+
+
 def group_names(summary: Mapping[str, Any]) -> list[str]:
   """Returns which of `GROUPS` any row has test classes of."""
   means = [result.get("group_means", {}) for result in summary.values()]
@@ -57,7 +69,8 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
     if any(result.get(name) is not None for result in summary.values())
   ]
   groups = group_names(summary)
-  titles = [task, "test accuracy, %", *(_MEANS[name] for name in means)]
+  title = objectives.title_of(metric_of(summary))
+  titles = [task, f"test {title}, %", *(_MEANS[name] for name in means)]
   titles += [f"{name}, %" for name in groups]
   titles += ["seeds", "lr", "wd", *hparams]
   titles += ["prompter + head", "seconds a run"]
@@ -76,8 +89,8 @@ def format_table(task: str, summary: Mapping[str, Any]) -> str:
 
 
 def format_csv(task: str, summary: Mapping[str, Any]) -> str:
-  """Returns the summary as CSV, a row per label; accuracies in [0, 1]."""
-  hparams = _searched_hparams(summary)
+  """Returns the summary as CSV, a row per label; metrics in [0, 1]."""
+  hparams, metric = _searched_hparams(summary), metric_of(summary)
   columns = (
     "method",
     "mean",
@@ -85,8 +98,8 @@ def format_csv(task: str, summary: Mapping[str, Any]) -> str:
     *_MEANS,
     *GROUPS,
     "seeds",
-    "test_accuracies",
-    "val_accuracy",
+    values_key(metric),
+    f"val_{metric}",
     "lr",
     "wd",
   )

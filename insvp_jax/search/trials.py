@@ -29,7 +29,7 @@ from insvp_jax.search.grids import GRIDS, Grid
 
 FILE = "trials.jsonl"
 # None where the loss diverged.
-_ACCURACY = float | int | None
+_NUMBER = float | int | None
 Point = dict[str, Any]
 
 
@@ -238,11 +238,18 @@ def read(path: Path, digest: str) -> list[dict[str, Any]]:
     # A killed process may have left half a line.
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
       trial = files.parse_json(line)
-      accuracy = trial.get("val_accuracy")
-      is_whole = "val_accuracy" in trial or "scores" in trial
-      if trial["settings"] == digest and is_whole and isinstance(accuracy, _ACCURACY):
+      key = val_key(trial)
+      is_whole = key in trial or "scores" in trial
+      is_number = isinstance(trial.get(key), _NUMBER)
+      if trial["settings"] == digest and is_whole and is_number:
         trials.append(trial)
   return trials
+
+
+def val_key(trial: Mapping[str, Any]) -> str:
+  """Returns under which key a trial, or a row, has the metric on val that chooses."""
+  # Those of before there were several kinds of tasks name none.
+  return f"val_{trial.get('metric', 'accuracy')}"
 
 
 def find(trials: Sequence[Mapping[str, Any]], point: Point) -> Mapping[str, Any] | None:
@@ -282,17 +289,17 @@ def append(path: Path, trial: Mapping[str, Any]) -> None:
 def choose(
   trials: Sequence[Mapping[str, Any]], names: Sequence[str] = ("lr", "wd")
 ) -> Point:
-  """Returns the point of the best val accuracy; ties go to the smaller lr, then wd.
+  """Returns the point that is best on val; ties go to the smaller lr, then wd.
 
   Args:
-    trials: points with val_accuracy, which is None where the loss diverged.
+    trials: points with their `val_key`, which is None where the loss diverged.
     names: of the points' hparams, in the order in which ties are broken.
 
   Raises:
     ValueError: all of them diverged.
   """
-  finished = [trial for trial in trials if trial["val_accuracy"] is not None]
+  finished = [trial for trial in trials if trial[val_key(trial)] is not None]
   if not finished:
     raise ValueError("every run of the search diverged; lower config.tune.lr.")
-  best = min(finished, key=lambda t: (-t["val_accuracy"], *(t[name] for name in names)))
+  best = min(finished, key=lambda t: (-t[val_key(t)], *(t[name] for name in names)))
   return {name: best[name] for name in names}

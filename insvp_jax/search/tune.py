@@ -199,6 +199,11 @@ class Search:
     for each in configs:
       kwargs = program_lib.model_kwargs(each, self.prepared.data.num_classes)
       create_model(**kwargs)
+    if self.percents and not self.prepared.program.objective.ONE_FEATURE:
+      raise ValueError(
+        f"config.tune.prune.{next(iter(self.percents))} is of a method whose masks are "
+        "scored by images with one label each; set it to () for segmentation."
+      )
     has_val = {"train", "val"} <= set(self.prepared.data.splits)
     # Without val, rows with nothing to choose have the test split alone.
     self.has_trials = self.has_choice or (are_compared and has_val)
@@ -271,11 +276,13 @@ class Search:
       masks, pruned = pruning.prune(self, chosen, workdir, row)
       chosen, best = {**chosen, **masks}, pruned
     results = self.retrain(chosen, workdir, row)
-    columns = (*self.names, "val_accuracy")
+    metric = self.prepared.program.objective.METRIC
+    columns = (*self.names, f"val_{metric}")
     return {
       **_of_runs(results),
       **chosen,
-      "val_accuracy": best.get("val_accuracy"),
+      "metric": metric,
+      f"val_{metric}": best.get(f"val_{metric}"),
       "searched": list(self.names) if self.has_choice else [],
       "trials": [{name: trial[name] for name in columns} for trial in finished],
       **({"pruning": best["pruning"]} if self.percents else {}),
@@ -364,8 +371,8 @@ class Search:
         print_once(f"{title}: too many for the device's memory; now {size} at a time")
         continue
       for point, outcome in zip(chunk, outcomes, strict=False):
-        accuracy = outcome["val_accuracy"]
-        text = outcome["diverged"] or f"val {100 * accuracy:.2f}%"
+        value = outcome[trials.val_key(outcome)]
+        text = outcome["diverged"] or f"val {100 * value:.2f}%"
         print_once(f"{trials.point_text(point)}: {text}")
         yield {**point, "seed": config.seed, **outcome, "together": size}
       start += size
@@ -395,15 +402,16 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   Args:
     results: of the runs, one per seed.
   """
-  # A task without a test split has no accuracies: its models are all there is.
-  accuracies = [r["test_accuracy"] for r in results if r["test_accuracy"] is not None]
+  # A task without a test split has no numbers: its models are all there is.
+  key = report.metric_keys(results[0])[1]
+  values = [r[key] for r in results if r[key] is not None]
   rates = [r["images_per_second"] for r in results if r["images_per_second"]]
   return {
-    "mean": statistics.mean(accuracies) if accuracies else None,
-    "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    "mean": statistics.mean(values) if values else None,
+    "std": statistics.stdev(values) if len(values) > 1 else None,
     **_means_by_class(results),
     "group_means": _group_means(results),
-    "test_accuracies": accuracies,
+    tables.values_key(results[0].get("metric", "accuracy")): values,
     "seeds": [result["seed"] for result in results],
     "trainable_params": results[0]["trainable_params"],
     "prompter_params": results[0]["prompter_params"],
@@ -465,14 +473,16 @@ def train_trials(
     whole: how far the search is.
 
   Returns:
-    For each, `val_accuracy` in [0, 1] and `val_loss` in nats after the last epoch,
-    `diverged`: None, or what went wrong in place of these, and its share of the time.
+    For each, the `metric`, its value on val in [0, 1] (`val_accuracy`), and `val_loss`
+    in nats, None where that is not computed, of the last epoch; `diverged`: None, or
+    what went wrong in place of these; and its share of the time.
   """
   config = configs[0].copy_and_resolve_references()
   # The choice is the last epoch's; nothing before it counts.
   config.eval_every_epochs = config.checkpoint_every_epochs = 0.0
   config.profile = ""
   program, num_members = prepared.program, len(configs)
+  metric = program.objective.METRIC
   if num_members == 1:
     state = create_state(config, program, params)
   else:
@@ -505,8 +515,11 @@ def train_trials(
   def outcome(member: int) -> dict[str, Any]:
     is_finite = member not in diverged
     return {
-      "val_accuracy": _of_member(val["accuracy"], member) if is_finite else None,
-      "val_loss": _of_member(val["loss"], member) if is_finite else None,
+      "metric": metric,
+      f"val_{metric}": _of_member(val[metric], member) if is_finite else None,
+      "val_loss": _of_member(val["loss"], member)
+      if is_finite and "loss" in val
+      else None,
       "diverged": diverged.get(member),
       "train_seconds": timer.seconds / num_members,
       "images_per_second": timer.images_per_second,

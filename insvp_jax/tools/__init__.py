@@ -37,6 +37,37 @@ def argument_parser(doc: str, module: str, prog: str | None) -> argparse.Argumen
   )
 
 
+def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments that say how a segmenter looks at images."""
+  parser.add_argument(
+    "--scales",
+    nargs="+",
+    type=float,
+    help="segmentation: factors of an image's sides whose results are averaged",
+  )
+  parser.add_argument(
+    "--flips", action="store_true", help="segmentation: average mirrored images, too"
+  )
+
+
+def segment_changes(args: argparse.Namespace, run: Any) -> dict[str, Any]:
+  """Returns the changes of a run's evaluation that arguments ask for.
+
+  Raises:
+    ValueError: scales that are none, or of a run that classifies images.
+  """
+  changes: dict[str, Any] = {}
+  if args.scales:
+    if not all(0.01 <= scale <= 100 for scale in args.scales):
+      raise ValueError(f"--scales has {args.scales}, expected numbers in [0.01, 100].")
+    changes["scales"] = tuple(args.scales)
+  if args.flips:
+    changes["flips"] = True
+  if changes and not run.segments:
+    raise ValueError("--scales and --flips are of segmentation; leave them out.")
+  return changes
+
+
 def run_tool(main: Callable[[], None]) -> int:
   """Runs a tool and returns its exit status.
 

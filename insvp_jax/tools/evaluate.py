@@ -3,6 +3,9 @@
 insvp evaluate --run=runs/folder/insvp/seed0 --splits train_val test
 insvp evaluate --run=runs/folder/insvp/seed0 --by_class --confusion=confusion.png
 insvp evaluate --run=runs/folder/insvp/seed0 --format=json > scores.json
+insvp evaluate --run=runs/segment --by_class --scales 0.5 1 1.5 --flips
+
+Of segmentation it prints the mIoU; scales and flips are those of the run, unless given.
 
 Its batches are not the trainer's, which the last bits depend on: with
 `backbone.dtype=bfloat16` single images may be classified otherwise than in result.json.
@@ -12,6 +15,7 @@ Not to select by: a result on the test split that selected something is no test 
 """
 
 from collections.abc import Sequence
+import functools
 import json
 from pathlib import Path
 import sys
@@ -21,7 +25,7 @@ import numpy as np
 
 from insvp_jax import tools
 from insvp_jax.data import tasks
-from insvp_jax.tools import run_data, runs, scores, visualize
+from insvp_jax.tools import masks, run_data, runs, scores, visualize
 from insvp_jax.tools.run_data import RunData
 
 CHUNK_SIZE = 256  # images in memory at a time
@@ -92,6 +96,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     action="store_true",
     help="the classes are grades, in this order: print the quadratic kappa, too",
   )
+  tools.add_segment_arguments(parser)
   parser.add_argument(
     "--format", choices=("text", "json"), default="text", help="text is the default"
   )
@@ -102,10 +107,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       visualize.check_format(Path(args.confusion))
       visualize.check_matplotlib()
     run = runs.load(args)
+    changes = tools.segment_changes(args, run)
+    if run.segments and args.ordered:
+      raise ValueError("--ordered is of classes of images; leave it out.")
     data = run_data.read(run, args.root)
     splits = data.data.splits
     # A folder of classes alone is all there is to score.
     default = "test" if "test" in splits or not args.root else "train"
+    if run.segments and "test" not in splits and "val" in splits:
+      default = "val"
     names = args.splits or [default]
     for name in names:
       if name not in splits:
@@ -123,15 +133,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     found = {}
     for name in names:
-      labels, probabilities = predict_split(run, data, name)
-      found[name] = scores.score(
-        labels, probabilities, run.class_names, ordered=ordered
-      )
+      if run.segments:
+        split = data.data.splits[name]
+        found[name] = masks.score(run, split, data.columns, changes)
+      else:
+        labels, probabilities = predict_split(run, data, name)
+        found[name] = scores.score(
+          labels, probabilities, run.class_names, ordered=ordered
+        )
       if args.format == "text":
         whole = args.root and not args.splits and name == "train"
-        print(_text(run, found[name], "all" if whole else name), flush=True)
+        title, scored = "all" if whole else name, found[name]
+        text = masks.format_score if run.segments else functools.partial(_text, run)
+        print(text(scored, title), flush=True)
         if args.by_class:
-          print(scores.format_classes(found[name]), flush=True)
+          table = masks if run.segments else scores
+          print(table.format_classes(scored), flush=True)
       if args.confusion:
         scores.write_confusion(found[name], args.confusion)
     if args.format == "json":

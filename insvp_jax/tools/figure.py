@@ -33,9 +33,12 @@ import numpy as np
 
 from insvp_jax import tools
 from insvp_jax.errors import printable
+from insvp_jax.search import tables
+from insvp_jax.search.trials import val_key
 from insvp_jax.tools import ablation_figure, run_figures, tsne, visualize
 from insvp_jax.tools.plots import COLORS, DPI, STYLES, Curve, averaged
 from insvp_jax.tools.run_files import first_final_run, read_losses, read_summary
+from insvp_jax.train import objectives
 
 ROW_INCHES = 0.5
 _CHOSEN = {"markersize": 7.5, "markeredgecolor": "black", "markeredgewidth": 1.4}
@@ -85,16 +88,17 @@ def _draw_accuracies(axis: Any, summary: Mapping[str, Any]) -> None:
     offsets = np.linspace(-0.3, 0.06, len(tried)) if len(tried) > 1 else (-0.12,)
     heights = dict(zip(tried, i + np.array(offsets), strict=False))
     chosen = {name: row[name] for name in row["searched"] or ("lr",)}
+    key = val_key(row)
     for trial in row["trials"]:
       y, color = heights[trial["lr"]], colors[trial["lr"]]
-      if trial["val_accuracy"] is None:
+      if trial[key] is None:
         # At the edge: it has no accuracy.
         where = {"transform": axis.get_yaxis_transform(), "clip_on": False}
         axis.plot(0.012, y, "x", color=color, markersize=5, **where)
         continue
       is_chosen = all(trial[name] == value for name, value in chosen.items())
       look = _CHOSEN if is_chosen else {"markersize": 5.5}
-      axis.plot(100 * trial["val_accuracy"], y, "o", color=color, **look)
+      axis.plot(100 * trial[key], y, "o", color=color, **look)
     if row["mean"] is not None:
       spread = None if row["std"] is None else 100 * row["std"]
       axis.errorbar(
@@ -108,7 +112,7 @@ def _draw_accuracies(axis: Any, summary: Mapping[str, Any]) -> None:
     axis.axhline(border - 0.5, color="0.85", linewidth=0.8, zorder=0)
   axis.grid(axis="x", color="0.92", zorder=0)
   axis.set_axisbelow(True)
-  axis.set_xlabel("accuracy, %")
+  axis.set_xlabel(f"{objectives.title_of(tables.metric_of(summary))}, %")
 
   def handle(label: str, marker: str = "o", color: Any = "0.6", **look: Any) -> Any:
     return Line2D([], [], linestyle="", marker=marker, color=color, label=label, **look)
@@ -116,7 +120,7 @@ def _draw_accuracies(axis: Any, summary: Mapping[str, Any]) -> None:
   handles = [handle(f"val, lr {lr:g}", color=color) for lr, color in colors.items()]
   if rates:
     handles.append(handle("chosen", **_CHOSEN))
-  if any(t["val_accuracy"] is None for row in summary.values() for t in row["trials"]):
+  if any(t[val_key(row)] is None for row in summary.values() for t in row["trials"]):
     handles.append(handle("diverged", "x"))
   handles.append(handle("test, mean ± std", "D", "black"))
   axis.legend(

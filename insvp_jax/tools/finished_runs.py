@@ -208,6 +208,9 @@ def _read(folder: Path, rows_of_search: Callable[[Path], Sequence[_SearchRow]]) 
     if not _is(result.get(key), kind):
       value = checkpoint_files.short(result.get(key))
       raise _Unfit(f"its {RESULT} has {key} = {value}, expected {kind.__name__}")
+  metric = result.get("metric", "accuracy")
+  if metric != "accuracy":
+    raise _Unfit(f"it is judged by {metric}, and the tables are of accuracies")
   accuracy = result.get("test_accuracy")
   if accuracy is None:
     raise _Unfit("it was not evaluated on a test split")

@@ -107,6 +107,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   # Every device keeps all training images and labels, unless they are streamed.
   image_bytes = num_train * (stored_size**2 * 3 + 4)
   are_streamed = image_bytes > config.data.resident_mb * 2**20
+  are_streamed |= not program.objective.ONE_FEATURE
   feature_bytes = features.nbytes(program, num_train) + num_train * 4
   arrays["training_images"] = 0 if train_on_features or are_streamed else image_bytes
   arrays["training_features"] = feature_bytes if train_on_features else 0

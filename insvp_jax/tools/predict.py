@@ -3,6 +3,10 @@
 insvp predict --run=runs/folder/insvp/seed0 photo.jpg more_photos/ photos.zip
 insvp predict --run=runs/folder/insvp/seed0 --top=1 --format=csv --output=of.csv photos/
 insvp predict --run=runs --best "photos/**/*.jpg"
+insvp predict --run=runs/segment --output=masks --overlays photos/
+
+Of segmentation --output is a folder: it gets a PNG mask of each image, whose values are
+the classes' as in the run's own masks, and with --overlays pictures of both.
 
 Images that do not decode are named on stderr, and the others are predicted. The status
 is then 2 at the end; with --skip_corrupt it is 0.
@@ -10,7 +14,8 @@ is then 2 at the end; with --skip_corrupt it is 0.
 Without the command `insvp` it is python -m insvp_jax.tools.predict.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import csv
 import dataclasses
@@ -145,6 +150,73 @@ FORMATS: dict[str, Callable[[Iterable[Row]], Iterator[str]]] = {
 }
 
 
+def _print_classes(
+  run: Any,
+  images: Sequence[tools.ImageFile],
+  args: argparse.Namespace,
+  errors: _Errors,
+) -> None:
+  """Prints or writes the classes of images.
+
+  Args:
+    run: a classifier.
+    images: the files.
+    args: of the tool.
+    errors: gets an error for each image that does not decode.
+  """
+  from rich.console import Console
+  from rich.progress import MofNCompleteColumn, Progress
+
+  from insvp_jax.logs import writers
+
+  def rows(bar: Any) -> Iterator[Row]:
+    task = bar.add_task("images", total=len(images))
+    for read in _batches(run, images, errors, args.batch):
+      squares = [square for _, square in read]
+      predictions = top_classes(run, squares, args.top)
+      for (image, _), classes in zip(read, predictions, strict=True):
+        yield str(image), classes
+      bar.advance(task, len(read))
+
+  # Beside what is printed it would be in the way.
+  is_printed = not args.output and sys.stdout.isatty()
+  hidden = is_printed or not sys.stderr.isatty()
+  columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+  with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+    pieces = FORMATS[args.format](rows(bar))
+    if args.output:
+      writers.write_text(args.output, pieces)
+    for piece in pieces:
+      print(piece, end="", flush=True)
+
+
+def _write_masks(
+  run: Any,
+  images: Sequence[tools.ImageFile],
+  args: argparse.Namespace,
+  changes: Mapping[str, Any],
+  errors: _Errors,
+) -> None:
+  """Writes the masks of images, and prints their files.
+
+  Args:
+    run: a segmenter.
+    images: the files.
+    args: of the tool.
+    changes: of the run's evaluation.
+    errors: gets an error for each image that does not decode.
+  """
+  from insvp_jax.tools import masks
+
+  if not args.output:
+    raise ValueError("this run segments: name the folder of the masks by --output.")
+  found = masks.write(
+    run, images, args.output, errors, overlays=args.overlays, changes=changes
+  )
+  for path, mask in found:
+    print(f"{path}: {mask}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
   """Runs the tool; returns its exit status: 0, or 2 after bad input.
 
@@ -162,10 +234,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     "--format", choices=tuple(FORMATS), default="table", help="table is the default"
   )
   parser.add_argument(
-    "--output", help="file to write to, complete or not at all; else it is printed"
+    "--output",
+    help="file to write to, complete or not at all; else it is printed. Of "
+    "segmentation the folder of the masks",
   )
   parser.add_argument(
     "--batch", type=int, default=BATCH_SIZE, help=f"images decoded ahead, {BATCH_SIZE}"
+  )
+  tools.add_segment_arguments(parser)
+  parser.add_argument(
+    "--overlays", action="store_true", help="segmentation: write pictures, too"
   )
   parser.add_argument(
     "images",
@@ -183,33 +261,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
       )
     images = tools.find_images(args.images)
     # Imported late, so that a wrong flag costs no start-up time.
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    from insvp_jax.logs import writers
 
     run = runs.load(args)
     errors = _Errors()
 
-    def rows(bar: Any) -> Iterator[Row]:
-      task = bar.add_task("images", total=len(images))
-      for read in _batches(run, images, errors, args.batch):
-        squares = [square for _, square in read]
-        predictions = top_classes(run, squares, args.top)
-        for (image, _), classes in zip(read, predictions, strict=True):
-          yield str(image), classes
-        bar.advance(task, len(read))
-
-    # Beside what is printed it would be in the way.
-    is_printed = not args.output and sys.stdout.isatty()
-    hidden = is_printed or not sys.stderr.isatty()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
-      pieces = FORMATS[args.format](rows(bar))
-      if args.output:
-        writers.write_text(args.output, pieces)
-      for piece in pieces:
-        print(piece, end="", flush=True)
+    changes = tools.segment_changes(args, run)
+    if run.segments:
+      _write_masks(run, images, args, changes, errors)
+    else:
+      if args.overlays:
+        raise ValueError("--overlays is of segmentation; leave it out.")
+      _print_classes(run, images, args, errors)
     if unused := run.decode_options.unused_bits():
       print(f"insvp_jax: {unused} in training", file=sys.stderr)
     if errors.first and len(images) == 1:

@@ -55,7 +55,7 @@ def read(run: Any, root: str = "") -> RunData:
     data_config.cache_dir = "off"
   task, stored = config.get("task") or "", run.workdir / SPLITS_FILE
   if root:
-    task = "folder"
+    task = "segment_folder" if run.segments else "folder"
     data_config.root = root
     data_config.labels = data_config.splits_json = ""
     data_config.val_fraction = data_config.test_fraction = 0.0
@@ -70,7 +70,8 @@ def read(run: Any, root: str = "") -> RunData:
     read_by_run = {data_config.train_split, "val", "test"}
     is_same = data.digest(read_by_run) == run.meta.get("data_sha256")
     if not is_same:
-      _tell(data, is_drawn=task == "folder" and not data_config.splits_json)
+      is_own = task in ("folder", "segment_folder")
+      _tell(data, is_drawn=is_own and not data_config.splits_json)
   return RunData(data, columns)
 
 

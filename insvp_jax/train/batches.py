@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from insvp_jax import config as config_lib
-from insvp_jax.data import ArraySplit, pipeline, resident
+from insvp_jax.data import ArraySplit, resident
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.train import flops
+from insvp_jax.train.objectives import objective_of
 from insvp_jax.train.program import Program
 
 # Nothing is gained by more, and a signal is looked at between two calls.
@@ -111,11 +112,10 @@ def create_feed(
   if arrays is None and isinstance(split, ArraySplit) and (many or is_routed):
     arrays = resident.put_split(split, rows) | ({"route": route} if is_routed else {})
   if arrays is None or not many:
-    batches = pipeline.train_batches(
+    batches = program.objective.train_batches(
       split if arrays is None else arrays,
       batch_size=config.batch_size,
       seed=config.seed,
-      preset=get_preset(config.data.preset),
       image_size=program.model.input_size,
       start_step=int(state.step),
       balanced_classes=program.balanced_classes,
@@ -158,7 +158,7 @@ def next_end(
 def abstract_batch(
   config: ConfigDict, program: Program, batch_size: int, *, train: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes and types of a batch of images and labels, without a mask.
+  """Returns the shapes and types of a batch of images and targets, without a mask.
 
   Args:
     config: the whole configuration.
@@ -167,10 +167,11 @@ def abstract_batch(
     train: whether they have been cropped, where the preset crops.
   """
   preset, size = get_preset(config.data.preset), program.model.input_size
-  side = size if train and preset.augments else preset.stored_size(size)
+  is_cropped = (train and preset.augments) or not program.objective.ONE_FEATURE
+  side = size if is_cropped else preset.stored_size(size)
   return {
     "images": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8),
-    "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    **program.objective.abstract_targets(batch_size, side),
   }
 
 
@@ -186,6 +187,8 @@ def eval_batch_size(
       known.
   """
   size, devices = config.eval_batch_size, program.mesh.size
+  if not objective_of(config.task).ONE_FEATURE:
+    size, num_examples = config.segment.batch_size, None
   if num_examples is not None:
     # Up to the usual size one program serves all splits.
     usual = config_lib.keys()["eval_batch_size"][0]
@@ -199,8 +202,10 @@ def eval_batches(
   split: Split,
   features: Mapping[str, Array] | None = None,
   route: Array | None = None,
-) -> Iterator[dict[str, Array]]:
-  """Returns every example of a split once, in padded batches with a "mask".
+) -> Any:
+  """Returns every example of a split once, as `Objective.evaluate` takes them.
+
+  Of a classification these are padded batches with a "mask".
 
   Args:
     config: the whole configuration.
@@ -211,7 +216,9 @@ def eval_batches(
   """
   size = eval_batch_size(config, program, len(split))
   rows = mesh_lib.batch_sharding(program.mesh)
-  images = pipeline.eval_batches(split, batch_size=size, sharding=rows)
+  images = program.objective.eval_batches(
+    split, batch_size=size, image_size=program.model.input_size, sharding=rows
+  )
   if features is None and route is None:
     return images
   take = jax.jit(_take, static_argnames="size", out_shardings=rows)

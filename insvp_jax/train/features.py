@@ -31,6 +31,8 @@ def are_constant(config: ConfigDict, program: Program) -> bool:
     config: the whole configuration.
     program: made for it.
   """
+  if not program.objective.ONE_FEATURE:
+    return False
   adapts = bool(type(program.model.prompter).overridden_hooks())
   trains = any(
     is_trainable

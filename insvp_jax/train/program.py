@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 from insvp_jax import config as config_lib
-from insvp_jax import trees
 from insvp_jax.data import preprocess
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import processes
@@ -30,6 +29,7 @@ from insvp_jax.models.classifier import (
 )
 from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
+from insvp_jax.train.objectives import Objective, objective_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Program:
     mesh: all devices, from `mesh.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
     functions: what the steps compute, not jitted.
+    objective: of the task: target, loss and metric.
     hparams: names of the method's fields that come with the state instead of being
       compiled into the steps.
     balanced_classes: number of classes that are shown alike; 0 with uniform sampling.
@@ -65,6 +66,7 @@ class Program:
   mesh: jax.sharding.Mesh
   state_sharding: state_lib.TrainState
   functions: steps.StepFunctions
+  objective: Objective
   hparams: tuple[str, ...] = ()
   balanced_classes: int = 0
 
@@ -126,7 +128,7 @@ class Program:
 
   @functools.cached_property
   def eval_step(self) -> Any:
-    """Jitted `(params, batch, hparams) -> sums`; see `steps.create_eval_step`."""
+    """Jitted `(params, batch, hparams) -> outcome`; see `steps.create_eval_step`."""
     replicated, sharded = self._shardings
     return jax.jit(
       self.functions.evaluate,
@@ -236,9 +238,7 @@ def create_program(
   model = create_model(**model_kwargs(config, num_classes))
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
   shapes = state_lib.param_shapes(model)
-  prompter = model.prompter
-  mask = trees.mask(shapes, prompter.trainable_patterns())
-  patterns = prompter.trainable_patterns() + prompter.updated_patterns()
+  mask, carried = model.masks(shapes)
   schedule = optim.create_schedule(
     config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
@@ -246,10 +246,11 @@ def create_program(
   weights = None
   if config.loss.class_weights and class_counts is not None:
     weights = losses.class_weights(class_counts)
+  objective = objective_of(config.task).create(config, num_classes, weights)
   return Program(
     model=model,
     mask=mask,
-    carried=trees.mask(shapes, patterns),
+    carried=carried,
     optimizer=optimizer,
     schedule=schedule,
     total_steps=total_steps,
@@ -263,8 +264,9 @@ def create_program(
       schedule,
       mask,
       config,
-      weights,
+      objective,
     ),
+    objective=objective,
     hparams=hparams,
     balanced_classes=num_classes if config.data.sampling == "balanced" else 0,
   )
@@ -311,6 +313,7 @@ def model_kwargs(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     "head_init": config.head_init,
     "mean": preset.mean,
     "std": preset.std,
+    **objective_of(config.task).model_kwargs(config),
   }
 
 

@@ -20,7 +20,7 @@ from insvp_jax.data.preprocess import get_preset
 from insvp_jax.models import architectures
 from insvp_jax.models.vit import ViT
 from insvp_jax.models.weights import backbone_fields, is_file_name, pixels_of
-from insvp_jax.train import evaluate, features, losses, optim
+from insvp_jax.train import evaluate, features, losses, objectives, optim
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.program import Program, model_kwargs
 from insvp_jax.train.timing import Timer
@@ -213,13 +213,14 @@ def run_meta(
     data_sha256: from `data_digest`.
   """
   is_trainable = trees.flatten(program.mask)
-  labels = data.splits[config.data.train_split].labels
+  split = data.splits[config.data.train_split]
   return {
     "format": 1,
     "model": config_lib.to_dict(_model_kwargs(config, program, data.num_classes)),
     "backbone": dict(backbone),
     "class_names": list(data.class_names),
-    "train_count": np.bincount(labels, minlength=data.num_classes).tolist(),
+    "train_count": split.class_counts(data.num_classes).tolist(),
+    "num_train_examples": len(split),
     "preset": config.data.preset,
     "image_size": program.model.backbone.image_size,
     "method": config.method,
@@ -272,6 +273,7 @@ def result(
     test: the same for test.
   """
   trainable, _ = trees.split(program.shapes, program.mask)
+  objective, metric = program.objective, program.objective.METRIC
   prompter = {n: leaf for n, leaf in trainable.items() if n.startswith("prompter/")}
   return {
     "task": meta["task"],
@@ -283,12 +285,13 @@ def result(
     "lr": config.optim.lr,
     "wd": config.optim.wd,
     "steps": step,
-    "val_accuracy": val and val["accuracy"],
-    "test_accuracy": test and test["accuracy"],
+    "metric": metric,
+    f"val_{metric}": val and val[metric],
+    f"test_{metric}": test and test[metric],
     "num_test_examples": test["num_examples"] if test else 0,
-    "num_train_examples": sum(meta["train_count"]),
+    "num_train_examples": meta["num_train_examples"],
     "test_by_class": test
-    and evaluate.balanced(
+    and objective.by_class(
       test,
       meta["class_names"],
       meta["train_count"],
@@ -313,20 +316,31 @@ def result(
   }
 
 
+def metric_keys(result: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns the keys of a result under which the metric on val and on test stands."""
+  # Results of before there were several kinds of tasks name none.
+  metric = result.get("metric", "accuracy")
+  return f"val_{metric}", f"test_{metric}"
+
+
 def result_line(result: Mapping[str, Any]) -> str:
   """Returns one line about a finished run."""
-  accuracies = [
-    f"{split} {100 * result[f'{split}_accuracy']:.2f}%"
-    for split in ("val", "test")
-    if result[f"{split}_accuracy"] is not None
+  metric = result.get("metric", "accuracy")
+  # Accuracy is what everybody expects.
+  title = "" if metric == "accuracy" else f"{objectives.title_of(metric)} "
+  scores = [
+    f"{split} {title}{100 * result[key]:.2f}%"
+    for split, key in zip(("val", "test"), metric_keys(result), strict=True)
+    if result[key] is not None
   ]
-  if by_class := result.get("test_by_class"):
-    accuracies[-1] += by_class_text(by_class, with_figures=True)
+  by_class = result.get("test_by_class")
+  if by_class and metric == "accuracy":
+    scores[-1] += by_class_text(by_class, with_figures=True)
   share = 100 * result["trainable_params"] / result["total_params"]
   # None where features came from a cache: no image was looked at.
   rate = result["images_per_second"]
   return (
-    f"{result['task']} {result['method']}: {', '.join(accuracies) or 'not evaluated'}; "
+    f"{result['task']} {result['method']}: {', '.join(scores) or 'not evaluated'}; "
     f"{result['trainable_params']:,} trainable parameters ({share:.2f}%), "
     f"{result['train_seconds']:.1f} s" + (f", {rate:.0f} images/s" if rate else "")
   )

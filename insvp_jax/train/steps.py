@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from typing import Any
 
-from clu.metrics import Average
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -20,7 +19,7 @@ import optax
 from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
 from insvp_jax.models.classifier import PromptedClassifier, block_reads
-from insvp_jax.train import losses
+from insvp_jax.train.objectives import Classification, Objective
 from insvp_jax.train.optim import Schedule
 from insvp_jax.train.state import TrainState
 
@@ -36,7 +35,7 @@ class StepFunctions:
 
   Attributes:
     train: `(state, batch) -> (state, metrics)`; see `create_train_step`.
-    evaluate: `(params, batch, hparams) -> sums`; see `create_eval_step`.
+    evaluate: `(params, batch, hparams) -> outcome`; see `create_eval_step`.
     features: `(params, batch) -> features`; see `create_feature_step`.
     route: `(params, batch) -> route`, int32 [b]; see `PromptedClassifier.route`.
     make_batch: `(arrays, order, seed, step) -> batch` of examples that live on the
@@ -45,7 +44,7 @@ class StepFunctions:
   """
 
   train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  evaluate: Callable[..., dict[str, Average]]
+  evaluate: Callable[..., Any]
   features: Callable[[Mapping[str, Any], Batch], Array]
   route: Callable[[Mapping[str, Any], Batch], Array]
   make_batch: Callable[..., Batch]
@@ -58,7 +57,7 @@ def create_step_functions(
   schedule: Schedule,
   mask: Mapping[str, Any],
   config: ConfigDict,
-  class_weights: np.ndarray | None = None,
+  objective: Objective,
 ) -> StepFunctions:
   """Returns the functions that train and evaluate a model.
 
@@ -68,7 +67,7 @@ def create_step_functions(
     schedule: from `optim.create_schedule`.
     mask: bool tree, True where trainable.
     config: the whole configuration.
-    class_weights: as for `create_train_step`.
+    objective: of the task.
   """
   preset = preprocess.get_preset(config.data.preset)
   return StepFunctions(
@@ -80,9 +79,9 @@ def create_step_functions(
       preset=preset,
       loss=config.loss.to_dict(),
       head_lr=config.optim.head_lr,
-      class_weights=class_weights,
+      objective=objective,
     ),
-    evaluate=create_eval_step(model, preset=preset),
+    evaluate=create_eval_step(model, preset=preset, objective=objective),
     features=create_feature_step(model, preset=preset),
     route=create_route_step(model, preset=preset),
     make_batch=functools.partial(
@@ -105,6 +104,7 @@ def create_train_step(
   loss: Mapping[str, Any],
   head_lr: float = 0.0,
   class_weights: np.ndarray | None = None,
+  objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -121,15 +121,19 @@ def create_train_step(
     head_lr: as for `update_params`.
     class_weights: float32 [k], by which the loss of an example of each class counts;
       of a mixed target their mean. None counts all alike.
+    objective: of the task; None is classification by the preset, loss and weights
+      above, which no other one looks at.
 
   Returns:
-    A pure function of batches {"images" or "features", "labels"}, with a "route" where
-    that is known (see `PromptedClassifier.route`). Its metrics are
-    scalars: loss (mean, in nats), accuracy (against the unmixed labels, in [0, 1]),
-    grad_norm (of the trainable leaves), param_norm (of the same leaves after the
-    update), all float32, and step (int32, counted from 1); and the method's `measures`,
+    A pure function of batches from `Objective.train_batches`, with a "route" where that
+    is known (see `PromptedClassifier.route`). Its metrics are scalars: loss (mean, in
+    nats), accuracy (against targets that are not mixed, in [0, 1]), grad_norm (of the
+    trainable leaves), param_norm (of the same leaves after the update), all float32,
+    and step (int32, counted from 1); and the method's `measures`,
     the largest entry of each.
   """
+  if objective is None:
+    objective = Classification(model.head.num_classes, preset, loss, class_weights)
   measures = model.prompter.measures()
   sown_collections = ["reads", "updated", *["measures"] * bool(measures)]
 
@@ -137,30 +141,14 @@ def create_train_step(
     key = jax.random.fold_in(state.rng, state.step)
     # The first of the three keys belongs to the input pipeline, for crops and flips.
     _, mix_key, dropout_key = jax.random.split(key, 3)
-    targets = losses.targets(
-      batch["labels"], model.head.num_classes, loss["label_smoothing"]
-    )
-    # Features, and the route, stand for images only where nothing is mixed (see
-    # features.py).
+    inputs, targets, method = objective.inputs(batch, mix_key)
+    # The route, too, stands for images only where nothing is mixed (see features.py).
     known = {"route": batch["route"]} if "route" in batch else {}
-    if "features" in batch:
-      inputs, method = batch["features"], "classify"
-    else:
-      method = None
-      inputs, targets = losses.mix(
-        mix_key,
-        preprocess.normalise(preset, batch["images"]),
-        targets,
-        mixup_alpha=loss["mixup_alpha"],
-        cutmix_alpha=loss["cutmix_alpha"],
-        prob=loss["mix_prob"],
-        switch_prob=loss["mix_switch_prob"],
-      )
     trainable, frozen = trees.split(state.params, mask)
 
     def loss_fn(trainable):
       params = trees.merge(trainable, frozen)
-      logits, sown = model.apply(
+      output, sown = model.apply(
         _variables(model, params, state.hparams),
         inputs,
         train=True,
@@ -169,31 +157,28 @@ def create_train_step(
         method=method,
         **known,
       )
-      nats = losses.cross_entropy(logits, targets)
-      if class_weights is not None:
-        nats = nats * (targets @ class_weights)
-      value = jnp.mean(nats)
-      if "reads" in sown:
+      value = objective.loss(output, targets)
+      # Of a method's own loss only where a target is that of an image.
+      if "reads" in sown and objective.ONE_FEATURE:
         reads = block_reads(sown["reads"])
         prompter = params.get("prompter", {})
         value += model.prompter.extra_loss(prompter, reads, targets)
       updated = trees.flatten(sown.get("updated", {}))
       found = trees.flatten(sown.get("measures", {}))
-      return value, (logits, updated, {name: jnp.max(found[name]) for name in measures})
+      return value, (output, updated, {name: jnp.max(found[name]) for name in measures})
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    (value, (logits, updated, measured)), grads = gradient(trainable)
+    (value, (output, updated, measured)), grads = gradient(trainable)
     trainable, opt_state = update_params(
       optimizer, schedule, mask, state, grads, model.prompter.adjust_updates, head_lr
     )
     frozen = {**frozen, **updated}
-    correct = jnp.argmax(logits, axis=-1) == batch["labels"]
     state = state.replace(
       step=state.step + 1, params=trees.merge(trainable, frozen), opt_state=opt_state
     )
     metrics = {
       "loss": value,
-      "accuracy": jnp.mean(correct.astype(jnp.float32)),
+      "accuracy": objective.accuracy(output, batch),
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(trainable),
       "step": state.step,
@@ -246,46 +231,33 @@ def update_params(
 
 
 def create_eval_step(
-  model: PromptedClassifier, *, preset: preprocess.Preset
-) -> Callable[..., dict[str, Average]]:
-  """Returns `eval_step(params, batch, hparams=None) -> sums over unmasked examples`.
+  model: PromptedClassifier,
+  *,
+  preset: preprocess.Preset,
+  objective: Objective | None = None,
+) -> Callable[..., Any]:
+  """Returns `eval_step(params, batch, hparams=None) -> outcome`.
 
-  The sums and counts are those of "accuracy" and "loss" (float32, in nats), []; of
-  "class_accuracy": the right ones and the number of each class's examples, int32 [k];
-  of "class_prediction": the sum of the classes predicted for each class's examples, as
-  indices, and how often each class is predicted, int32 [k]. Padding has mask 0 and adds
-  nothing to any of them.
+  Args:
+    model: the classifier.
+    preset: how uint8 images become the backbone's input.
+    objective: of the task, whose `outcome` it is; None is classification: sums over
+      the unmasked examples.
   """
+  if objective is None:
+    objective = Classification(model.head.num_classes, preset, {})
 
   def eval_step(
     params: Mapping[str, Any], batch: Batch, hparams: Mapping[str, Any] | None = None
-  ) -> dict[str, Average]:
+  ) -> Any:
     variables = _variables(model, params, hparams)
     if "features" in batch:
-      logits = model.apply(variables, batch["features"], method="classify")
+      output = model.apply(variables, batch["features"], method="classify")
     else:
       known = {"route": batch["route"]} if "route" in batch else {}
-      logits = model.apply(variables, _eval_images(model, preset, batch), **known)
-    targets = losses.targets(batch["labels"], model.head.num_classes)
-    is_real = batch["mask"] > 0
-    predicted = jnp.argmax(logits, axis=-1)
-    is_correct = predicted == batch["labels"]
-    nats = losses.cross_entropy(logits, targets)
-    # Rows of 0 and 1, whatever the smoothing is in training.
-    counts = (targets * is_real[:, None]).astype(jnp.int32)
-    guesses = losses.targets(predicted, model.head.num_classes) * is_real[:, None]
-    return {
-      "accuracy": Average.from_model_output(is_correct, mask=is_real),
-      "loss": Average.from_model_output(nats, mask=is_real),
-      "class_accuracy": Average(
-        total=jnp.sum(counts * is_correct[:, None], axis=0),
-        count=jnp.sum(counts, axis=0),
-      ),
-      "class_prediction": Average(
-        total=jnp.sum(counts * predicted[:, None].astype(jnp.int32), axis=0),
-        count=jnp.sum(guesses.astype(jnp.int32), axis=0),
-      ),
-    }
+      images = objective.eval_inputs(batch["images"], model.input_size)
+      output = model.apply(variables, images, **known)
+    return objective.outcome(output, batch)
 
   return eval_step
 

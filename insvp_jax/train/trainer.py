@@ -33,7 +33,7 @@ from insvp_jax.logs import prompt_panels, weights_and_biases
 from insvp_jax.logs.progress import Whole
 from insvp_jax.logs.writers import Writers, remove_partial, write_json, write_text
 from insvp_jax.methods import Method
-from insvp_jax.train import batches, evaluate, optim, report
+from insvp_jax.train import batches, optim, report
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache, RouteCache, are_cached
 from insvp_jax.train.preparation import prepare_params, refresh_state
@@ -133,11 +133,11 @@ class Prepared:
   def evaluate(
     self, config: ConfigDict, split: str, state: TrainState
   ) -> dict[str, Any]:
-    """Returns accuracy and loss on one split; see `evaluate.evaluate`."""
+    """Returns what a model is worth on one split; see `Objective.evaluate`."""
     features = self.features(config, split, state.params)
     route = self.route(config, split, state.params, train=False)
     examples = self.data.splits[split]
-    return evaluate.evaluate(
+    return self.program.objective.evaluate(
       lambda batch: self.program.eval_step(state.params, batch, state.hparams),
       batches.eval_batches(config, self.program, examples, features, route),
     )
@@ -184,14 +184,13 @@ def prepare(
       f"the task {data.name!r} has no split {split!r}, only "
       f"{', '.join(data.splits)}; set config.data.train_split to one of them."
     )
-  labels = data.splits[split].labels
   program = create_program(
     config,
     data.num_classes,
-    len(labels),
+    len(data.splits[split]),
     mesh,
     hparams,
-    class_counts=np.bincount(labels, minlength=data.num_classes),
+    class_counts=data.splits[split].class_counts(data.num_classes),
   )
   # What follows may be a search of hours.
   stopping.check()
@@ -335,9 +334,9 @@ def train(
         val=prepared.evaluate(config, "val", state) if has_val else None,
         test=prepared.evaluate(config, "test", state) if has_test else None,
       )
-      accuracies = {k: v for k, v in result.items() if k.endswith("_accuracy")}
+      metrics = {k: result[k] for k in report.metric_keys(result)}
       writers.scalars(
-        int(state.step), {k: v for k, v in accuracies.items() if v is not None}
+        int(state.step), {k: v for k, v in metrics.items() if v is not None}
       )
       if test and writers.shows_images:
         _write_prompt_images(prepared, state, writers, get_preset(config.data.preset))
@@ -590,9 +589,12 @@ def _evaluate(
   config: ConfigDict, prepared: Prepared, state: TrainState, writers: Writers, step: int
 ) -> None:
   """Evaluates on val while training."""
+  objective = prepared.program.objective
   val = prepared.evaluate(config, "val", state)
-  writers.scalars(step, {"val_accuracy": val["accuracy"], "val_loss": val["loss"]})
-  writers.log(f"step {step}: val accuracy {100 * val['accuracy']:.2f}%")
+  scalars = {f"val_{name}": value for name, value in objective.scalars(val).items()}
+  writers.scalars(step, scalars)
+  value = 100 * val[objective.METRIC]
+  writers.log(f"step {step}: val {objective.TITLE} {value:.2f}%")
 
 
 def hold_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,10 @@ _MOMENTUM = 0.9
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel over the batch; PyTorch's `BatchNorm1d`.
+  """Normalises each channel over all other axes; PyTorch's `BatchNorm1d` and `2d`.
+
+  Under `jit` these axes are those of the whole batch, on however many devices it lies:
+  the statistics are what PyTorch calls synchronised.
 
   "mean" and "var" are parameters that do not train, so that they are stored, loaded and
   stacked like all others. In training the new values are sown in the collection
@@ -20,7 +23,7 @@ class BatchNorm(nn.Module):
   """
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b d"], *, train: bool) -> Float[Array, "b d"]:
+  def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
     """Returns x normalised by its own statistics in training, else by the running."""
     shape = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, shape)
@@ -31,9 +34,11 @@ class BatchNorm(nn.Module):
     }
     used = running
     if train:
-      used = {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}
+      axes = tuple(range(x.ndim - 1))
+      used = {"mean": jnp.mean(x, axis=axes), "var": jnp.var(x, axis=axes)}
       # The running variance is that of a population: unbiased.
-      unbiased = len(x) / max(len(x) - 1, 1)
+      count = x.size // x.shape[-1]
+      unbiased = count / max(count - 1, 1)
       new = {"mean": used["mean"], "var": used["var"] * unbiased}
       for name, value in new.items():
         value = _MOMENTUM * running[name] + (1 - _MOMENTUM) * value
