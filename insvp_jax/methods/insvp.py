@@ -70,11 +70,12 @@ class InsVP(Method):
   (11 and 25 pixels) may deserve smaller values.
 
   "tuned" is ours, for large pretrained backbones: the paper's, but the fusion weights
-  a, b, c and d are trained, from (0, 0) and (1, 0) on, and common prompts are dropped
-  at a rate of 0.1. So training starts at VPT-Deep, and what comes from the image joins
-  as far as the training images ask for it. A step of AdamW moves what a network makes
-  far more than what is learnt itself; on such a backbone the paper's weights let that
-  noise in from the first step on. docs/insvp.md has the measurements.
+  a, b, c and d are trained, from (0, 0) and (1, 0) on, what the prompters make is
+  normalised for each image, and common prompts are dropped at a rate of 0.1. So
+  training starts at VPT-Deep, and what comes from the image joins as far as the
+  training images ask for it. A step of AdamW moves what a network makes far more than
+  what is learnt itself; normalised, a step turns it, and its weight alone says how
+  large it is. docs/insvp.md has the measurements.
 
   Ablations (table 5, figure 7) are the `use_*` fields and the fusion weights. A
   component that is off has no parameters and its term is left out. Under "paper",
