@@ -59,7 +59,8 @@ class Run:
     method: its name; several are joined by +.
     label: of its row in a search; else the method.
     seed: of the run.
-    accuracy: on test, in [0, 1].
+    metric: what it is judged by, as keys name it: "accuracy", "miou".
+    accuracy: on test, in [0, 1]; of another metric that.
     num_train: training images; None where the run is too old to say.
     num_test: test images.
     trainable_params: with the head.
@@ -76,6 +77,7 @@ class Run:
   method: str
   label: str
   seed: int
+  metric: str
   accuracy: float
   num_train: int | None
   num_test: int
@@ -208,15 +210,14 @@ def _read(folder: Path, rows_of_search: Callable[[Path], Sequence[_SearchRow]]) 
     if not _is(result.get(key), kind):
       value = checkpoint_files.short(result.get(key))
       raise _Unfit(f"its {RESULT} has {key} = {value}, expected {kind.__name__}")
-  metric = result.get("metric", "accuracy")
-  if metric != "accuracy":
-    raise _Unfit(f"it is judged by {metric}, and the tables are of accuracies")
-  accuracy = result.get("test_accuracy")
+  # Results of before there were several kinds of tasks name none.
+  metric = printable(str(result.get("metric", "accuracy")))
+  accuracy = result.get(f"test_{metric}")
   if accuracy is None:
     raise _Unfit("it was not evaluated on a test split")
   if not _is(accuracy, _NUMBER) or not 0 <= accuracy <= 1:
     value = checkpoint_files.short(accuracy)
-    raise _Unfit(f"its test_accuracy is {value}, expected a number in [0, 1]")
+    raise _Unfit(f"its test_{metric} is {value}, expected a number in [0, 1]")
   backbone = {k: str(v) for k, v in result["backbone"].items()}
   folder_of_search = folder.absolute().parent.parent
   label, searched, selection = _search_of(
@@ -247,6 +248,7 @@ def _read(folder: Path, rows_of_search: Callable[[Path], Sequence[_SearchRow]]) 
     method=printable(result["method"]),
     label=printable(label),
     seed=result["seed"],
+    metric=metric,
     accuracy=float(accuracy),
     num_train=num_train,
     num_test=result["num_test_examples"],

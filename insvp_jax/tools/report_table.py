@@ -19,6 +19,7 @@ from insvp_jax.errors import printable
 from insvp_jax.tools import finished_runs, published
 from insvp_jax.tools.finished_runs import LeftOut, Run
 from insvp_jax.tools.published import Column, PaperCell, PaperRow, PaperTable
+from insvp_jax.train import objectives
 
 PAPER, HERE = "paper", "here"
 # Where a cell's runs are: (task, the column's backbone or "" for any).
@@ -118,14 +119,22 @@ def general_table(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Tabl
   found = {run.task for run in runs}
   tasks = [task for task in TASKS if task in found]
   tasks += sorted(found - set(tasks))
-  columns = [Column(task, ((task,),)) for task in tasks]
+  # A task has one metric.
+  metrics = {run.task: objectives.title_of(run.metric) for run in runs}
+  title = "accuracy"
+  if len({*metrics.values()}) == 1:
+    (title,) = {*metrics.values()}
+  names = {
+    task: task if of == title else f"{task} {of}" for task, of in metrics.items()
+  }
+  columns = [Column(names[task], ((task,),)) for task in tasks]
   groups = [name for name, of in GROUPS.items() if name != "vtab" and found >= {*of}]
   if any(set(GROUPS[name]) < found for name in groups):
     columns += [Column(f"{name} mean", (GROUPS[name],)) for name in groups]
   if found == set(GROUPS["vtab"]):
     # Papers report either, and they differ by points.
     columns.append(Column("mean of groups", tuple(GROUPS[name] for name in groups)))
-  if len(tasks) > 1:
+  if len(tasks) > 1 and len({*metrics.values()}) == 1:
     columns.append(Column("mean", (tuple(tasks),)))
   filled = [
     _Filled(
@@ -134,7 +143,7 @@ def general_table(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> Tabl
     for row in rows
   ]
   lines, remarks = _lines(columns, [(None, filled)])
-  title = "Test accuracy, %: mean and standard deviation over seeds"
+  title = f"Test {title}, %: mean and standard deviation over seeds"
   return Table("report", title, "", tuple(columns), lines, remarks, (*left_out, *twice))
 
 

@@ -50,7 +50,10 @@ def load(args: argparse.Namespace) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-  """A run with a val accuracy in [0, 1], and what has to be alike to compare it."""
+  """A run with a val accuracy in [0, 1], and what has to be alike to compare it.
+
+  Of segmentation it is the mIoU.
+  """
 
   path: Path
   accuracy: float
@@ -108,9 +111,11 @@ def _candidate(run: Path) -> _Candidate | None:
 
   try:
     meta = files.read_meta(files.find_steps(run)[0])
-    accuracy = files.load_json(run / "result.json").get("val_accuracy")
+    result = files.load_json(run / "result.json")
   except files.Damaged:
     return None
+  # Results of before there were several kinds of tasks name no metric.
+  accuracy = result.get(f"val_{result.get('metric', 'accuracy')}")
   if isinstance(accuracy, bool) or not isinstance(accuracy, float | int):
     return None
   task = (meta.get("task"), *meta.get("class_names", ()))

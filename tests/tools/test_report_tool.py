@@ -385,6 +385,19 @@ def test_a_mean_over_different_protocols_has_a_note(tmp_path):
   assert not line.cells[1].is_best and line.rank is None
 
 
+def test_a_task_is_shown_by_its_own_metric_and_no_mean_mixes_two(tmp_path):
+  masks = {"metric": "miou", "test_miou": 0.25}
+  write_run(tmp_path / "a", "segment_folder", "linear", None, **masks)
+  table = report.make_table([tmp_path])
+  assert table.title.startswith("Test mIoU, %: ")
+  assert [column.title for column in table.columns] == ["segment_folder"]
+  assert table.lines[0].cells[0].accuracy == 25.0
+  write_run(tmp_path / "b", "folder", "linear", 0.75)
+  table = report.make_table([tmp_path])
+  assert table.title.startswith("Test accuracy, %: ")
+  assert [column.title for column in table.columns] == ["folder", "segment_folder mIoU"]
+
+
 def test_what_is_no_finished_run_is_left_out_with_the_reason(tmp_path):
   write_run(tmp_path / "good", "svhn", "linear", 0.5)
   write_run(tmp_path / "untested", "svhn", "linear", None)

@@ -47,6 +47,12 @@ def test_the_best_is_that_of_val_and_the_first_of_equals(search):
   assert lines[3] == "note: they were not trained and validated on the same images"
 
 
+def test_the_best_of_segmenters_is_that_of_their_metric(search):
+  search("a", {"metric": "miou", "val_miou": 0.4, "val_accuracy": 0.9})
+  folder = search("b", {"metric": "miou", "val_miou": 0.5})
+  assert runs.best_run(folder)[0] == folder / "b"
+
+
 def test_a_run_alone_is_its_own_best(made, tmp_path):
   (made / "result.json").write_text('{"val_accuracy": 0.5}')
   assert runs.best_run(made)[0] == made
