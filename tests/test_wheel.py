@@ -97,6 +97,8 @@ def test_from_the_wheel_to_a_table_a_prediction_and_a_backbone(run, tmp_path):
   shown = run("insvp", "predict", "--run=runs/quickstart/linear/seed0", "photo.png")
   assert shown.startswith("photo.png\n") and shown.count("%") == 5
   run("insvp", "export", "--run=runs/quickstart/linear/seed0", "--output=b.npz")
+  program = ("--format=stablehlo", "--output=program.stablehlo")
+  run("insvp", "export", "--run=runs/quickstart/linear/seed0", *program)
   assert (tmp_path / "b.npz").stat().st_size > 10**6
   # What the extras are for says so in one line.
   for words, extra in (
