@@ -193,6 +193,7 @@ def memory(num_images: int) -> dict[str, float]:
       "accuracy": accuracy,
       "loss": Average(total, real),
       "class_accuracy": by_class,
+      "class_prediction": by_class,
     }
 
   with tempfile.TemporaryDirectory() as name:

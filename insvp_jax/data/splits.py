@@ -22,8 +22,8 @@ from insvp_jax.errors import printable
 # Images that `to_memory` has decoded at a time.
 _CHUNK = 256
 
-# Positions in a split.
-Indices = Int[np.ndarray, "m"]
+# Positions in a split; each request may have another number of them.
+Indices = Int[np.ndarray, "_"]
 # The images of one request: stacked where they are of one size.
 Pixels = UInt8[np.ndarray, "m h w 3"] | Sequence[UInt8[np.ndarray, "h w 3"]]
 

@@ -168,7 +168,7 @@ def test_list_fits_100_columns_and_leaves_nothing_out(names, capsys):
   else:
     # Whole groups go by their names; what is no row of the table is named, too.
     assert "official: natural, specialized, structured, cifar100_lt" in text
-    assert "other tasks: folder, digits, cifar10_npz" in text
+    assert "other tasks: folder, segment_folder, digits, cifar10_npz" in text
 
 
 def test_names_groups_and_all_stand_for_each_task_once():
