@@ -16,10 +16,10 @@ from insvp_jax.tools import evaluate, run_data
 from insvp_jax.train import trainer
 
 
-def train(images, workdir, **changes):
+def train(images, workdir, test=True, **changes):
   config = tiny_config("linear", task="folder", total_epochs=1.0, **changes)
   config.data.root = str(images)
-  return trainer.train(config, workdir)
+  return trainer.train(config, workdir, test=test)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,12 @@ def test_a_share_of_the_images_is_read_again_as_it_was(trained, tmp_path, capsys
   data = run_data.read(load_run(tmp_path / "run")).data
   # Neither the whole nor the half of the half, and of the same images.
   assert len(data.splits["train"]) == result["num_train_examples"] == 9
+  assert "are not those of the run" not in capsys.readouterr().err
+
+
+def test_a_run_that_was_not_tested_is_of_the_same_images(trained, tmp_path, capsys):
+  train(trained / "images", tmp_path / "run", test=False)
+  run_data.read(load_run(tmp_path / "run"))
   assert "are not those of the run" not in capsys.readouterr().err
 
 
