@@ -23,6 +23,7 @@ from insvp_jax.models.classifier import PromptedClassifier, create_model
 from insvp_jax.search import tables
 from insvp_jax.train import optim, steps
 from insvp_jax.train import state as state_lib
+from insvp_jax.train.objectives import Classification
 
 
 def count_flops(function, *args, compiled: bool = True) -> float:
@@ -80,8 +81,9 @@ def train_step_flops(
     optimizer,
     schedule,
     mask,
-    preset=PRESETS["vtab"],
-    loss=config.loss.to_dict(),
+    objective=Classification(
+      model.head.num_classes, PRESETS["vtab"], config.loss.to_dict()
+    ),
   )
   return count_flops(step, state, batch, compiled=compiled)
 

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
 from insvp_jax.models.classifier import PromptedClassifier, block_reads
-from insvp_jax.train.objectives import Classification, Objective
+from insvp_jax.train.objectives import Objective
 from insvp_jax.train.optim import Schedule
 from insvp_jax.train.state import TrainState
 
@@ -76,12 +75,10 @@ def create_step_functions(
       optimizer,
       schedule,
       mask,
-      preset=preset,
-      loss=config.loss.to_dict(),
-      head_lr=config.optim.head_lr,
       objective=objective,
+      head_lr=config.optim.head_lr,
     ),
-    evaluate=create_eval_step(model, preset=preset, objective=objective),
+    evaluate=create_eval_step(model, objective=objective),
     features=create_feature_step(model, preset=preset),
     route=create_route_step(model, preset=preset),
     make_batch=functools.partial(
@@ -100,11 +97,8 @@ def create_train_step(
   schedule: Schedule,
   mask: Mapping[str, Any],
   *,
-  preset: preprocess.Preset,
-  loss: Mapping[str, Any],
+  objective: Objective,
   head_lr: float = 0.0,
-  class_weights: np.ndarray | None = None,
-  objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -116,13 +110,8 @@ def create_train_step(
     optimizer: over the full tree of parameters, from `optim.create_optimizer`.
     schedule: from `optim.create_schedule`.
     mask: bool tree, True where trainable.
-    preset: how uint8 images become the backbone's input.
-    loss: the config's `loss` section.
+    objective: of the task: inputs, targets and loss.
     head_lr: as for `update_params`.
-    class_weights: float32 [k], by which the loss of an example of each class counts;
-      of a mixed target their mean. None counts all alike.
-    objective: of the task; None is classification by the preset, loss and weights
-      above, which no other one looks at.
 
   Returns:
     A pure function of batches from `Objective.train_batches`, with a "route" where that
@@ -132,8 +121,6 @@ def create_train_step(
     and step (int32, counted from 1); and the method's `measures`,
     the largest entry of each.
   """
-  if objective is None:
-    objective = Classification(model.head.num_classes, preset, loss, class_weights)
   measures = model.prompter.measures()
   sown_collections = ["reads", "updated", *["measures"] * bool(measures)]
 
@@ -231,21 +218,14 @@ def update_params(
 
 
 def create_eval_step(
-  model: PromptedClassifier,
-  *,
-  preset: preprocess.Preset,
-  objective: Objective | None = None,
+  model: PromptedClassifier, *, objective: Objective
 ) -> Callable[..., Any]:
   """Returns `eval_step(params, batch, hparams=None) -> outcome`.
 
   Args:
     model: the classifier.
-    preset: how uint8 images become the backbone's input.
-    objective: of the task, whose `outcome` it is; None is classification: sums over
-      the unmasked examples.
+    objective: of the task, whose `outcome` it is.
   """
-  if objective is None:
-    objective = Classification(model.head.num_classes, preset, {})
 
   def eval_step(
     params: Mapping[str, Any], batch: Batch, hparams: Mapping[str, Any] | None = None

@@ -10,6 +10,7 @@ from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS, normalise
 from insvp_jax.models.classifier import create_model
 from insvp_jax.train import losses, optim, steps
+from insvp_jax.train.objectives import Classification
 from insvp_jax.train.state import TrainState
 
 TINY = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 2}
@@ -41,9 +42,7 @@ def setup(
     optimizer,
     schedule,
     mask,
-    preset=PRESETS["vtab"],
-    loss=config.loss.to_dict(),
-    class_weights=class_weights,
+    objective=Classification(5, PRESETS["vtab"], config.loss.to_dict(), class_weights),
   )
   return model, mask, optimizer, step
 
@@ -150,7 +149,8 @@ def test_class_weights_weigh_the_gradient_of_each_example():
 def test_eval_step_ignores_padding():
   model, _, optimizer, _ = setup("insvp")
   state = state_of(model, optimizer)
-  evaluate = jax.jit(steps.create_eval_step(model, preset=PRESETS["vtab"]))
+  objective = Classification(5, PRESETS["vtab"], {})
+  evaluate = jax.jit(steps.create_eval_step(model, objective=objective))
   data = {k: np.concatenate([v, v]) for k, v in batch_of().items()}
   mask = np.ones(2 * BATCH, np.float32)
   whole = evaluate(state.params, {**data, "mask": mask})
