@@ -6,6 +6,7 @@ what is drawn are elsewhere: `attribution`, `tsne`, `run_files`; `plots`, `visua
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import io
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.errors import printable
-from insvp_jax.logs.writers import write_text
+from insvp_jax.logs.writers import write_bytes, write_text
 from insvp_jax.run import Run, load_run
 from insvp_jax.search import tables
 from insvp_jax.tools import attribution, plots, run_data, run_files, tsne, visualize
@@ -81,18 +82,12 @@ def write_data(path: str | os.PathLike, data: Any) -> None:
   Raises:
     OSError: the disk is full or read-only.
   """
-  path = Path(path)
   if not isinstance(data, dict):
     write_text(path, tables.csv_text(data))
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{os.getpid()}.{path.name}")
-  try:
-    with partial.open("wb") as file:
-      np.savez_compressed(file, **data)
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  file = io.BytesIO()
+  np.savez_compressed(file, **data)
+  write_bytes(path, file.getvalue())
 
 
 # --- Figures of images: a row each.
