@@ -45,8 +45,7 @@ def values_key(metric: str) -> str:
 
 def metric_of(summary: Mapping[str, Any]) -> str:
   """Returns the metric of a table's rows, by its name in keys."""
-  # Rows of before there were several kinds of tasks name none.
-  return next((row.get("metric", "accuracy") for row in summary.values()), "accuracy")
+  return objectives.metric_of(next(iter(summary.values()), {}))
 
 
 def group_names(summary: Mapping[str, Any]) -> list[str]:

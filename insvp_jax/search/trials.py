@@ -26,6 +26,7 @@ from insvp_jax.distributed import processes
 from insvp_jax.logs.tensorboard import EventFile
 from insvp_jax.methods import hparams_of, parts_of
 from insvp_jax.search.grids import GRIDS, Grid
+from insvp_jax.train import objectives
 
 FILE = "trials.jsonl"
 # None where the loss diverged.
@@ -248,8 +249,7 @@ def read(path: Path, digest: str) -> list[dict[str, Any]]:
 
 def val_key(trial: Mapping[str, Any]) -> str:
   """Returns under which key a trial, or a row, has the metric on val that chooses."""
-  # Those of before there were several kinds of tasks name none.
-  return f"val_{trial.get('metric', 'accuracy')}"
+  return f"val_{objectives.metric_of(trial)}"
 
 
 def find(trials: Sequence[Mapping[str, Any]], point: Point) -> Mapping[str, Any] | None:

@@ -37,7 +37,7 @@ from insvp_jax.methods import parts_of
 from insvp_jax.models.classifier import create_model
 from insvp_jax.search import population, pruning, tables, trials
 from insvp_jax.search.outlook import Outlook, Row, Work, work_of
-from insvp_jax.train import evaluate, report, trainer
+from insvp_jax.train import evaluate, objectives, report, trainer
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state, fill_preset
 from insvp_jax.train.timing import Timer
@@ -411,7 +411,7 @@ def _of_runs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "std": statistics.stdev(values) if len(values) > 1 else None,
     **_means_by_class(results),
     "group_means": _group_means(results),
-    tables.values_key(results[0].get("metric", "accuracy")): values,
+    tables.values_key(objectives.metric_of(results[0])): values,
     "seeds": [result["seed"] for result in results],
     "trainable_params": results[0]["trainable_params"],
     "prompter_params": results[0]["prompter_params"],

@@ -24,8 +24,9 @@ from insvp_jax.checkpoints.files import Damaged, load_json
 from insvp_jax.config_variants import Variant
 from insvp_jax.errors import printable
 from insvp_jax.methods import METHODS, fields
+from insvp_jax.tools.run_files import RESULT_FILE, SUMMARY_FILE
+from insvp_jax.train import objectives
 
-RESULT, SUMMARY = "result.json", "summary.json"
 # What of a config is no setting of a run: its seed, what names it elsewhere, and what
 # changes how fast it is or the last bits at most.
 _NO_SETTING = (
@@ -140,8 +141,8 @@ def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
     folders, searches = _folders(path)
     if not folders and not searches:
       raise ValueError(
-        f"there is no {RESULT} in {path} or below it, expected the workdir of a run, "
-        "of a search or of a group of tasks, or a folder of these."
+        f"there is no {RESULT_FILE} in {path} or below it, expected the workdir of a "
+        "run, of a search or of a group of tasks, or a folder of these."
       )
     for folder in folders:
       real = folder.resolve()
@@ -153,8 +154,8 @@ def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
         left_out[real] = LeftOut(folder, str(error).replace(f"{folder}{os.sep}", ""))
     for search in searches:
       for name, _, _ in rows_of_search(search.absolute()):
-        if not any((search / name).glob(f"*/{RESULT}")):
-          reason = f"{SUMMARY} has a result of it, but its runs are not there"
+        if not any((search / name).glob(f"*/{RESULT_FILE}")):
+          reason = f"{SUMMARY_FILE} has a result of it, but its runs are not there"
           left_out[(search / name).resolve()] = LeftOut(search / name, reason)
   return list(runs.values()), list(left_out.values())
 
@@ -162,13 +163,13 @@ def find(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[LeftOut]]:
 def _folders(path: Path) -> tuple[list[Path], list[Path]]:
   """Returns the folders of runs, finished or begun, and those of searches."""
   if path.is_file():
-    return [path.parent] if path.name == RESULT else [], []
+    return [path.parent] if path.name == RESULT_FILE else [], []
   runs, searches = [], []
   for name, folders, names in os.walk(path):
     is_begun = "config.json" in names and checkpoint_files.FOLDER in folders
-    if RESULT in names or is_begun:
+    if RESULT_FILE in names or is_begun:
       runs.append(Path(name))
-    if SUMMARY in names:
+    if SUMMARY_FILE in names:
       searches.append(Path(name))
     folders[:] = sorted(
       f for f in folders if f != checkpoint_files.FOLDER and not f.startswith(".")
@@ -185,7 +186,7 @@ def _rows_of_search(search: Path) -> list[_SearchRow]:
   rows: Mapping[str, Any] = {}
   # A search that was killed in the midst of its first row has no summary yet.
   with contextlib.suppress(Damaged):
-    rows = load_json(search / SUMMARY) if (search / SUMMARY).exists() else {}
+    rows = load_json(search / SUMMARY_FILE) if (search / SUMMARY_FILE).exists() else {}
   return [
     (Variant(label, str(row.get("method", label))).folder, label, row)
     for label, row in rows.items()
@@ -203,15 +204,14 @@ def _read(folder: Path, rows_of_search: Callable[[Path], Sequence[_SearchRow]]) 
   Raises:
     _Unfit, Damaged: it cannot stand in a table; the message says why.
   """
-  if not (folder / RESULT).exists():
+  if not (folder / RESULT_FILE).exists():
     raise _Unfit("it has not ended: no result.json yet")
-  result = load_json(folder / RESULT)
+  result = load_json(folder / RESULT_FILE)
   for key, kind in _FORM.items():
     if not _is(result.get(key), kind):
       value = checkpoint_files.short(result.get(key))
-      raise _Unfit(f"its {RESULT} has {key} = {value}, expected {kind.__name__}")
-  # Results of before there were several kinds of tasks name none.
-  metric = printable(str(result.get("metric", "accuracy")))
+      raise _Unfit(f"its {RESULT_FILE} has {key} = {value}, expected {kind.__name__}")
+  metric = printable(str(objectives.metric_of(result)))
   accuracy = result.get(f"test_{metric}")
   if accuracy is None:
     raise _Unfit("it was not evaluated on a test split")

@@ -108,14 +108,14 @@ def best_run(path: str | os.PathLike) -> tuple[Path, list[str]]:
 def _candidate(run: Path) -> _Candidate | None:
   """Returns what there is to compare a run by; None if it has no val accuracy."""
   from insvp_jax.checkpoints import files
+  from insvp_jax.train import report
 
   try:
     meta = files.read_meta(files.find_steps(run)[0])
     result = files.load_json(run / "result.json")
   except files.Damaged:
     return None
-  # Results of before there were several kinds of tasks name no metric.
-  accuracy = result.get(f"val_{result.get('metric', 'accuracy')}")
+  accuracy = result.get(report.metric_keys(result)[0])
   if isinstance(accuracy, bool) or not isinstance(accuracy, float | int):
     return None
   task = (meta.get("task"), *meta.get("class_names", ()))

@@ -318,14 +318,13 @@ def result(
 
 def metric_keys(result: Mapping[str, Any]) -> tuple[str, str]:
   """Returns the keys of a result under which the metric on val and on test stands."""
-  # Results of before there were several kinds of tasks name none.
-  metric = result.get("metric", "accuracy")
+  metric = objectives.metric_of(result)
   return f"val_{metric}", f"test_{metric}"
 
 
 def result_line(result: Mapping[str, Any]) -> str:
   """Returns one line about a finished run."""
-  metric = result.get("metric", "accuracy")
+  metric = objectives.metric_of(result)
   # Accuracy is what everybody expects.
   title = "" if metric == "accuracy" else f"{objectives.title_of(metric)} "
   scores = [
