@@ -6,9 +6,11 @@ starts a backend, so that it has flags, signal handlers and output of its own an
 leaves with the exit status that a user would see.
 
 A case is {"argv", "cwd", "env", "signal", "when"}; with "signal" it is sent that
-signal as soon as the file "when" has content. With "several", a list of further
-{"argv", "env"}, it is run by as many processes at once: their ids come as one line, the
-list of their answers as the next one.
+signal as soon as the file "when" has content. With "hold", {"beyond", "until"}, the
+process that writes metrics.jsonl waits behind the first row beyond a step until the
+file "until" exists. With "several", a list of further {"argv", "env"}, it is run by as
+many processes at once: their ids come as one line, the list of their answers as the
+next one.
 
 `Driver` is the other end of it.
 """
@@ -33,6 +35,7 @@ class Driver:
     """Starts it; `cwd` is where the runs are."""
     here = Path(__file__).resolve()
     self._cwd = cwd
+    self._has_started = False
     self._process = subprocess.Popen(
       [sys.executable, here],
       env={
@@ -51,24 +54,27 @@ class Driver:
     self._send(argv, case)
     return types.SimpleNamespace(**self._answer())
 
-  def start(self, *argv, envs, extra=()) -> list[int]:
+  def start(self, *argv, envs, extra=(), **case) -> list[int]:
     """Starts one process for each of `envs` and returns their ids; see `wait`.
 
     Args:
       *argv: of all of them.
       envs: what is added to the environment of each.
       extra: further arguments of each.
+      **case: "hold" of all of them.
     """
     extra = extra or [[] for _ in envs]
     several = [
       {"argv": [str(arg) for arg in (*argv, *more)], "env": env}
       for env, more in zip(envs, extra, strict=True)
     ]
-    self._send((), {"several": several})
+    self._send((), {"several": several, **case})
+    self._has_started = True
     return self._answer()
 
   def wait(self) -> list[types.SimpleNamespace]:
     """Returns (status, out, err) of the processes that `start` has started."""
+    self._has_started = False
     return [types.SimpleNamespace(**answer) for answer in self._answer()]
 
   def __enter__(self) -> "Driver":
@@ -83,6 +89,9 @@ class Driver:
     assert status == 0 or error[0]
 
   def _send(self, argv, case) -> None:
+    if self._has_started:
+      # A test that failed between the two took no answer: it is not the next one's.
+      self.wait()
     case = {"argv": [str(arg) for arg in argv], "cwd": str(self._cwd), **case}
     print(json.dumps(case), file=self._process.stdin, flush=True)
 
@@ -132,6 +141,8 @@ def _child(case: dict[str, Any], out: BinaryIO, err: BinaryIO) -> None:
     sys.argv = ["insvp_jax.main", *case["argv"]]
     from insvp_jax import main
 
+    if "hold" in case:
+      _hold(case["hold"]["beyond"], Path(case["hold"]["until"]))
     main.run()
     status = 0
   except SystemExit as stop:
@@ -142,6 +153,19 @@ def _child(case: dict[str, Any], out: BinaryIO, err: BinaryIO) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _hold(beyond: int, until: Path) -> None:
+  from insvp_jax.logs.writers import Writers
+
+  write = Writers.scalars
+
+  def write_and_wait(self, step, scalars):
+    write(self, step, scalars)
+    while step > beyond and not until.exists():
+      time.sleep(0.01)
+
+  Writers.scalars = write_and_wait
 
 
 def _send(pid: int, signum: int, when: Path) -> None:

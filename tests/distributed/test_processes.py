@@ -302,12 +302,27 @@ def last_step(workdir):
 
 def interrupt(driver, command, workdir, *, index, signum, beyond):
   """Sends one of two processes a signal beyond a step; returns how both ended."""
-  pids = driver.start(*command, envs=environs())
+  sent = workdir.with_name(f"{workdir.name}_beyond_{beyond}")
+  hold = {"beyond": beyond, "until": str(sent)}
+  pids = driver.start(*command, envs=environs(), hold=hold)
   deadline = time.monotonic() + 200
-  while last_step(workdir) <= beyond and time.monotonic() < deadline:
+  while last_step(workdir) <= beyond:
+    if time.monotonic() > deadline or not all(map(is_there, pids)):
+      for pid in filter(is_there, pids):
+        os.kill(pid, signal.SIGKILL)
+      pytest.fail(f"no step beyond {beyond}: {driver.wait()}")
     time.sleep(0.01)
   os.kill(pids[index], signum)
+  sent.touch()
   return driver.wait()
+
+
+def is_there(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  return True
 
 
 def last_line(done):
