@@ -37,6 +37,7 @@ def create_config(
   dtype: str,
   image_size: int = 0,
   fields: Mapping[str, Any] | None = None,
+  fused_attention: bool = False,
 ) -> ConfigDict:
   """Returns the config of a contestant.
 
@@ -47,6 +48,7 @@ def create_config(
     dtype: "float32" or "bfloat16": of the computation and of frozen weights.
     image_size: pixels per side; 0 is the backbone's own.
     fields: of the method, over those of the variant.
+    fused_attention: whether cuDNN attends.
 
   Raises:
     ValueError: a field that the method has not.
@@ -58,6 +60,7 @@ def create_config(
   config.image_size = image_size
   config.backbone.name, config.backbone.weights = backbone, "random"
   config.backbone.dtype = config.backbone.frozen_dtype = dtype
+  config.backbone.fused_attention = fused_attention
   config.data.preset = PRESET
   config.total_steps = 10**6  # the schedule's length is nothing to the speed
   for field, value in {**chosen, **(fields or {})}.items():

@@ -162,6 +162,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 128)
   parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
   parser.add_argument("--image_size", type=int, default=0, help="0: the backbone's")
+  parser.add_argument("--fused_attention", action="store_true", help="cuDNN's")
   parser.add_argument("--num_classes", type=int, default=100)
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--turn_seconds", type=float, default=0.2, help="of each turn")
@@ -211,6 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       dtype=args.dtype,
       image_size=args.image_size,
       fields=json.loads(args.fields),
+      fused_attention=args.fused_attention,
     )
     contestants[name] = Contestant(config, args.num_classes)
   backbone = next(iter(contestants.values())).program.model.backbone

@@ -169,9 +169,9 @@ PAPER = ((3, 6, 3, 5), (6, 3, 3, 12), (3, 9, 9, 1), (9, 27, 5, 1), (27, 27, 3, 1
   ("platform", "devices", "release", "paper"),
   [
     ("cpu", 1, "fft fft fft plain plain", "fft fft fft plain plain"),
-    ("cpu", 4, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
-    ("gpu", 1, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
-    ("tpu", 8, "blocks blocks blocks plain plain", "plain plain blocks plain plain"),
+    ("cpu", 4, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
+    ("gpu", 1, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
+    ("tpu", 8, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
   ],
 )
 def test_forms_of_the_presets(monkeypatch, platform, devices, release, paper):

@@ -43,12 +43,12 @@ def choose_form(
 ) -> str:
   """Returns the form that is fastest, a key of `FORMS`.
 
-  Measured on CPUs by benchmarks/convolutions.py: spectra win between few channels,
-  by a factor of 30 or more for the published 25 x 25 kernel, and lose where a
-  convolution has enough channels to keep the processor busy. On other devices
-  nothing is measured yet: wide dense kernels become matrix products there, which is
-  what those devices are made for. So they do where there are several devices, since
-  XLA gathers the whole batch on each of them before it transforms it.
+  Measured by benchmarks/convolutions.py. On CPUs spectra win between few channels, by
+  a factor of 30 or more for the published 25 x 25 kernel, and lose where a convolution
+  has enough channels to keep the processor busy. On a GPU matrix products win there;
+  cuDNN takes 100 times as long for a dilated kernel. TPUs were not measured; they are
+  made for matrix products. Several devices take these, too, since XLA gathers the whole
+  batch on each of them before it transforms it.
 
   Args:
     channels, features: that go in and come out.
@@ -60,7 +60,7 @@ def choose_form(
   wide = channels * features <= 8 * kernel**2
   if on_cpu:
     return "fft" if wide and kernel > 1 else "plain"
-  return "blocks" if wide and kernel >= 7 and dilation == 1 else "plain"
+  return "blocks" if wide and (kernel >= 7 or dilation > 1) else "plain"
 
 
 class Conv(nn.Module):
