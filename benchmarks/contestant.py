@@ -168,12 +168,14 @@ class Contestant:
       return parts.train_parts(seconds)
     return parts.evaluation_parts(seconds, mode)
 
+  def compiled(self, mode: str) -> jax.stages.Compiled:
+    """Returns the compiled program of a mode."""
+    programs = {"train": self._train, "eval": self._evaluate}
+    return programs.get(mode, self._predict)
+
   def memory_mib(self, mode: str) -> float:
     """Returns what the compiled program needs at once: arrays and temporaries, MiB."""
-    compiled: Callable = {"train": self._train, "eval": self._evaluate}.get(
-      mode, self._predict
-    )
-    found = compiled.memory_analysis()
+    found = self.compiled(mode).memory_analysis()
     total = found.argument_size_in_bytes + found.temp_size_in_bytes
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return (total + new) / 2**20

@@ -179,6 +179,15 @@ class _ScannedBlock(nn.Module):
     return (x, new_prompts), (reads, x if self.keeps else None)
 
 
+def unstacked(x: Float[Array, "l *shape"]) -> list[Array]:
+  """Returns the slices of the first axis.
+
+  As a split, whose gradient puts the slices' gradients side by side. That of an index
+  pads each to the whole and adds them all up.
+  """
+  return [jnp.squeeze(part, 0) for part in jax.lax.split(x, (1,) * len(x))]
+
+
 def unsharded(
   module: type[nn.Module], unshard: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
@@ -347,7 +356,7 @@ class Encoder(nn.Module):
     carries = not hooks.makes_prompts
     if adaptation.prompts is not None:
       tokens, first = adaptation.prompts.tokens, adaptation.prompts.first
-      own |= {first + i: tokens[i] for i in range(tokens.shape[0])}
+      own |= dict(enumerate(unstacked(tokens), first))
       carries = carries and adaptation.prompts.carry
     num_read = self._num_read(hooks, keep)
     prompts, reads, kept = None, [], []

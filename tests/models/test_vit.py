@@ -228,6 +228,34 @@ def test_replaced_prompts_pass_nothing_on():
   assert few["flops"] < many["flops"] < 0.8 * updated["flops"]
 
 
+def test_prompts_of_each_image_equal_shared_ones():
+  """Either way of joining keys and values, and its gradient."""
+  model, params = build(), draw(build())
+  shared = prompts(3).prompts.tokens
+
+  def loss(tokens):
+    given = Adaptation(prompts=BlockPrompts(tokens))
+    return jnp.sum(jnp.sin(features(model, params, images(), given)))
+
+  gradient = jax.jit(jax.value_and_grad(loss))
+  expected, of_shared = gradient(shared)
+  found, of_each = gradient(jnp.repeat(shared, 2, axis=1))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  summed = jnp.sum(of_each, axis=1, keepdims=True)
+  np.testing.assert_allclose(summed, of_shared, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_slices_are_put_side_by_side():
+  def loss(x):
+    return sum(i * jnp.sum(part) for i, part in enumerate(encoder.unstacked(x)))
+
+  gradient = jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 2)))
+  assert "concatenate" in str(gradient) and "pad" not in str(gradient)
+  np.testing.assert_array_equal(
+    jax.grad(loss)(jnp.ones((3, 2))), [[0, 0], [1, 1], [2, 2]]
+  )
+
+
 @pytest.mark.parametrize("pool", vit.POOLS)
 def test_pools(pool):
   model = build(pool=pool)
