@@ -200,8 +200,8 @@ def _with_fewer_images(
 
 def check_data(
   task: str, data_config: ml_collections.ConfigDict, image_size: int
-) -> None:
-  """Does all of `load_data` except decoding images.
+) -> TaskData:
+  """Does all of `load_data` except decoding images, and returns the data as streams.
 
   A suite checks all of its tasks so, before it trains the first.
 
@@ -216,4 +216,4 @@ def check_data(
   """
   streamed = data_config.copy_and_resolve_references()
   streamed.resident_mb = 0
-  load_data(task, streamed, image_size)
+  return load_data(task, streamed, image_size)

@@ -34,6 +34,12 @@ class Whole:
     self._running, self._share, self._is_typical = 0.0, 0.0, True
     # (time, work done) of the first step that tells the pace.
     self._clock: tuple[float, float] | None = None
+    # When all is expected to be done, until steps tell.
+    self._expected_end: float | None = None
+
+  def expect(self, seconds: float | int) -> None:
+    """Takes how long what is left is expected to take; that has been said."""
+    self._expected_end, self._say = time.perf_counter() + seconds, None
 
   def keep(self, work: float | int) -> None:
     """Counts runs that were finished before."""
@@ -78,9 +84,16 @@ class Whole:
     return min(1.0, self._now_done / self._work) if self._work else 0.0
 
   def seconds_left(self) -> float | None:
-    """Returns how long the rest takes at the pace until now; None while unknown."""
+    """Returns how long the rest takes at the pace until now; None while unknown.
+
+    Before the first steps that is what was expected.
+    """
     pace = self._pace()
-    return None if pace is None else (self._work - self._now_done) * pace
+    if pace is not None:
+      return (self._work - self._now_done) * pace
+    if self._expected_end is None:
+      return None
+    return max(0.0, self._expected_end - time.perf_counter())
 
   def text(self) -> str:
     """Returns "search 40%, 1:20:00 left"."""

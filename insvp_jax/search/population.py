@@ -9,9 +9,16 @@ batch alone is computed once.
 `TrainState` whose trainable parameters, optimizer state and numbers have a leading axis
 m; the step, the random key and frozen parameters have none. No operation joins two
 trials, so one that diverges leaves the others as they are.
+
+A GPU or TPU computes all trials at once: one that a trial does not fill takes little
+longer for several. A CPU is filled by one, and the activations of several do not fit
+its caches: there the trials take turns within each step (`takes_turns`). They gain all
+the same, because a call gets fresh memory for its activations, which the operating
+system has to clear first: all trials of a call use the same. docs/measured.md has the
+numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -31,16 +38,26 @@ from insvp_jax.train.state import TrainState, hparams_of
 _MEMORY_SHARE = 0.7
 # Without a limit that the device knows.
 _MAX_MEMBERS = 64
+# Of trials that take turns: what more of them gain is less than what is lost when they
+# are interrupted, since trials under way start again.
+_MAX_TURNS = 4
 
 
-def stack_program(program: Program) -> Program:
-  """Returns the program whose steps train and evaluate any number of trials."""
-  axes = _axes(program)
-  functions = dataclasses.replace(
-    program.functions,
-    train=jax.vmap(program.functions.train, (axes, None), (axes, 0)),
-    evaluate=jax.vmap(program.functions.evaluate, (axes.params, None, 0)),
-  )
+def stack_program(program: Program, *, in_turn: bool = False) -> Program:
+  """Returns the program whose steps train and evaluate any number of trials.
+
+  Args:
+    program: of one trial.
+    in_turn: whether the trials are computed one after the other within a step, not all
+      at once; see `takes_turns`. The results are the same up to rounding.
+  """
+  if in_turn:
+    train, evaluate = _in_turn(program)
+  else:
+    axes, one = _axes(program), program.functions
+    train = jax.vmap(one.train, (axes, None), (axes, 0))
+    evaluate = jax.vmap(one.evaluate, (axes.params, None, 0))
+  functions = dataclasses.replace(program.functions, train=train, evaluate=evaluate)
   # Shardings stay: what is stacked is whole on every device, with or without axis m.
   return dataclasses.replace(program, functions=functions)
 
@@ -95,14 +112,67 @@ def _axes(program: Program) -> TrainState:
   )
 
 
+def _in_turn(program: Program) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Returns (train, evaluate) as with `jax.vmap`, in a loop over the trials."""
+  one, carried = program.functions, program.carried
+
+  def train(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
+    # Only what differs goes through the loop: frozen weights are there once.
+    changing, frozen = trees.split(state.params, carried)
+
+    def member(values):
+      changing, others = values
+      params = trees.merge(changing, frozen)
+      new, metrics = one.train(state.replace(params=params, **others), batch)
+      changing, _ = trees.split(new.params, carried)
+      return (changing, new.opt_state, new.step), metrics
+
+    names = ("opt_state", "peak_lr", "wd", "hparams")
+    others = {name: getattr(state, name) for name in names}
+    (changing, opt_state, steps), metrics = jax.lax.map(member, (changing, others))
+    params = trees.merge(changing, frozen)
+    return state.replace(step=steps[0], params=params, opt_state=opt_state), metrics
+
+  def evaluate(
+    params: Mapping[str, Any], batch: Mapping[str, Any], hparams: Any = None
+  ) -> Any:
+    changing, frozen = trees.split(params, carried)
+
+    def member(values):
+      changing, hparams = values
+      return one.evaluate(trees.merge(changing, frozen), batch, hparams)
+
+    return jax.lax.map(member, (changing, hparams))
+
+  return train, evaluate
+
+
+def takes_turns(program: Program) -> bool:
+  """Returns whether trials that train together are computed one after the other.
+
+  On CPUs, unless nothing but the head trains: then what is computed once for all of
+  them is nearly all of the work.
+
+  Args:
+    program: of one trial.
+  """
+  on_cpu = program.mesh.devices.flat[0].platform == "cpu"
+  return on_cpu and not _trains_head_alone(program)
+
+
+def _trains_head_alone(program: Program) -> bool:
+  trainable, _ = trees.split(program.mask, program.mask)
+  return all(name.startswith("head/") for name in trainable)
+
+
 def population_size(
   configs: Sequence[ConfigDict], program: Program, split: Split
 ) -> int:
   """Returns how many of the trials shall train at once.
 
   `config.tune.population`, or with 0 (automatic) as many as the device's memory holds.
-  CPUs are busy with one trial already, so there it is 1, unless nothing but the head
-  trains: then the backbone, which is nearly all of the work, is computed once for all.
+  Of a CPU's trials, which take turns, that is a few, or 1 where the trials are most of
+  what the memory holds, since each has its own copy of all that trains.
 
   Args:
     configs: of all trials.
@@ -121,9 +191,11 @@ def population_size(
     shared += split.stored_size**2 * 3 * len(split)
     free = _MEMORY_SHARE * stats["bytes_limit"] - shared
     return max(1, min(num_trials, int(free // each)))
-  trainable, _ = trees.split(program.mask, program.mask)
-  only_head = all(name.startswith("head/") for name in trainable)
-  return min(num_trials, _MAX_MEMBERS) if only_head else 1
+  if _trains_head_alone(program):
+    return min(num_trials, _MAX_MEMBERS)
+  trainable, frozen = trees.split(program.shapes, program.mask)
+  is_small = _MAX_TURNS * trees.count(trainable) <= trees.count(frozen)
+  return min(num_trials, _MAX_TURNS) if is_small else 1
 
 
 def balanced_size(num_trials: int, limit: int) -> int:

@@ -19,6 +19,7 @@ from insvp_jax.logs.writers import write_json, write_text
 from insvp_jax.models.classifier import create_backbone
 from insvp_jax.search import tables
 from insvp_jax.search import tune as tune_lib
+from insvp_jax.search.outlook import Sizes
 from insvp_jax.train import report
 from insvp_jax.train.program import fill_preset
 
@@ -61,14 +62,23 @@ def run(config: ConfigDict, workdir: str | Path, mode: str = "auto") -> dict[str
   size = create_backbone(
     config.backbone.name, config.image_size, config_lib.backbone_kwargs(config)
   ).image_size
+  sizes = {}
   for task_config, _ in tasks:
     fill_preset(task_config)
-    check_data(task_config.task, task_config.data, size)
+    data = check_data(task_config.task, task_config.data, size)
+    sizes[task_config.task] = Sizes.of(data)
   results: dict[str, Any] = {}
   for task_config, task_dir in tasks:
     task = task_config.task
     print_once(f"\n{task} ({len(results) + 1} of {len(tasks)})")
-    results[task] = tune_lib.run(task_config, task_dir, mode)
+    del sizes[task]
+    # What has a summary is nearly always finished, and a guess will do.
+    later = [
+      sizes[other.task]
+      for other, folder in tasks
+      if other.task in sizes and not (folder / "summary.json").exists()
+    ]
+    results[task] = tune_lib.run(task_config, task_dir, mode, later=later)
     # After each task: an interrupted suite has the table of what is done.
     _write(workdir, results, GROUPS[config.task])
   return results

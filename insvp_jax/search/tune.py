@@ -15,6 +15,7 @@ the smaller lr, and the retraining on all 1,000 images as in VPT (Jia et al. 202
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -36,7 +37,17 @@ from insvp_jax.logs.writers import Writers, write_json, write_text
 from insvp_jax.methods import parts_of
 from insvp_jax.models.classifier import create_model
 from insvp_jax.search import population, pruning, tables, trials
-from insvp_jax.search.outlook import Outlook, Row, Work, work_of
+from insvp_jax.search.outlook import (
+  Outlook,
+  Pace,
+  Row,
+  Sizes,
+  Work,
+  flops_of,
+  forecast,
+  time_steps,
+  work_of,
+)
 from insvp_jax.train import evaluate, objectives, report, trainer
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import create_state, fill_preset
@@ -51,6 +62,7 @@ def run(
   workdir: str | Path,
   mode: str = "auto",
   read: ReadData | None = None,
+  later: Sequence[Sizes] = (),
 ) -> dict[str, Any]:
   """Does what a config asks for: one run, or search, retraining and a table.
 
@@ -70,6 +82,8 @@ def run(
       `config.tune` says; "tune" is a search, for which an empty `tune.lr` stands for
       the method's own grid (see `grids`).
     read: as for `trainer.prepare`.
+    later: the tasks that the same is going to be done for, so that the time of all can
+      be said.
 
   Returns:
     The result of the single run, or the summary by the rows' labels.
@@ -104,6 +118,8 @@ def run(
   trainer.print_shared(config, prepared)
   outlook = Outlook({label: search.work() for label, search in searches.items()})
   print_once(outlook.summary())
+  folders = {variant.label: workdir / variant.folder for variant in variants}
+  _forecast(outlook, searches, folders, later)
   summary = {}
   for variant, (label, search) in zip(variants, searches.items(), strict=True):
     if label != variant.method:
@@ -113,7 +129,7 @@ def run(
       print_once(search.prepared.data.summary().partition("\n")[0])
     trainer.print_params(search.config, search.prepared)
     changes = config_lib.to_dict(variant.changes)
-    results = search.run(workdir / variant.folder, outlook.row(label))
+    results = search.run(folders[label], outlook.row(label))
     summary[label] = {"method": variant.method, "changes": changes, **results}
     task = search.prepared.data.name
     table = tables.format_table(task, summary)
@@ -143,6 +159,73 @@ def _is_search(config: ConfigDict, mode: str) -> bool:
   lists += tuple(tune.grid.values())
   lists += (tune.fields, *tune.prune.values())
   return mode == "tune" or (mode == "auto" and any(lists))
+
+
+def _forecast(
+  outlook: Outlook,
+  searches: Mapping[str, "Search"],
+  folders: Mapping[str, Path],
+  later: Sequence[Sizes],
+) -> None:
+  """Measures and says how long the runs that are missing take, before the first."""
+  left = {label: search.left(folders[label]) for label, search in searches.items()}
+  measured = outlook.to_measure(left)
+  pace = measured and searches[measured[0]].measure(*measured, folders[measured[0]])
+  if not pace:
+    return
+  seconds = outlook.seconds(pace, left)
+  rest = [
+    outlook.seconds(
+      pace, works={n: search.work(sizes) for n, search in searches.items()}
+    )
+    for sizes in later
+  ]
+  outlook.whole.expect(seconds)
+  print_once(forecast(seconds, rest))
+
+
+class _Start:
+  """What trials of equal fields of methods start from.
+
+  Attributes:
+    fields: of their points.
+    prepared: data, weights and the program of one trial.
+  """
+
+  def __init__(self, fields: trials.Point, prepared: Prepared):
+    """Computes nothing yet."""
+    self.fields, self.prepared = fields, prepared
+    self._params: Mapping[str, Any] | None = None
+
+  def size(self, configs: Sequence[ConfigDict]) -> int:
+    """Returns how many of the trials train together."""
+    split = self.prepared.data.splits["train"]
+    limit = population.population_size(configs, self.prepared.program, split)
+    return population.balanced_size(len(configs), limit)
+
+  def prepared_for(self, size: int) -> Prepared:
+    """Returns data, weights and the program of so many trials at once."""
+    return self._stacked if size > 1 else self.prepared
+
+  @functools.cached_property
+  def _stacked(self) -> Prepared:
+    program, in_turn = (
+      self.prepared.program,
+      population.takes_turns(self.prepared.program),
+    )
+    program = population.stack_program(program, in_turn=in_turn)
+    return dataclasses.replace(self.prepared, program=program)
+
+  def params(self, config: ConfigDict) -> Mapping[str, Any]:
+    """Returns the first parameters, which have one seed in all trials; see `free`."""
+    if self._params is None:
+      params = self.prepared.first_params(config)
+      self._params = self.prepared.prepare_params(config, params)
+    return self._params
+
+  def free(self) -> None:
+    """Drops the parameters."""
+    self._params = None
 
 
 class Search:
@@ -193,7 +276,9 @@ class Search:
     hparams = trials.hparams_of_point(self.points[0])
     # The program is the same for all points of equal fields: what differs is data.
     self.prepared = prepare(configs[0], like=like, hparams=hparams, read=read)
-    self._latest = trials.fields_of(self.points[0]), self.prepared
+    self._start = _Start(trials.fields_of(self.points[0]), self.prepared)
+    # (what is compiled of a choice, its preparation), the latest.
+    self._final: tuple[trials.Point, Prepared] | None = None
     # Automatic until now. The final runs keep what the trials had.
     self.config = trials.at(config, batch_size=configs[0].batch_size)
     for each in configs:
@@ -234,30 +319,112 @@ class Search:
     return data.final_split if data.final_split in data.splits else "train"
 
   def prepared_for(self, point: trials.Point) -> Prepared:
-    """Returns data, weights and program of a point's trial.
+    """Returns data, weights and program of a point's trial."""
+    return self._start_of(point).prepared
+
+  def _start_of(self, point: trials.Point) -> _Start:
+    """Returns what a point's trial starts from.
 
     Kept is the latest: points of equal fields follow each other.
     """
     fields = trials.fields_of(point)
-    if self._latest[0] != fields:
+    if self._start.fields != fields:
       config = trials.at(self.config, **point)
       hparams = trials.hparams_of_point(point)
-      like = self._latest[1]
-      self._latest = fields, prepare(config, like=like, hparams=hparams)
-    return self._latest[1]
+      prepared = prepare(config, like=self._start.prepared, hparams=hparams)
+      self._start = _Start(fields, prepared)
+    return self._start
 
-  def work(self) -> Work:
-    """Returns what there is to do."""
+  def prepared_final(self, chosen: trials.Point) -> Prepared:
+    """Returns data, weights and program of the final runs; the latest is kept."""
+    compiled = {n: value for n, value in chosen.items() if n not in ("lr", "wd")}
+    if self._final is None or self._final[0] != compiled:
+      config = self._final_config(chosen)
+      self._final = compiled, prepare(config, like=self.prepared)
+    return self._final[1]
+
+  def _final_config(self, chosen: trials.Point, **changes: Any) -> ConfigDict:
+    return trials.at(self.config, **chosen, train_split=self.final_split, **changes)
+
+  @functools.cached_property
+  def _flops(self) -> tuple[int, int]:
+    """FLOPs by image; see `flops_of`."""
+    config = trials.at(self.config, **self.points[0])
+    num_train = len(self.prepared.data.splits[config.data.train_split])
+    return flops_of(config, self.prepared.program, num_train)
+
+  def work(self, sizes: Sizes | None = None) -> Work:
+    """Returns what there is to do.
+
+    Args:
+      sizes: of the splits of another task; None for those of this one.
+    """
     data = self.prepared.data
-    num_train = len(data.splits[self.final_split])
+    grid = {n: len({repr(p[n]) for p in self.points}) for n in self.names}
     return work_of(
       trials.at(self.config, **self.points[0]),
-      self.prepared.program,
-      data,
+      sizes or Sizes.of(data, self.config.data.train_split),
+      self._flops,
       num_trials=self.has_trials * len(self.points) + pruning.num_trials(self),
       num_finals=len(self.seeds),
-      final_steps=config_lib.num_steps(self.config, num_train)[0],
+      grid=" x ".join(
+        f"{number} {name}" for name, number in grid.items() if number > 1
+      ),
     )
+
+  def left(self, workdir: Path) -> tuple[int, int]:
+    """Returns how many (trials, final runs) a row's workdir does not have yet."""
+    finished = self._finished(workdir) if self.has_trials else []
+    missing = self._missing(finished) if self.has_trials else []
+    num_finals = len(self.seeds)
+    if self.percents:
+      # Which masks are tried is known when the unpruned ones have been scored.
+      return len(missing) + pruning.num_trials(self), num_finals
+    if missing:
+      return len(missing), num_finals
+    chosen = trials.choose(finished, self.names) if finished else self.points[0]
+    prepared = self.prepared_final(chosen)
+    for seed in self.seeds:
+      config = self._final_config(chosen, seed=seed)
+      is_there = _finished_result(config, workdir / f"seed{seed}", prepared)
+      num_finals -= is_there is not None
+    return 0, num_finals
+
+  def measure(self, label: str, num_steps: int, workdir: Path) -> Pace | None:
+    """Returns how long the first steps take; see `outlook.time_steps`.
+
+    Args:
+      label: of the row.
+      num_steps: that are measured.
+      workdir: of the row.
+
+    Returns:
+      None where the device's memory does not hold so many trials.
+    """
+    missing = self._missing(self._finished(workdir)) if self.has_trials else []
+    times, num_cached, size = [], 0, 1
+    try:
+      if missing:
+        _, group = next(itertools.groupby(missing, trials.fields_of))
+        configs = [trials.at(self.config, **point) for point in group]
+        origin = self._start_of(next(iter(missing)))
+        size, config = origin.size(configs), configs[0]
+        prepared, params = origin.prepared_for(size), origin.params(config)
+        times.append(time_steps(configs[:size], prepared, params, num_steps))
+      if size > 1 or not missing:
+        # A final run is alone.
+        point = self.points[0]
+        config = self._final_config(point, seed=self.seeds[0])
+        prepared = self.prepared_final(point)
+        params = prepared.prepare_params(config, prepared.first_params(config))
+        times.append(time_steps([config], prepared, params, num_steps))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return None
+    if times[0].features:
+      num_cached = len(prepared.data.splits[config.data.train_split])
+    return Pace(label, times[0], times[-1], size, len(times), num_cached)
 
   def run(self, workdir: Path, row: Row) -> dict[str, Any]:
     """Returns the summary of the row: the choice, and its test accuracies.
@@ -303,28 +470,35 @@ class Search:
 
   def search(self, workdir: Path, row: Row) -> list[Mapping[str, Any]]:
     """Returns the finished trials of all points, in their order."""
-    path, prepared = workdir / trials.FILE, self.prepared
-    digest = trials.settings(
-      self.config,
-      self.names,
-      prepared.backbone,
-      report.data_digest(self.config, prepared.data, test=False),
-    )
-    finished = trials.read(path, digest)
+    path, finished = workdir / trials.FILE, self._finished(workdir)
     for trial in finished:
       self._show(trial, workdir)
-    missing = [point for point in self.points if trials.find(finished, point) is None]
+    missing = self._missing(finished)
     row.keep(trials=len(self.points) - len(missing))
     if missing:
       with trainer.hold_workdir(workdir / "search"):
         for _, group in itertools.groupby(missing, trials.fields_of):
           for trial in self._run_trials(list(group), workdir / "search", row):
             # As it will be read: pairs become lists.
-            trial = json.loads(json.dumps({**trial, "settings": digest}))
+            trial = json.loads(json.dumps({**trial, "settings": self._settings}))
             trials.append(path, trial)
             finished.append(trial)
             self._show(trial, workdir)
     return [trials.find(finished, point) for point in self.points]
+
+  @functools.cached_property
+  def _settings(self) -> str:
+    """The digest that the row's trials have in common."""
+    data_sha256 = report.data_digest(self.config, self.prepared.data, test=False)
+    return trials.settings(self.config, self.names, self.prepared.backbone, data_sha256)
+
+  def _finished(self, workdir: Path) -> list[dict[str, Any]]:
+    """Returns the trials that the row's workdir has."""
+    return trials.read(workdir / trials.FILE, self._settings)
+
+  def _missing(self, finished: Sequence[Mapping[str, Any]]) -> list[trials.Point]:
+    """Returns the points that have not been tried."""
+    return [point for point in self.points if trials.find(finished, point) is None]
 
   def _show(self, trial: Mapping[str, Any], workdir: Path) -> None:
     """Shows a finished trial in TensorBoard, if there are files for it."""
@@ -336,33 +510,22 @@ class Search:
     self, points: list[trials.Point], workdir: Path, row: Row
   ) -> Iterator[dict[str, Any]]:
     """Yields the trials of points of equal fields, population by population."""
-    prepared, start = self.prepared_for(points[0]), 0
+    origin, start = self._start_of(points[0]), 0
+    prepared = origin.prepared
     configs = [trials.at(self.config, **point) for point in points]
-    limit = population.population_size(
-      configs, prepared.program, prepared.data.splits["train"]
-    )
-    size = population.balanced_size(len(points), limit)
-    stacked = population.stack_program(prepared.program)
-    # All trials have one seed: they start from the same parameters.
-    config = configs[0]
-    params = prepared.prepare_params(config, prepared.first_params(config))
+    size, config = origin.size(configs), configs[0]
+    params = origin.params(config)
     plural = "" if len(points) == 1 else "s"
     name = f"{prepared.data.name} {config.method}, {len(points)} trial{plural}"
     while start < len(points):
       title = f"{name}, {size} at a time" if size > 1 else name
       # One compiled step for all populations: the last one is filled up.
       members = (configs[start : start + size] + configs[-1:] * size)[:size]
-      program = stacked if size > 1 else prepared.program
       chunk = points[start : start + size]
       try:
         with row.trials(len(chunk)) as whole:
           outcomes = train_trials(
-            members,
-            dataclasses.replace(prepared, program=program),
-            params,
-            workdir,
-            title,
-            whole,
+            members, origin.prepared_for(size), params, workdir, title, whole
           )
       except jax.errors.JaxRuntimeError as error:
         if size == 1 or "RESOURCE_EXHAUSTED" not in str(error):
@@ -376,15 +539,17 @@ class Search:
         print_once(f"{trials.point_text(point)}: {text}")
         yield {**point, "seed": config.seed, **outcome, "together": size}
       start += size
+    origin.free()
 
   def retrain(
     self, chosen: trials.Point, workdir: Path, row: Row
   ) -> list[dict[str, Any]]:
     """Returns the results of the final runs, one per seed."""
-    final = trials.at(self.config, **chosen, train_split=self.final_split)
-    prepared, results = prepare(final, like=self.prepared), []
+    prepared, results = self.prepared_final(chosen), []
+    # Its program is not needed when the other rows train.
+    self._final = None
     for seed in self.seeds:
-      config, where = trials.at(final, seed=seed), workdir / f"seed{seed}"
+      config, where = self._final_config(chosen, seed=seed), workdir / f"seed{seed}"
       result = _finished_result(config, where, prepared)
       if result is None:
         with row.final() as whole:

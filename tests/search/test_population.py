@@ -44,13 +44,13 @@ def final_states(monkeypatch):
   return states
 
 
-def search(config, grid, tmp_path, data=None):
+def search(config, grid, tmp_path, data=None, in_turn=False):
   """Returns (configs, program, outcomes) of trials that train together."""
   points = trials.points(grid)
   configs = [trials.at(config, **point) for point in points]
   hparams = tuple(name for name in points[0] if name not in ("lr", "wd"))
   prepared = trainer.prepare(config, hparams=hparams)
-  program = population.stack_program(prepared.program)
+  program = population.stack_program(prepared.program, in_turn=in_turn)
   prepared = dataclasses.replace(prepared, program=program, data=data or prepared.data)
   params = state_lib.init_params(program.model, config.seed)
   outcomes = tune.train_trials(configs, prepared, params, tmp_path, "test")
@@ -112,6 +112,31 @@ def test_trials_end_as_runs_of_their_own(method, grid, final_states, tmp_path):
     if trainable
   ]
   assert max(moved) > 1e-3
+
+
+def test_trials_that_take_turns_end_as_trials_at_once(final_states, tmp_path):
+  config = tiny_config("vpt_deep", **RANDOM)
+  grid = {"lr": (0.02, 0.03), "wd": (0.1,), "dropout": (0.0, 0.4)}
+  _, program, at_once = search(config, grid, tmp_path / "at once")
+  _, turned, in_turn = search(config, grid, tmp_path / "in turn", in_turn=True)
+  first, second = final_states
+  for i in range(4):
+    assert_close(member(second, turned, i), member(first, program, i))
+    assert in_turn[i]["val_accuracy"] == pytest.approx(at_once[i]["val_accuracy"])
+    assert in_turn[i]["val_loss"] == pytest.approx(at_once[i]["val_loss"], rel=1e-3)
+  assert int(second.step) == int(first.step)
+  # The frozen weights are there once, and as they were.
+  frozen = trees.split(second.params, program.mask)[1]
+  start = trees.flatten(state_lib.init_params(program.model, config.seed))
+  for name, leaf in frozen.items():
+    np.testing.assert_array_equal(leaf, start[name], err_msg=name)
+
+
+def test_on_a_cpu_trials_take_turns_unless_the_backbone_is_shared():
+  def turns(method):
+    return population.takes_turns(trainer.prepare(tiny_config(method)).program)
+
+  assert turns("vpt_deep") and not turns("linear")
 
 
 def test_a_trial_that_diverges_leaves_the_others_bit_for_bit(final_states, tmp_path):
@@ -209,9 +234,12 @@ def test_a_population_fits_into_the_memory_that_the_device_has(monkeypatch):
   assert size(1) == 1
   assert size(int((shared + split.images.nbytes + 7.5 * each) / 0.7)) == 7
   assert size(10**12) == 20
-  # Asked for, it is as asked; without a limit a trial keeps a CPU busy.
+  # Asked for, it is as asked; without a limit four take turns on a CPU, unless what
+  # they train is most of the model, as InsVP's prompters are of this one.
   assert size(10**12, population=3) == 3
   assert size(None) == 1
+  prompts = [trials.at(c, method="vpt_deep") for c in configs]
+  assert population_size(prompts, trainer.prepare(prompts[0]).program, split) == 4
   linear = [trials.at(c, method="linear") for c in configs]
   assert population_size(linear, trainer.prepare(linear[0]).program, split) == 20
 

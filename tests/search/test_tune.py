@@ -298,8 +298,9 @@ def test_methods_side_by_side_make_a_table(install, tmp_path, capsys):
   assert rows[2][:2] == ["linear", "60.00 ± 10.00"]
   printed = capsys.readouterr()
   assert printed.out.splitlines()[0] == (
-    "18 runs: insvp 6 trials and 3 final, linear 6 trials and 3 final; those that are "
-    "finished are kept"
+    "18 runs: insvp 6 trials of 6 steps (3 lr x 2 wd) and 3 final of 8, linear "
+    "6 trials of 6 steps (3 lr x 2 wd) and 3 final of 8; those that are finished are "
+    "kept"
   )
   # What they share is said once, what trains once a method.
   assert printed.err.count("insects: 3 classes") == 1
