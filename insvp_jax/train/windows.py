@@ -166,7 +166,7 @@ def _view(
     while start < ready:
       stop = min(start + step, ready)
       at = (low[start:stop] - band.first, high[start:stop] - band.first)
-      taps = [_padded(x, step) for x in (*at, down[start:stop])]
+      taps = tuple(_padded(x, step) for x in (*at, down[start:stop]))
       yield start, stop, _strip(band.sums, *band.counts(), taps, (left, right, across))
       start = stop
 
