@@ -104,8 +104,8 @@ def score(
   for view in views:
     for start, stop, logits in _view(image, logits_of, windows, *view):
       if total is None:
-        # As many rows as any strip may begin at, and one strip.
-        rows = _rounded(height, windows.size) + len(logits)
+        # As many rows as any strip may begin at, and the longest strip.
+        rows = _rounded(height, windows.size) + windows.size
         total = _zeros(logits, (rows, *logits.shape[1:]))
       total = _add_shares(total, logits, np.int32(start), np.int32(stop - start))
   for start in range(0, height, len(logits)):
@@ -204,6 +204,21 @@ def _taps(size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
   return low, high, (source - low).astype(np.float32)
 
 
+def held_bytes(size: int, num_classes: int, aspect: float = 2.0) -> int:
+  """Returns how many bytes of logits are held at most, but for those of windows.
+
+  Two bands, while one is moved, and two strips; of one scale, not mirrored.
+
+  Args:
+    size: pixels per side of a window.
+    num_classes: k.
+    aspect: the longer side of an image per its shorter one, which is `size`.
+  """
+  columns = _rounded(round(aspect * size), size)
+  band = 4 * (size + 1) * columns * num_classes
+  return 2 * band + 2 * min(_STRIP_BYTES, band)
+
+
 def starts(size: int, window: int, stride: int) -> list[int]:
   """Returns where windows begin that cover a side; the last one ends with it.
 
@@ -282,7 +297,7 @@ def _cover(begins: list[int], window: int, size: int) -> Float32[np.ndarray, "n"
 # --- What is computed where the logits are.
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1, keep_unused=True)
 def _zeros(logits: Array, shape: tuple[int, ...]) -> Array:
   """Returns zeros that lie where the logits do, on all devices and processes."""
   del logits

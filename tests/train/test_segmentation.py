@@ -36,6 +36,7 @@ from insvp_jax.tools import predict as predict_tool
 from insvp_jax.train import trainer
 from insvp_jax.train.objectives import Segmentation
 from insvp_jax.train.objectives import segmentation as segmentation_lib
+from insvp_jax.train.windows import held_bytes
 
 TINY = {"width": 16, "depth": 4, "mlp_dim": 16, "num_heads": 2}
 
@@ -379,6 +380,8 @@ def test_adapt_takes_images_with_masks_and_selects_by_miou(root, tmp_path, capsy
   planned = plan.plan(config, jax.devices()[:1])
   assert planned["eval_batch_size"] == config.segment.batch_size
   assert planned["arrays"]["training_images"] == 0
+  logits = 4 * 8 * SIZE**2 * len(CLASSES)
+  assert planned["eval_step"]["temporaries"] > logits + held_bytes(SIZE, len(CLASSES))
 
 
 # --- What a run is good for.

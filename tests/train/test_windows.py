@@ -81,15 +81,22 @@ def test_overlapping_windows_are_averaged(height, width, batch):
   np.testing.assert_array_equal(segment(image, logits_of, windows), expected)
 
 
-@pytest.mark.parametrize("height, width", [(29, 50), (11, 20)])
+@pytest.mark.parametrize(
+  "height, width, scales, strip_bytes",
+  [
+    (29, 50, (0.75, 1.5), 2**26),
+    # Strips of two rows, and then of four, since the band is half as wide.
+    (11, 30, (3.0, 0.75), 4 * 128 * NUM_CLASSES * 2),
+  ],
+)
 def test_logits_are_resized_to_the_image_and_scales_and_flips_are_averaged(
-  height, width
+  monkeypatch, height, width, scales, strip_bytes
 ):
   from PIL import Image
 
+  monkeypatch.setattr(windows_lib, "_STRIP_BYTES", strip_bytes)
   image = image_of(height, width)
   total = np.zeros((height, width, NUM_CLASSES))
-  scales = (0.75, 1.5)
   for scale in scales:
     factor = scale * 16 / min(height, width)
     sides = round(width * factor), round(height * factor)
