@@ -130,9 +130,13 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
   # It warns of plugins for libraries that are not used here.
   for name in ("jax2onnx", "onnx_ir"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  shape = input_shape(run)
+  shape, count = input_shape(run), _CHECKED
+  if run.segments:
+    # The converter enlarges no maps of any number of windows, only of one.
+    count = 1
+    shape = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
   pixels = np.random.default_rng(0).integers(
-    0, 256, (_CHECKED, *shape.shape[1:]), np.uint8
+    0, 256, (count, *shape.shape[1:]), np.uint8
   )
   try:
     model = jax2onnx.to_onnx(
@@ -156,7 +160,7 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
   limit = _TOLERANCE * max(1.0, float(np.abs(expected).max()))
   if not difference <= limit:
     raise ValueError(
-      f"the converted program computes something else: {what} of {_CHECKED} random "
+      f"the converted program computes something else: {what} of {count} random "
       f"images are up to {difference:.2g} off, expected at most {limit:g}. Export "
       "--format=stablehlo."
     )
@@ -166,6 +170,7 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
     "platforms": ["onnxruntime"],
     "exported_with": versions,
     "largest_difference": float(difference),
+    **(_input_and_output(run, "1") if run.segments else {}),
   }
 
 
@@ -223,6 +228,18 @@ def describe_windows(run: Any) -> dict[str, Any]:
   }
 
 
+def _input_and_output(run: Any, count: str = "b") -> dict[str, str]:
+  """Returns what the program of a run takes, and what it returns."""
+  side, num_classes = input_side(run), len(run.class_names)
+  output = f"{count}, {num_classes}], probabilities"
+  if run.segments:
+    output = f"{count}, {side}, {side}, {num_classes}], logits of each pixel"
+  return {
+    "input": f"uint8[{count}, {side}, {side}, 3], RGB",
+    "output": f"float32[{output}",
+  }
+
+
 def describe(run: Any, path: Path, written: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the description of a program that has been written.
 
@@ -231,22 +248,15 @@ def describe(run: Any, path: Path, written: Mapping[str, Any]) -> dict[str, Any]
     path: of the program.
     written: what `write_stablehlo` or `write_onnx` returned.
   """
-  side, num_classes = input_side(run), len(run.class_names)
   result = run.result or {}
   metric_key = f"test_{run.metric}"
-  if run.segments:
-    output = f"float32[b, {side}, {side}, {num_classes}], logits of each pixel"
-    place = {"windows": describe_windows(run)}
-  else:
-    output = f"float32[b, {num_classes}], probabilities"
-    place = {"resize": describe_resize(run)}
+  place = "windows" if run.segments else "resize"
   return {
     "file": path.name,
     "sha256": weights.file_digest(path),
-    "input": f"uint8[b, {side}, {side}, 3], RGB",
-    "output": output,
+    **_input_and_output(run),
     "class_names": list(run.class_names),
-    **place,
+    place: describe_windows(run) if run.segments else describe_resize(run),
     "task": run.meta.get("task"),
     "method": run.meta.get("method"),
     "backbone": adapters.public({"backbone": run.meta["backbone"]})["backbone"],

@@ -129,6 +129,19 @@ def test_the_program_of_a_window_computes_what_the_run_does(run, workdir, tmp_pa
   np.testing.assert_array_equal(run.segment(pixels[0])[0], found[0].argmax(-1))
 
 
+def test_onnx_runtime_computes_what_the_run_does(run, workdir, tmp_path):
+  pytest.importorskip("jax2onnx")
+  runtime = pytest.importorskip("onnxruntime")
+  output = tmp_path / "model.onnx"
+  flags = ["--format=onnx", f"--output={output}"]
+  assert export_tool.main([f"--run={workdir}", *flags]) == 0
+  about = json.loads((tmp_path / "model.onnx.json").read_text())
+  assert about["input"] == f"uint8[1, {SIZE}, {SIZE}, 3], RGB"
+  pixels = np.random.default_rng(1).integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
+  (found,) = runtime.InferenceSession(output).run(None, {"images": pixels})
+  np.testing.assert_allclose(found, run.window_logits(pixels), rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_says_how_well_it_segments(run, workdir, tmp_path):
   output = tmp_path / "adapter"
   flags = ["--format=adapter", f"--output={output}"]
