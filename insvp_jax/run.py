@@ -133,7 +133,7 @@ class Run:
     )
     return [
       windows_lib.segment(image, logits_of, windows)
-      for image in self.read_images(images)
+      for image in _read_images(images, self.decode_options)
     ]
 
   def read_images(self, images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:

@@ -364,8 +364,9 @@ def _add_shares(total: Array, logits: Array, start: Array, count: Array) -> Arra
 
 @functools.partial(jax.jit, static_argnums=2)
 def _log_rows(total: Array, start: Array, count: int) -> Array:
-  """Returns the logarithm of `count` rows from `start` on."""
-  return jnp.log(jax.lax.dynamic_slice_in_dim(total, start, count))
+  """Returns the logarithm of `count` rows from `start` on; finite, of 0, too."""
+  rows = jax.lax.dynamic_slice_in_dim(total, start, count)
+  return jnp.log(jnp.maximum(rows, jnp.finfo(rows.dtype).tiny))
 
 
 @jax.jit
