@@ -34,6 +34,7 @@ from insvp_jax.checkpoints.files import (
 )
 from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
+from insvp_jax.data.label_maps import LabelMap, MaskStyle
 from insvp_jax.errors import printable
 from insvp_jax.models import weights
 from insvp_jax.models.classifier import (
@@ -43,7 +44,7 @@ from insvp_jax.models.classifier import (
 )
 from insvp_jax.train import state as state_lib
 from insvp_jax.train import windows as windows_lib
-from insvp_jax.train.objectives import Segmentation, segmentation
+from insvp_jax.train.objectives import Classification, Segmentation, segmentation
 
 FORMAT = 1
 # Batches are padded to one of these sizes, so that few programs are compiled.
@@ -100,10 +101,20 @@ class Run:
     return isinstance(self.model, PromptedSegmenter)
 
   @property
-  def first_label(self) -> int:
-    """The value that the first class had in the masks that it was trained on."""
+  def metric(self) -> str:
+    """What it is judged by, as keys of its result name it: "accuracy" or "miou"."""
+    return (Segmentation if self.segments else Classification).METRIC
+
+  @functools.cached_property
+  def mask_style(self) -> MaskStyle:
+    """Values and colours of the classes in the masks that it was trained on."""
+    num_classes = len(self.class_names)
+    if stored := self.meta.get("masks"):
+      return MaskStyle.from_json(stored, num_classes)
+    # Runs of before have none: values are then those of the classes.
     section = self.meta["config"].get("data", {})
-    return int(section.get("reduce_zero_label", False))
+    reduces = section.get("reduce_zero_label", False)
+    return LabelMap(reduce_zero_label=reduces).style(num_classes)
 
   def segment(self, images: Any, **changes: Any) -> list[Int16[np.ndarray, "h w"]]:
     """Returns the class of each pixel of each image, at the image's own size.
@@ -116,6 +127,29 @@ class Run:
     Raises:
       ValueError: the run is none of segmentation, an unknown field, or not an image.
     """
+    windows = self.windows(**changes)
+    logits_of = segmentation.logits_function(
+      lambda batch: self.window_logits(batch["images"]), windows, None
+    )
+    return [
+      windows_lib.segment(image, logits_of, windows)
+      for image in _read_images(images, self.decode_options)
+    ]
+
+  def read_images(self, images: Any) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Returns images as pixels of their own size; see `Run`.
+
+    Raises:
+      ValueError, FileNotFoundError: not an image.
+    """
+    return list(_read_images(images, self.decode_options))
+
+  def windows(self, **changes: Any) -> windows_lib.Windows:
+    """Returns how a segmenter's images are covered by windows.
+
+    Raises:
+      ValueError: as `segment`, which takes the same changes.
+    """
     if not self.segments:
       raise ValueError("this run classifies images, not pixels; use predict.")
     settings = config_lib.defaults().segment.to_dict()
@@ -123,25 +157,33 @@ class Run:
     for name in changes:
       trees.lookup(settings, name, "field of config.segment")
     objective = Segmentation(len(self.class_names), self.preset, settings | changes)
-    windows = objective.windows(self.model.input_size)
-    if "segment" not in self._compiled:
+    return objective.windows(self.model.input_size)
 
-      def logits(params: Any, pixels: Array) -> Array:
-        inputs = preprocess.normalise(self.preset, pixels)
-        return self.model.apply({"params": params}, inputs)
+  def window_logits(self, pixels: UInt8[Any, "n s s 3"]) -> Float32[Array, "n s s k"]:
+    """Returns the logits of each pixel of windows that are as large as the input.
 
-      self._compiled["segment"] = jax.jit(logits)
-    compiled = self._compiled["segment"]
-    logits_of = segmentation.logits_function(
-      lambda batch: compiled(self.params, batch["images"]), windows, None
-    )
-    return [
-      windows_lib.segment(image, logits_of, windows)
-      for image in _read_images(images, self.decode_options)
-    ]
+    Raises:
+      ValueError: the run is none of segmentation.
+    """
+    if not self.segments:
+      raise ValueError("this run classifies images, not pixels; use predict.")
+
+    def logits(params: Any, pixels: Array) -> Array:
+      inputs = preprocess.normalise(self.preset, pixels)
+      return self.model.apply({"params": params}, inputs)
+
+    return self.compiled("window_logits", logits)(self.params, pixels)
 
   def features(self, images: Any) -> Float[np.ndarray, "b d"]:
-    """Returns the feature that the head sees, for each image."""
+    """Returns the feature that the head sees, for each image.
+
+    Raises:
+      ValueError, FileNotFoundError: as `predict`.
+    """
+    if self.segments:
+      raise ValueError(
+        "this run classifies pixels: its head sees maps, not a feature of an image."
+      )
 
     def features(params: Any, inputs: Array) -> Array:
       return self.model.apply({"params": params}, inputs, method="features")

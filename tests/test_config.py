@@ -532,6 +532,13 @@ def test_segmentation_is_published_on_ade20k_alone(root):
   assert own.task == published.task == "segment_folder"
   assert (own.data.reduce_zero_label, published.data.reduce_zero_label) == (False, True)
   assert (published.image_size, published.total_steps) == (512, 160_000)
+  assert (own.segment.photometric, published.segment.photometric) == (False, True)
+  # mmsegmentation's: the head from 1e-2 to 1e-4 by a power of 0.9.
+  schedule = optim.create_schedule(
+    published.optim, total_steps=160_000, steps_per_epoch=1263
+  )
+  lrs = [published.optim.head_lr * float(schedule(s)) for s in (0, 80_000, 160_000)]
+  assert lrs == pytest.approx([1e-2, 9.9e-3 * 0.5**0.9 + 1e-4, 1e-4])
 
 
 def test_these_are_all_shipped_configs(root):

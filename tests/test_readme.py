@@ -132,11 +132,11 @@ def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
 
   original = adapt._config
 
-  def tiny(backbone, method, changes):
+  def tiny(backbone, method, changes, **kind):
     # The method that compiles quickest, for two steps.
     changes = {**changes, "total_steps": 2, "tensorboard": False}
     changes["optim.warmup_epochs"] = 0.0
-    return original(backbone, "linear", changes)
+    return original(backbone, "linear", changes, **kind)
 
   monkeypatch.setattr(adapt, "_config", tiny)
   monkeypatch.chdir(tmp_path)

@@ -36,10 +36,13 @@ def make_params(model, seed=0):
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
   rng = np.random.default_rng(seed)
 
-  def draw(leaf):
-    return jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32)
+  def draw(path, leaf):
+    values = 0.2 * rng.normal(size=leaf.shape)
+    # Variances have no sign.
+    is_variance = path[-1].key == "var"
+    return jnp.asarray(np.abs(values) if is_variance else values, jnp.float32)
 
-  return jax.tree.map(draw, shapes)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def make_run(

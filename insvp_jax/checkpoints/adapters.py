@@ -36,7 +36,11 @@ from insvp_jax.models import weights
 FILES = ARRAYS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 # What a description holds besides that of a checkpoint.
 _RESULT, _DIGEST = "result", "adapter_sha256"
-_RESULT_FORM = {"val_accuracy": float | int, "test_accuracy": float | int}
+_RESULT_FORM = {
+  f"{split}_{metric}": float | int
+  for split in ("val", "test")
+  for metric in ("accuracy", "miou")
+}
 # Where a machine has its data; only that machine needs it.
 _DATA_PATHS = ("root", "cache_dir", "data_dir", "lists", "splits_json")
 # Names of classes and parameters may begin with a slash.

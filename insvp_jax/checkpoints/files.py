@@ -252,6 +252,7 @@ _META: dict[str, Any] = {
   "backbone": {"id": str, "sha256": str, "seed": int, "init": str, "source": str},
   "class_names": [str],
   "train_count": [int],
+  "masks": {"values": [int], "colors": [str]},
   "num_train_examples": int,
   "preset": str,
   "image_size": int,

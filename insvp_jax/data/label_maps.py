@@ -35,6 +35,42 @@ EXPECTED = (
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskStyle:
+  """What the classes of a task are in the files of its masks.
+
+  Attributes:
+    values: of each class; of masks with colours its index.
+    colors: of each class, as one number r * 65536 + g * 256 + b, by the file of classes
+      or the palette of the masks; () where neither has any.
+  """
+
+  values: tuple[int, ...]
+  colors: tuple[int, ...] = ()
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what a run keeps of it."""
+    colors = [f"#{color:06x}" for color in self.colors]
+    return {"values": list(self.values), "colors": colors}
+
+  @classmethod
+  def from_json(cls, stored: Mapping[str, Any], num_classes: int) -> "MaskStyle":
+    """Returns the style that a run has kept.
+
+    Raises:
+      ValueError: it does not fit the classes.
+    """
+    values, colors = stored.get("values") or [], stored.get("colors") or []
+    packed = [_color(color) for color in colors]
+    is_valid = len(values) == num_classes and len(packed) in (0, num_classes)
+    if not (is_valid and None not in packed and all(0 <= v < 2**16 for v in values)):
+      raise ValueError(
+        f"the run's masks have {len(values)} values and {len(colors)} colors for "
+        f"{num_classes} classes, expected a value of 16 bits and #rrggbb of each."
+      )
+    return cls(tuple(values), tuple(packed))
+
+
+@dataclasses.dataclass(frozen=True)
 class LabelMap:
   """How values become classes.
 
@@ -61,6 +97,21 @@ class LabelMap:
       self.ignore_label,
       self.reduce_zero_label,
     ]
+
+  def style(self, num_classes: int, palette: Sequence[int] = ()) -> MaskStyle:
+    """Returns what the classes are in files; of several values or colours the first.
+
+    Args:
+      num_classes: how many there are.
+      palette: colours of values, as `MaskStyle.colors`; () of masks without.
+    """
+    first = {label: x for x, label in reversed((self.values or self.colors).items())}
+    classes = range(num_classes)
+    if self.colors:
+      return MaskStyle(tuple(classes), tuple(first[label] for label in classes))
+    values = tuple(first.get(i, i + self.reduce_zero_label) for i in classes)
+    is_whole = max(values) < len(palette)
+    return MaskStyle(values, tuple(palette[v] for v in values) if is_whole else ())
 
   @functools.cached_property
   def _table(self) -> Int32[np.ndarray, "v"]:

@@ -42,6 +42,7 @@ class Crops:
     scales: the least and the greatest factor; it is drawn uniformly.
     max_share: the most that one class may have of a window, if that can be had.
     flip: whether half of the windows are mirrored.
+    photometric: whether their colours are changed; see `distort`.
     fill: RGB of what is beyond an image, in [0, 255].
   """
 
@@ -49,6 +50,7 @@ class Crops:
   scales: tuple[float, float] = (0.5, 2.0)
   max_share: float = 0.75
   flip: bool = True
+  photometric: bool = False
   fill: tuple[int, int, int] = (128, 128, 128)
 
 
@@ -103,12 +105,58 @@ def crop(
   pixels = _bilinear(image, rows, columns, top, left, size)
   if crops.flip and rng.random() < 0.5:
     pixels, window = pixels[:, ::-1], window[:, ::-1]
+  if crops.photometric:
+    pixels = distort(pixels, rng)
   out = np.empty((image_size, image_size, 3), np.uint8)
   out[:] = np.array(crops.fill, np.uint8)
   out[: size[0], : size[1]] = pixels
   target = np.full((image_size, image_size), IGNORED, np.int16)
   target[: size[0], : size[1]] = window
   return out, target
+
+
+def distort(
+  pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns an image in other colours; each change is made in half of the cases.
+
+  In this order: a number in [-32, 32] is added; either now or at last it is multiplied
+  by one in [0.5, 1.5]; in HSV, saturation is multiplied by one in [0.5, 1.5], and hue
+  turned by up to 36 degrees.
+
+  Source: mmsegmentation's `PhotoMetricDistortion`, which is that of SSD (Liu et al.
+  2016, "SSD: Single Shot MultiBox Detector") without its swap of channels.
+
+  Args:
+    pixels: RGB in [0, 255].
+    rng: what is drawn comes from it, in a fixed order.
+  """
+  from PIL import Image
+
+  is_on = rng.random(4) < 0.5
+  contrast_is_first = rng.random() < 0.5
+  brightness, hue = rng.uniform(-32, 32), rng.uniform(-36, 36)
+  contrast, saturation = rng.uniform(0.5, 1.5, 2)
+  values = pixels.astype(np.float32) + (brightness if is_on[0] else 0)
+  if is_on[1] and contrast_is_first:
+    values = np.clip(values, 0, 255) * contrast
+  if is_on[2] or is_on[3]:
+    hsv = np.asarray(Image.fromarray(_levels(values)).convert("HSV")).astype(np.float32)
+    if is_on[2]:
+      hsv[..., 1] *= saturation
+    if is_on[3]:
+      # Pillow's hue is 255 for a whole turn.
+      hsv[..., 0] = (hsv[..., 0] + hue / 360 * 255) % 255
+    channels = [Image.fromarray(_levels(hsv[..., i])) for i in range(3)]
+    values = np.asarray(Image.merge("HSV", channels).convert("RGB"))
+  if is_on[1] and not contrast_is_first:
+    values = np.clip(values, 0, 255) * contrast
+  return _levels(values)
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+  """Returns numbers as whole ones in [0, 255]."""
+  return np.clip(values, 0, 255).round().astype(np.uint8)
 
 
 def _nearest(

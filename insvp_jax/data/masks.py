@@ -84,6 +84,20 @@ class MaskFiles:
     _check_sizes(self, root, position, pixels.shape[1::-1], labels.shape[::-1])
     return pixels, labels
 
+  def palette(self) -> tuple[int, ...]:
+    """Returns the colours of the first mask's values, as `MaskStyle.colors`, if any.
+
+    Raises:
+      ValueError: the mask does not decode.
+    """
+    name, options = self.masks[0], self.images.options
+    with open_folder_or_zip(self.images.root) as root:
+      data = root.read(name, options.max_bytes)
+      with decode.open_image(data, root.full_path(name), options) as image:
+        numbers = (image.getpalette("RGB") or []) if image.mode in ("P", "PA") else []
+    channels = (numbers[i::3] for i in range(3))
+    return tuple(r * 65536 + g * 256 + b for r, g, b in zip(*channels, strict=True))
+
   def count(self) -> Int64[np.ndarray, "n v"]:
     """Returns how many pixels of each class each mask has; decodes all masks.
 

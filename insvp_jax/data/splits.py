@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from jaxtyping import Int, Int32, UInt8
 import numpy as np
 
+from insvp_jax.data.label_maps import MaskStyle
 from insvp_jax.errors import printable
 
 # Images that `to_memory` has decoded at a time.
@@ -201,6 +202,7 @@ class TaskData:
     files: of one's own images, for each split (names of its files relative to the root,
       their labels), which is stored with a run.
     are_listed: whether a list names the files, so that others do not matter.
+    mask_style: of images with masks, what classes are in their files.
   """
 
   name: str
@@ -213,6 +215,7 @@ class TaskData:
     default_factory=dict
   )
   are_listed: bool = False
+  mask_style: MaskStyle | None = None
 
   def __post_init__(self):
     """Checks that labels are class indices and that no split is empty.

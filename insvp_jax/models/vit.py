@@ -359,7 +359,7 @@ class ViT(Backbone):
       last = y if after is None else after("encoder_norm", kept[-1], y)
       kept = (*kept[:-1], last)
     grid = round(tokens.shape[1] ** 0.5)
-    shape = (len(tokens), grid, grid, self.width)
+    shape = (tokens.shape[0], grid, grid, self.width)
     return tuple(x[:, self.num_prefix :].reshape(shape) for x in kept)
 
   def _with_prefix(self, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:

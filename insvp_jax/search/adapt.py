@@ -16,7 +16,7 @@ import numpy as np
 from insvp_jax import config as config_lib
 from insvp_jax import config_checks, config_files, trees
 from insvp_jax.data import load_data
-from insvp_jax.data.sources import image_folder, memory
+from insvp_jax.data.sources import image_folder, memory, segment_folder
 from insvp_jax.run import Run, load_run
 from insvp_jax.search import tune
 from insvp_jax.train.trainer import ReadData
@@ -53,6 +53,9 @@ def adapt(
 
   Images are given as
 
+  - a folder or .zip of images with masks, as the task `segment_folder` reads it; then
+    the settings are those of `configs/segment.py`, the run is one of segmentation, and
+    what is said of accuracy above is so of mIoU;
   - a folder of `<class>/<image>`, or of splits of these, or a .zip of one;
   - a .csv of paths and labels, relative to it or to `data.root`;
   - a pair (images, labels): uint8 [n, h, w, 3], or a list of images of different sizes,
@@ -89,8 +92,9 @@ def adapt(
     if "optim.lr" in changes:
       raise ValueError("adapt got both lr and optim.lr; leave one out.")
     changes["optim.lr"] = lr
-  config = _config(os.fspath(backbone), method, changes)
   given = {"train": train, "val": val, "test": test}
+  has_masks = _has_masks(given)
+  config = _config(os.fspath(backbone), method, changes, has_masks=has_masks)
   read = _open(config, {k: images for k, images in given.items() if images is not None})
   tune.run(config, workdir, read=read)
   return load_run(next(iter(tune.first_runs(config, workdir).values())))
@@ -109,15 +113,43 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _config(backbone: str, method: str, changes: Mapping[str, Any]) -> ConfigDict:
+def _has_masks(given: Mapping[str, Any]) -> bool:
+  """Returns whether the images come with masks.
+
+  Raises:
+    ValueError: they do, and are not one folder.
+  """
+  train, others = given["train"], (given["val"], given["test"])
+  if not isinstance(train, str | os.PathLike) or image_folder.is_csv(os.fspath(train)):
+    return False
+  if not segment_folder.is_one(os.fspath(train)):
+    return False
+  if any(other is not None for other in others):
+    raise ValueError(
+      f"{os.fspath(train)} has images with masks; expected val and test in the same "
+      "folder, as images/val and masks/val, or none of them."
+    )
+  return True
+
+
+def _config(
+  backbone: str, method: str, changes: Mapping[str, Any], *, has_masks: bool = False
+) -> ConfigDict:
   """Returns configs/folder.py for one method, one seed and some changes.
+
+  For images with masks it is configs/segment.py, with the learning rates of the other.
 
   Raises:
     ValueError: there is no such key, or it does not take the value.
   """
   parser = config_files.ConfigParser()
   config = parser.parse(config_files.find("folder"))
-  arg = config_lib.parse_arg("", task="folder", method=method, backbone=backbone)
+  task = "folder"
+  if has_masks:
+    rates, task = config.tune.lr, "segment_folder"
+    config = parser.parse(config_files.find("segment"))
+    config.tune.lr = rates
+  arg = config_lib.parse_arg("", task=task, method=method, backbone=backbone)
   config = config_lib.select(config, arg)
   config.tune.seeds = (config.seed,)
   known = config_lib.keys()

@@ -209,14 +209,15 @@ def prune(
   def kept(index: int) -> dict[str, int]:
     return {name: int(np.sum(mask)) for name, mask in masks[index].items()}
 
-  accuracies = [trial["val_accuracy"] for trial in finished]
-  indices = [i for i, accuracy in enumerate(accuracies) if accuracy is not None]
+  key = trials.val_key(finished[0])
+  scored = [trial[key] for trial in finished]
+  indices = [i for i, value in enumerate(scored) if value is not None]
   if not indices:
     raise ValueError("every run with pruned masks diverged; lower config.tune.lr.")
-  best = min(indices, key=lambda i: (-accuracies[i], *kept(i).values()))
-  rows = [{**kept(i), "val_accuracy": a} for i, a in enumerate(accuracies)]
+  best = min(indices, key=lambda i: (-scored[i], *kept(i).values()))
+  rows = [{**kept(i), key: value} for i, value in enumerate(scored)]
   summary = {"kept": kept(best), "scores": scores, "trials": rows}
-  return masks[best], {"val_accuracy": accuracies[best], "pruning": summary}
+  return masks[best], {key: scored[best], "pruning": summary}
 
 
 def _where(workdir: Path) -> Path:

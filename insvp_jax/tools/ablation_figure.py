@@ -13,14 +13,17 @@ import math
 import re
 from typing import Any
 
+from insvp_jax.search import tables
+from insvp_jax.search.trials import val_key
 from insvp_jax.tools import visualize
+from insvp_jax.train import objectives
 
 # From this ratio of the largest to the smallest value on, an axis is logarithmic.
 LOG_RATIO = 10
 _MOST_TICKS = 10
 CSV_TITLES = (
   *("label", "method", "series", "parameter", "value", "test_mean", "test_std"),
-  *("num_seeds", "test_accuracies", "val_accuracy"),
+  "num_seeds",
 )
 
 
@@ -173,7 +176,7 @@ def _draw_curves(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> N
       label = f"{prefix}test" + (", mean ± std" if any(spread) else "")
       errors = spread if any(spread) else None
       axis.errorbar(x, test, errors, fmt="D-", capsize=3, label=label, **look)
-    val = [_percent(point.row.get("val_accuracy")) for point in series]
+    val = [_percent(point.row.get(val_key(point.row))) for point in series]
     if not _all_missing(val):
       look["markerfacecolor"] = "none"
       axis.plot(x, val, "o--", label=f"{prefix}val", linewidth=1, **look)
@@ -184,10 +187,14 @@ def _draw_curves(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> N
       axis.axhline(_percent(point.row["mean"]), **look)
   _scale(axis, sorted({p.value for p in points if p.value is not None}))
   axis.set_xlabel(", ".join(dict.fromkeys(p.parameter for p in points if p.parameter)))
-  axis.set_ylabel("accuracy, %")
+  axis.set_ylabel(_metric_title(points))
   axis.grid(color="0.92")
   axis.set_axisbelow(True)
   _legend(axis)
+
+
+def _metric_title(points: Sequence[Point]) -> str:
+  return f"{objectives.title_of(objectives.metric_of(points[0].row))}, %"
 
 
 def _scale(axis: Any, values: Sequence[float | int]) -> None:
@@ -208,7 +215,7 @@ def _draw_bars(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> Non
   rows = range(len(points))
   test = [_percent(point.row["mean"]) for point in points]
   spread = [100.0 * (point.row["std"] or 0.0) for point in points]
-  val = [_percent(point.row.get("val_accuracy")) for point in points]
+  val = [_percent(point.row.get(val_key(point.row))) for point in points]
   if not _all_missing(test):
     label = "test" + (", mean ± std" if any(spread) else "")
     errors = {"ecolor": "black", "error_kw": {"capsize": 3, "elinewidth": 1}}
@@ -231,7 +238,7 @@ def _draw_bars(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> Non
   # Room for the numbers.
   axis.set_xlim(0, 130)
   axis.set_xticks(range(0, 101, 20))
-  axis.set_xlabel("accuracy, %")
+  axis.set_xlabel(_metric_title(points))
   axis.grid(axis="x", color="0.92")
   axis.set_axisbelow(True)
   _legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -251,14 +258,16 @@ def data(summary: Mapping[str, Mapping[str, Any]]) -> list[Sequence[Any]]:
   Args:
     summary: {label: row} of a search.
   """
-  rows: list[Sequence[Any]] = [CSV_TITLES]
+  metric = tables.metric_of(summary)
+  key, val = tables.values_key(metric), f"val_{metric}"
+  rows: list[Sequence[Any]] = [(*CSV_TITLES, key, val)]
   for point in points_of(summary):
     row = point.row
     cells = (
       *(point.label, row.get("method", point.label), point.series, point.parameter),
       *(point.value, row["mean"], row["std"], len(row["seeds"])),
-      " ".join(map(str, row.get("test_accuracies") or ())),
-      row.get("val_accuracy"),
+      " ".join(map(str, row.get(key) or ())),
+      row.get(val),
     )
     rows.append(cells)
   return rows

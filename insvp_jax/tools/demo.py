@@ -4,7 +4,8 @@ insvp demo --run=runs/folder/insvp/seed0
 insvp demo --run=runs/folder/insvp/seed0 --run=runs/folder/vpt_deep/seed0 --port=8000
 
 For an image that is dropped on it the page shows, for each run, the most probable
-classes, the prompts as `visualize` draws them, and Grad-CAM.
+classes, the prompts as `visualize` draws them, and Grad-CAM; of a segmenter the classes
+that most pixels have, and what `visualize` draws.
 
 The page is Gradio's, for this machine alone unless --host says otherwise: it loads
 nothing from elsewhere, sends nothing to elsewhere and keeps no image. `demo_server` has
@@ -29,6 +30,7 @@ import numpy as np
 from insvp_jax import errors, files, tools
 from insvp_jax.data import decode, preprocess
 from insvp_jax.tools import attribution, demo_server, plots, predict, visualize
+from insvp_jax.train import objectives
 
 MOST_RUNS = 4
 _DPI = 150
@@ -42,7 +44,8 @@ class Answer:
   """What a run says of an image.
 
   Attributes:
-    classes: names and probabilities in [0, 1], the most probable one first.
+    classes: names and probabilities in [0, 1], the most probable one first; of a
+      segmenter shares of the pixels.
     pictures: (what it shows, PNG) each.
   """
 
@@ -61,6 +64,8 @@ def answer(run: Any, image: Any, top: int = 5) -> Answer:
   Raises:
     ValueError: the run has diverged.
   """
+  if run.segments:
+    return _segmented(run, image, top)
   classes = next(predict.top_classes(run, [image], top))
   pictures = []
   if visualize.image_prompts(run):
@@ -76,9 +81,19 @@ def answer(run: Any, image: Any, top: int = 5) -> Answer:
   return Answer(classes, pictures)
 
 
+def _segmented(run: Any, image: Any, top: int) -> Answer:
+  """Returns the classes that most pixels have, and the picture of `mask_figure`."""
+  labels = run.segment(image)[0]
+  shares = np.bincount(labels.ravel(), minlength=len(run.class_names)) / labels.size
+  most = [k for k in np.argsort(-shares, kind="stable")[:top] if shares[k]]
+  classes = [(run.class_names[k], float(shares[k])) for k in most]
+  picture = _png(visualize.mask_figure(run, [image]))
+  return Answer(classes, [("the classes of the pixels", picture)])
+
+
 def read_upload(
   run: Any, path: Path, name: str
-) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
+) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
   """Returns an image that a stranger may have sent, and what is to be said of it.
 
   Args:
@@ -88,7 +103,7 @@ def read_upload(
     name: what it was called; errors say so.
 
   Returns:
-    The pixels, `preprocess.Resized`, and a line or "".
+    The pixels, `preprocess.Resized` or, for a segmenter, as they are; and a line or "".
 
   Raises:
     ValueError: it is too large, or no image; the message can be shown.
@@ -102,6 +117,8 @@ def read_upload(
   )
   data = files.read_bytes(path, options.max_bytes)
   with decode.decoded(data, name, options) as pixels:
+    if run.segments:
+      return np.array(pixels), options.unused_bits()
     square = preprocess.resize(run.preset, pixels, run.model.input_size)
   return square.view(preprocess.Resized), options.unused_bits()
 
@@ -201,13 +218,13 @@ def pictures_html(answered: Answer) -> str:
 
 
 def titles(workdirs: Sequence[str | Path], runs: Sequence[Any]) -> list[str]:
-  """Returns a title for each run: its workdir, its method and its test accuracy."""
+  """Returns a title for each run: its workdir, its method and its metric on test."""
   texts = []
   for workdir, run in zip(workdirs, runs, strict=True):
     parts = [str(workdir), str(run.meta.get("method"))]
-    accuracy = (run.result or {}).get("test_accuracy")
-    if isinstance(accuracy, float):
-      parts.append(f"test accuracy {100 * accuracy:.2f}%")
+    value = (run.result or {}).get(f"test_{run.metric}")
+    if isinstance(value, float):
+      parts.append(f"test {objectives.title_of(run.metric)} {100 * value:.2f}%")
     texts.append(errors.printable(", ".join(parts)))
   return texts
 

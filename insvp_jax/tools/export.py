@@ -5,7 +5,8 @@ insvp export --run=runs/svhn --format=adapter --output=svhn_insvp/
 insvp export --run=runs/pretrain --output=backbone.npz
 insvp export --run=runs/svhn --output=backbone.safetensors --names=timm
 
-stablehlo: the classifier as one program for jax alone, and a description beside it.
+stablehlo: the classifier as one program for jax alone, and a description beside it. Of
+a segmenter it is that of one window.
 onnx: the same for ONNX Runtime.
 adapter: a folder with what was trained, its description and a model card, which
 `load_run` takes.
@@ -90,13 +91,14 @@ def export_backbone(
       f"{output} could not be written: {error.strerror or error}."
     ) from error
   result = run.result or {}
+  metric_key = f"test_{run.metric}"
   description = weights.backbone_fields(run.model.backbone)
   description |= {
     "sha256": weights.file_digest(output),
     "dtype": dtype,
     "preset": run.preset.name,
     "trained_on": run.meta["task"],
-    "test_accuracy": result.get("test_accuracy"),
+    metric_key: result.get(metric_key),
     "num_test_examples": result.get("num_test_examples"),
     "train_seconds": result.get("train_seconds"),
     "images_per_second": result.get("images_per_second"),

@@ -162,11 +162,12 @@ def search_data(
   data: list[tuple] = [("row", "what", "x", "value", "std")]
   for label, row in summary.items():
     data += [
-      (label, "val_accuracy", trial["lr"], trial["val_accuracy"], None)
+      (label, val_key(row), trial["lr"], trial[val_key(row)], None)
       for trial in row["trials"]
     ]
     if row["mean"] is not None:
-      data.append((label, "test_accuracy", None, row["mean"], row["std"]))
+      metric = f"test_{objectives.metric_of(row)}"
+      data.append((label, metric, None, row["mean"], row["std"]))
     for name, curve in losses.get(label, {}).items():
       points = curve if name == "val_loss" else averaged(curve)
       data += [

@@ -11,12 +11,41 @@ from collections.abc import Mapping
 from pathlib import Path
 import re
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 from insvp_jax import trees
 from insvp_jax.checkpoints import adapters, items
 from insvp_jax.errors import one_line, printable
+from insvp_jax.train import objectives
 
+
+class _Kind(NamedTuple):
+  """What a card says of a kind of task.
+
+  Attributes:
+    task: as the hub calls it.
+    metric: as the hub calls it.
+    use: the line of Python that uses a run.
+  """
+
+  task: str
+  metric: str
+  use: str
+
+
+# By the metric of a run.
+_KINDS = {
+  "accuracy": _Kind(
+    "image-classification",
+    "accuracy",
+    'run.predict("photo.jpg")  # the probability of each of run.class_names',
+  ),
+  "miou": _Kind(
+    "image-segmentation",
+    "mean_iou",
+    'run.segment("photo.jpg")  # for each pixel an index of run.class_names',
+  ),
+}
 _MOST_CLASSES = 100  # that a card lists; the description has all
 # What stands in a card where a repository has no name yet.
 _ANY = "<this folder>"
@@ -32,7 +61,7 @@ parameters that were trained{share}. What stayed frozen of the backbone is not i
 import insvp_jax
 
 run = insvp_jax.load_run({name!r}{argument})
-run.predict("photo.jpg")  # the probability of each of run.class_names
+{use}
 ```
 
 {backbone_note}Add `@` and a commit's hash to the repository's name to get exactly these
@@ -146,12 +175,13 @@ def model_card(run: Any, description: Mapping[str, Any], name: str = "") -> str:
   backbone = description["backbone"]
   method, task = (_plain(description.get(k) or "?") for k in ("method", "task"))
   own = f"{task}-{method}"
+  title = name.rpartition("/")[2] or own
   total = trees.count(run.params)
   trainable = result.get("trainable_params") or _count_trainable(run)
   is_found, note = _backbone_note(backbone)
   classes = [_plain(class_name) for class_name in run.class_names]
   text = _CARD.format(
-    title=_plain(name.rpartition("/")[2] or own),
+    title=_plain(title),
     method=f"`{method}`",
     task=f"`{task}`",
     backbone=f"`{_plain(backbone['id'])}`",
@@ -159,16 +189,17 @@ def model_card(run: Any, description: Mapping[str, Any], name: str = "") -> str:
     trainable=f"{trainable:,}",
     share=f" ({100 * trainable / total:.2f}% of the model's {total:,})",
     name=f"hf-hub:{name}" if name else _ANY,
+    use=_KINDS[run.metric].use,
     argument="" if is_found else ', backbone="<its file>"',
     backbone_note=note,
-    results=_results(result),
+    results=_results(result, run.metric),
     protocol=_protocol(run, result),
     backbone_lines=_backbone_lines(backbone),
     classes="\n".join(
       [*classes[:_MOST_CLASSES], *["..."] * (len(classes) > _MOST_CLASSES)]
     ),
   )
-  front = _front_matter(name.rpartition("/")[2] or own, method, task, backbone, result)
+  front = _front_matter(title, method, task, backbone, result, run.metric)
   return f"---\n{front}---\n\n{text}"
 
 
@@ -178,45 +209,47 @@ def _front_matter(
   task: str,
   backbone: Mapping[str, Any],
   result: Mapping[str, Any],
+  metric: str,
 ) -> str:
   """Returns the YAML that the hub reads, without the lines around it."""
   import huggingface_hub
 
-  accuracy = result.get("test_accuracy")
+  kind, value = _KINDS[metric], result.get(f"test_{metric}")
   evaluated = huggingface_hub.EvalResult(
-    task_type="image-classification",
+    task_type=kind.task,
     dataset_type=task,
     dataset_name=task,
     dataset_split="test",
-    metric_type="accuracy",
-    metric_name="accuracy on test",
-    metric_value=accuracy,
+    metric_type=kind.metric,
+    metric_name=f"{objectives.title_of(metric)} on test",
+    metric_value=value,
   )
   base = re.match(r"(?:hf-hub:)?([^/@]+/[^/@]+)", backbone["id"])
   is_repository = backbone["id"].startswith(("timm/", "hf-hub:"))
   data = huggingface_hub.ModelCardData(
     base_model=base[1] if base and is_repository else None,
     library_name="insvp_jax",
-    pipeline_tag="image-classification",
-    tags=["image-classification", "parameter-efficient-fine-tuning", "jax", method],
-    metrics=None if accuracy is None else ["accuracy"],
-    model_name=None if accuracy is None else name,
-    eval_results=None if accuracy is None else [evaluated],
+    pipeline_tag=kind.task,
+    tags=[kind.task, "parameter-efficient-fine-tuning", "jax", method],
+    metrics=None if value is None else [kind.metric],
+    model_name=None if value is None else name,
+    eval_results=None if value is None else [evaluated],
   )
   return data.to_yaml() + "\n"
 
 
-def _results(result: Mapping[str, Any]) -> str:
-  """Returns a table of the accuracies, or that there are none."""
+def _results(result: Mapping[str, Any], metric: str) -> str:
+  """Returns a table of the metric on val and test, or that there are none."""
   rows = []
   for split in ("val", "test"):
-    accuracy = result.get(f"{split}_accuracy")
-    if accuracy is not None:
+    value = result.get(f"{split}_{metric}")
+    if value is not None:
       count = result.get(f"num_{split}_examples") or ""
-      rows.append(f"| {split} | {100 * accuracy:.2f}% | {count} |")
+      rows.append(f"| {split} | {100 * value:.2f}% | {count} |")
   if not rows:
     return "It has not been evaluated."
-  return "\n".join(["| split | accuracy | images |", "|---|---|---|", *rows])
+  titles = f"| split | {objectives.title_of(metric)} | images |"
+  return "\n".join([titles, "|---|---|---|", *rows])
 
 
 def _protocol(run: Any, result: Mapping[str, Any]) -> str:

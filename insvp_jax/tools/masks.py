@@ -10,12 +10,13 @@ from typing import Any
 from jaxtyping import Int, UInt8
 import numpy as np
 
+from insvp_jax.data.label_maps import MaskStyle
 from insvp_jax.errors import one_line, printable
 from insvp_jax.logs import writers
 
 # Share of the class's colour in an overlay.
 _OPACITY = 0.55
-# A palette has so many colours; masks of more classes have 16 bits and none.
+# A palette has so many colours; masks of greater values have 16 bits and none.
 _MOST_COLORS = 256
 
 
@@ -32,35 +33,57 @@ def palette(num_classes: int) -> UInt8[np.ndarray, "k 3"]:
   return colors.astype(np.uint8)
 
 
-def png(labels: Int[np.ndarray, "h w"], num_classes: int) -> bytes:
-  """Returns a mask as a PNG file of one channel, whose values are the classes.
+def colors_of(style: MaskStyle) -> UInt8[np.ndarray, "k 3"]:
+  """Returns the colour of each class: of the masks, or of the palette at its value."""
+  if style.colors:
+    channels = np.array(style.colors)[:, None] >> np.array([16, 8, 0])
+    return (channels & 255).astype(np.uint8)
+  return palette(max(style.values) + 1)[list(style.values)]
 
-  It has a palette, so that one sees something, or 16 bits with more than 256 classes.
+
+def png(labels: Int[np.ndarray, "h w"], style: MaskStyle) -> bytes:
+  """Returns a mask as a PNG file of one channel, with the values of the classes.
+
+  It has a palette, so that it opens in the colours that the run's own masks have, or 16
+  bits and none where values do not fit into 8.
+
+  Args:
+    labels: the class of each pixel.
+    style: what classes are in files.
   """
   from PIL import Image
 
-  if num_classes > _MOST_COLORS:
-    image = Image.fromarray(labels.astype(np.uint16))
+  values = np.array(style.values)[labels]
+  if max(style.values) >= _MOST_COLORS:
+    image = Image.fromarray(values.astype(np.uint16))
   else:
-    image = Image.fromarray(labels.astype(np.uint8))
+    image = Image.fromarray(values.astype(np.uint8))
+    colors = palette(_MOST_COLORS)
+    colors[list(style.values)] = colors_of(style)
     # The values become indices of it.
-    image.putpalette(palette(num_classes).ravel().tolist())
-  return _as_png(image)
+    image.putpalette(colors.ravel().tolist())
+  return as_png(image)
 
 
 def overlay(
-  image: UInt8[np.ndarray, "h w 3"], labels: Int[np.ndarray, "h w"], num_classes: int
-) -> bytes:
-  """Returns a PNG file of an image under the colours of its classes."""
-  from PIL import Image
+  image: UInt8[np.ndarray, "h w 3"],
+  labels: Int[np.ndarray, "h w"],
+  style: MaskStyle,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Returns an image under the colours of its classes; that of others stays.
 
-  # Any number of classes: colours come again after 2 ** 24.
-  colors = palette(num_classes)[labels].astype(np.float32)
-  mixed = (1 - _OPACITY) * image + _OPACITY * colors
-  return _as_png(Image.fromarray(mixed.round().astype(np.uint8)))
+  Args:
+    image: of any size.
+    labels: the class of each pixel; `IGNORED` for none.
+    style: has the colours.
+  """
+  mixed = (1 - _OPACITY) * image + _OPACITY * colors_of(style)[labels]
+  is_real = (labels >= 0)[..., None]
+  return np.where(is_real, mixed.round(), image).astype(np.uint8)
 
 
-def _as_png(image: Any) -> bytes:
+def as_png(image: Any) -> bytes:
+  """Returns a picture of Pillow's as a PNG file."""
   file = io.BytesIO()
   image.save(file, "PNG", optimize=False)
   return file.getvalue()
@@ -92,6 +115,8 @@ def write(
   Raises:
     OSError: the disk is full or read-only.
   """
+  from PIL import Image
+
   from insvp_jax.data import prefetch
 
   def read(image: Any) -> Any:
@@ -112,10 +137,9 @@ def write(
         continue
       labels = run.segment(pixels, **(changes or {}))[0]
       path = Path(folder) / f"{_free_name(image.name, taken)}.png"
-      first = run.first_label
-      writers.write_bytes(path, png(labels + first, len(run.class_names) + first))
+      writers.write_bytes(path, png(labels, run.mask_style))
       if overlays:
-        picture = overlay(pixels, labels, len(run.class_names))
+        picture = as_png(Image.fromarray(overlay(pixels, labels, run.mask_style)))
         writers.write_bytes(path.with_name(f"{path.stem}_overlay.png"), picture)
       yield str(image), path
 

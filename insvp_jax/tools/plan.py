@@ -24,7 +24,7 @@ from insvp_jax.checkpoints.items import flatten_rest, stored_names
 from insvp_jax.data import GROUPS, TASKS, load_data
 from insvp_jax.data.preprocess import DEFAULT_PRESET, get_preset
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train import batches, features, flops
+from insvp_jax.train import batches, features, flops, windows
 from insvp_jax.train import program as program_lib
 from insvp_jax.train.program import Program
 from insvp_jax.train.report import bytes_text
@@ -70,7 +70,8 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
       training_features.
     `train_step`, `eval_step`: bytes on each device: batch, temporaries (mostly
       activations) and total, which includes `arrays`. Where features are computed once,
-      `eval_step` is that pass over the images.
+      `eval_step` is that pass over the images. Of segmentation it includes what is held
+      of an image that is twice as long as it is high.
     `checkpoint`: bytes on disk before compression: adapter, optimizer.
     `flops`: of one train step on all devices; matrix products and convolutions.
 
@@ -113,6 +114,13 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   arrays["training_features"] = feature_bytes if train_on_features else 0
   # The training images and the optimizer's state stay during evaluation.
   resident = sum(arrays.values())
+  of_eval = _step_bytes(eval_step, eval_batch, mesh, resident)
+  if not program.objective.ONE_FEATURE:
+    # Logits of windows are as large as activations, and averaged where they are.
+    logits = 4 * eval_size * image_size**2 * num_classes
+    held = logits + windows.held_bytes(image_size, num_classes)
+    of_eval["temporaries"] += held
+    of_eval["total"] += held
   return {
     "task": task,
     "method": config.method,
@@ -131,7 +139,7 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
     "params": trees.count(program.shapes),
     "arrays": arrays,
     "train_step": _step_bytes(train_step, train_batch, mesh, resident),
-    "eval_step": _step_bytes(eval_step, eval_batch, mesh, resident),
+    "eval_step": of_eval,
     "checkpoint": _checkpoint_bytes(program, state),
     "flops": flops.count(train_step.jaxpr),
   }

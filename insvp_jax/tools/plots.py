@@ -7,7 +7,7 @@ are written as they are: no dollar sign starts a formula.
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import math
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from insvp_jax.tools import visualize
+from insvp_jax.train import objectives
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; no yellow on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -274,15 +275,15 @@ def _legend_below(figure: Any, handles: Any, names: Any, columns: int) -> None:
 
 @_styled
 def curves_figure(curves: Mapping[str, Mapping[str, Curve]], x: str = "epoch") -> Any:
-  """Returns a figure of runs while they train: losses, and below them the accuracy.
+  """Returns a figure of runs while they train: losses, and below them the metric.
 
   Args:
-    curves: by run, (x, y) of "loss" and "val_loss" in nats and "val_accuracy" in
-      [0, 1], as far as there are such.
+    curves: by run, (x, y) of "loss" and "val_loss" in nats and of the metric on val,
+      such as "val_accuracy", in [0, 1], as far as there are such.
     x: what x counts.
 
   Raises:
-    ValueError: more runs than `MAX_LABELS`, or no curve at all.
+    ValueError: more runs than `MAX_LABELS`, several metrics, or no curve at all.
   """
   from matplotlib.figure import Figure
   from matplotlib.lines import Line2D
@@ -295,15 +296,16 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]], x: str = "epoch") -
   kinds = {name for run in curves.values() for name in run}
   if not kinds:
     raise ValueError("no run has a finite loss or accuracy to draw.")
-  has_accuracy, has_loss = "val_accuracy" in kinds, bool(kinds - {"val_accuracy"})
+  metric = _one_metric({name[4:] for name in kinds - {"loss", "val_loss"}})
+  has_metric, has_loss = bool(metric), bool(kinds & {"loss", "val_loss"})
   names = [shortened(name, COLUMN_INCHES - 0.5) for name in curves]
   columns = _legend_columns(names)
   lines = -(-len(names) // columns) + 1
-  panels = has_accuracy + has_loss
+  panels = has_metric + has_loss
   size = (COLUMN_INCHES, 0.4 + 1.6 * panels + lines * LINE_INCHES)
   figure = Figure(figsize=size, layout="constrained")
   axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
-  loss_axis, accuracy_axis = axes[0], axes[-1]
+  loss_axis, metric_axis = axes[0], axes[-1]
   handles = []
   for i, run in enumerate(curves.values()):
     look = {"color": COLORS[i % len(COLORS)]}
@@ -314,13 +316,13 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]], x: str = "epoch") -
     look |= _OF_VAL
     if "val_loss" in run:
       loss_axis.plot(*run["val_loss"], **look)
-    if "val_accuracy" in run:
-      epochs, accuracy = run["val_accuracy"]
-      accuracy_axis.plot(epochs, 100 * accuracy, **look)
+    if f"val_{metric}" in run:
+      epochs, values = run[f"val_{metric}"]
+      metric_axis.plot(epochs, 100 * values, **look)
   if has_loss:
     loss_axis.set_ylabel("loss, nats")
-  if has_accuracy:
-    accuracy_axis.set_ylabel("accuracy on val, %")
+  if has_metric:
+    metric_axis.set_ylabel(f"{objectives.title_of(metric)} on val, %")
   axes[-1].set_xlabel(x)
   for axis in axes:
     axis.grid(color="0.92")
@@ -333,6 +335,18 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]], x: str = "epoch") -
     loss_axis.legend(handles=kinds_of_loss, ncols=2, borderpad=0.1, loc="best")
   _legend_below(figure, handles, names, columns)
   return figure
+
+
+def _one_metric(metrics: Collection[str]) -> str:
+  """Returns what all runs are judged by; "" where there is nothing.
+
+  Raises:
+    ValueError: they are judged by several things.
+  """
+  if len(metrics) > 1:
+    names = " and ".join(sorted(map(objectives.title_of, metrics)))
+    raise ValueError(f"the runs are judged by {names}; draw a figure of each.")
+  return next(iter(metrics), "")
 
 
 def averaged(curve: Curve) -> Curve:
@@ -354,14 +368,16 @@ class Trained(NamedTuple):
   Attributes:
     label: beside the point.
     params: trainable parameters, the head's too; at least 1.
-    accuracy: in [0, 1].
+    accuracy: in [0, 1]; of another metric that.
     std: of the accuracy over seeds; None of one run.
+    metric: what the run is judged by, as keys name it.
   """
 
   label: str
   params: int
   accuracy: float
   std: float | None = None
+  metric: str = "accuracy"
 
 
 @_styled
@@ -374,13 +390,14 @@ def parameters_figure(trained: Sequence[Trained], split: str = "test") -> Any:
     split: that the accuracy is of.
 
   Raises:
-    ValueError: there is no point.
+    ValueError: there is no point, or there are several metrics.
   """
   from matplotlib.figure import Figure
   from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
   if not trained:
     raise ValueError("there is no run with trained parameters and an accuracy.")
+  title = objectives.title_of(_one_metric({point.metric for point in trained}))
   size = (COLUMN_INCHES, min(7.0, 2.2 + 0.09 * len(trained)))
   # Letters are as wide as they will be only at the resolution that is written.
   figure = Figure(figsize=size, dpi=DPI, layout="constrained")
@@ -406,7 +423,7 @@ def parameters_figure(trained: Sequence[Trained], split: str = "test") -> Any:
   axis.xaxis.set_minor_formatter(NullFormatter())
   axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: rounded(x)))
   axis.set_xlabel("trainable parameters, with the head")
-  axis.set_ylabel(f"accuracy on {split}, %")
+  axis.set_ylabel(f"{title} on {split}, %")
   axis.grid(color="0.92")
   places = [(point.params, 100 * point.accuracy) for point in trained]
   texts = [shortened(point.label, COLUMN_INCHES / 2) for point in trained]

@@ -3,7 +3,8 @@
 `jax.export` writes StableHLO for CPU, CUDA and TPU with the weights in it, for any
 number of images, and `jax.export.deserialize` reads it; jax2onnx writes ONNX. Beside
 either lies a description: the classes, and how images become the squares that the
-program takes. docs/ship.md has the few lines that use both.
+program takes. docs/ship.md has the few lines that use both. The program of a segmenter
+takes windows, and returns the logits of their pixels.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,8 +36,8 @@ def classifier(run: Any, auto_form: str = conv.PORTABLE) -> Callable[[Any], jax.
   """Returns `pixels -> probabilities`, for programs that run elsewhere.
 
   It computes what `Run.predict` does, for uint8 [b, s, s, 3] of the stored size s of
-  the run's preset, by nothing that only one kind of device has. The method is not
-  folded into the backbone.
+  the run's preset, by nothing that only one kind of device has; of a segmenter what
+  `Run.window_logits` does. The method is not folded into the backbone.
 
   Args:
     run: from `load_run`.
@@ -52,13 +53,24 @@ def classifier(run: Any, auto_form: str = conv.PORTABLE) -> Callable[[Any], jax.
       inputs = preprocess.eval_preprocess(run.preset, pixels, model.input_size)
       return jax.nn.softmax(model.apply({"params": run.params}, inputs))
 
-  return probabilities
+  def logits(pixels: Any) -> jax.Array:
+    with conv.auto_is(auto_form):
+      inputs = preprocess.normalise(run.preset, pixels)
+      return model.apply({"params": run.params}, inputs)
+
+  return logits if run.segments else probabilities
+
+
+def input_side(run: Any) -> int:
+  """Returns the pixels per side of what the program takes."""
+  size = run.model.input_size
+  return size if run.segments else run.preset.stored_size(size)
 
 
 def input_shape(run: Any) -> jax.ShapeDtypeStruct:
   """Returns what the program takes: uint8 [b, s, s, 3] with a symbolic b."""
   (b,) = export.symbolic_shape("b")
-  side = run.preset.stored_size(run.model.input_size)
+  side = input_side(run)
   return jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8)
 
 
@@ -118,28 +130,39 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
   # It warns of plugins for libraries that are not used here.
   for name in ("jax2onnx", "onnx_ir"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  shape = input_shape(run)
+  shape, count = input_shape(run), _CHECKED
+  if run.segments:
+    # The converter enlarges no maps of any number of windows, only of one.
+    count = 1
+    shape = jax.ShapeDtypeStruct((1, *shape.shape[1:]), shape.dtype)
   pixels = np.random.default_rng(0).integers(
-    0, 256, (_CHECKED, *shape.shape[1:]), np.uint8
+    0, 256, (count, *shape.shape[1:]), np.uint8
   )
   try:
     model = jax2onnx.to_onnx(
       classifier(run, auto_form="plain"),
       inputs=[shape],
       input_names=["images"],
-      output_names=["probabilities"],
+      output_names=["logits" if run.segments else "probabilities"],
     )
     data = model.SerializeToString()
     (found,) = onnxruntime.InferenceSession(data).run(None, {"images": pixels})
   except Exception as error:
     # Converter and runtime raise whatever they stumble over.
     raise _not_exported(run, "as ONNX", error) from error
-  difference = np.abs(found - run.predict(pixels.view(preprocess.Resized))).max()
-  if not difference <= _TOLERANCE:
+  if run.segments:
+    expected, what = np.asarray(run.window_logits(pixels)), "logits"
+  else:
+    expected = run.predict(pixels.view(preprocess.Resized))
+    what = "probabilities"
+  difference = np.abs(found - expected).max()
+  # Logits are of any size.
+  limit = _TOLERANCE * max(1.0, float(np.abs(expected).max()))
+  if not difference <= limit:
     raise ValueError(
-      f"the converted program computes something else: probabilities of {_CHECKED} "
-      f"random images are up to {difference:.2g} off, expected at most {_TOLERANCE:g}. "
-      "Export --format=stablehlo."
+      f"the converted program computes something else: {what} of {count} random "
+      f"images are up to {difference:.2g} off, expected at most {limit:g}. Export "
+      "--format=stablehlo."
     )
   _write(path, data)
   versions = {n: metadata.version(n) for n in ("jax", "jax2onnx", "onnxruntime")}
@@ -147,6 +170,7 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
     "platforms": ["onnxruntime"],
     "exported_with": versions,
     "largest_difference": float(difference),
+    **(_input_and_output(run, "1") if run.segments else {}),
   }
 
 
@@ -185,6 +209,37 @@ def describe_resize(run: Any) -> dict[str, Any]:
   }
 
 
+def describe_windows(run: Any) -> dict[str, Any]:
+  """Returns how a segmenter's run covers an image by windows; see `windows.Windows`.
+
+  Returns:
+    resize: "shorter" where an image is resized so that its shorter side is `size`,
+      "none" where it stays as it is; size: pixels per side of a window; stride: from
+      one to the next; fill: RGB of what is beyond an image; values: of the classes in
+      files of masks.
+  """
+  windows = run.windows()
+  return {
+    "resize": windows.resize,
+    "size": windows.size,
+    "stride": windows.stride,
+    "fill": list(windows.fill),
+    "values": list(run.mask_style.values),
+  }
+
+
+def _input_and_output(run: Any, count: str = "b") -> dict[str, str]:
+  """Returns what the program of a run takes, and what it returns."""
+  side, num_classes = input_side(run), len(run.class_names)
+  output = f"{count}, {num_classes}], probabilities"
+  if run.segments:
+    output = f"{count}, {side}, {side}, {num_classes}], logits of each pixel"
+  return {
+    "input": f"uint8[{count}, {side}, {side}, 3], RGB",
+    "output": f"float32[{output}",
+  }
+
+
 def describe(run: Any, path: Path, written: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the description of a program that has been written.
 
@@ -193,20 +248,20 @@ def describe(run: Any, path: Path, written: Mapping[str, Any]) -> dict[str, Any]
     path: of the program.
     written: what `write_stablehlo` or `write_onnx` returned.
   """
-  side = run.preset.stored_size(run.model.input_size)
   result = run.result or {}
+  metric_key = f"test_{run.metric}"
+  place = "windows" if run.segments else "resize"
   return {
     "file": path.name,
     "sha256": weights.file_digest(path),
-    "input": f"uint8[b, {side}, {side}, 3], RGB",
-    "output": f"float32[b, {len(run.class_names)}], probabilities",
+    **_input_and_output(run),
     "class_names": list(run.class_names),
-    "resize": describe_resize(run),
+    place: describe_windows(run) if run.segments else describe_resize(run),
     "task": run.meta.get("task"),
     "method": run.meta.get("method"),
     "backbone": adapters.public({"backbone": run.meta["backbone"]})["backbone"],
     "preset": run.preset.name,
-    "test_accuracy": result.get("test_accuracy"),
+    metric_key: result.get(metric_key),
     "num_test_examples": result.get("num_test_examples"),
     "trained_with": run.meta.get("versions"),
     **written,

@@ -12,6 +12,7 @@ import numpy as np
 
 from insvp_jax import config as config_lib
 from insvp_jax.data import SPLITS_FILE, TaskData, load_data, preprocess, splits
+from insvp_jax.data.label_maps import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,38 @@ def _tell(data: TaskData, *, is_drawn: bool) -> None:
   print(f"note: {changed}; what follows is about those of now", file=sys.stderr)
 
 
+def _sample(data: TaskData, count: int, seed: int) -> tuple[Any, np.ndarray]:
+  """Returns the split that images are shown of, and some positions in it."""
+  name = next(name for name in ("test", "val", "train") if name in data.splits)
+  split = data.splits[name]
+  return split, np.random.default_rng(seed).permutation(len(split))[:count]
+
+
+def sample_pairs(
+  run: Any, count: int, seed: int = 0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Returns random test images of a segmenter's task, with the classes of their pixels.
+
+  Args:
+    run: from `load_run`, of segmentation; its data have to be where they were.
+    count: how many images, drawn without replacement.
+    seed: of the draw.
+
+  Returns:
+    uint8 images [h, w, 3], and of each int16 [h, w], the run's classes. They are of the
+    splits that `sample_images` are of.
+
+  Raises:
+    ValueError, FileNotFoundError: as `read`.
+  """
+  found = read(run)
+  split, indices = _sample(found.data, count, seed)
+  pairs = list(split.take(np.sort(indices)).pairs(range(len(indices))))
+  columns = found.columns.astype(np.int16)
+  masks = [np.where(m == IGNORED, np.int16(IGNORED), columns[m]) for _, m in pairs]
+  return [image for image, _ in pairs], masks
+
+
 def sample_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
   """Returns random test images of the run's task, with their class names.
 
@@ -125,9 +158,7 @@ def sample_images(run: Any, count: int, seed: int = 0) -> tuple[Any, list[str]]:
     ValueError, FileNotFoundError: as `read`.
   """
   data = read(run).data
-  name = next(name for name in ("test", "val", "train") if name in data.splits)
-  split = data.splits[name]
-  rng = np.random.default_rng(seed)
-  sample = splits.to_memory(split, rng.permutation(len(split))[:count])
+  split, indices = _sample(data, count, seed)
+  sample = splits.to_memory(split, indices)
   images = sample.images.view(preprocess.Resized)
   return images, [data.class_names[label] for label in sample.labels]

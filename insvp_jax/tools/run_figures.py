@@ -94,10 +94,23 @@ def write_data(path: str | os.PathLike, data: Any) -> None:
 
 
 def _load(request: Request) -> dict[str, Run]:
-  return {
+  """Returns the runs.
+
+  Raises:
+    ValueError: one of them segments: these figures are of classes of images.
+  """
+  runs = {
     name: load_run(path, backbone=request.backbone)
     for name, path in request.runs.items()
   }
+  for run in runs.values():
+    if run.segments:
+      raise ValueError(
+        f"the run at {run.workdir} segments, and this kind of figure is of runs that "
+        "classify images; insvp visualize draws its prompts and masks, --kind=curves "
+        "and --kind=parameters its numbers."
+      )
+  return runs
 
 
 def _images(run: Run, request: Request) -> tuple[Any, list[str] | None]:
@@ -282,8 +295,10 @@ def draw_parameters(request: Request) -> Drawn:
     for name, workdir in request.runs.items()
     for point in run_files.read_trained(workdir, name)
   ]
-  data = [("label", "trainable_params", "test_accuracy", "std"), *map(tuple, trained)]
-  return Drawn(plots.parameters_figure(trained), data)
+  figure = plots.parameters_figure(trained)
+  data = [("label", "trainable_params", f"test_{trained[0].metric}", "std")]
+  data += [point[:4] for point in trained]
+  return Drawn(figure, data)
 
 
 class Kind(NamedTuple):

@@ -13,9 +13,11 @@ from insvp_jax.config_variants import Variant
 from insvp_jax.errors import printable
 from insvp_jax.logs.writers import METRICS_FILE
 from insvp_jax.tools.plots import Curve, Trained
+from insvp_jax.train.objectives import OBJECTIVES, metric_of, title_of
+from insvp_jax.train.report import metric_keys
 
 SUMMARY_FILE, RESULT_FILE = "summary.json", "result.json"
-CURVES = ("loss", "val_loss", "val_accuracy")
+CURVES = ("loss", "val_loss", *(f"val_{o.METRIC}" for o in OBJECTIVES.values()))
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def run_folders(workdir: Path, label: str) -> dict[str, Path]:
 
 
 def read_trained(workdir: Path, label: str) -> list[Trained]:
-  """Returns the test accuracy and the trained parameters of a run, or a search's rows.
+  """Returns the metric on test and the trained parameters of a run, or a search's rows.
 
   What has none of one of them is left out; a line on standard error says so.
 
@@ -133,7 +135,8 @@ def read_trained(workdir: Path, label: str) -> list[Trained]:
     ValueError: a file is damaged.
   """
   if (workdir / RESULT_FILE).is_file():
-    rows = {label: (load_json(workdir / RESULT_FILE), "test_accuracy")}
+    result = load_json(workdir / RESULT_FILE)
+    rows = {label: (result, metric_keys(result)[1])}
   elif (workdir / SUMMARY_FILE).exists() or (workdir / "suite.json").exists():
     rows = {name: (row, "mean") for name, row in read_summary(workdir).items()}
   else:
@@ -145,12 +148,14 @@ def read_trained(workdir: Path, label: str) -> list[Trained]:
   for name, (row, key) in rows.items():
     accuracy, params = row.get(key), row.get("trainable_params")
     if accuracy is None or not params:
-      lacks = "test accuracy" if accuracy is None else "trained parameters"
+      metric = f"test {title_of(metric_of(row))}"
+      lacks = metric if accuracy is None else "trained parameters"
       print(
         f"note: {printable(str(workdir))}: {printable(name)} has no {lacks} and is "
         "left out",
         file=sys.stderr,
       )
       continue
-    found.append(Trained(name, params, accuracy, row.get("std")))
+    point = Trained(name, params, accuracy, row.get("std"), metric_of(row))
+    found.append(point)
   return found

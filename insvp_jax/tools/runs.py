@@ -59,6 +59,7 @@ class _Candidate:
   accuracy: float
   task: tuple[Any, ...]
   data: Any
+  title: str
 
 
 def best_run(path: str | os.PathLike) -> tuple[Path, list[str]]:
@@ -94,7 +95,8 @@ def best_run(path: str | os.PathLike) -> tuple[Path, list[str]]:
   highest = max(candidate.accuracy for candidate in found)
   best = [candidate.path for candidate in found if candidate.accuracy == highest]
   lines = [
-    f"the best of {len(found)} runs by val accuracy, {100 * highest:.2f}%, is {best[0]}"
+    f"the best of {len(found)} runs by val {found[0].title}, {100 * highest:.2f}%, is "
+    f"{best[0]}"
   ]
   if best[1:]:
     lines.append(f"as good, and later by name: {', '.join(map(str, best[1:]))}")
@@ -108,18 +110,20 @@ def best_run(path: str | os.PathLike) -> tuple[Path, list[str]]:
 def _candidate(run: Path) -> _Candidate | None:
   """Returns what there is to compare a run by; None if it has no val accuracy."""
   from insvp_jax.checkpoints import files
-  from insvp_jax.train import report
+  from insvp_jax.train import objectives
 
   try:
     meta = files.read_meta(files.find_steps(run)[0])
     result = files.load_json(run / "result.json")
   except files.Damaged:
     return None
-  accuracy = result.get(report.metric_keys(result)[0])
+  metric = objectives.metric_of(result)
+  accuracy = result.get(f"val_{metric}")
   if isinstance(accuracy, bool) or not isinstance(accuracy, float | int):
     return None
   task = (meta.get("task"), *meta.get("class_names", ()))
-  return _Candidate(run, float(accuracy), task, meta.get("data_sha256"))
+  title = objectives.title_of(metric)
+  return _Candidate(run, float(accuracy), task, meta.get("data_sha256"), title)
 
 
 def _check_one_task(found: Sequence[_Candidate]) -> None:

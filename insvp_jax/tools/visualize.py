@@ -1,5 +1,7 @@
 """Draws the prompts of a run: image, patch, global and fused prompt, prompted image.
 
+Of a segmenter also the classes of the pixels, over the image, and what the masks have.
+
 insvp visualize --run=runs/folder/insvp/seed0 --output=prompts.png
 insvp visualize --run=runs/folder/insvp/seed0 --images photos/ one.jpg
 
@@ -9,7 +11,7 @@ Prompts are signed and small, so each is stretched to the full range around grey
 the number below it is its largest absolute value, in grey levels of 255.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
 import sys
@@ -21,10 +23,13 @@ import numpy as np
 
 from insvp_jax import tools
 from insvp_jax.tools import run_data, runs
+from insvp_jax.tools.masks import colors_of, overlay
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 TITLES = {"patch": "patch prompt", "global": "global prompt", "image": "fused prompt"}
 PANEL_INCHES = 1.9
+# Classes of which a legend says the colour.
+_MOST_COLORS = 24
 
 
 def image_prompts(run: Any) -> list[str]:
@@ -42,7 +47,7 @@ def image_prompts(run: Any) -> list[str]:
   return [name for name in TITLES if name in prompts]
 
 
-def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None) -> Any:
+def prompt_figure(run: Any, images: Any, labels: Sequence[str] | None = None) -> Any:
   """Returns a figure with one row per image and one column per kind of prompt.
 
   Args:
@@ -66,11 +71,7 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
   from matplotlib.figure import Figure
 
   prompts, probabilities = run.prompts(images), run.predict(images)
-  if not all(np.isfinite(prompts[name]).all() for name in names):
-    raise ValueError(
-      f"prompts of the run at {run.workdir} are not finite: it has diverged; train it "
-      "with a smaller lr."
-    )
+  _check_finite(run, prompts)
   pixels = run.to_pixels(run.preprocess(images))
   prompted_pixels = run.to_pixels(run.prompted(images))
   columns, rows = len(names) + 2, len(pixels)
@@ -86,14 +87,82 @@ def prompt_figure(run: Any, images: Any, *, labels: Sequence[str] | None = None)
     # Not parsed as mathematics: a class name may hold a dollar sign.
     row[0].set_ylabel(text, parse_math=False, fontsize=9)
     for axis, name in zip(row[1:-1], names, strict=True):
-      # Prompts are added to normalised images; in grey levels of 255.
-      levels = prompts[name][i] * np.asarray(run.preset.std) * 255
-      largest = float(np.abs(levels).max())
-      stretched = 0.5 + levels / (2 * max(largest, 1e-6))
+      stretched, text = _stretched(prompts[name][i], run.preset)
       _show(axis, stretched, TITLES[name] if i == 0 else "")
-      axis.set_xlabel(f"± {largest:.3g} of 255", fontsize=8)
+      axis.set_xlabel(text, fontsize=8)
     _show(row[-1], prompted_pixels[i], "prompted image" if i == 0 else "")
   return figure
+
+
+def _check_finite(run: Any, prompts: Mapping[str, np.ndarray]) -> None:
+  if not all(np.isfinite(prompts[name]).all() for name in TITLES if name in prompts):
+    raise ValueError(
+      f"prompts of the run at {run.workdir} are not finite: it has diverged; train it "
+      "with a smaller lr."
+    )
+
+
+def mask_figure(run: Any, images: Sequence[Any], masks: Any = None) -> Any:
+  """Returns a figure with a row per image: prompts, and the classes that are found.
+
+  Args:
+    run: from `load_run`, of segmentation. Prompts are those of the whole image as a
+      square, where its method makes some.
+    images: as for `Run.segment`; a few, since each gets a row.
+    masks: the classes of the images' pixels, int16 [h, w] each; None for unknown.
+
+  Returns:
+    A `matplotlib.figure.Figure`; it belongs to no window.
+
+  Raises:
+    ValueError: matplotlib is not installed.
+  """
+  check_matplotlib()
+  from matplotlib.figure import Figure
+  from matplotlib.patches import Patch
+
+  pixels = run.read_images(images)
+  found, names = run.segment(pixels), image_prompts(run)
+  prompts = run.prompts(pixels) if names else {}
+  _check_finite(run, prompts)
+  prompted = run.to_pixels(run.prompted(pixels)) if names else []
+  titles = ["image", *(TITLES[name] for name in names)]
+  titles += ["prompted image"] * bool(names) + ["predicted"]
+  titles += ["mask"] * (masks is not None)
+  size = (len(titles) * PANEL_INCHES, len(pixels) * PANEL_INCHES + 0.7)
+  figure = Figure(figsize=size, layout="constrained")
+  axes = figure.subplots(len(pixels), len(titles), squeeze=False)
+  for i, row in enumerate(axes):
+    panels = [(pixels[i], "")]
+    for name in names:
+      panels.append(_stretched(prompts[name][i], run.preset))
+    panels += [(prompted[i], "")] if names else []
+    shown = [found[i], *([] if masks is None else [masks[i]])]
+    panels += [(overlay(pixels[i], labels, run.mask_style), "") for labels in shown]
+    for axis, (panel, text), title in zip(row, panels, titles, strict=True):
+      _show(axis, panel, title if i == 0 else "")
+      axis.set_xlabel(text, fontsize=8)
+  known = [*found, *([] if masks is None else masks)]
+  classes = np.unique(np.concatenate([labels.ravel() for labels in known]))
+  colors = colors_of(run.mask_style) / 255
+  handles = [
+    Patch(facecolor=colors[k], edgecolor="0.5", label=run.class_names[k])
+    for k in classes[classes >= 0][:_MOST_COLORS]
+  ]
+  legend = figure.legend(
+    handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+  )
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+  return figure
+
+
+def _stretched(prompt: np.ndarray, preset: Any) -> tuple[np.ndarray, str]:
+  """Returns a prompt around grey, and its largest value in grey levels, as text."""
+  # Prompts are added to normalised images; in grey levels of 255.
+  levels = prompt * np.asarray(preset.std) * 255
+  largest = float(np.abs(levels).max())
+  return 0.5 + levels / (2 * max(largest, 1e-6)), f"± {largest:.3g} of 255"
 
 
 def save_figure(figure: Any, path: str | os.PathLike, dpi: int = 150) -> None:
@@ -177,16 +246,18 @@ def draw(
     run: from `load_run`.
     path: the figure's file.
     images: of these some at even distances are shown; if there are none, test images
-      of the run's task, with their classes.
+      of the run's task, with their classes or masks.
     rows: how many images at most.
 
   Raises:
-    ValueError, OSError: as `prompt_figure` and `save_figure`.
+    ValueError, OSError: as `prompt_figure`, `mask_figure` and `save_figure`.
   """
   shown, labels = evenly_spaced(images, rows), None
   if not images:
-    shown, labels = run_data.sample_images(run, rows)
-  save_figure(prompt_figure(run, shown, labels=labels), path)
+    sample = run_data.sample_pairs if run.segments else run_data.sample_images
+    shown, labels = sample(run, rows)
+  create = mask_figure if run.segments else prompt_figure
+  save_figure(create(run, shown, labels), path)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -57,6 +57,8 @@ def create_schedule(
     cosine: half a cosine from 1 (at W) to end_lr_factor (at T).
     cosine_epochwise: the factor changes only between epochs. Epoch e of a warm-up
       of W epochs has e / W, so that the first epoch trains with lr 0, as VPT does.
+    polynomial: (1 - t) ** power from 1 (at W) to end_lr_factor (at T), for t from 0 to
+      1; power is 0.9, or config.optim.power.
     multistep: 1, a tenth after half of the updates behind W, a hundredth after 72%.
   In the warm-up of all but cosine_epochwise, update i (from 0) has (i + 1) / W: 1 / W
   at first, 1 at updates W - 1 and W. Train step s (from 0) belongs to update
@@ -73,7 +75,8 @@ def create_schedule(
 
   Source: cosine_epochwise is the schedule of VPT (Jia et al., ECCV 2022), the linear
     start at lr / W that of InsVP (Liu et al., ACM MM 2024), multistep that of ILM-VP
-    (Chen et al., CVPR 2023) and AutoVP (Tsao et al., ICLR 2024).
+    (Chen et al., CVPR 2023) and AutoVP (Tsao et al., ICLR 2024), polynomial that of
+    DeepLab (Chen et al., TPAMI 2018) and SETR (Zheng et al., CVPR 2021).
   """
   check_optim(optim)
   create = trees.lookup(SCHEDULES, optim["schedule"], "schedule")
@@ -177,6 +180,7 @@ _RANGES = {
   "warmup_epochs": _NOT_NEGATIVE,
   "warmup_steps": _NOT_NEGATIVE,
   "end_lr_factor": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+  "power": (lambda value: 0 < value < float("inf"), "a number > 0"),
   "grad_clip_norm": (_NOT_NEGATIVE[0], "a number >= 0 (0 is off)"),
   "accumulate_steps": (
     lambda value: value >= 1 and value == int(value),
@@ -186,15 +190,19 @@ _RANGES = {
 }
 
 
-def _stepwise(decay: Callable[[float, int, float], Schedule]):
-  """Returns the factory of a schedule with a linear warm-up and then `decay`."""
+def _stepwise(decay: Callable[[Config, int], Schedule]):
+  """Returns the factory of a schedule with a linear warm-up and then `decay`.
+
+  Args:
+    decay: of the config section and the number of updates that it takes.
+  """
 
   def create(optim: Config, total_steps: int, steps_per_epoch: int) -> Schedule:
     total = total_steps // optim["accumulate_steps"]
     steps = optim["warmup_steps"] or optim["warmup_epochs"] * steps_per_epoch
     warmup = round(steps / optim["accumulate_steps"])
     _check_warmup(optim, warmup, total, "updates")
-    after = decay(1.0, total - warmup, float(optim["end_lr_factor"]))
+    after = decay(optim, total - warmup)
     if not warmup:
       return after
     # (count + 1) / W: the first update must not be lost to lr 0.
@@ -204,11 +212,25 @@ def _stepwise(decay: Callable[[float, int, float], Schedule]):
   return create
 
 
-def _multistep(peak: float, num_updates: int, end: float) -> Schedule:
-  del end
+def _constant(optim: Config, num_updates: int) -> Schedule:
+  del optim, num_updates
+  return optax.constant_schedule(1.0)
+
+
+def _cosine(optim: Config, num_updates: int) -> Schedule:
+  return optax.cosine_decay_schedule(1.0, num_updates, float(optim["end_lr_factor"]))
+
+
+def _polynomial(optim: Config, num_updates: int) -> Schedule:
+  end, power = float(optim["end_lr_factor"]), float(optim["power"])
+  return optax.polynomial_schedule(1.0, end, power, num_updates)
+
+
+def _multistep(optim: Config, num_updates: int) -> Schedule:
+  del optim
   # In whole numbers: 72% of 200 epochs is the start of one.
   boundaries = {-(-num_updates * percent // 100): 0.1 for percent in (50, 72)}
-  return optax.piecewise_constant_schedule(peak, boundaries)
+  return optax.piecewise_constant_schedule(1.0, boundaries)
 
 
 def _create_cosine_epochwise(
@@ -296,8 +318,9 @@ def _check_trainable(params: Mapping[str, Any], mask: Mapping[str, Any]) -> None
 
 
 SCHEDULES = {
-  "constant": _stepwise(lambda peak, _steps, _end: optax.constant_schedule(peak)),
-  "cosine": _stepwise(optax.cosine_decay_schedule),
+  "constant": _stepwise(_constant),
+  "cosine": _stepwise(_cosine),
+  "polynomial": _stepwise(_polynomial),
   "multistep": _stepwise(_multistep),
   "cosine_epochwise": _create_cosine_epochwise,
 }

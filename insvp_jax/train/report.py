@@ -229,6 +229,8 @@ def run_meta(
     "trainable": [name for name, trainable in is_trainable.items() if trainable],
     "config": config_lib.stored(config),
     "versions": versions(),
+    # Of segmentation alone.
+    **({"masks": data.mask_style.to_json()} if data.mask_style else {}),
   }
 
 

@@ -1,5 +1,6 @@
 """Images with masks: layouts, labels, what is wrong with them, and random crops."""
 
+import io
 import json
 import shutil
 
@@ -10,8 +11,9 @@ from segment_fixtures import CLASSES, SIZE, SPLITS, draw, write_shapes
 
 from insvp_jax.config import defaults
 from insvp_jax.data import load_data, mask_batches
-from insvp_jax.data.label_maps import IGNORED
-from insvp_jax.data.mask_batches import Crops, crop, train_batches
+from insvp_jax.data.label_maps import IGNORED, MaskStyle
+from insvp_jax.data.mask_batches import Crops, crop, distort, train_batches
+from insvp_jax.tools import masks
 
 
 def load(root, **changes):
@@ -153,6 +155,24 @@ def test_colors_palettes_and_16_bits_become_the_same_labels(tmp_path, kind):
   data = load(root, **none)
   assert data.class_names == CLASSES
   np.testing.assert_array_equal(labels_of(data.splits["train"]), expected)
+  # What is predicted is written with the same values, and opens in the same colours.
+  with Image.open(root / "masks" / "train" / "0.png") as image:
+    has_colors = image.mode == "RGB"
+    values, colors = np.asarray(image), np.asarray(image.convert("RGB"))
+  png = masks.png(np.maximum(expected, 0), data.mask_style)
+  with Image.open(io.BytesIO(png)) as image:
+    is_real = expected != IGNORED
+    assert image.mode == ("I;16" if kind == "16bit" else "P")
+    own = expected if has_colors else values
+    np.testing.assert_array_equal(np.asarray(image)[is_real], own[is_real])
+    if kind != "16bit":
+      shown = np.asarray(image.convert("RGB"))
+      np.testing.assert_array_equal(shown[is_real], colors[is_real])
+  # As a run keeps it.
+  stored = json.loads(json.dumps(data.mask_style.to_json()))
+  assert MaskStyle.from_json(stored, 3) == data.mask_style
+  with pytest.raises(ValueError, match="3 values and . colors for 4 classes"):
+    MaskStyle.from_json(stored, 4)
 
 
 def smaller(mask):
@@ -309,3 +329,31 @@ def test_the_shorter_side_is_resized_unless_the_longer_becomes_too_long():
   assert mask_batches.base_scale(100, 200, "shorter", 50) == 0.5
   assert mask_batches.base_scale(100, 1000, "shorter", 50) == 0.2
   assert mask_batches.base_scale(100, 200, "none", 50) == 1
+
+
+def test_colours_are_changed_as_drawn_and_masks_are_not():
+  pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+  grey = np.full((4, 4, 3), 100, np.uint8)
+  means = []
+  for number in range(200):
+    seed = (7, number)
+    found = distort(pixels, np.random.default_rng(seed))
+    again = distort(pixels, np.random.default_rng(seed))
+    assert found.dtype == np.uint8 and found.shape == pixels.shape
+    np.testing.assert_array_equal(found, again)
+    # Grey stays grey: neither saturation nor hue changes it.
+    other = distort(grey, np.random.default_rng(seed))
+    assert len(np.unique(other)) == 1
+    means.append(float(other[0, 0, 0]))
+  # Within (100 +- 32) * [0.5, 1.5], the same in about a quarter of the cases.
+  assert 34 <= min(means) < 60 and 140 < max(means) <= 198
+  assert 0.15 < np.mean(np.array(means) == 100) < 0.35
+  # All else is drawn as without.
+  labels = np.random.default_rng(1).integers(0, 3, (20, 31)).astype(np.int16)
+  image = np.random.default_rng(2).integers(0, 256, (20, 31, 3), np.uint8)
+  crops = [
+    crop(image, labels, np.random.default_rng(3), Crops(photometric=on), SIZE)
+    for on in (False, True)
+  ]
+  np.testing.assert_array_equal(crops[0][1], crops[1][1])
+  assert (crops[0][0] != crops[1][0]).any()

@@ -22,6 +22,7 @@ BASE = dict(
   warmup_epochs=0.0,
   warmup_steps=0,
   end_lr_factor=0.0,
+  power=0.9,
   grad_clip_norm=0.0,
   accumulate_steps=1,
   no_decay=(),
@@ -117,6 +118,16 @@ def test_cosine_ends_at_the_end_factor():
   lr = schedule(schedule="cosine", end_lr_factor=0.1)
   assert float(lr(0)) == pytest.approx(0.1)
   assert float(lr(100)) == pytest.approx(0.01)
+
+
+def test_polynomial_is_that_of_a_power_and_ends_at_the_end_factor():
+  lr = schedule(schedule="polynomial", lr=1.0, end_lr_factor=0.01, warmup_steps=20)
+  assert float(lr(9)) == pytest.approx(0.5)
+  for step in (20, 40, 90, 100):
+    left = 1 - (step - 20) / 80
+    assert float(lr(step)) == pytest.approx(0.99 * left**0.9 + 0.01)
+  lr = schedule(schedule="polynomial", lr=1.0, power=2)
+  assert float(lr(50)) == pytest.approx(0.25)
 
 
 def test_epochwise_has_the_factors_of_vpt():

@@ -21,21 +21,22 @@ from segment_fixtures import (
 from tiny_runs import make_params
 from tiny_training import assert_same, at_step, metrics, prepare, stop_by, stored
 
+import insvp_jax
 from insvp_jax import trees
 from insvp_jax.data import load_data
-from insvp_jax.data.label_maps import IGNORED
+from insvp_jax.data.label_maps import IGNORED, MaskStyle
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.models import setr
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
-from insvp_jax.search import tune
 from insvp_jax.tools import evaluate as evaluate_tool
+from insvp_jax.tools import figure, plan
 from insvp_jax.tools import masks as masks_lib
-from insvp_jax.tools import plan
 from insvp_jax.tools import predict as predict_tool
 from insvp_jax.train import trainer
 from insvp_jax.train.objectives import Segmentation
 from insvp_jax.train.objectives import segmentation as segmentation_lib
+from insvp_jax.train.windows import held_bytes
 
 TINY = {"width": 16, "depth": 4, "mlp_dim": 16, "num_heads": 2}
 
@@ -276,6 +277,7 @@ def test_the_shapes_are_learnt_and_every_pixel_is_counted(learnt, data):
   logged = [row for row in metrics(workdir) if "val_miou" in row]
   assert [row["step"] for row in logged][:2] == [20, 40]
   assert logged[-1]["test_miou"] == result["test_miou"]
+  assert 0 < logged[1]["val_loss"] < logged[0]["val_loss"] < 2
   assert json.loads((workdir / "result.json").read_text())["test_miou"] > 0.6
 
 
@@ -343,15 +345,26 @@ def test_batches_of_windows_are_filled_up(mesh):
   apply = segmentation_lib.logits_function(eval_step, windows, rows)
   for count in (1, 4, 5):
     images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
-    np.testing.assert_array_equal(apply(images), images)
+    np.testing.assert_array_equal(apply(images)[:count], images)
   assert seen == [(4, 1), (4, 4), (8, 5)]
 
 
-def test_a_search_selects_by_miou(root, tmp_path, capsys):
-  config = segment_config(root, "linear", tune__lr=(0.03, 1e-6), tune__seeds=(0,))
-  config.total_steps = 6
-  summary = tune.run(config, tmp_path, "auto")
-  row = summary["linear"]
+def test_adapt_takes_images_with_masks_and_selects_by_miou(root, tmp_path, capsys):
+  config = segment_config(root, "linear")
+  names = ("weights", "width", "depth", "mlp_dim", "num_heads")
+  settings = {f"backbone.{name}": config.backbone[name] for name in names}
+  run = insvp_jax.adapt(
+    root,
+    **{"workdir": tmp_path, "backbone": config.backbone.name, "method": "linear"},
+    **{"image_size": SIZE, "batch_size": 4, "total_epochs": 0.0, "total_steps": 6},
+    **{"tensorboard": False, "optim.warmup_epochs": 0.0, "data.cache_dir": "off"},
+    **{"segment.channels": 8, "tune.lr": (0.03, 1e-6)},
+    **settings,
+  )
+  assert run.segments and run.metric == "miou" and run.class_names == CLASSES
+  assert run.result["train_split"] == "train_val" and 0 < run.result["test_miou"] < 1
+  assert run.meta["masks"] == {"values": [0, 1, 2], "colors": []}
+  row = json.loads((tmp_path / "summary.json").read_text())["linear"]
   assert row["metric"] == "miou" and row["lr"] == 0.03
   values = {trial["lr"]: trial["val_miou"] for trial in row["trials"]}
   assert row["val_miou"] == values[0.03] > values[1e-6]
@@ -360,10 +373,15 @@ def test_a_search_selects_by_miou(root, tmp_path, capsys):
   columns = (tmp_path / "table.csv").read_text().splitlines()[0].split(",")
   assert {"test_mious", "val_miou"} < set(columns)
   assert "linear: test mIoU" in capsys.readouterr().out
+  assert figure.main([f"--run={tmp_path}", f"--output={tmp_path / 'drawn.csv'}"]) == 0
+  drawn = (tmp_path / "drawn.csv").read_text()
+  assert "linear,val_miou,0.03," in drawn and "linear,test_miou," in drawn
   # What it needs is planned by the same steps.
   planned = plan.plan(config, jax.devices()[:1])
   assert planned["eval_batch_size"] == config.segment.batch_size
   assert planned["arrays"]["training_images"] == 0
+  logits = 4 * 8 * SIZE**2 * len(CLASSES)
+  assert planned["eval_step"]["temporaries"] > logits + held_bytes(SIZE, len(CLASSES))
 
 
 # --- What a run is good for.
@@ -418,7 +436,8 @@ def test_what_a_segmenter_cannot_do_is_one_line(learnt, root, capsys):
 
 def test_masks_of_many_classes_have_16_bits():
   labels = np.array([[0, 300], [5, 999]])
-  with Image.open(io.BytesIO(masks_lib.png(labels, 1000))) as image:
+  style = MaskStyle(tuple(range(1000)))
+  with Image.open(io.BytesIO(masks_lib.png(labels, style))) as image:
     np.testing.assert_array_equal(np.asarray(image), labels)
   colors = masks_lib.palette(256)
   assert len(np.unique(colors, axis=0)) == 256

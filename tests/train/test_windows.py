@@ -1,13 +1,14 @@
 """Images of any size by a model of one size: every pixel once, in bounded memory."""
 
-import tracemalloc
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from insvp_jax.data.label_maps import IGNORED
+from insvp_jax.train import windows as windows_lib
 from insvp_jax.train.objectives.segmentation import confusion_of, metrics
-from insvp_jax.train.windows import Windows, segment, starts
+from insvp_jax.train.windows import Windows, score, segment, starts
 
 NUM_CLASSES = 5
 
@@ -80,15 +81,22 @@ def test_overlapping_windows_are_averaged(height, width, batch):
   np.testing.assert_array_equal(segment(image, logits_of, windows), expected)
 
 
-@pytest.mark.parametrize("height, width", [(29, 50), (11, 20)])
+@pytest.mark.parametrize(
+  "height, width, scales, strip_bytes",
+  [
+    (29, 50, (0.75, 1.5), 2**26),
+    # Strips of two rows, and then of four, since the band is half as wide.
+    (11, 30, (3.0, 0.75), 4 * 128 * NUM_CLASSES * 2),
+  ],
+)
 def test_logits_are_resized_to_the_image_and_scales_and_flips_are_averaged(
-  height, width
+  monkeypatch, height, width, scales, strip_bytes
 ):
   from PIL import Image
 
+  monkeypatch.setattr(windows_lib, "_STRIP_BYTES", strip_bytes)
   image = image_of(height, width)
   total = np.zeros((height, width, NUM_CLASSES))
-  scales = (0.75, 1.5)
   for scale in scales:
     factor = scale * 16 / min(height, width)
     sides = round(width * factor), round(height * factor)
@@ -101,33 +109,58 @@ def test_logits_are_resized_to_the_image_and_scales_and_flips_are_averaged(
         np.testing.assert_array_equal(one, logits.argmax(-1))
       shares = np.exp(logits)
       total += shares / shares.sum(-1, keepdims=True)
-  found = segment(image, logits_of, Windows(16, 10, scales=scales, flips=True))
+  windows = Windows(16, 10, scales=scales, flips=True)
+  labels = np.random.default_rng(1).integers(-1, NUM_CLASSES, (height, width), np.int16)
+  found, nats = score(image, labels, logits_of, windows)
   assert (found == total.argmax(-1)).mean() > 0.995  # but for ties in float32
+  each = -np.log(total / total.sum(-1, keepdims=True))
+  expected = sum(each[i][labels[i]] for i in np.ndindex(labels.shape) if labels[i] >= 0)
+  assert nats == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_image_of_2048_pixels_never_has_the_logits_of_all_windows():
+def test_an_image_of_2048_pixels_never_has_the_logits_of_all_windows(monkeypatch):
   size, stride, num_classes = 512, 341, 8
-  seen = []
+  seen, held = [], []
+  before = live_bytes()
 
   def cheap(windows):
     seen.append(len(windows))
-    logits = np.zeros((*windows.shape[:3], num_classes), np.float32)
-    logits[..., 1] = windows[..., 0]
-    return logits
+    held.append(live_bytes() - before)
+    zeros = jnp.zeros((*windows.shape[:3], num_classes), jnp.float32)
+    return zeros.at[..., 1].set(windows[..., 0])
 
+  programs = ("_add_windows", "_shift", "_strip", "_read")
+  for name in programs:
+    monkeypatch.setattr(windows_lib, name, measured(getattr(windows_lib, name), held))
   image = image_of(2048, 2048)
-  tracemalloc.start()
-  try:
-    found = segment(image, cheap, Windows(size, stride, "none", batch=2))
-    peak = tracemalloc.get_traced_memory()[1]
-  finally:
-    tracemalloc.stop()
+  found = segment(image, cheap, Windows(size, stride, "none", batch=2))
   window = 4 * size**2 * num_classes
   assert sum(seen) == 36 and max(seen) == 2
-  # A band of sums and two of averages, each four windows wide, and a strip: as much as
-  # the image's own logits, 16, which are not there besides; and not the 36 windows.
-  assert peak < 18 * window, peak / window
+  # Two bands, of four windows each, two windows and two strips: less than the image's
+  # own logits, which are 16, and not the 36 windows.
+  assert 4 * window < max(held) < 14 * window, max(held) / window
   np.testing.assert_array_equal(found, image[..., 0] > 0)
+
+
+def live_bytes():
+  return sum(array.nbytes for array in jax.live_arrays())
+
+
+def measured(program, held):
+  """Returns a program that says what is there while it runs, its temporaries too."""
+  before = live_bytes()
+
+  own = []
+
+  def run(*arguments):
+    if not own:  # All calls are of one shape.
+      analysis = program.lower(*arguments).compile().memory_analysis()
+      new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+      own.append(analysis.temp_size_in_bytes + new)
+    held.append(live_bytes() - before + own[0])
+    return program(*arguments)
+
+  return run
 
 
 def test_miou_is_that_of_numpy_written_out():

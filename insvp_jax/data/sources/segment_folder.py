@@ -110,7 +110,38 @@ def load(data_config: ml_collections.ConfigDict, image_size: int) -> TaskData:
     label_maps.numbered(label_map, num_classes),
     {split: loaded[split] for split in order},
     source=f"images and masks of {path}",
+    mask_style=label_map.style(num_classes, lists["train"].palette()),
   )
+
+
+def is_one(path: str) -> bool:
+  """Returns whether a folder or .zip has folders of images and of masks.
+
+  Those of classes with such names would be taken for one, too.
+  """
+  try:
+    with open_folder_or_zip(path) as root:
+      kinds = {_place(name)[0] for name in root.entries().files}
+  except (FileNotFoundError, ValueError):
+    # Whoever reads it says what is wrong.
+    return False
+  return {"image", "mask"} <= kinds
+
+
+def _place(name: str) -> tuple[str, tuple[str, ...]]:
+  """Returns whether a file is an "image", a "mask" or neither, "", and its key.
+
+  The key, of an image and of its mask, is the path without folder of the kind and
+  ending.
+  """
+  path = PurePosixPath(name)
+  folders = [folder.lower() for folder in path.parts[:-1]]
+  if path.suffix.lower() in decode.IMAGE_SUFFIXES:
+    for kind, words in (("image", _IMAGES), ("mask", _MASKS)):
+      at = next((i for i, folder in enumerate(folders) if folder in words), None)
+      if at is not None:
+        return kind, (*folders[:at], *folders[at + 1 :], path.stem)
+  return "", ()
 
 
 def _label_map(root: FileTree, data_config: ml_collections.ConfigDict) -> LabelMap:
@@ -154,22 +185,17 @@ def _find_pairs(root: FileTree) -> dict[str, list[tuple[str, str]]]:
   """
   images: dict[tuple[str, ...], str] = {}
   masks: dict[tuple[str, ...], str] = {}
+  tables = {"image": images, "mask": masks}
   for name in sorted(root.entries().files):
-    path = PurePosixPath(name)
-    if path.suffix.lower() not in decode.IMAGE_SUFFIXES:
+    kind, key = _place(name)
+    if not kind:
       continue
-    folders = [folder.lower() for folder in path.parts[:-1]]
-    for words, table in ((_IMAGES, images), (_MASKS, masks)):
-      at = next((i for i, folder in enumerate(folders) if folder in words), None)
-      if at is not None:
-        key = (*folders[:at], *folders[at + 1 :], path.stem)
-        if key in table:
-          raise ValueError(
-            f"{root.full_path(name)} and {table[key]} have one name; expected one file "
-            "for each image and each mask."
-          )
-        table[key] = name
-        break
+    if key in tables[kind]:
+      raise ValueError(
+        f"{root.full_path(name)} and {tables[kind][key]} have one name; expected one "
+        "file for each image and each mask."
+      )
+    tables[kind][key] = name
   if not images or not masks:
     missing = "images" if not images else "masks"
     raise ValueError(f"there are no {missing} in {root.path}; {_EXPECTED}.")

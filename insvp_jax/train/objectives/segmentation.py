@@ -17,7 +17,7 @@ from insvp_jax.data.mask_batches import Crops
 from insvp_jax.data.masks import MaskSplit
 from insvp_jax.data.splits import Split
 from insvp_jax.train.objectives.base import Batch, Objective
-from insvp_jax.train.windows import LogitsOf, Windows, segment
+from insvp_jax.train.windows import LogitsOf, Windows, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,8 @@ class Segmentation(Objective):
       scales=tuple(self.settings["train_scales"]),
       max_share=self.settings["max_share"],
       flip=self.settings["flip"],
+      # Runs of before have none.
+      photometric=self.settings.get("photometric", False),
       fill=self._fill(),
     )
     return mask_batches.train_batches(
@@ -211,7 +213,10 @@ class Segmentation(Objective):
   def evaluate(
     self, eval_step: Callable[[Batch], Any], batches: EvalImages
   ) -> dict[str, Any]:
-    """Returns what `metrics` does, and num_examples: each pixel counts once.
+    """Returns what `metrics` does, num_examples and loss: each pixel counts once.
+
+    The loss is the mean cross-entropy, in nats, of what is averaged over windows,
+    scales and mirrored images; weights of classes and smoothing are not in it.
 
     Args:
       eval_step: maps a batch of windows, with a "mask", to their logits.
@@ -220,15 +225,19 @@ class Segmentation(Objective):
     split, windows = batches.split, batches.windows
     apply = logits_function(eval_step, windows, batches.sharding)
     confusion = np.zeros((self.num_classes, self.num_classes), np.int64)
+    sum_of_nats = 0.0
     with contextlib.closing(split.pairs(range(len(split)))) as pairs:
       for image, labels in pairs:
-        confusion += confusion_of(
-          labels, segment(image, apply, windows), self.num_classes
-        )
-    return {**metrics(confusion), "num_examples": len(split)}
+        classes, nats = score(image, labels, apply, windows)
+        confusion += confusion_of(labels, classes, self.num_classes)
+        sum_of_nats += nats
+    found = metrics(confusion)
+    loss = sum_of_nats / int(confusion.sum())
+    return {**found, "loss": loss, "num_examples": len(split)}
 
   def scalars(self, found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: found[name] for name in ("miou", "pixel_accuracy", "mean_accuracy")}
+    names = ("miou", "pixel_accuracy", "mean_accuracy", "loss")
+    return {name: found[name] for name in names}
 
   def by_class(
     self,
@@ -256,8 +265,8 @@ def logits_function(
 ) -> LogitsOf:
   """Returns the function that maps windows to their logits, by a jitted step.
 
-  Batches are filled up to a power of two times the number of devices, so that few
-  programs are compiled.
+  The logits stay where the step leaves them. Batches are filled up to a power of two
+  times the number of devices, so that few programs are compiled.
 
   Args:
     eval_step: jitted; of a batch {"images", "mask"}.
@@ -266,7 +275,7 @@ def logits_function(
   """
   num_devices = 1 if sharding is None else len(sharding.device_set)
 
-  def logits_of(images: np.ndarray) -> np.ndarray:
+  def logits_of(images: np.ndarray) -> Any:
     size = num_devices
     while size < len(images):
       size *= 2
@@ -277,8 +286,7 @@ def logits_function(
       "images": np.pad(images, padding)[rows],
       "mask": (np.arange(size) < len(images)).astype(np.float32)[rows],
     }
-    found = eval_step(pipeline.put_rows(batch, rows, size, sharding))
-    return np.asarray(found)[: len(images)]
+    return eval_step(pipeline.put_rows(batch, rows, size, sharding))
 
   return logits_of
 
