@@ -86,7 +86,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.scan": (False, "compile one block for all: saves compile time"),
   "backbone.fused_attention": (False, "attend by cuDNN: NVIDIA GPUs, in bfloat16"),
   "backbone.skip_unread": (True, "do not compute tokens that the pool does not read"),
-  "backbone.frozen_dtype": ("float32", "type of frozen weights: float32, bfloat16 or int8"),
+  "backbone.frozen_dtype": (
+    "float32",
+    "type of frozen weights: float32, bfloat16 or int8",
+  ),
   "backbone.fsdp": (1, "devices that frozen weights are split over; set scan too"),
   # Where the images come from and how they become inputs.
   "data.root": ("", "folder or .zip of the images; empty: from TFDS"),

@@ -262,8 +262,8 @@ def load_run(
       be the same file: its digest is compared.
     device: of the parameters; None is the first local device.
     method: its class, where the run was trained with a method of your own.
-    frozen_dtype: how frozen weights are stored: "float32", "bfloat16" or "int8"; None is
-      as in training.
+    frozen_dtype: how frozen weights are stored: "float32", "bfloat16" or "int8"; None
+      is as in training.
 
   Raises:
     FileNotFoundError: there is no run, or its backbone was not found. Of a folder of

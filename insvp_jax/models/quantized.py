@@ -117,6 +117,15 @@ def quantize(kernel: np.ndarray, axes: tuple[int, ...], name: str) -> Quantized:
   return Quantized(values, scale)
 
 
+def dequantize(params: Any) -> Any:
+  """Returns a tree of parameters with floats, on the host, for kernels in 8 bits."""
+  return jax.tree.map(
+    lambda leaf: np.asarray(leaf) if _is_quantized(leaf) else leaf,
+    params,
+    is_leaf=_is_quantized,
+  )
+
+
 def abstract(shape: tuple[int, ...], axes: tuple[int, ...]) -> Quantized:
   """Returns what `quantize` does of a kernel of that shape, as shapes and types."""
   ones = tuple(1 if i in axes else size for i, size in enumerate(shape))
@@ -135,7 +144,6 @@ def compiler_options(params: Any, platform: str) -> dict[str, str] | None:
     params: a tree that has `Quantized` where the parameters have.
     platform: of the devices.
   """
-
   if platform != "cpu" or not any(map(_is_quantized, _leaves(params))):
     return None
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -165,7 +173,10 @@ def _leaves(params: Any) -> list[Any]:
 
 
 def _scaled(
-  product: Callable[[Array, Array], Array], x: Array, kernel: Quantized, num_outputs: int
+  product: Callable[[Array, Array], Array],
+  x: Array,
+  kernel: Quantized,
+  num_outputs: int,
 ) -> Array:
   """Returns a product with a kernel in 8 bits, in the type of x.
 
@@ -188,20 +199,18 @@ def _scaled(
     return multiply(x, values, scale), (values, scale)
 
   def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
-    # Converted anew, and scaled, so that XLA does not find the same array in the forward
-    # pass and keep it until here: it would be all kernels in floats at once.
+    # Converted anew, and scaled, so that XLA does not find the same array in the
+    # forward pass and keep it until here: it would be all kernels in floats at once.
     values, scale = kept
     floats = (values.astype(wide) * scale).astype(dtype)
     (dx,) = jax.linear_transpose(lambda x: product(x, floats), shape)(dy)
     return dx, None, None
 
   multiply.defvjp(forward, backward)
-  return multiply(x, kernel.values, kernel.scale)
+  return multiply(x, jnp.asarray(kernel.values), jnp.asarray(kernel.scale))
 
 
-def dot_general(
-  x: Array, kernel: Any, dimension_numbers: Any, **options: Any
-) -> Array:
+def dot_general(x: Array, kernel: Any, dimension_numbers: Any, **options: Any) -> Array:
   """As `jax.lax.dot_general`, of an array or a kernel in 8 bits.
 
   Of the latter the first axes have to be those that are summed over.
@@ -219,7 +228,10 @@ def conv_general_dilated(x: Array, kernel: Any, *args: Any, **options: Any) -> A
   if not isinstance(kernel, Quantized):
     return lax.conv_general_dilated(x, kernel, *args, **options)
   return _scaled(
-    lambda x, values: lax.conv_general_dilated(x, values, *args, **options), x, kernel, 1
+    lambda x, values: lax.conv_general_dilated(x, values, *args, **options),
+    x,
+    kernel,
+    1,
   )
 
 
@@ -230,12 +242,12 @@ def matmul(x: Array, kernel: Any) -> Array:
   return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def promote_dtype(x: Array, kernel: Any, bias: Any, *, dtype: Any) -> tuple[Any, Any, Any]:
+def promote_dtype(x: Array, kernel: Any, bias: Any, *, dtype: Any) -> list[Any]:
   """As Flax's `promote_dtype`, which leaves a kernel in 8 bits as it is."""
   if not isinstance(kernel, Quantized):
     return dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
   x, bias = dtypes.promote_dtype(x, bias, dtype=dtype)
-  return x, kernel, bias
+  return [x, kernel, bias]
 
 
 class Dense(nn.Dense):

@@ -105,7 +105,7 @@ class Program:
       donate_argnums=0,
       in_shardings=(self.state_sharding, sharded),
       out_shardings=(self.state_sharding, replicated),
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -126,7 +126,7 @@ class Program:
       donate_argnums=0,
       in_shardings=(self.state_sharding, replicated, replicated, replicated),
       out_shardings=(self.state_sharding, replicated),
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -137,7 +137,7 @@ class Program:
       self.functions.evaluate,
       in_shardings=(self.state_sharding.params, sharded, replicated),
       out_shardings=replicated,
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -149,7 +149,7 @@ class Program:
       self.functions.features,
       in_shardings=(backbone, sharded),
       out_shardings=replicated,
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -161,7 +161,7 @@ class Program:
       self.functions.route,
       in_shardings=(None, sharded),
       out_shardings=replicated,
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -171,7 +171,7 @@ class Program:
     whole = functools.partial(
       jax.jit,
       out_shardings=mesh_lib.replicated(self.mesh),
-      compiler_options=self._compiler_options,
+      compiler_options=self.compiler_options,
     )
 
     def encode(module, images, adaptation):
@@ -200,7 +200,8 @@ class Program:
     return Apply(apply_backbone, logits, source_logits)
 
   @property
-  def _compiler_options(self) -> dict[str, str] | None:
+  def compiler_options(self) -> dict[str, str] | None:
+    """What `jax.jit` has to be told for functions of the parameters."""
     platform = self.mesh.devices.flat[0].platform
     return quantized.compiler_options(self.state_sharding.params, platform)
 

@@ -220,8 +220,8 @@ def cast_weight(name: str, leaf: Any, dtype: str) -> Any:
   Args:
     name: '/'-joined, from "backbone" on.
     leaf: an array, or a `jax.ShapeDtypeStruct`.
-    dtype: a value of `config.backbone.frozen_dtype`. "int8" makes `Quantized` of kernels
-      and leaves biases, norms, positions and tokens as they are.
+    dtype: a value of `config.backbone.frozen_dtype`. "int8" makes `Quantized` of
+      kernels and leaves biases, norms, positions and tokens as they are.
 
   Raises:
     ValueError: a weight that is not finite cannot be stored in 8 bits.
