@@ -38,6 +38,7 @@ def create_config(
   image_size: int = 0,
   fields: Mapping[str, Any] | None = None,
   fused_attention: bool = False,
+  frozen_dtype: str = "",
 ) -> ConfigDict:
   """Returns the config of a contestant.
 
@@ -45,10 +46,11 @@ def create_config(
     name: of a method, or a key of `VARIANTS`.
     backbone: a variant ("B/16") or a release ("boxed"); its weights are random.
     batch_size: b, for training and evaluation.
-    dtype: "float32" or "bfloat16": of the computation and of frozen weights.
+    dtype: "float32" or "bfloat16": of the computation.
     image_size: pixels per side; 0 is the backbone's own.
     fields: of the method, over those of the variant.
     fused_attention: whether cuDNN attends.
+    frozen_dtype: what frozen weights are stored as; "" is `dtype`.
 
   Raises:
     ValueError: a field that the method has not.
@@ -59,7 +61,7 @@ def create_config(
   config.batch_size = config.eval_batch_size = batch_size
   config.image_size = image_size
   config.backbone.name, config.backbone.weights = backbone, "random"
-  config.backbone.dtype = config.backbone.frozen_dtype = dtype
+  config.backbone.dtype, config.backbone.frozen_dtype = dtype, frozen_dtype or dtype
   config.backbone.fused_attention = fused_attention
   config.data.preset = PRESET
   config.total_steps = 10**6  # the schedule's length is nothing to the speed
@@ -127,7 +129,9 @@ class Contestant:
       return jax.nn.softmax(model.apply({"params": params}, inputs))
 
     images = self._placed()["images"]
-    return jax.jit(probabilities).lower(self.state.params, images).compile()
+    options = self.program.compiler_options
+    compiled = jax.jit(probabilities, compiler_options=options)
+    return compiled.lower(self.state.params, images).compile()
 
   def _placed(self) -> dict[str, jax.Array]:
     return jax.device_put(self._host, self._rows)

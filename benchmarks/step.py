@@ -18,6 +18,7 @@ measured in the same run, and `--yardstick` also runs InsVP in PyTorch
 import argparse
 from collections.abc import Mapping, Sequence
 import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from benchmarks import ceilings, turns
 from benchmarks.contestant import VARIANTS, Contestant, create_config
 from benchmarks.parts import PARTS
 from benchmarks.yardstick_client import Client, missing
+from insvp_jax.config import FROZEN_DTYPES
 from insvp_jax.methods import METHODS
 from insvp_jax.search import tables
 from insvp_jax.train import report
@@ -161,6 +163,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--modes", default=",".join(MODES))
   parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 128)
   parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+  parser.add_argument(
+    "--frozen_dtypes", default="", help="float32,bfloat16,int8: of frozen weights, each"
+  )
   parser.add_argument("--image_size", type=int, default=0, help="0: the backbone's")
   parser.add_argument("--fused_attention", action="store_true", help="cuDNN's")
   parser.add_argument("--num_classes", type=int, default=100)
@@ -183,6 +188,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--json", help="write everything there")
   args = parser.parse_args(argv)
   args.methods, args.modes = args.methods.split(","), args.modes.split(",")
+  args.frozen_dtypes = args.frozen_dtypes.split(",")
   _check(parser, args)
   return args
 
@@ -192,6 +198,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     ("method", args.methods, (*METHODS, *VARIANTS)),
     ("mode", args.modes, MODES),
     ("dtype", [args.dtype], ("float32", "bfloat16")),
+    ("frozen dtype", args.frozen_dtypes, ("", *FROZEN_DTYPES)),
     ("clock", [args.clock], tuple(turns.CLOCKS)),
   ):
     for name in given:
@@ -204,7 +211,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Returns all that one run measures; see `_parse` for the arguments."""
   contestants = {}
-  for name in args.methods:
+  for name, frozen_dtype in itertools.product(args.methods, args.frozen_dtypes):
     config = create_config(
       name,
       backbone=args.backbone,
@@ -213,8 +220,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       image_size=args.image_size,
       fields=json.loads(args.fields),
       fused_attention=args.fused_attention,
+      frozen_dtype=frozen_dtype,
     )
-    contestants[name] = Contestant(config, args.num_classes)
+    contestants[f"{name} {frozen_dtype}".strip()] = Contestant(config, args.num_classes)
   backbone = next(iter(contestants.values())).program.model.backbone
   with contextlib.ExitStack() as stack:
     yardsticks = {}

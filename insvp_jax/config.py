@@ -86,7 +86,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "backbone.scan": (False, "compile one block for all: saves compile time"),
   "backbone.fused_attention": (False, "attend by cuDNN: NVIDIA GPUs, in bfloat16"),
   "backbone.skip_unread": (True, "do not compute tokens that the pool does not read"),
-  "backbone.frozen_dtype": ("float32", "type of frozen weights: float32 or bfloat16"),
+  "backbone.frozen_dtype": (
+    "float32",
+    "type of frozen weights: float32, bfloat16 or int8",
+  ),
   "backbone.fsdp": (1, "devices that frozen weights are split over; set scan too"),
   # Where the images come from and how they become inputs.
   "data.root": ("", "folder or .zip of the images; empty: from TFDS"),
@@ -182,6 +185,8 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "plan.num_classes": (0, "classes, for --plan alone; 0: the task's"),
   "plan.num_train": (0, "training images, for --plan alone; 0: the task's"),
 }
+# What frozen weights may be stored as; "int8" is of kernels, see `models.quantized`.
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 # The largest of steps, sizes and counts, which are int32 on the devices.
 MAX_INT = 2**31 - 1
 # Two seeds are two runs: all of a seed is used, and it has 32 bits.

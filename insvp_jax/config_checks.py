@@ -85,11 +85,14 @@ def validate(config: ConfigDict) -> None:
       f"config.data.train_split is {config.data.train_split!r}, expected 'train' or "
       "'train_val'. The test split never trains and never selects."
     )
-  for key in ("dtype", "frozen_dtype"):
-    if config.backbone[key] not in ("float32", "bfloat16"):
+  for key, known in (
+    ("dtype", ("float32", "bfloat16")),
+    ("frozen_dtype", config_lib.FROZEN_DTYPES),
+  ):
+    if config.backbone[key] not in known:
       raise ValueError(
-        f"config.backbone.{key} is {config.backbone[key]!r}, expected 'float32' or "
-        "'bfloat16'."
+        f"config.backbone.{key} is {config.backbone[key]!r}, expected "
+        f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}."
       )
 
 

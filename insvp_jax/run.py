@@ -36,7 +36,7 @@ from insvp_jax.checkpoints.items import ALWAYS_STORED
 from insvp_jax.data import decode, preprocess
 from insvp_jax.data.label_maps import LabelMap, MaskStyle
 from insvp_jax.errors import printable
-from insvp_jax.models import weights
+from insvp_jax.models import quantized, weights
 from insvp_jax.models.classifier import (
   PromptedClassifier,
   PromptedSegmenter,
@@ -238,7 +238,11 @@ class Run:
 
   def compiled(self, name: str, function: Callable) -> Callable:
     """Returns a function compiled; the first one of a name is kept with the run."""
-    return self._compiled.setdefault(name, jax.jit(function))
+    if name not in self._compiled:
+      (device,) = jax.tree.leaves(self.params)[0].devices()
+      options = quantized.compiler_options(self.params, device.platform)
+      self._compiled[name] = jax.jit(function, compiler_options=options)
+    return self._compiled[name]
 
   def _resized(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
     """Returns an image as the run's splits hold it."""
@@ -289,6 +293,7 @@ def load_run(
   backbone: str | os.PathLike | None = None,
   device: jax.Device | None = None,
   method: type[methods.Method] | None = None,
+  frozen_dtype: str | None = None,
 ) -> Run:
   """Loads a run, wherever and on however many devices it was trained.
 
@@ -301,6 +306,8 @@ def load_run(
       be the same file: its digest is compared.
     device: of the parameters; None is the first local device.
     method: its class, where the run was trained with a method of your own.
+    frozen_dtype: how frozen weights are stored: "float32", "bfloat16" or "int8"; None
+      is as in training.
 
   Raises:
     FileNotFoundError: there is no run, or its backbone was not found. Of a folder of
@@ -317,6 +324,11 @@ def load_run(
   if method is not None:
     methods.register(method)
   _check_meta(meta, stored.where)
+  stored_as = meta["config"].get("backbone", {}).get("frozen_dtype", "float32")
+  dtype = stored_as if frozen_dtype is None else frozen_dtype
+  if dtype not in config_lib.FROZEN_DTYPES:
+    known = ", ".join(map(repr, config_lib.FROZEN_DTYPES))
+    raise ValueError(f"frozen_dtype is {dtype!r}, expected one of {known}.")
   model = create_model(**meta["model"])
   shapes = trees.flatten(state_lib.param_shapes(model))
   names = {*meta["trainable"], *stored.leaves}
@@ -332,8 +344,7 @@ def load_run(
   # None are frozen if the run trained the whole backbone.
   if frozen_shapes:
     loaded = trees.flatten({"backbone": _load_backbone(meta, model, backbone)})
-    dtype = meta["config"].get("backbone", {}).get("frozen_dtype", "float32")
-    frozen = {name: jnp.asarray(loaded[name], dtype) for name in frozen_shapes}
+    frozen = {n: state_lib.cast_weight(n, loaded[n], dtype) for n in frozen_shapes}
     check_leaves(frozen, frozen_shapes, "the backbone", dtypes=False)
   params = jax.device_put({**frozen, **adapter}, sharding)
   return Run(

@@ -232,7 +232,7 @@ def vit_flops(vit, num_classes):
 def test_step_measures_every_mode_and_method(tmp_path, capsys):
   arguments = ["--rounds=1", f"--json={tmp_path / 's'}"]
   # Of one method all modes, of two one: each pair compiles several programs.
-  step.main([*TINY, *arguments, "--methods=linear"])
+  step.main([*TINY, *arguments, "--methods=linear", "--frozen_dtypes=int8"])
   every = json.loads((tmp_path / "s").read_text())["steps"]
   assert set(every) == set(step.MODES)
   step.main([*TINY, *arguments, "--methods=insvp,linear", "--modes=train"])
@@ -245,7 +245,7 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
       assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
       known = PARTS if mode == "train" else PARTS[:3]
       assert tuple(row["parts"]) == known
-  linear = {mode: rows["linear"]["flops"] for mode, rows in every.items()}
+  linear = {mode: rows["linear int8"]["flops"] for mode, rows in every.items()}
   # The gradient of the head is one more product of its size; its input needs none.
   assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
   assert linear["eval"] == linear["predict"]
@@ -266,7 +266,8 @@ def test_needed_flops_are_those_of_a_hand_count():
 
 
 def test_step_refuses_what_it_does_not_know(capsys):
-  for argument in ("--methods=insvq", "--modes=tarin", "--dtype=float8"):
+  wrong = ("--methods=insvq", "--modes=tarin", "--dtype=float8", "--frozen_dtypes=int4")
+  for argument in wrong:
     with pytest.raises(SystemExit):
       step.main([argument])
     assert "known: " in capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_the_defaults_are_valid_and_locked():
     ("loss.mixup_alpha", -0.1),
     ("loss.mix_prob", 1.1),
     ("backbone.dtype", "float16"),
-    ("backbone.frozen_dtype", "int8"),
+    ("backbone.frozen_dtype", "int4"),
     ("backbone.init", "zeros"),
     ("optim.no_decay", ("(",)),
     ("optim.no_decay", (3,)),

@@ -228,6 +228,34 @@ def test_frozen_weights_keep_the_type_they_were_trained_in(copy):
   assert dtypes(run.params["head"]) == {"float32"}
 
 
+def test_frozen_kernels_are_8_bits_where_they_were_or_are_asked_to_be(copy):
+  asked = load_run(copy, frozen_dtype="int8")
+  edit_meta(copy, config={"backbone": {"frozen_dtype": "int8"}})
+  assert dtypes(load_run(copy, frozen_dtype="float32").params) == {"float32"}
+  run = load_run(copy)
+  backbone = trees.flatten(run.params["backbone"])
+  for name, leaf in backbone.items():
+    assert leaf.dtype == (jnp.int8 if name.endswith("kernel") else jnp.float32), name
+  assert dtypes(run.params["head"]) == dtypes(run.params["prompter"]) == {"float32"}
+  assert trees.digest(run.params) == trees.digest(asked.params)
+  # What a plain backbone of these weights says.
+  floats = {name: jnp.asarray(np.asarray(leaf)) for name, leaf in backbone.items()}
+  params = {**run.params, "backbone": trees.unflatten(floats)}
+  image = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
+  expected = dataclasses.replace(run, params=params).predict(image)
+  np.testing.assert_allclose(run.predict(image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int4", ""])
+def test_an_unknown_type_of_frozen_weights_is_refused(copy, dtype):
+  expected = "frozen_dtype is .*, expected one of 'float32', 'bfloat16', 'int8'"
+  with pytest.raises(ValueError, match=expected):
+    load_run(copy, frozen_dtype=dtype)
+  edit_meta(copy, config={"backbone": {"frozen_dtype": dtype}})
+  with pytest.raises(ValueError, match=expected):
+    load_run(copy)
+
+
 def test_another_backbone_is_refused(made, copy, tmp_path_factory):
   other = make_run(tmp_path_factory.mktemp("other"), "linear", num_classes=3)[0]
   right, wrong = made[0] / "backbone.npz", other / "backbone.npz"

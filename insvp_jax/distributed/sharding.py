@@ -43,6 +43,7 @@ def param_shardings(
   trainable = trees.flatten(mask)
 
   def spec(name: str, shape: Sequence[int]) -> PartitionSpec:
+    """Returns that of a parameter, or of an array of one that has several."""
     if trainable[name] or not name.startswith("backbone/"):
       return PartitionSpec()
     if re.fullmatch(SCANNED_BLOCKS, name):
@@ -51,7 +52,7 @@ def param_shardings(
 
   return trees.unflatten(
     {
-      name: NamedSharding(mesh, spec(name, leaf.shape))
+      name: jax.tree.map(lambda x, n=name: NamedSharding(mesh, spec(n, x.shape)), leaf)
       for name, leaf in trees.flatten(shapes).items()
     }
   )

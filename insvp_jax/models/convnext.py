@@ -19,6 +19,7 @@ from insvp_jax.methods.hooks import (
 )
 from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.layers import LAYER_NORM_EPS, MlpBlock, PatchEmbedding
+from insvp_jax.models.quantized import Conv
 from insvp_jax.models.stages import (
   EMBEDDING_PATTERNS,
   StagedBackbone,
@@ -49,7 +50,7 @@ class Block(nn.Module):
     """Returns what leaves the block."""
     width = x.shape[-1]
     pad = _KERNEL // 2
-    y = nn.Conv(
+    y = Conv(
       width,
       (_KERNEL, _KERNEL),
       padding=((pad, pad), (pad, pad)),
@@ -75,7 +76,7 @@ class Downsampling(nn.Module):
   def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b i j e"]:
     """Returns half as many rows and columns."""
     x = nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=self.dtype, name="norm")(x)
-    return nn.Conv(
+    return Conv(
       self.width,
       (2, 2),
       strides=(2, 2),

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from insvp_jax import trees
 from insvp_jax.methods.ops.initializers import torch_uniform
+from insvp_jax.models.quantized import matmul
 
 
 def _zeros(width: int, num_classes: int):
@@ -54,4 +55,4 @@ class Head(nn.Module):
     )
     kernel = self.param("kernel", inits[0], (width, self.num_classes))
     bias = self.param("bias", inits[1], (self.num_classes,))
-    return feature.astype(jnp.float32) @ kernel + bias
+    return matmul(feature.astype(jnp.float32), kernel) + bias

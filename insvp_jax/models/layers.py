@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from insvp_jax.models.quantized import Dense, DenseGeneral, matmul, promote_dtype
+
 LAYER_NORM_EPS = 1e-6
 GELUS = {
   "tanh": nn.gelu,
@@ -49,8 +51,10 @@ class PatchEmbedding(nn.Module):
     patches = einops.rearrange(
       images, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size
     )
-    kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-    return patches.astype(self.dtype) @ kernel + bias.astype(self.dtype)
+    patches, kernel, bias = promote_dtype(
+      patches, kernel.reshape(-1, self.width), bias, dtype=self.dtype
+    )
+    return matmul(patches, kernel) + bias
 
 
 class Attention(nn.Module):
@@ -93,7 +97,7 @@ class Attention(nn.Module):
 
     def projection(name: str) -> Callable[[Array], Array]:
       # From [b, n, d] to [b, n, num_heads, d / num_heads].
-      dense = nn.DenseGeneral(
+      dense = DenseGeneral(
         (self.num_heads, width // self.num_heads),
         kernel_init=nn.initializers.xavier_uniform(),
         dtype=self.dtype,
@@ -120,7 +124,7 @@ class Attention(nn.Module):
     if change_qkv is not None:
       q, k, v = change_qkv(q, k, v)
     y = (attend_fused if self.fused else attend)(q, k, v)
-    out = nn.DenseGeneral(
+    out = DenseGeneral(
       width,
       axis=(-2, -1),
       kernel_init=nn.initializers.xavier_uniform(),
@@ -237,7 +241,7 @@ class MlpBlock(nn.Module):
     }
     width = x.shape[-1]
     is_gated = self.mlp == "swiglu"
-    hidden = nn.Dense((1 + is_gated) * self.mlp_dim, **options)(x)
+    hidden = Dense((1 + is_gated) * self.mlp_dim, **options)(x)
     if after is not None:
       hidden = after("fc1", x, hidden)
     if is_gated:
@@ -245,7 +249,7 @@ class MlpBlock(nn.Module):
       hidden = jax.nn.silu(gate) * hidden
     else:
       hidden = GELUS[self.gelu](hidden)
-    out = nn.Dense(width, **options)(hidden)
+    out = Dense(width, **options)(hidden)
     return out if after is None else after("fc2", hidden, out)
 
 

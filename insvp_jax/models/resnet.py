@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from insvp_jax.methods.base import BackboneSpec, Stage
 from insvp_jax.methods.hooks import PROMPTED_SIZE, UNCHANGED, Adaptation
 from insvp_jax.models.encoder import unsharded
+from insvp_jax.models.quantized import Conv
 from insvp_jax.models.stages import (
   StagedBackbone,
   apply_blocks,
@@ -59,7 +60,7 @@ def _conv(
   stride: int,
   dtype: Any,
   name: str | None = None,
-  conv: type[nn.Module] = nn.Conv,
+  conv: type[nn.Module] = Conv,
 ) -> nn.Module:
   pad = size // 2
   return conv(
@@ -156,7 +157,7 @@ class ResNet(StagedBackbone):
     """Checks the sizes and creates the sub-modules."""
     self.check()
     dtype = jnp.dtype(self.dtype)
-    self.embedding = _conv(self.width, 7, 2, dtype, conv=self._lifted(nn.Conv))
+    self.embedding = _conv(self.width, 7, 2, dtype, conv=self._lifted(Conv))
     self.embedding_norm = self._lifted(FrozenBatchNorm)(dtype)
     for i, depth in enumerate(self.depths):
       module = ResNetStage(

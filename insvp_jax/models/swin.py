@@ -30,6 +30,7 @@ from insvp_jax.methods.hooks import (
 )
 from insvp_jax.models.encoder import unsharded
 from insvp_jax.models.layers import MlpBlock, PatchEmbedding, join
+from insvp_jax.models.quantized import Dense, DenseGeneral
 from insvp_jax.models.stages import (
   EMBEDDING_PATTERNS,
   StagedBackbone,
@@ -105,7 +106,7 @@ class WindowAttention(nn.Module):
     width, heads = x.shape[-1], self.num_heads
     init = nn.initializers.truncated_normal(0.02)
     query, key, value = (
-      nn.DenseGeneral(
+      DenseGeneral(
         (heads, width // heads), kernel_init=init, dtype=self.dtype, name=name
       )
       for name in ("query", "key", "value")
@@ -136,7 +137,7 @@ class WindowAttention(nn.Module):
     logits = jnp.einsum("bwhqe,bwhke->bwhqk", q, k, preferred_element_type=dtype)
     probs = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
     y = jnp.swapaxes(jnp.einsum("bwhqk,bwhke->bwhqe", probs, v), 2, 3)
-    out = nn.DenseGeneral(
+    out = DenseGeneral(
       width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out"
     )
     if not num_queries:
@@ -232,7 +233,7 @@ class Merging(nn.Module):
     """Returns a quarter of the tokens, and all prompts."""
     grid, width = round(x.shape[1] ** 0.5), x.shape[-1]
     norm = nn.LayerNorm(epsilon=_EPS, dtype=self.dtype, name="norm")
-    reduction = nn.Dense(
+    reduction = Dense(
       2 * width,
       use_bias=False,
       kernel_init=nn.initializers.truncated_normal(0.02),

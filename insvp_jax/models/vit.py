@@ -29,6 +29,7 @@ from insvp_jax.models.layers import (
   MAPHead,
   PatchEmbedding,
 )
+from insvp_jax.models.quantized import Dense
 
 # name: (width, depth, mlp_dim, num_heads)
 VARIANTS = {
@@ -178,7 +179,7 @@ class ViT(Backbone):
     if self.pool == "map":
       self.MAPHead_0 = unsharded(MAPHead, self.unshard)(**block)
     if self.projection:
-      self.project = unsharded(nn.Dense, self.unshard)(
+      self.project = unsharded(Dense, self.unshard)(
         self.projection, use_bias=False, dtype=dtype, name="projection"
       )
     self.create_head()

@@ -32,7 +32,7 @@ from insvp_jax import trees
 from insvp_jax.data.splits import Split
 from insvp_jax.train import losses, optim
 from insvp_jax.train.program import Program, create_state
-from insvp_jax.train.state import TrainState, hparams_of
+from insvp_jax.train.state import TrainState, cast_frozen, hparams_of
 
 # Of the device's memory: the rest is for what the compiler needs besides.
 _MEMORY_SHARE = 0.7
@@ -213,7 +213,8 @@ def member_bytes(config: ConfigDict, program: Program) -> tuple[int, int]:
   An estimate by abstract evaluation, which allocates nothing: parameters, gradients,
   moments, and what the forward pass keeps for the backward pass.
   """
-  frozen = _nbytes(trees.split(program.shapes, program.mask)[1])
+  stored = cast_frozen(program.shapes, program.mask, config)
+  frozen = _nbytes(trees.split(stored, program.mask)[1])
   of_one, of_two = (_population_bytes(config, program, m) for m in (1, 2))
   each = of_two - of_one
   return frozen + max(of_one - each, 0), max(each, 1)
@@ -222,7 +223,8 @@ def member_bytes(config: ConfigDict, program: Program) -> tuple[int, int]:
 def _population_bytes(config: ConfigDict, program: Program, num_members: int) -> int:
   """Returns the bytes that m trials need besides frozen parameters."""
   model, size = program.model, program.model.input_size
-  trainable, frozen = trees.split(program.shapes, program.mask)
+  stored = cast_frozen(program.shapes, program.mask, config)
+  trainable, frozen = trees.split(stored, program.mask)
   batch_size = config.batch_size
   images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
   stacked = {

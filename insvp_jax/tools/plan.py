@@ -183,18 +183,15 @@ def _task_sizes(config: ConfigDict) -> tuple[str, int, int]:
 
 def _state_bytes(program: Program, state: Any) -> dict[str, int]:
   """Returns the bytes of the state on each device."""
-  sharding = trees.flatten(program.state_sharding.params)
 
-  def sharded_bytes(leaves):
-    return sum(
-      math.prod(sharding[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for name, leaf in leaves.items()
-    )
+  def nbytes(leaf, sharding):
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-  trainable, frozen = trees.split(state.params, program.mask)
+  sizes = jax.tree.map(nbytes, state.params, program.state_sharding.params)
+  trainable, frozen = trees.split(sizes, program.mask)
   return {
-    "frozen": sharded_bytes(frozen),
-    "trainable": sharded_bytes(trainable),
+    "frozen": sum(jax.tree.leaves(frozen)),
+    "trainable": sum(jax.tree.leaves(trainable)),
     "optimizer": _nbytes(state.replace(params=None, rng=None)),
   }
 

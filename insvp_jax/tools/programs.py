@@ -8,6 +8,7 @@ takes windows, and returns the logits of their pixels.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from importlib import metadata
 import logging
 from pathlib import Path
@@ -22,7 +23,7 @@ from insvp_jax import trees
 from insvp_jax.checkpoints import adapters
 from insvp_jax.data import preprocess
 from insvp_jax.methods.ops import conv
-from insvp_jax.models import weights
+from insvp_jax.models import quantized, weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Random images that a converted program is compared with `Run.predict` on, and by how
@@ -111,7 +112,8 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
 
   It is written once ONNX Runtime has computed the same from it.
 
-  Convolutions are the runtime's own; it has no Fourier transform of two axes.
+  Convolutions are the runtime's own; it has no Fourier transform of two axes. Kernels
+  in 8 bits are written as the floats that they stand for.
 
   Raises:
     ValueError: the converter is not installed or cannot convert the method, the program
@@ -130,6 +132,8 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
   # It warns of plugins for libraries that are not used here.
   for name in ("jax2onnx", "onnx_ir"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  # The converter knows Flax's layers, of arrays alone.
+  floats = dataclasses.replace(run, params=quantized.dequantize(run.params))
   shape, count = input_shape(run), _CHECKED
   if run.segments:
     # The converter enlarges no maps of any number of windows, only of one.
@@ -140,7 +144,7 @@ def write_onnx(run: Any, path: Path) -> dict[str, Any]:
   )
   try:
     model = jax2onnx.to_onnx(
-      classifier(run, auto_form="plain"),
+      classifier(floats, auto_form="plain"),
       inputs=[shape],
       input_names=["images"],
       output_names=["logits" if run.segments else "probabilities"],

@@ -1,4 +1,4 @@
-"""Which run a tool is about: --run, --backbone and --best."""
+"""Which run a tool is about, and how it is loaded: --run, --backbone, --best, ..."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ from insvp_jax.errors import printable
 _BEST_HELP = (
   "of the runs in the folder --run take the one with the highest val accuracy"
 )
+_DTYPE_HELP = (
+  "how frozen weights are stored, if not as in training: float32, bfloat16 or int8"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--run", required=True, help=tools.RUN_HELP)
   parser.add_argument("--backbone", help=tools.BACKBONE_HELP)
   parser.add_argument("--best", action="store_true", help=_BEST_HELP)
+  parser.add_argument("--frozen_dtype", help=_DTYPE_HELP)
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -40,7 +44,7 @@ def load(args: argparse.Namespace) -> Any:
     for line in lines:
       print(f"insvp_jax: {printable(line)}", file=sys.stderr)
   try:
-    return load_run(path, backbone=args.backbone)
+    return load_run(path, backbone=args.backbone, frozen_dtype=args.frozen_dtype)
   except FileNotFoundError as error:
     # What lies in a folder of runs is listed.
     if getattr(error, "__notes__", ()):

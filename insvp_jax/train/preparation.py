@@ -37,7 +37,7 @@ def prepare_params(
   method = program.model.prompter
   if not method.prepares():
     return params
-  on_device = state_lib.cast_frozen(params, program.mask, config, np.asarray)
+  on_device = state_lib.cast_frozen(params, program.mask, config)
   on_device = sharding_lib.device_put(on_device, program.state_sharding.params)
   prepared = method.prepare(on_device, *_tools(config, program, split))
   # The backbone stays as it was loaded.

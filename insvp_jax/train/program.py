@@ -20,6 +20,7 @@ from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import create_method
 from insvp_jax.methods.base import Apply
 from insvp_jax.methods.hooks import UNCHANGED
+from insvp_jax.models import quantized
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import (
   PromptedClassifier,
@@ -104,6 +105,7 @@ class Program:
       donate_argnums=0,
       in_shardings=(self.state_sharding, sharded),
       out_shardings=(self.state_sharding, replicated),
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -124,6 +126,7 @@ class Program:
       donate_argnums=0,
       in_shardings=(self.state_sharding, replicated, replicated, replicated),
       out_shardings=(self.state_sharding, replicated),
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -134,6 +137,7 @@ class Program:
       self.functions.evaluate,
       in_shardings=(self.state_sharding.params, sharded, replicated),
       out_shardings=replicated,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -145,6 +149,7 @@ class Program:
       self.functions.features,
       in_shardings=(backbone, sharded),
       out_shardings=replicated,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
@@ -156,13 +161,18 @@ class Program:
       self.functions.route,
       in_shardings=(None, sharded),
       out_shardings=replicated,
+      compiler_options=self.compiler_options,
     )
 
   @functools.cached_property
   def apply(self) -> Apply:
     """What a method computes with, jitted; see `preparation`."""
     model = sharding_lib.unshard_in_use(self.model, self.mesh)
-    whole = functools.partial(jax.jit, out_shardings=mesh_lib.replicated(self.mesh))
+    whole = functools.partial(
+      jax.jit,
+      out_shardings=mesh_lib.replicated(self.mesh),
+      compiler_options=self.compiler_options,
+    )
 
     def encode(module, images, adaptation):
       tokens = module.backbone.embed(images, adaptation)
@@ -188,6 +198,12 @@ class Program:
       return model.apply({"params": params}, images, method="source_logits")
 
     return Apply(apply_backbone, logits, source_logits)
+
+  @property
+  def compiler_options(self) -> dict[str, str] | None:
+    """What `jax.jit` has to be told for functions of the parameters."""
+    platform = self.mesh.devices.flat[0].platform
+    return quantized.compiler_options(self.state_sharding.params, platform)
 
   @property
   def _shardings(self):
@@ -257,7 +273,9 @@ def create_program(
     steps_per_epoch=steps_per_epoch,
     batch_size=config.batch_size,
     mesh=mesh,
-    state_sharding=state_lib.create_sharding(shapes, mask, mesh),
+    state_sharding=state_lib.create_sharding(
+      state_lib.cast_frozen(shapes, mask, config), mask, mesh
+    ),
     functions=steps.create_step_functions(
       sharding_lib.unshard_in_use(model, mesh),
       optimizer,
@@ -336,7 +354,7 @@ def create_state(
     program: made for it.
     params: from `state.init_params`.
   """
-  params = state_lib.cast_frozen(params, program.mask, config, np.asarray)
+  params = state_lib.cast_frozen(params, program.mask, config)
   # On the host until each device gets its part: no device may have room for all.
   params = sharding_lib.device_put(params, program.state_sharding.params)
   return program.new_state(params, **_state_numbers(config, program))
@@ -344,11 +362,7 @@ def create_state(
 
 def abstract_state(config: ConfigDict, program: Program) -> state_lib.TrainState:
   """Returns what `create_state` does as `jax.ShapeDtypeStruct`; allocates nothing."""
-
-  def cast(leaf, dtype):
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-  params = state_lib.cast_frozen(program.shapes, program.mask, config, cast)
+  params = state_lib.cast_frozen(program.shapes, program.mask, config)
   return jax.eval_shape(program.new_state, params, **_state_numbers(config, program))
 
 

@@ -145,8 +145,9 @@ def param_summary(config: ConfigDict, program: Program) -> str:
       sizes.setdefault(f"{name.split('/')[0]}, {kind}", []).append(leaf)
   rows = []
   for part in sorted(sizes, key=lambda part: _PARTS.index(part.split(",")[0])):
-    count = sum(leaf.size for leaf in sizes[part])
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in sizes[part])
+    count = sum(int(np.prod(leaf.shape)) for leaf in sizes[part])
+    arrays = jax.tree.leaves(sizes[part])
+    nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
     rows.append((part, f"{count:,}", f"{100 * count / total:.3g}%", bytes_text(nbytes)))
   return tabulate.tabulate(
     rows,
@@ -169,11 +170,7 @@ def param_table(config: ConfigDict, program: Program) -> str:
 
 def _split_params(config: ConfigDict, program: Program) -> list[tuple[bool, dict]]:
   """Returns [(True, trainable leaves), (False, frozen ones)], as they are stored."""
-
-  def cast(leaf, dtype):
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-  params = state_lib.cast_frozen(program.shapes, program.mask, config, cast)
+  params = state_lib.cast_frozen(program.shapes, program.mask, config)
   return list(zip((True, False), trees.split(params, program.mask), strict=True))
 
 

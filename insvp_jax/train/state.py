@@ -7,6 +7,7 @@ them on the devices.
 
 from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any
 
 from absl import logging
@@ -21,7 +22,7 @@ from insvp_jax import trees
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.methods import parts_of
-from insvp_jax.models import architectures, mimetic
+from insvp_jax.models import architectures, mimetic, quantized
 from insvp_jax.models import weights as weights_lib
 from insvp_jax.models.classifier import PromptedClassifier
 
@@ -168,7 +169,8 @@ def create_sharding(
   each of them.
 
   Args:
-    shapes: the tree of parameters, arrays or `jax.ShapeDtypeStruct`.
+    shapes: the tree of parameters as they are stored (see `cast_frozen`), arrays or
+      `jax.ShapeDtypeStruct`.
     mask: bool tree, True where trainable.
     mesh: from `mesh.create_mesh`.
   """
@@ -185,26 +187,61 @@ def create_sharding(
 
 
 def cast_frozen(
-  params: Mapping[str, Any],
-  mask: Mapping[str, Any],
-  config: ConfigDict,
-  cast: Callable[[Any, Any], Any],
+  params: Mapping[str, Any], mask: Mapping[str, Any], config: ConfigDict
 ) -> dict[str, Any]:
   """Returns parameters in the types that they have on the devices.
 
   Frozen weights of the backbone are stored as `config.backbone.frozen_dtype`. All else
   stays as it is, a frozen prompter too: it is small and stored with the run.
+
+  Args:
+    params: arrays, which are returned on the host, or `jax.ShapeDtypeStruct`.
+    mask: bool tree, True where trainable.
+    config: the whole configuration.
+
+  Raises:
+    ValueError: a weight that is not finite cannot be stored in 8 bits.
   """
   is_trainable = trees.flatten(mask)
-  frozen_dtype = jnp.dtype(config.backbone.frozen_dtype)
+  dtype = config.backbone.frozen_dtype
   return trees.unflatten(
     {
-      name: cast(leaf, frozen_dtype)
+      name: cast_weight(name, leaf, dtype)
       if name.startswith("backbone/") and not is_trainable[name]
-      else cast(leaf, leaf.dtype)
+      else _cast(leaf, leaf.dtype)
       for name, leaf in trees.flatten(params).items()
     }
   )
+
+
+def cast_weight(name: str, leaf: Any, dtype: str) -> Any:
+  """Returns a frozen weight of the backbone in the type that it is stored in.
+
+  Args:
+    name: '/'-joined, from "backbone" on.
+    leaf: an array, or a `jax.ShapeDtypeStruct`.
+    dtype: a value of `config.backbone.frozen_dtype`. "int8" makes `Quantized` of
+      kernels and leaves biases, norms, positions and tokens as they are.
+
+  Raises:
+    ValueError: a weight that is not finite cannot be stored in 8 bits.
+  """
+  if dtype != "int8":
+    return _cast(leaf, jnp.dtype(dtype))
+  if not quantized.is_kernel(name):
+    return _cast(leaf, leaf.dtype)
+  is_stacked = re.fullmatch(sharding_lib.SCANNED_BLOCKS, name) is not None
+  axes = quantized.input_axes(name, len(leaf.shape), is_stacked)
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return quantized.abstract(leaf.shape, axes)
+  return quantized.quantize(np.asarray(leaf), axes, name)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+  """Returns an array on the host, or a `jax.ShapeDtypeStruct`, in another type."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+  return np.asarray(leaf, dtype)
 
 
 def hparams_of(config: ConfigDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import optax
 
 from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
+from insvp_jax.models import quantized
 from insvp_jax.models.classifier import PromptedClassifier, block_reads
 from insvp_jax.train.objectives import Objective
 from insvp_jax.train.optim import Schedule
@@ -321,7 +322,8 @@ def create_multi_step(
       )
       batch = functions.make_batch(arrays, order, seed, state.step)
       batch = jax.lax.with_sharding_constraint(batch, sharding)
-      full_state = state.replace(params=trees.merge(state.params, frozen))
+      weights, step = quantized.hold(frozen, state.step)
+      full_state = state.replace(params=trees.merge(state.params, weights), step=step)
       full_state, new_metrics = functions.train(full_state, batch)
       state = full_state.replace(params=trees.split(full_state.params, carried)[0])
       # Once metrics are not finite they stay: [] or, of m trials, [m].

@@ -179,7 +179,7 @@ def test_a_split_backbone_trains_to_the_same_numbers(runs, fsdp):
     {"backbone__scan": False, "backbone__remat": True, "backbone__pool": "map"},
     {"backbone__remat": True, "method": "linear"},
     # Hooks at every operation; and blocks that differ, though their leaves are stacked.
-    {"method": "ssf"},
+    {"method": "ssf", "backbone__frozen_dtype": "int8"},
     {"method": "transhp"},
   ],
 )

@@ -15,6 +15,7 @@ from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.methods import METHODS
 from insvp_jax.methods import fields as fields_lib
 from insvp_jax.models.classifier import create_model
+from insvp_jax.models.quantized import Quantized
 from insvp_jax.models.weights import npz
 from insvp_jax.search import population
 from insvp_jax.train import flops
@@ -153,11 +154,13 @@ def on_host(params):
 def test_trains_alike_in_every_form(name, tmp_path):
   """Two steps: unrolled as two trials at once; and scanned, for some stored between.
 
-  Of the methods every second one has `remat` where the others have not. (Every method
-  in all four forms takes minutes; it was run once.)
+  Of the methods every second one has `remat` where the others have not, and every
+  second pair has frozen kernels in 8 bits. (Every method in all of these forms takes
+  minutes; it was run once.)
   """
   remat = NAMES.index(name) % 2 == 0
-  config, program = program_of(name, backbone__remat=remat)
+  stored = {"backbone__frozen_dtype": ("float32", "int8")[NAMES.index(name) // 2 % 2]}
+  config, program = program_of(name, backbone__remat=remat, **stored)
   params = init_params(program)
   configs = [config, config.copy_and_resolve_references()]
   configs[1].optim.lr = 0.1
@@ -166,7 +169,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   for _ in range(2):
     state, _ = stacked.train_step(state, batch())
   carried = trees.flatten(program.carried)
-  before = on_host(params)
+  before = on_host(state_lib.cast_frozen(params, program.mask, config))
   trials = [
     {n: leaf[i] if carried[n] else leaf for n, leaf in on_host(state.params).items()}
     for i in range(2)
@@ -178,7 +181,8 @@ def test_trains_alike_in_every_form(name, tmp_path):
     assert still == {n for n in carried if not carried[n]} | STILL.get(name, set())
 
   scan = name not in NEEDS_UNROLLED
-  config, program = program_of(name, backbone__scan=scan, backbone__remat=not remat)
+  forms = {"backbone__scan": scan, "backbone__remat": not remat, **stored}
+  config, program = program_of(name, **forms)
   if scan:
     params = {**params, "backbone": stack(program.model, params["backbone"])}
   state = create_state(config, program, params)
@@ -191,13 +195,46 @@ def test_trains_alike_in_every_form(name, tmp_path):
     resumed = on_host(program.train_step(restored, batch())[0].params)
   after = on_host(program.train_step(state, batch())[0].params)
   for leaf, value in after.items() if name in STORED else ():
-    assert value.tobytes() == resumed[leaf].tobytes(), leaf
+    assert np.asarray(value).tobytes() == np.asarray(resumed[leaf]).tobytes(), leaf
   # Alone, scanned, with the other `remat`: the same as the trial of its lr.
   expected = trees.unflatten(trials[0])
   if scan:
     expected["backbone"] = stack(program.model, expected["backbone"])
   for leaf, value in trees.flatten(expected).items():
     np.testing.assert_allclose(after[leaf], value, rtol=1e-3, atol=1e-5, err_msg=leaf)
+
+
+@pytest.mark.parametrize(
+  "name, changes",
+  [
+    ("partial", {"backbone__remat": True}),
+    ("lora", {"backbone__scan": True}),
+    ("vp:source", {}),
+    ("ln_tune@convnext", {}),
+  ],
+)
+def test_a_step_in_8_bits_is_that_of_a_plain_backbone_of_these_weights(name, changes):
+  config, program = program_of(name, **changes, backbone__frozen_dtype="int8")
+  plain = program_of(name, **changes)
+  params = init_params(program)
+  if config.backbone.scan:
+    params = {**params, "backbone": stack(program.model, params["backbone"])}
+  stored = state_lib.cast_frozen(params, program.mask, config)
+  trainable, _ = trees.split(program.mask, program.mask)
+  found = {n for n, x in trees.flatten(stored).items() if isinstance(x, Quantized)}
+  kernels = {n for n in trees.flatten(params["backbone"]) if n.endswith("kernel")}
+  # What trains stays in floats.
+  assert found == {f"backbone/{n}" for n in kernels} - {
+    n for n, trains in trainable.items() if trains
+  }
+  floats = trees.unflatten({n: np.asarray(x) for n, x in trees.flatten(stored).items()})
+  after = []
+  for each, weights in (((config, program), params), (plain, floats)):
+    state, metrics = each[1].train_step(create_state(*each, weights), batch())
+    moved, _ = trees.split(jax.device_get(state.params), program.mask)
+    after.append({**moved, "loss": metrics["loss"], "norm": metrics["grad_norm"]})
+  for leaf, value in after[1].items():
+    np.testing.assert_allclose(after[0][leaf], value, 1e-4, 1e-6, err_msg=leaf)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from tiny_runs import SIZE, make_run
 from insvp_jax import trees
 from insvp_jax.models import merging, weights
 from insvp_jax.models.classifier import create_model
+from insvp_jax.run import load_run
 from insvp_jax.tools import export
 
 
@@ -82,14 +83,19 @@ def test_half_precision_is_half_the_size(tmp_path):
   assert sizes["float32"] == 2 * sizes["float16"]
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_a_method_that_can_be_folded_is(tmp_path, scan):
+@pytest.mark.parametrize(
+  "scan, frozen_dtype", [(False, "float32"), (True, "float32"), (True, "int8")]
+)
+def test_a_method_that_can_be_folded_is(tmp_path, scan, frozen_dtype):
   sizes = {"depth": 2, "scan": scan}
   workdir, model, params = make_run(
     tmp_path / "run", "lora", method_kwargs={"rank": 2}, backbone_kwargs=sizes
   )
   output = tmp_path / "backbone.npz"
-  assert export.main(["--run", str(workdir), "--output", str(output)]) == 0
+  flags = [f"--run={workdir}", f"--output={output}", f"--frozen_dtype={frozen_dtype}"]
+  assert export.main(flags) == 0
+  # In 8 bits what is written are the floats that these stand for.
+  params = load_run(workdir, frozen_dtype=frozen_dtype).params
   plain = create_model(
     "mu/4", "linear", num_classes=3, image_size=SIZE, backbone_kwargs=sizes
   )

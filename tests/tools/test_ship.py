@@ -145,6 +145,23 @@ def test_the_program_needs_jax_alone_and_predicts_what_the_run_does(
     assert about["test_accuracy"] == 0.5
 
 
+def test_a_program_in_8_bits_is_smaller_and_predicts_what_the_run_does(tmp_path):
+  workdir, _, _ = make_run(tmp_path / "run", "linear")
+  sizes = {}
+  for frozen_dtype in ("float32", "int8"):
+    path = tmp_path / f"{frozen_dtype}.stablehlo"
+    flags = [f"--run={workdir}", "--format=stablehlo", f"--output={path}"]
+    assert export.main([*flags, f"--frozen_dtype={frozen_dtype}"]) == 0
+    sizes[frozen_dtype] = path.stat().st_size
+  images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+  found = jax_export.deserialize(bytearray(path.read_bytes())).call(images)
+  expected = load_run(workdir, frozen_dtype="int8").predict(images)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  # Of the two blocks' kernels three bytes of four go; the code of the program stays.
+  kernels = 2 * 12 * 32 * 32
+  assert sizes["float32"] - sizes["int8"] > 2.5 * kernels
+
+
 def test_a_program_of_fused_attention_is_no_device_s(tmp_path, monkeypatch):
   sizes = {"depth": 1, "fused_attention": True, "dtype": "bfloat16"}
   workdir, _, _ = make_run(tmp_path, "linear", backbone_kwargs=sizes)
@@ -190,10 +207,13 @@ def test_onnx_runtime_predicts_what_the_run_does(made, tmp_path, monkeypatch, ca
   runtime = pytest.importorskip("onnxruntime")
   output = tmp_path / "m.onnx"
   flags = [f"--run={made[0]}", "--format=onnx", f"--output={output}"]
+  # Kernels in 8 bits are written as floats.
+  flags.append("--frozen_dtype=int8")
   assert export.main(flags) == 0
   images = pixels(5, SIZE, SIZE, 3)
   (found,) = runtime.InferenceSession(output).run(["probabilities"], {"images": images})
-  np.testing.assert_allclose(found, load_run(made[0]).predict(images), atol=1e-5)
+  expected = load_run(made[0], frozen_dtype="int8").predict(images)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
   about = json.loads((tmp_path / "m.onnx.json").read_text())
   assert about["platforms"] == ["onnxruntime"] and about["largest_difference"] < 1e-5
   # What computes something else is not written.
