@@ -14,8 +14,8 @@ if __name__ == "__main__":
   # First of all: the imports below take their time.
   stopping.handle(stopping.end)
 
+import gc
 import importlib.util
-import os
 from pathlib import Path
 import re
 import sys
@@ -144,10 +144,14 @@ def main(argv: list[str]) -> None:
     print(config_lib.format_keys(config))
     return
   _use_float32()
-  _cache_compiled_programs()
+  paths.cache_compiled_programs()
   from insvp_jax.distributed import processes
   from insvp_jax.search import suite  # noqa: F401
 
+  if not gc.isenabled():
+    # What has been imported stays: no collection need look through it again.
+    gc.freeze()
+    gc.enable()
   # Libraries that are only half imported would make other errors of what this raises.
   stopping.handle(stopping.interrupt)
   try:
@@ -331,32 +335,6 @@ def _use_float32() -> None:
     )
 
 
-def _cache_compiled_programs() -> None:
-  """Keeps compiled programs on disk, so that the second start is quick.
-
-  What the user has set by JAX's own variables stays.
-  """
-  import jax
-
-  settings = {"jax_persistent_cache_min_compile_time_secs": 0.3}
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    try:
-      folder = paths.compiled_dir()
-      folder.mkdir(parents=True, exist_ok=True)
-      if not os.access(folder, os.W_OK):
-        # JAX would warn of each program anew.
-        raise PermissionError(f"no permission to write to {folder}")
-      settings["jax_compilation_cache_dir"] = str(folder)
-    except OSError as error:
-      print(
-        f"note: compiled programs are not kept: {errors.one_line(error)}",
-        file=sys.stderr,
-      )
-  for name, value in settings.items():
-    if name.upper() not in os.environ:
-      jax.config.update(name, value)
-
-
 def _usage() -> str:
   """Returns all flags with their help, on one screen."""
   lines = [
@@ -435,6 +413,10 @@ def run(argv: list[str] | None = None) -> None:
   logging.set_verbosity(logging.WARNING)
   stopping.handle(stopping.end)
   sys.unraisablehook = stopping.report_unraisable
+  if "jax" not in sys.modules:
+    # While libraries come in there is no garbage; looking for it takes a fifth of the
+    # time. `main` turns it on again.
+    gc.disable()
   try:
     app.run(main, argv, flags_parser=_parse_flags)
   except BaseException as error:
@@ -446,6 +428,8 @@ def run(argv: list[str] | None = None) -> None:
       raise
     print(f"insvp_jax: {stopped}", file=sys.stderr)
     sys.exit(stopped.exit_status)
+  finally:
+    gc.enable()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ import os
 from pathlib import Path
 import platform
 import re
+import sys
+from typing import Any
 
 import platformdirs
+
+from insvp_jax import errors
 
 CACHE_VARIABLE = "INSVP_CACHE"
 
@@ -45,6 +49,35 @@ def compiled_dir() -> Path:
     features = found[0] if found else ""
   text = f"{platform.machine()} {platform.processor()} {features}"
   return cache_dir("jax") / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def cache_compiled_programs() -> None:
+  """Keeps the programs of this process on disk, so that the second start is quick.
+
+  What the user has set by JAX's own variables stays. It has to come before the first
+  program is compiled.
+  """
+  # Imported late: that takes half a second.
+  import jax
+
+  # Small programs, too: to read one takes a fraction of the time to compile it.
+  settings: dict[str, Any] = {"jax_persistent_cache_min_compile_time_secs": 0.0}
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    try:
+      folder = compiled_dir()
+      folder.mkdir(parents=True, exist_ok=True)
+      if not os.access(folder, os.W_OK):
+        # JAX would warn of each program anew.
+        raise PermissionError(f"no permission to write to {folder}")
+      settings["jax_compilation_cache_dir"] = str(folder)
+    except OSError as error:
+      print(
+        f"note: compiled programs are not kept: {errors.one_line(error)}",
+        file=sys.stderr,
+      )
+  for name, value in settings.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 def configs_dir() -> Path:

@@ -144,7 +144,8 @@ def test_attention(benchmark, monkeypatch, capsys):
 
 
 def test_startup_measures_an_import_without_tensorflow(benchmark):
-  assert 0 < benchmark("startup").import_seconds()
+  module = benchmark("startup")
+  assert 0 < module.import_spent(module.ROOT).wall
 
 
 def test_startup_runs_to_the_first_step_of_a_task_of_other_classes(
@@ -152,26 +153,37 @@ def test_startup_runs_to_the_first_step_of_a_task_of_other_classes(
 ):
   module = benchmark("startup")
   monkeypatch.setattr(module, "NUM_IMAGES", {"train": 40, "val": 20, "test": 20})
-  real, given = module.first_step_seconds, []
+  real, given = module.first_step_spent, []
 
-  def spied(workdir, cache, *flags):
-    given.append((cache.name, flags))
-    # One of the three is enough: the dearest to get right.
-    if len(given) < 3:
-      return float(len(given))
-    return real(workdir, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), *flags)
+  def spied(root, workdir, cache, *flags):
+    given.append((cache, flags))
+    # One of them all is enough: the dearest to get right.
+    if len(given) != 3:
+      return module.Spent(float(len(given)), 2.0)
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    return real(root, workdir, cache, *flags)
 
-  monkeypatch.setattr(module, "first_step_seconds", spied)
+  monkeypatch.setattr(module, "first_step_spent", spied)
   json_path = tmp_path / "startup.json"
-  monkeypatch.setattr(sys, "argv", ["startup", "--rounds=1", f"--json={json_path}"])
+  flags = ["--rounds=1", f"--against={module.ROOT}", f"--json={json_path}"]
+  monkeypatch.setattr(sys, "argv", ["startup", *flags])
   module.main()
   titles, *rows = cells(capsys.readouterr().out)
   found = json.loads(json_path.read_text())
-  assert titles == ["start-up, medians of 1 rounds", "seconds"]
-  assert [row[0] for row in rows] == list(found) and rows[2][1] == "2"
-  assert found["the same again"] == [2.0] and found[list(found)[-1]][0] > 0.1
-  assert [cache for cache, _ in given] == ["cache"] * 3
-  assert [flags[:1] for _, flags in given] == [(), (), ("--config.task=folder",)]
+  assert titles[:2] == ["start-up, medians of 1 rounds", "seconds"]
+  assert [row[0] for row in rows] == list(found["here"]) == list(found["there"])
+  assert rows[2][1:] == ["2", "2", "5", "2", "1.00"]
+  assert found["here"]["the same again"] == [[2.0, 2.0]]
+  wall, processor = found["here"]["another task"][0]
+  assert wall > 0.1 and processor > 0.1
+  # Each checkout fills a cache of its own.
+  assert len({cache for cache, _ in given}) == 2
+  tasks = [(), (), ("--config.task=folder",)]
+  assert [flags[:1] for _, flags in given] == 2 * tasks
+  monkeypatch.setattr(sys, "argv", ["startup", f"--against={tmp_path}"])
+  with pytest.raises(SystemExit):
+    module.main()
+  assert "expected a checkout of this project" in capsys.readouterr().err
 
 
 def test_tune_compares_trials_together_with_one_by_one(benchmark):

@@ -1,11 +1,13 @@
 """Caches lie where one variable says, or where the platform has them."""
 
+import argparse
 from pathlib import Path
 
 import jax
 import pytest
 
 from insvp_jax import main, paths
+from insvp_jax.tools import runs
 
 
 def test_one_variable_moves_all_caches(monkeypatch, tmp_path):
@@ -52,7 +54,7 @@ def test_compiled_programs_are_not_kept_where_no_folder_can_be(
     nowhere.setenv(paths.CACHE_VARIABLE, str(tmp_path / "file" / "caches"))
   if where == "named for JAX":
     nowhere.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-  main._cache_compiled_programs()
+  paths.cache_compiled_programs()
   assert "jax_compilation_cache_dir" not in seen
   said = capsys.readouterr().err
   assert said.count("\n") == (where != "named for JAX")
@@ -88,9 +90,18 @@ def test_compiled_programs_are_kept_and_what_the_user_set_stays(monkeypatch, is_
   monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
   if is_set:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-  main._cache_compiled_programs()
+  paths.cache_compiled_programs()
   directory = {} if is_set else {"jax_compilation_cache_dir": str(paths.compiled_dir())}
-  assert seen == {**directory, "jax_persistent_cache_min_compile_time_secs": 0.3}
+  assert seen == {**directory, "jax_persistent_cache_min_compile_time_secs": 0.0}
+
+
+def test_tools_keep_what_they_compile_too(monkeypatch, tmp_path):
+  calls = []
+  monkeypatch.setattr(paths, "cache_compiled_programs", lambda: calls.append("kept"))
+  args = argparse.Namespace(run=str(tmp_path / "none"), best=False, backbone=None)
+  with pytest.raises(FileNotFoundError):
+    runs.load(args)
+  assert calls == ["kept"]
 
 
 def test_configs_are_found_in_a_checkout(root):

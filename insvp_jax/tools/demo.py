@@ -27,7 +27,7 @@ from typing import Any
 from jaxtyping import UInt8
 import numpy as np
 
-from insvp_jax import errors, files, tools
+from insvp_jax import errors, files, paths, tools
 from insvp_jax.data import decode, preprocess
 from insvp_jax.tools import attribution, demo_server, plots, predict, visualize
 from insvp_jax.train import objectives
@@ -313,6 +313,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     with demo_server.listen(args.host, args.port) as listening:
       from insvp_jax.run import load_run
 
+      paths.cache_compiled_programs()
       runs = [load_run(path, backbone=args.backbone) for path in args.run]
       by_title = dict(zip(titles(args.run, runs), runs, strict=True))
       limit = max_bytes(runs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from insvp_jax import tools
+from insvp_jax import paths, tools
 from insvp_jax.errors import printable
 
 _BEST_HELP = (
@@ -38,6 +38,7 @@ def load(args: argparse.Namespace) -> Any:
   # Imported late, so that a wrong flag costs no start-up time.
   from insvp_jax.run import load_run
 
+  paths.cache_compiled_programs()
   path = args.run
   if args.best:
     path, lines = best_run(path)

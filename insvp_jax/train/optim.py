@@ -93,7 +93,11 @@ def create_schedule(
       f"{total_steps} steps: no update would happen. Lower it or train longer."
     )
   by_update = create(optim, total_steps, steps_per_epoch)
-  return lambda step: by_update(step // accumulate_steps)
+
+  def schedule(step):
+    return by_update(step // accumulate_steps)
+
+  return schedule
 
 
 def create_optimizer(

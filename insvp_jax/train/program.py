@@ -39,6 +39,7 @@ class Program:
 
   Attributes:
     model: the classifier.
+    draws: its parameters as a seed draws them.
     mask: bool tree of the trainable parameters.
     carried: bool tree of those that a step changes: the trainable ones, and those that
       it sets without a gradient; see `Method.updated_patterns`.
@@ -57,6 +58,7 @@ class Program:
   """
 
   model: PromptedClassifier
+  draws: state_lib.Draws
   mask: Mapping[str, Any]
   carried: Mapping[str, Any]
   optimizer: optax.GradientTransformation
@@ -71,10 +73,15 @@ class Program:
   hparams: tuple[str, ...] = ()
   balanced_classes: int = 0
 
-  @functools.cached_property
+  @property
   def shapes(self) -> dict[str, Any]:
-    """The parameters as `jax.ShapeDtypeStruct`, traced once."""
-    return state_lib.param_shapes(self.model)
+    """The parameters as `jax.ShapeDtypeStruct`."""
+    return self.draws.shapes
+
+  @functools.cached_property
+  def lr_factor(self) -> Any:
+    """Jitted `schedule`: a program, and not one for each of its operations."""
+    return jax.jit(self.schedule)
 
   @functools.cached_property
   def new_state(self) -> Any:
@@ -253,7 +260,8 @@ def create_program(
   mesh_lib.check_batch_size(config.batch_size, mesh)
   model = create_model(**model_kwargs(config, num_classes))
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
-  shapes = state_lib.param_shapes(model)
+  draws = state_lib.Draws(model)
+  shapes = draws.shapes
   mask, carried = model.masks(shapes)
   schedule = optim.create_schedule(
     config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
@@ -265,6 +273,7 @@ def create_program(
   objective = objective_of(config.task).create(config, num_classes, weights)
   return Program(
     model=model,
+    draws=draws,
     mask=mask,
     carried=carried,
     optimizer=optimizer,

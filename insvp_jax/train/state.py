@@ -58,15 +58,54 @@ class TrainState:
 
 # The parameters that a run starts from.
 
+# Draws run once, so that LLVM's usual level 2 takes seconds and gains none. At 1 the
+# numbers are the same to the bit; at 0 they are not.
+_DRAW_OPTIONS = {"xla_backend_optimization_level": 1}
+
 
 def param_shapes(model: PromptedClassifier) -> dict[str, Any]:
   """Returns the tree of parameters as `jax.ShapeDtypeStruct`."""
-  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+  return jax.eval_shape(functools.partial(_init, model), np.uint32(0))
 
 
-def _init(model: PromptedClassifier, key: jax.Array) -> dict[str, Any]:
+def _init(model: PromptedClassifier, seed: Any) -> dict[str, Any]:
   size = model.input_size
-  return model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+  return model.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))["params"]
+
+
+class Draws:
+  """The parameters of a model as they are drawn from a seed; traced and compiled once.
+
+  Attributes:
+    shapes: the tree of parameters as `jax.ShapeDtypeStruct`.
+  """
+
+  def __init__(self, model: PromptedClassifier):
+    """Traces the model; computes and compiles nothing."""
+    init = jax.jit(functools.partial(_init, model))
+    self.shapes = jax.eval_shape(init, np.uint32(0))
+    # Where JAX is told to optimize nothing, that is less.
+    options = (
+      None if jax.config.read("jax_disable_most_optimizations") else _DRAW_OPTIONS
+    )
+
+    @functools.partial(
+      jax.jit, static_argnames="with_backbone", compiler_options=options
+    )
+    def draw(seed, *, with_backbone: bool):
+      params = init(seed)
+      # What is not returned is not computed: loaded weights cost no random numbers.
+      return {k: v for k, v in params.items() if with_backbone or k != "backbone"}
+
+    self._draw = draw
+
+  def params(self, seed: int, *, with_backbone: bool = True) -> dict[str, Any]:
+    """Returns the parameters of a seed on the host, with or without the backbone's."""
+    # Always on the CPU: other devices round some distributions differently. The seed
+    # lies there, which does not trace the model again as another default device would.
+    cpu = jax.local_devices(backend="cpu")[0]
+    placed = jax.device_put(np.uint32(seed), cpu)
+    return jax.device_get(self._draw(placed, with_backbone=with_backbone))
 
 
 def init_params(
@@ -74,6 +113,8 @@ def init_params(
   seed: int,
   weights: Mapping[str, Any] | None = None,
   init: str = "default",
+  *,
+  draws: Draws | None = None,
 ) -> dict[str, Any]:
   """Returns parameters on the host: fresh prompter and head over a backbone.
 
@@ -82,17 +123,11 @@ def init_params(
     seed: of everything that is drawn.
     weights: the backbone's parameters; None draws them too.
     init: of a drawn backbone: "default" or "mimetic".
+    draws: of the model, where they have been made.
   """
   has_weights = weights is not None
-
-  def draw(key):
-    params = _init(model, key)
-    # XLA removes what is not returned: loaded weights cost no random numbers.
-    return {k: v for k, v in params.items() if not (has_weights and k == "backbone")}
-
-  # Always on the CPU: other devices round some distributions differently.
-  with jax.default_device(jax.local_devices(backend="cpu")[0]):
-    params = jax.device_get(jax.jit(draw)(jax.random.key(seed)))
+  draws = draws or Draws(model)
+  params = draws.params(seed, with_backbone=not has_weights)
   if has_weights:
     params["backbone"] = jax.tree.map(np.asarray, dict(weights))
   elif init == "mimetic":

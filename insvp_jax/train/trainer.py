@@ -120,8 +120,13 @@ class Prepared:
 
   def first_params(self, config: ConfigDict) -> Mapping[str, Any]:
     """Returns the parameters before the first step, drawn by the config's seed."""
-    model = self.program.model
-    return state_lib.init_params(model, config.seed, self.weights, config.backbone.init)
+    return state_lib.init_params(
+      self.program.model,
+      config.seed,
+      self.weights,
+      config.backbone.init,
+      draws=self.program.draws,
+    )
 
   def prepare_params(
     self, config: ConfigDict, params: Mapping[str, Any]
@@ -576,7 +581,7 @@ def _log(
   scalars["epoch"] = step / program.steps_per_epoch
   if np.ndim(metrics["loss"]) == 0:
     # As `steps.update_params` computes it; trials each have their own.
-    factor = float(program.schedule(step - 1))
+    factor = float(program.lr_factor(np.int32(step - 1)))
     scalars["lr"] = factor * optim.peak_lr(config.optim, config.batch_size)
   else:
     left = [i for i in range(len(metrics["loss"])) if i not in diverged]

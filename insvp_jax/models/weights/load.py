@@ -115,10 +115,7 @@ def _load_other(
 
   Its `stack` puts leaves with one group per block into the layout of `scan`.
   """
-  single = backbone.clone(scan=False) if backbone.scan else backbone
-  size = backbone.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  shapes = jax.eval_shape(single.init, jax.random.key(0), images)["params"]
+  shapes = _param_shapes(backbone.clone(scan=False) if backbone.scan else backbone)
   expected = {name: leaf.shape for name, leaf in trees.flatten(shapes).items()}
   file = formats.read(path, with_head=backbone.head_classes > 0)
   problems = {
@@ -230,12 +227,21 @@ def save_backbone(
         np.savez(file, **arrays)
 
 
+def _param_shapes(backbone: nn.Module) -> dict[str, Any]:
+  """Returns the tree of a backbone's parameters as `jax.ShapeDtypeStruct`."""
+  size = backbone.image_size
+
+  def init():
+    # A key that is made outside is two programs to compile.
+    return backbone.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+
+  return jax.eval_shape(init)
+
+
 def _expected_shapes(vit: ViT) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a ViT's leaves, with one group per block."""
   # A scan traces one block instead of all.
-  scanned = vit.clone(scan=True, remat=False)
-  images = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(scanned.init, jax.random.key(0), images)["params"]
+  shapes = _param_shapes(vit.clone(scan=True, remat=False))
   flat = {
     # Broadcast zeros take no memory, so that shapes unroll like leaves.
     name: np.broadcast_to(np.float32(0), leaf.shape)
