@@ -1,6 +1,7 @@
 """A method with all that is timed of it: the real steps on made-up images."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ class Contestant:
   """The compiled steps of a method, its state, and what is timed."""
 
   def __init__(self, config: ConfigDict, num_classes: int = 100):
-    """Builds and compiles the steps.
+    """Builds the steps; each is compiled when it is first asked for.
 
     Args:
       config: from `create_config`.
@@ -110,13 +111,19 @@ class Contestant:
     }
     params = state_lib.init_params(self.program.model, 0)
     self.state = program_lib.create_state(config, self.program, params)
-    self._train = self.program.train_step.lower(self.state, self._batch).compile()
-    self._evaluate = self.program.eval_step.lower(
+
+  @functools.cached_property
+  def _train(self) -> jax.stages.Compiled:
+    return self.program.train_step.lower(self.state, self._batch).compile()
+
+  @functools.cached_property
+  def _evaluate(self) -> jax.stages.Compiled:
+    return self.program.eval_step.lower(
       self.state.params, self._placed(), self.state.hparams
     ).compile()
-    self._predict = self._create_predict()
 
-  def _create_predict(self):
+  @functools.cached_property
+  def _predict(self) -> jax.stages.Compiled:
     model, size = self.program.model, self.program.model.input_size
 
     def probabilities(params, images):
@@ -167,10 +174,8 @@ class Contestant:
 
   def memory_mib(self, mode: str) -> float:
     """Returns what the compiled program needs at once: arrays and temporaries, MiB."""
-    compiled: Callable = {"train": self._train, "eval": self._evaluate}.get(
-      mode, self._predict
-    )
-    found = compiled.memory_analysis()
+    programs = {"train": "_train", "eval": "_evaluate"}
+    found = getattr(self, programs.get(mode, "_predict")).memory_analysis()
     total = found.argument_size_in_bytes + found.temp_size_in_bytes
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return (total + new) / 2**20

@@ -78,6 +78,14 @@ def test_gradient_economy_shows_every_method_and_preset(benchmark, monkeypatch, 
 
 def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, capsys):
   module = benchmark("mask_scores")
+
+  def tiny():
+    config = defaults()
+    config.backbone.name, config.backbone.weights = "mu/4", "random"
+    config.image_size, config.tensorboard = SIZE, False
+    return config
+
+  monkeypatch.setattr(module, "defaults", tiny)
   monkeypatch.setattr(sys, "argv", ["mask_scores", "--epochs=0.05", "--images=50"])
   module.main()
   out = capsys.readouterr().out
@@ -93,6 +101,14 @@ def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, 
 
 def test_segmentation_trains_each_method(benchmark, monkeypatch, tmp_path, capsys):
   module, picture = benchmark("segmentation"), tmp_path / "found.png"
+  original = module.create_config
+
+  def shallow(*args):
+    config = original(*args)
+    config.backbone.weights, config.backbone.depth = "random", 1
+    return config
+
+  monkeypatch.setattr(module, "create_config", shallow)
   monkeypatch.setattr(module, "SPLITS", {"train": 8, "val": 1, "test": 3})
   flags = ["--methods=linear", "--steps=2", f"--picture={picture}"]
   monkeypatch.setattr(sys, "argv", ["segmentation", *flags])
@@ -229,30 +245,33 @@ def vit_flops(vit, num_classes):
 
 
 def test_step_measures_every_mode_and_method(tmp_path, capsys):
-  arguments = ["--rounds=1", f"--json={tmp_path / 's'}"]
-  # Of one method all modes, of two one: each pair compiles several programs.
-  step.main([*TINY, *arguments, "--methods=linear"])
-  every = json.loads((tmp_path / "s").read_text())["steps"]
-  assert set(every) == set(step.MODES)
-  step.main([*TINY, *arguments, "--methods=insvp,linear", "--modes=train"])
-  both = json.loads((tmp_path / "s").read_text())["steps"]
-  assert set(both) == {"train"} and set(both["train"]) == {"insvp", "linear"}
-  for mode, rows in [*every.items(), *both.items()]:
+  arguments = ["--rounds=1", "--turn_seconds=0", f"--json={tmp_path / 's'}"]
+  step.main([*TINY, *arguments, "--methods=insvp,linear"])
+  found = json.loads((tmp_path / "s").read_text())["steps"]
+  assert set(found) == set(step.MODES)
+  for mode, rows in found.items():
+    assert set(rows) == {"insvp", "linear"}
     for row in rows.values():
       assert row["memory_mib"] > 0 and row["seconds"] > 0
       # What is timed apart and the rest are the whole.
       assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
       known = PARTS if mode == "train" else PARTS[:3]
       assert tuple(row["parts"]) == known
-  linear = {mode: rows["linear"]["flops"] for mode, rows in every.items()}
+  linear = {mode: rows["linear"]["flops"] for mode, rows in found.items()}
   # The gradient of the head is one more product of its size; its input needs none.
   assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
   assert linear["eval"] == linear["predict"]
-  insvp = both["train"]["insvp"]["flops"]
-  assert insvp > 1.8 * linear["eval"]
-  rows = cells(step.table(both))
-  assert [row[0] for row in rows] == ["step", "train insvp", "train linear"]
-  assert capsys.readouterr().out.endswith(step.table(both))
+  assert found["train"]["insvp"]["flops"] > 1.8 * linear["eval"]
+  rows = cells(step.table(found))
+  names = [f"{mode} {name}" for mode in step.MODES for name in ("insvp", "linear")]
+  assert [row[0] for row in rows] == ["step", *names]
+  assert capsys.readouterr().out.endswith(step.table(found))
+  # One mode alone, and whole steps alone.
+  step.main([*TINY, *arguments, "--methods=linear", "--modes=eval", "--no_parts"])
+  found = json.loads((tmp_path / "s").read_text())["steps"]
+  assert set(found) == {"eval"} and found["eval"]["linear"]["parts"] == {}
+  assert found["eval"]["linear"]["flops"] == linear["eval"]
+  assert cells(capsys.readouterr().out)[0][:4] == ["step", "images/s", "ms", "MiB"]
 
 
 def test_needed_flops_are_those_of_a_hand_count():
@@ -467,7 +486,8 @@ def test_attention_and_gradients_of_a_prompted_model():
   kwargs = {"num_classes": 3, "image_size": SIZE}
   fields = METHOD_KWARGS["insvp"]
   model = create_model("mu/4", **kwargs, method_kwargs=fields)
-  inputs = np.random.default_rng(0).normal(size=(4, SIZE, SIZE, 3)).astype(np.float32)
+  # As many as a batch of the runs above, which have the same programs.
+  inputs = np.random.default_rng(0).normal(size=(8, SIZE, SIZE, 3)).astype(np.float32)
   # Queries that are zero attend to all alike.
   flat = trees.flatten(make_params(model))
   flat = {name: 0 * leaf if "/query/" in name else leaf for name, leaf in flat.items()}
@@ -490,7 +510,7 @@ def test_attention_and_gradients_of_a_prompted_model():
   assert np.abs(found["logits"] - expected).max() > 1e-2
 
   split = trees.split(params, trees.mask(params, model.prompter.trainable_patterns()))
-  labels, rates = np.array([0, 1, 2, 2]), programs.dropout_rates()
+  labels, rates = np.array([0, 1, 2, 2] * 2, np.int32), programs.dropout_rates()
   grads = {
     name: programs.gradient(*split, (inputs, labels), jax.random.key(0), values)
     for name, values in (("on", rates), ("off", dict.fromkeys(rates, 0.0)))

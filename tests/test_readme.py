@@ -117,6 +117,8 @@ def test_the_snippets_run(root, tmp_path, monkeypatch):
   def defaults(defaults=config_lib.defaults):
     config = defaults()
     config.method, config.total_steps, config.tensorboard = "linear", 2, False
+    config.backbone.name, config.backbone.weights = "mu/4", "random"
+    config.image_size = SIZE
     return config
 
   monkeypatch.setattr(config_lib, "defaults", defaults)
@@ -133,10 +135,10 @@ def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
   original = adapt._config
 
   def tiny(backbone, method, changes):
-    # The method that compiles quickest, for two steps.
-    changes = {**changes, "total_steps": 2, "tensorboard": False}
-    changes["optim.warmup_epochs"] = 0.0
-    return original(backbone, "linear", changes)
+    # What compiles quickest, for two steps.
+    changes = {**changes, "total_steps": 2, "tensorboard": False, "image_size": SIZE}
+    changes |= {"optim.warmup_epochs": 0.0, "backbone.weights": "random"}
+    return original("mu/4", "linear", changes)
 
   monkeypatch.setattr(adapt, "_config", tiny)
   monkeypatch.chdir(tmp_path)
