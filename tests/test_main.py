@@ -672,7 +672,8 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(
   main, root, base, tmp_path
 ):
   workdir = tmp_path / "run"
-  flags = [*base, f"--workdir={workdir}", f"--config.total_steps={LONG}"]
+  flags = [*base, f"--workdir={workdir}"]
+  flags += flags_of(total_steps=LONG, optim__lr=0.01)
   process = subprocess.Popen(
     [sys.executable, "-m", "insvp_jax.main", *flags],
     stdin=subprocess.DEVNULL,
