@@ -1,6 +1,7 @@
 """A method with all that is timed of it: the real steps on made-up images."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ class Contestant:
   """The compiled steps of a method, its state, and what is timed."""
 
   def __init__(self, config: ConfigDict, num_classes: int = 100):
-    """Builds and compiles the steps.
+    """Builds the steps; each is compiled when it is first asked for.
 
     Args:
       config: from `create_config`.
@@ -115,13 +116,19 @@ class Contestant:
     }
     params = state_lib.init_params(self.program.model, 0)
     self.state = program_lib.create_state(config, self.program, params)
-    self._train = self.program.train_step.lower(self.state, self._batch).compile()
-    self._evaluate = self.program.eval_step.lower(
+
+  @functools.cached_property
+  def _train(self) -> jax.stages.Compiled:
+    return self.program.train_step.lower(self.state, self._batch).compile()
+
+  @functools.cached_property
+  def _evaluate(self) -> jax.stages.Compiled:
+    return self.program.eval_step.lower(
       self.state.params, self._placed(), self.state.hparams
     ).compile()
-    self._predict = self._create_predict()
 
-  def _create_predict(self):
+  @functools.cached_property
+  def _predict(self) -> jax.stages.Compiled:
     model, size = self.program.model, self.program.model.input_size
 
     def probabilities(params, images):
@@ -174,8 +181,8 @@ class Contestant:
 
   def compiled(self, mode: str) -> jax.stages.Compiled:
     """Returns the compiled program of a mode."""
-    programs = {"train": self._train, "eval": self._evaluate}
-    return programs.get(mode, self._predict)
+    programs = {"train": "_train", "eval": "_evaluate"}
+    return getattr(self, programs.get(mode, "_predict"))
 
   def memory_mib(self, mode: str) -> float:
     """Returns what the compiled program needs at once: arrays and temporaries, MiB."""

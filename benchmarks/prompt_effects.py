@@ -73,11 +73,13 @@ class _Subject:
     rows = np.random.default_rng(0).permutation(len(self.splits["val"]))[:num_images]
     self.inputs, self.labels = self.examples("val", rows)
     self.order = _derangement(len(rows))
-    self.stages = {"end": run.params}
+    stages = {"end": run.params}
     if not run.model.prompter.prepares():
       frozen = {"backbone": run.params["backbone"]}
       first = state_lib.init_params(run.model, config["seed"], frozen["backbone"])
-      self.stages = {"start": {**first, **frozen}, "end": run.params}
+      stages = {"start": {**first, **frozen}, **stages}
+    # Arrays that lie elsewhere would be programs of their own.
+    self.stages = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), stages)
 
   def examples(self, split: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (normalised images [n, h, w, 3], labels [n]) of some of a split."""

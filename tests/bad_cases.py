@@ -143,7 +143,9 @@ def load(case: tuple[Path, str], workdir: Path) -> None:
 @functools.cache
 def _resumed() -> tuple[Any, Any, Path, tuple]:
   # Half of it is trained; the other half is what is resumed.
-  config = tiny_config("linear", checkpoint_every_epochs=1.0, total_epochs=3.0)
+  config = tiny_config(
+    "linear", backbone__depth=1, checkpoint_every_epochs=1.0, total_epochs=3.0
+  )
   prepared, made = prepare(config, devices=1), _folder() / "resume"
   trainer.train(config, made, prepared=prepared)
   expected = stored(made)
@@ -178,7 +180,7 @@ def _assert_same(got: tuple, expected: tuple) -> None:
 
 @functools.cache
 def _searched() -> tuple[Any, Path, Any]:
-  config = tiny_config("linear", total_epochs=1.0)
+  config = tiny_config("linear", backbone__depth=1, total_epochs=1.0)
   config.tune.lr, config.tune.wd, config.tune.seeds = (0.1, 0.01), (0.0,), (0, 1)
   made = _folder() / "search"
   with _quiet(), mock.patch.object(trainer, "load_data", lambda *_: make_data()):
@@ -230,7 +232,7 @@ def config(case: tuple[str, Any], workdir: Path) -> None:
   """Plans a run with it, which checks all and traces the step."""
   key, value = case
   section, _, name = key.rpartition(".")
-  made = tiny_config(section if section in METHODS else "insvp")
+  made = tiny_config(section if section in METHODS else "insvp", backbone__depth=1)
   made.plan.num_classes, made.plan.num_train = 3, 24
   with made.ignore_type():
     (made[section] if section else made)[name] = value

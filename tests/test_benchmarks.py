@@ -78,6 +78,14 @@ def test_gradient_economy_shows_every_method_and_preset(benchmark, monkeypatch, 
 
 def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, capsys):
   module = benchmark("mask_scores")
+
+  def tiny():
+    config = defaults()
+    config.backbone.name, config.backbone.weights = "mu/4", "random"
+    config.image_size, config.tensorboard = SIZE, False
+    return config
+
+  monkeypatch.setattr(module, "defaults", tiny)
   monkeypatch.setattr(sys, "argv", ["mask_scores", "--epochs=0.05", "--images=50"])
   module.main()
   out = capsys.readouterr().out
@@ -242,7 +250,7 @@ def vit_flops(vit, num_classes):
 
 
 def test_step_measures_every_mode_and_method(tmp_path, capsys):
-  arguments = ["--rounds=1", f"--json={tmp_path / 's'}"]
+  arguments = ["--rounds=1", "--turn_seconds=0", f"--json={tmp_path / 's'}"]
   # Of one method all modes, of two one: each pair compiles several programs.
   step.main([*TINY, *arguments, "--methods=linear", "--frozen_dtypes=int8"])
   every = json.loads((tmp_path / "s").read_text())["steps"]
@@ -261,11 +269,17 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
   # The gradient of the head is one more product of its size; its input needs none.
   assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
   assert linear["eval"] == linear["predict"]
-  insvp = both["train"]["insvp"]["flops"]
-  assert insvp > 1.8 * linear["eval"]
-  rows = cells(step.table(both))
-  assert [row[0] for row in rows] == ["step", "train insvp", "train linear"]
-  assert capsys.readouterr().out.endswith(step.table(both))
+  assert found["train"]["insvp"]["flops"] > 1.8 * linear["eval"]
+  rows = cells(step.table(found))
+  names = [f"{mode} {name}" for mode in step.MODES for name in ("insvp", "linear")]
+  assert [row[0] for row in rows] == ["step", *names]
+  assert capsys.readouterr().out.endswith(step.table(found))
+  # One mode alone, and whole steps alone.
+  step.main([*TINY, *arguments, "--methods=linear", "--modes=eval", "--no_parts"])
+  found = json.loads((tmp_path / "s").read_text())["steps"]
+  assert set(found) == {"eval"} and found["eval"]["linear"]["parts"] == {}
+  assert found["eval"]["linear"]["flops"] == linear["eval"]
+  assert cells(step.table(found))[0][:4] == ["step", "images/s", "ms", "MiB"]
 
 
 def test_needed_flops_are_those_of_a_hand_count():
@@ -481,7 +495,8 @@ def test_attention_and_gradients_of_a_prompted_model():
   kwargs = {"num_classes": 3, "image_size": SIZE}
   fields = METHOD_KWARGS["insvp"]
   model = create_model("mu/4", **kwargs, method_kwargs=fields)
-  inputs = np.random.default_rng(0).normal(size=(4, SIZE, SIZE, 3)).astype(np.float32)
+  # As many as a batch of the runs above, which have the same programs.
+  inputs = np.random.default_rng(0).normal(size=(8, SIZE, SIZE, 3)).astype(np.float32)
   # Queries that are zero attend to all alike.
   flat = trees.flatten(make_params(model))
   flat = {name: 0 * leaf if "/query/" in name else leaf for name, leaf in flat.items()}
@@ -504,7 +519,7 @@ def test_attention_and_gradients_of_a_prompted_model():
   assert np.abs(found["logits"] - expected).max() > 1e-2
 
   split = trees.split(params, trees.mask(params, model.prompter.trainable_patterns()))
-  labels, rates = np.array([0, 1, 2, 2]), programs.dropout_rates()
+  labels, rates = np.array([0, 1, 2, 2] * 2, np.int32), programs.dropout_rates()
   grads = {
     name: programs.gradient(*split, (inputs, labels), jax.random.key(0), values)
     for name, values in (("on", rates), ("off", dict.fromkeys(rates, 0.0)))

@@ -22,7 +22,7 @@ from insvp_jax import main as main_lib
 from insvp_jax.distributed import lock
 from insvp_jax.run import load_run
 
-LONG = 1500  # steps: long enough to be stopped, short enough to be finished
+LONG = 600  # steps: long enough to be stopped, short enough to be finished
 
 
 @pytest.fixture(scope="module")
@@ -526,12 +526,17 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(
   assert names == ["2", "3", "3.damaged"]
 
 
-def test_a_workdir_of_a_run_that_is_under_way_is_one_line(main, base, tmp_path):
-  with lock.hold(tmp_path):
-    done = main(*base, f"--workdir={tmp_path}")
-  assert_one_line(done, f"{tmp_path} belongs to another run", f"process {os.getpid()} ")
-  assert not list(tmp_path.iterdir())
-  assert main(*base, f"--workdir={tmp_path}").status == 0
+def test_a_workdir_of_a_run_that_is_under_way_is_one_line(
+  main, base, finished, tmp_path
+):
+  for workdir in (tmp_path, finished):
+    before = contents(workdir)
+    with lock.hold(workdir):
+      done = main(*base, f"--workdir={workdir}")
+    named = f"{workdir} belongs to another run"
+    assert_one_line(done, named, f"process {os.getpid()} ")
+    assert contents(workdir) == before
+  assert main(*base, f"--workdir={finished}").status == 0
 
 
 @pytest.fixture
@@ -663,13 +668,19 @@ def test_a_signal_before_training_is_one_line(main, tmp_path, signum, status):
   )
 
 
-def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_path):
+def test_sigterm_of_a_real_process_and_the_same_command_again(
+  main, root, base, tmp_path
+):
   workdir = tmp_path / "run"
-  command = [sys.executable, "-m", "insvp_jax.main", *base, f"--workdir={workdir}"]
-  command.append(f"--config.total_steps={LONG}")
-  options = {"cwd": root, "text": True, "stdin": subprocess.DEVNULL}
+  flags = [*base, f"--workdir={workdir}"]
+  flags += flags_of(total_steps=LONG, optim__lr=0.01)
   process = subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    [sys.executable, "-m", "insvp_jax.main", *flags],
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=root,
+    text=True,
   )
   metrics = workdir / "metrics.jsonl"
   while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
@@ -680,10 +691,10 @@ def test_sigterm_of_a_real_process_and_the_same_command_again(root, base, tmp_pa
   assert out == ""
   assert last_line(err).startswith("insvp_jax: stopped by SIGTERM at step ")
   assert "Start the same command again to resume." in err
-  done = subprocess.run(command, capture_output=True, timeout=300, **options)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith("images vpt_deep: val ")
-  assert "resumed at step" in done.stderr
+  done = main(*flags)
+  assert done.status == 0, done.err
+  assert done.out.startswith("images vpt_deep: val ")
+  assert "resumed at step" in done.err
   result = json.loads((workdir / "result.json").read_text())
   assert result["steps"] == LONG and result["test_accuracy"] > 0.5
   names = {"config.json", "metrics.jsonl", "parameters.txt", "checkpoints"}
@@ -735,8 +746,8 @@ def test_a_plan_needs_neither_images_nor_weights_and_trains_nothing(
   assert [path.name for path in workdir.iterdir()] == ["plan.json"]
   found = json.loads((workdir / "plan.json").read_text())
   assert list(found) == ["short"] and found["short"]["devices"] == 8
-  # Two blocks, one prompt of width 16 each, and the head of three classes.
-  assert found["short"]["arrays"]["trainable"] == 4 * (2 * 16 + 17 * 3)
+  # One block, one prompt of width 16, and the head of three classes.
+  assert found["short"]["arrays"]["trainable"] == 4 * (16 + 17 * 3)
   assert done.out.startswith("short: vpt_deep on ")
   gone = [flag for flag in gone if "variants" not in flag]
   done = main(*base, *gone, "--plan=8", "--noplan", "--plan=x")

@@ -114,6 +114,8 @@ def executed(trained, root, tmp_path_factory) -> dict[str, nbformat.NotebookNode
     patch.setenv("INSVP_RUN", str(trained))
     patch.setenv("PYTHONPATH", str(root))
     patch.delenv("MPLBACKEND", raising=False)
+    # The notebooks share programs: keep those that compile in no time, too.
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Where Jupyter starts the kernel too.
     where = {"metadata": {"path": str(NOTEBOOKS)}}
     NotebookClient(

@@ -77,6 +77,7 @@ def tsne(
   """
   # Slow to import.
   from sklearn.manifold import TSNE
+  from threadpoolctl import threadpool_limits
 
   vectors = np.asarray(vectors, np.float32)
   number = len(vectors)
@@ -103,4 +104,6 @@ def tsne(
   vectors = (vectors - vectors.mean(axis=0)) / vectors.std()
   # The seed draws how the components are found; points hardly depend on it.
   found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
-  return found.fit_transform(vectors).astype(np.float32)
+  # Each of its many steps is so small that threads mostly wait for one another.
+  with threadpool_limits(1):
+    return found.fit_transform(vectors).astype(np.float32)

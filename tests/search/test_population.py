@@ -44,17 +44,26 @@ def final_states(monkeypatch):
   return states
 
 
-def search(config, grid, tmp_path, data=None, in_turn=False):
-  """Returns (configs, program, outcomes) of trials that train together."""
+def search(config, grid, tmp_path, prepared=None, in_turn=False):
+  """Returns (configs, prepared, outcomes) of trials that train together.
+
+  Args:
+    config: of all of them.
+    grid: what they differ in.
+    tmp_path: where they train.
+    prepared: of a search like this one, whose compiled steps are used again.
+    in_turn: whether trials take turns within a step.
+  """
   points = trials.points(grid)
   configs = [trials.at(config, **point) for point in points]
-  hparams = tuple(name for name in points[0] if name not in ("lr", "wd"))
-  prepared = trainer.prepare(config, hparams=hparams)
-  program = population.stack_program(prepared.program, in_turn=in_turn)
-  prepared = dataclasses.replace(prepared, program=program, data=data or prepared.data)
-  params = state_lib.init_params(program.model, config.seed)
+  if prepared is None:
+    hparams = tuple(name for name in points[0] if name not in ("lr", "wd"))
+    prepared = trainer.prepare(config, hparams=hparams)
+    program = population.stack_program(prepared.program, in_turn=in_turn)
+    prepared = dataclasses.replace(prepared, program=program)
+  params = state_lib.init_params(prepared.program.model, config.seed)
   outcomes = tune.train_trials(configs, prepared, params, tmp_path, "test")
-  return configs, program, outcomes
+  return configs, prepared, outcomes
 
 
 def member(state, program, index):
@@ -77,16 +86,17 @@ def assert_close(params, expected):
 
 
 @pytest.mark.parametrize(
-  "method, grid",
+  "method, changes, grid",
   [
-    ("linear", {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
-    ("vpt_deep", {"lr": (0.02,), "wd": (0.1,), "dropout": (0.0, 0.4)}),
+    # Nothing but a head, on cached features.
+    ("linear", {}, {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
     (
       "insvp",
+      RANDOM,
       {
-        "lr": (0.02,),
+        "lr": (0.01, 0.02),
         "wd": (0.1,),
-        "dropout": (0.1, 0.4),
+        "dropout": (0.0, 0.4),
         "prompt_dropout": (0.3,),
         "image_fusion": ((0.3, 0.7), (1.0, 2.0)),
         "feature_fusion": ((1.0, 0.5),),
@@ -94,9 +104,10 @@ def assert_close(params, expected):
     ),
   ],
 )
-def test_trials_end_as_runs_of_their_own(method, grid, final_states, tmp_path):
-  config = tiny_config(method, **RANDOM)
-  configs, program, outcomes = search(config, grid, tmp_path / "search")
+def test_trials_end_as_runs_of_their_own(method, changes, grid, final_states, tmp_path):
+  config = tiny_config(method, **changes)
+  configs, prepared, outcomes = search(config, grid, tmp_path / "search")
+  program = prepared.program
   state, last = final_states[-1], len(configs) - 1
   # The last trial differs from the first in every hparam; those of the run of its own
   # are constants of its program.
@@ -117,8 +128,10 @@ def test_trials_end_as_runs_of_their_own(method, grid, final_states, tmp_path):
 def test_trials_that_take_turns_end_as_trials_at_once(final_states, tmp_path):
   config = tiny_config("vpt_deep", **RANDOM)
   grid = {"lr": (0.02, 0.03), "wd": (0.1,), "dropout": (0.0, 0.4)}
-  _, program, at_once = search(config, grid, tmp_path / "at once")
-  _, turned, in_turn = search(config, grid, tmp_path / "in turn", in_turn=True)
+  _, prepared, at_once = search(config, grid, tmp_path / "at once")
+  program = prepared.program
+  _, prepared, in_turn = search(config, grid, tmp_path / "in turn", in_turn=True)
+  turned = prepared.program
   first, second = final_states
   for i in range(4):
     assert_close(member(second, turned, i), member(first, program, i))
@@ -142,10 +155,11 @@ def test_on_a_cpu_trials_take_turns_unless_the_backbone_is_shared():
 def test_a_trial_that_diverges_leaves_the_others_bit_for_bit(final_states, tmp_path):
   config = tiny_config("linear")
   wd = {"wd": (0.0,)}
-  search(config, {**wd, "lr": (0.01, 0.02, 0.03)}, tmp_path / "good")
-  configs, program, outcomes = search(
-    config, {**wd, "lr": (0.01, 1e30, 0.03)}, tmp_path / "bad"
+  _, prepared, _ = search(config, {**wd, "lr": (0.01, 0.02, 0.03)}, tmp_path / "good")
+  configs, _, outcomes = search(
+    config, {**wd, "lr": (0.01, 1e30, 0.03)}, tmp_path / "bad", prepared
   )
+  program = prepared.program
   good, bad = final_states
   for i in (0, 2):
     expected = member(good, program, i)
@@ -170,8 +184,8 @@ def test_when_all_diverge_the_search_ends_early(final_states, tmp_path):
 def test_a_backbone_that_is_split_over_devices_stays_split(final_states, tmp_path):
   config = wide_config(fsdp=4)
   grid = {"lr": (0.01, 0.02), "wd": (0.1,), "dropout": (0.2,)}
-  configs, program, _ = search(config, grid, tmp_path / "search")
-  state = final_states[-1]
+  configs, prepared, _ = search(config, grid, tmp_path / "search")
+  state, program = final_states[-1], prepared.program
   mask = trees.flatten(program.mask)
   split = [
     name
@@ -186,8 +200,9 @@ def test_a_backbone_that_is_split_over_devices_stays_split(final_states, tmp_pat
 def test_trials_share_the_batches_of_a_stream(final_states, tmp_path):
   config = tiny_config("linear", **RANDOM)
   grid = {"lr": (0.01, 0.05), "wd": (0.0,)}
-  search(config, grid, tmp_path / "resident")
-  search(config, grid, tmp_path / "stream", streamed(make_data()))
+  _, prepared, _ = search(config, grid, tmp_path / "resident")
+  prepared = dataclasses.replace(prepared, data=streamed(prepared.data))
+  search(config, grid, tmp_path / "stream", prepared)
   resident, stream = (trees.flatten(state.params) for state in final_states)
   for name, leaf in resident.items():
     np.testing.assert_allclose(stream[name], leaf, rtol=1e-6)
@@ -216,7 +231,7 @@ class Device:
 
 
 def test_a_population_fits_into_the_memory_that_the_device_has(monkeypatch):
-  config = tiny_config("insvp")
+  config = tiny_config("vpt_deep")
   configs = [trials.at(config, lr=lr) for lr in np.linspace(0.01, 0.02, 20).tolist()]
   prepared = trainer.prepare(config)
   program, split = prepared.program, prepared.data.splits["train"]
@@ -246,7 +261,7 @@ def test_a_population_fits_into_the_memory_that_the_device_has(monkeypatch):
 
 def test_a_trial_s_bytes_grow_with_the_batch_and_not_with_the_backbone():
   def member_bytes(**changes):
-    config = tiny_config("insvp", **changes)
+    config = tiny_config("vpt_deep", **changes)
     return population.member_bytes(config, trainer.prepare(config).program)
 
   small, large = member_bytes(), member_bytes(batch_size=16)

@@ -17,7 +17,8 @@ WHOLE = {"token_mask": (40,), "piece_mask": (25, 90)}
 
 
 def pruned_config(method="e2vpt", prune=WHOLE, **changes):
-  config = tiny_config(method, tune__lr=(0.01, 0.03), total_epochs=1.0, **changes)
+  changes = {"tune__lr": (0.01, 0.03), "backbone__depth": 1, **changes}
+  config = tiny_config(method, total_epochs=1.0, **changes)
   config.e2vpt.kv_length = 2
   for name, values in prune.items():
     config.tune.prune[name] = values
@@ -201,10 +202,12 @@ def test_the_whole_schedule_killed_twice_and_resumed(monkeypatch, tmp_path):
   assert summary["prompter_params"] == trees.count(run.params["prompter"])
   assert "token_mask" not in (tmp_path / "table.md").read_text()
 
-  # Uninterrupted, and the trials together: masks are data of one compiled step.
+  # Uninterrupted, at that lr, and the trials together: masks are data of one compiled
+  # step.
+  config.optim.lr, config.tune.lr = summary["lr"], ()
   config.tune.population, config.tune.seeds = 2, (0,)
   together = tune.run(config, tmp_path / "together")["e2vpt"]
   assert together["pruning"]["scores"].keys() == WHOLE.keys()
   for name, score in together["pruning"]["scores"].items():
     np.testing.assert_allclose(score, summary["pruning"]["scores"][name], rtol=1e-3)
-  assert accuracies(together) == pytest.approx(accuracies(summary), abs=0.11)
+  assert accuracies(together) == pytest.approx(accuracies(summary)[2:], abs=0.11)

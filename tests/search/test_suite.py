@@ -8,10 +8,14 @@ import numpy as np
 from PIL import Image
 import pytest
 from test_config import load
-from tiny_training import tiny_config, write_images
+from tiny_commands import BACKBONE
+from tiny_runs import make_params
+from tiny_training import SIZE, tiny_config, write_images
 
 from insvp_jax.data import GROUPS, TASKS, tasks
 from insvp_jax.methods import METHODS
+from insvp_jax.models.classifier import create_model
+from insvp_jax.models.weights import save_backbone
 from insvp_jax.search import suite
 from insvp_jax.tools.report import make_table
 
@@ -37,6 +41,17 @@ def write_noah(root, task, number_of_classes=3):
     (folder / f"{name}.txt").write_text("\n".join(rows) + "\n")
 
 
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+  """The file of a backbone, whose features are computed once for all seeds."""
+  model = create_model(
+    "mu/4", "linear", num_classes=3, image_size=SIZE, backbone_kwargs=BACKBONE
+  )
+  path = tmp_path_factory.mktemp("backbone") / "backbone.npz"
+  save_backbone(make_params(model)["backbone"], path)
+  return path
+
+
 @pytest.fixture
 def group(monkeypatch, tmp_path):
   """A group of three tasks with images on disk; returns their root."""
@@ -46,9 +61,10 @@ def group(monkeypatch, tmp_path):
   return tmp_path / "vtab"
 
 
-def _config(root, **changes):
-  config = tiny_config("linear", total_epochs=1.0, **changes)
-  config.task = "natural"
+def _config(root, backbone):
+  sizes = {f"backbone__{name}": size for name, size in BACKBONE.items()}
+  config = tiny_config("linear", total_epochs=1.0, **sizes)
+  config.task, config.backbone.weights = "natural", str(backbone)
   config.data.root = str(root)
   config.tune.lr, config.tune.seeds = (0.01, 0.1), (0, 1)
   return config
@@ -76,8 +92,10 @@ def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, tmp_path):
     assert row[-2] == f"{result['trainable_params']:,}"
 
 
-def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
-  config = _config(group)
+def test_a_group_gives_a_result_per_task_and_one_table(
+  group, backbone, tmp_path, capsys
+):
+  config = _config(group, backbone)
   found = suite.run(config, tmp_path / "run")
   assert list(found) == list(NAMES)
   stored = json.loads((tmp_path / "run/suite.json").read_text())
@@ -127,15 +145,17 @@ def test_a_group_gives_a_result_per_task_and_one_table(group, tmp_path, capsys):
   assert before == after
 
 
-def test_missing_data_of_the_last_task_show_before_the_first_trains(group, tmp_path):
+def test_missing_data_of_the_last_task_show_before_the_first_trains(
+  group, backbone, tmp_path
+):
   (group / "eurosat" / "images" / "test_3.png").unlink()
   with pytest.raises(FileNotFoundError, match="eurosat/images/test_3.png"):
-    suite.run(_config(group), tmp_path / "run")
+    suite.run(_config(group, backbone), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
-def test_single_runs_make_a_table_too(group, tmp_path):
-  config = _config(group)
+def test_single_runs_make_a_table_too(group, backbone, tmp_path):
+  config = _config(group, backbone)
   config.tune.lr = config.tune.seeds = ()
   found = suite.run(config, tmp_path / "run")
   table = suite.accuracies(found)

@@ -25,7 +25,7 @@ from insvp_jax.train.trainer import Diverged
 def search_config(method="linear", **changes):
   lists = {"lr": (0.1, 0.01, 0.001), "wd": (0.0, 0.1), "seeds": (0, 1, 2)}
   changes = {f"tune__{name}": values for name, values in lists.items()} | changes
-  return tiny_config(method, **changes)
+  return tiny_config(method, backbone__depth=1, **changes)
 
 
 class FakeTrainer:

@@ -18,9 +18,8 @@ def finished(tmp_path_factory):
   """Returns (workdir, result) of a training on a folder of images."""
   place = tmp_path_factory.mktemp("evaluate")
   # Of this preset, resized images would change if they were resized again.
-  config = tiny_config(
-    "linear", task="folder", total_epochs=1.0, data__preset="imagenet"
-  )
+  changes = {"backbone__depth": 1, "total_epochs": 1.0, "data__preset": "imagenet"}
+  config = tiny_config("linear", task="folder", **changes)
   config.data.root = str(write_images(place / "images"))
   return place / "run", trainer.train(config, place / "run")
 
@@ -88,9 +87,8 @@ def test_classes_with_few_training_images_are_told_apart(tmp_path, capsys):
         image = rng.integers(0, 180, (16, 16, 3), np.uint8)
         image[..., label] += 40
         Image.fromarray(image).save(path)
-  config = tiny_config(
-    "linear", task="folder", total_epochs=1.0, data__val_fraction=0.0
-  )
+  changes = {"backbone__depth": 1, "total_epochs": 1.0, "data__val_fraction": 0.0}
+  config = tiny_config("linear", task="folder", **changes)
   config.data.root = str(tmp_path / "images")
   result = trainer.train(config, tmp_path / "run")
   run = load_run(tmp_path / "run")

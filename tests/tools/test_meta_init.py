@@ -27,7 +27,7 @@ def get_config(arg=""):
   config.task, config.data.root = "folder", arg
   config.backbone.name, config.backbone.weights = "mu/4", "random"
   config.backbone.width = config.backbone.mlp_dim = 16
-  config.backbone.depth, config.backbone.num_heads = 2, 2
+  config.backbone.depth, config.backbone.num_heads = 1, 2
   config.image_size, config.batch_size, config.eval_batch_size = 16, 8, 8
   config.data.cache_dir = "off"
   config.dam_vp.distance_threshold, config.dam_vp.max_clusters = 4.6, 4
@@ -50,7 +50,7 @@ def test_the_common_border_moves_towards_the_mean_of_all(monkeypatch):
 
   monkeypatch.setattr(reptile, "_open_task", open_task)
   # One batch of all images: each of two epochs is one step.
-  config = tiny_config("linear", batch_size=16)
+  config = tiny_config("linear", batch_size=16, backbone__depth=1)
   config.dam_vp.update(CHANGED)
   found = reptile.learn_border(
     [config, config],

@@ -17,7 +17,8 @@ from insvp_jax.train import trainer
 
 
 def train(images, workdir, test=True, **changes):
-  config = tiny_config("linear", task="folder", total_epochs=1.0, **changes)
+  changes = {"backbone__depth": 1, "total_epochs": 1.0, **changes}
+  config = tiny_config("linear", task="folder", **changes)
   config.data.root = str(images)
   return trainer.train(config, workdir, test=test)
 
@@ -62,7 +63,7 @@ def test_the_splits_are_stored_and_the_root_is_absolute(trained, monkeypatch):
   assert sum(map(len, files.values())) == SPLITS["train"]
   assert len(set().union(*files.values())) == SPLITS["train"]
   monkeypatch.chdir(trained)
-  config = tiny_config("linear", task="folder", total_steps=1)
+  config = tiny_config("linear", task="folder", backbone__depth=1, total_steps=1)
   config.data.root = "images"
   trainer.train(config, trained / "relative")
   run = load_run("relative")
@@ -70,7 +71,8 @@ def test_the_splits_are_stored_and_the_root_is_absolute(trained, monkeypatch):
 
 
 def test_a_share_of_the_images_is_read_again_as_it_was(trained, tmp_path, capsys):
-  config = tiny_config("linear", task="folder", total_steps=1, data__fraction=0.5)
+  changes = {"backbone__depth": 1, "total_steps": 1, "data__fraction": 0.5}
+  config = tiny_config("linear", task="folder", **changes)
   config.data.root = str(trained / "images")
   result = trainer.train(config, tmp_path / "run")
   data = run_data.read(load_run(tmp_path / "run")).data
