@@ -1,6 +1,7 @@
 """What is decoded as it is read equals what is decoded at once."""
 
 import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -44,20 +45,24 @@ def root(tmp_path_factory):
   return folder
 
 
-@pytest.fixture
-def load(root, monkeypatch):
-  changes = {"train": "train[:70]", "val": "train[80:90]"}
-  monkeypatch.setitem(
-    TASKS, "cifar100", dataclasses.replace(TASKS["cifar100"], **changes)
-  )
+@pytest.fixture(scope="module")
+def load(root):
+  """Reads a task's splits, once for each of the arguments."""
+  cifar = dataclasses.replace(TASKS["cifar100"], train="train[:70]", val="train[80:90]")
   dtd = dataclasses.replace(TASKS["dtd"], train="train[:70]", val="validation[:10]")
-  monkeypatch.setitem(TASKS, "dtd", dtd)
 
-  def make(task="cifar100", preset="vtab", resident_mb=0):
+  @functools.cache
+  def read(task, preset, resident_mb):
     config = data_config(data_dir=str(root), preset=preset, resident_mb=resident_mb)
     return load_data(task, config, _SIZE)
 
-  return make
+  def make(task="cifar100", preset="vtab", resident_mb=0):
+    return read(task, preset, resident_mb)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(TASKS, "cifar100", cifar)
+    patch.setitem(TASKS, "dtd", dtd)
+    yield make
 
 
 def _equal(first, second):
