@@ -169,6 +169,8 @@ def test_startup_runs_to_the_first_step_of_a_task_of_other_classes(
     if len(given) != 3:
       return module.Spent(float(len(given)), 2.0)
     cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    tiny = ("backbone.name=mu/4", "backbone.weights=random", f"image_size={SIZE}")
+    flags = (*flags, *(f"--config.{each}" for each in tiny))
     return real(root, workdir, cache, *flags)
 
   monkeypatch.setattr(module, "first_step_spent", spied)

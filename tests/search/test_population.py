@@ -252,9 +252,9 @@ def test_a_population_fits_into_the_memory_that_the_device_has(monkeypatch):
   # Asked for, it is as asked; without a limit four take turns on a CPU, unless what
   # they train is most of the model, as InsVP's prompters are of this one.
   assert size(10**12, population=3) == 3
-  assert size(None) == 1
-  prompts = [trials.at(c, method="vpt_deep") for c in configs]
-  assert population_size(prompts, trainer.prepare(prompts[0]).program, split) == 4
+  assert size(None) == 4
+  prompters = [trials.at(c, method="insvp") for c in configs]
+  assert population_size(prompters, trainer.prepare(prompters[0]).program, split) == 1
   linear = [trials.at(c, method="linear") for c in configs]
   assert population_size(linear, trainer.prepare(linear[0]).program, split) == 20
 
