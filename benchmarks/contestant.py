@@ -83,7 +83,7 @@ class Contestant:
   """The compiled steps of a method, its state, and what is timed."""
 
   def __init__(self, config: ConfigDict, num_classes: int = 100):
-    """Builds the steps; each is compiled when it is first asked for.
+    """Builds the steps; state and programs are made when they are first asked for.
 
     Args:
       config: from `create_config`.
@@ -114,8 +114,12 @@ class Contestant:
       "labels": split.labels[: config.batch_size],
       "mask": np.ones(config.batch_size, np.float32),
     }
-    params = state_lib.init_params(self.program.model, 0)
-    self.state = program_lib.create_state(config, self.program, params)
+
+  @functools.cached_property
+  def state(self) -> state_lib.TrainState:
+    """The state after the steps that were taken."""
+    params = self.program.draws.params(0)
+    return program_lib.create_state(self.config, self.program, params)
 
   @functools.cached_property
   def _train(self) -> jax.stages.Compiled:
@@ -216,4 +220,4 @@ class Contestant:
   @property
   def trainable(self) -> int:
     """The number of trainable parameters."""
-    return trees.count(trees.split(self.state.params, self.program.mask)[0])
+    return trees.count(trees.split(self.program.shapes, self.program.mask)[0])

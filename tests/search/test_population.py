@@ -61,7 +61,7 @@ def search(config, grid, tmp_path, prepared=None, in_turn=False):
     prepared = trainer.prepare(config, hparams=hparams)
     program = population.stack_program(prepared.program, in_turn=in_turn)
     prepared = dataclasses.replace(prepared, program=program)
-  params = state_lib.init_params(prepared.program.model, config.seed)
+  params = prepared.first_params(config)
   outcomes = tune.train_trials(configs, prepared, params, tmp_path, "test")
   return configs, prepared, outcomes
 
@@ -92,9 +92,9 @@ def assert_close(params, expected):
     ("linear", {}, {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
     (
       "insvp",
-      RANDOM,
+      RANDOM | {"backbone__depth": 1},
       {
-        "lr": (0.01, 0.02),
+        "lr": (0.02,),
         "wd": (0.1,),
         "dropout": (0.0, 0.4),
         "prompt_dropout": (0.3,),
@@ -126,7 +126,7 @@ def test_trials_end_as_runs_of_their_own(method, changes, grid, final_states, tm
 
 
 def test_trials_that_take_turns_end_as_trials_at_once(final_states, tmp_path):
-  config = tiny_config("vpt_deep", **RANDOM)
+  config = tiny_config("vpt_deep", backbone__depth=1, **RANDOM)
   grid = {"lr": (0.02, 0.03), "wd": (0.1,), "dropout": (0.0, 0.4)}
   _, prepared, at_once = search(config, grid, tmp_path / "at once")
   program = prepared.program

@@ -159,7 +159,8 @@ def test_the_whole_schedule_killed_twice_and_resumed(monkeypatch, tmp_path):
 
   monkeypatch.setattr(tune, "train_trials", train_trials)
   config = pruned_config()
-  config.tune.seeds = (0, 1)
+  # One by one, so that there is a second one to be killed in.
+  config.tune.population, config.tune.seeds = 1, (0, 1)
   scored, original_scores = [], pruning.mask_gradients
 
   def mask_gradients(*args):
