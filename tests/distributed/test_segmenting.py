@@ -36,6 +36,7 @@ def create(root):
   return config
 
 
+@pytest.mark.slow
 def test_two_processes_segment_as_one_with_as_many_devices(tmp_path):
   root = write_shapes(tmp_path / "shapes")
   one, two = tmp_path / "one", tmp_path / "two"
