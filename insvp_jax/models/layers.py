@@ -113,7 +113,8 @@ class Attention(nn.Module):
       return project
 
     query, key, value = projection("query"), projection("key"), projection("value")
-    if prompts is not None and prompts.shape[0] > 1 and after is None:
+    # Not "> 1": a program for any number of images does not know how many there are.
+    if prompts is not None and prompts.shape[0] != 1 and after is None:
       # Once as inputs, in place of keys and values apart.
       inputs_kv, prompts = join(inputs_kv, prompts), None
     q, k, v = query(inputs_q), key(inputs_kv), value(inputs_kv)

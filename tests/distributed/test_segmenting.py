@@ -16,8 +16,11 @@ import json, sys
 sys.path[:0] = ["tests", "tests/distributed"]
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
+from jax.experimental import multihost_utils
 from insvp_jax.distributed import processes
 assert processes.initialize_distributed() is True
+# Gloo waits for half a minute at the first collective, and one may compile for longer.
+multihost_utils.sync_global_devices("ready")
 from insvp_jax.train import trainer
 from test_segmenting import create
 result = trainer.train(create({root!r}), {workdir!r})
@@ -33,6 +36,7 @@ def create(root):
   return config
 
 
+@pytest.mark.slow
 def test_two_processes_segment_as_one_with_as_many_devices(tmp_path):
   root = write_shapes(tmp_path / "shapes")
   one, two = tmp_path / "one", tmp_path / "two"
