@@ -149,19 +149,19 @@ def compiler_options(params: Any, platform: str) -> dict[str, str] | None:
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def hold(params: Any, step: Array) -> tuple[Any, Array]:
-  """Returns both as they are, for the body of a loop over steps.
+def hold(params: Any, changing: Any) -> tuple[Any, Any]:
+  """Returns both as they are, for the body of a loop over steps or trials.
 
   XLA would convert the kernels before the loop, since they do not change in it: all of
   them in floats, for all of the loop. So it has to take them for changing ones.
 
   Args:
     params: a tree of parameters; nothing is done where none is `Quantized`.
-    step: what the loop changes.
+    changing: one or more arrays that the loop changes.
   """
   if not any(map(_is_quantized, _leaves(params))):
-    return params, step
-  return lax.optimization_barrier((params, step))
+    return params, changing
+  return lax.optimization_barrier((params, changing))
 
 
 def _is_quantized(leaf: Any) -> bool:

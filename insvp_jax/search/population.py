@@ -30,6 +30,7 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.data.splits import Split
+from insvp_jax.models import quantized
 from insvp_jax.train import losses, optim
 from insvp_jax.train.program import Program, create_state
 from insvp_jax.train.state import TrainState, cast_frozen, hparams_of
@@ -122,7 +123,8 @@ def _in_turn(program: Program) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def member(values):
       changing, others = values
-      params = trees.merge(changing, frozen)
+      weights, changing = quantized.hold(frozen, changing)
+      params = trees.merge(changing, weights)
       new, metrics = one.train(state.replace(params=params, **others), batch)
       changing, _ = trees.split(new.params, carried)
       return (changing, new.opt_state, new.step), metrics
@@ -140,7 +142,8 @@ def _in_turn(program: Program) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def member(values):
       changing, hparams = values
-      return one.evaluate(trees.merge(changing, frozen), batch, hparams)
+      weights, changing = quantized.hold(frozen, changing)
+      return one.evaluate(trees.merge(changing, weights), batch, hparams)
 
     return jax.lax.map(member, (changing, hparams))
 

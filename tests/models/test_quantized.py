@@ -12,6 +12,7 @@ from tiny_training import prepare, tiny_config
 from insvp_jax import trees
 from insvp_jax.models import quantized
 from insvp_jax.models.quantized import Quantized, quantize
+from insvp_jax.search import population
 from insvp_jax.tools import plan
 from insvp_jax.train import program as program_lib
 from insvp_jax.train import state as state_lib
@@ -148,13 +149,26 @@ def wide(**changes):
   return config, prepare(config, devices=devices).program
 
 
+def of_two_trials(program, state):
+  """Returns the abstract state of two trials."""
+
+  def stack(tree):
+    return jax.tree.map(lambda x: x.update(shape=(2, *x.shape)), tree)
+
+  carried, flat = trees.flatten(program.carried), trees.flatten(state.params)
+  params = {n: stack(leaf) if carried[n] else leaf for n, leaf in flat.items()}
+  names = ("opt_state", "peak_lr", "wd", "hparams")
+  numbers = {name: stack(getattr(state, name)) for name in names}
+  return state.replace(params=trees.unflatten(params), **numbers)
+
+
 def frozen_bytes(config, program):
   state = program_lib.abstract_state(config, program)
   return plan._state_bytes(program, state)["frozen"]
 
 
 @pytest.mark.parametrize(
-  "scan, step", [(False, "train"), (False, "many"), (True, "many")]
+  "scan, step", [(False, "one"), (False, "many"), (False, "trials"), (True, "many")]
 )
 def test_the_memory_of_a_step_is_a_quarter_too(scan, step):
   config, program = wide(backbone__scan=scan, **INT8)
@@ -165,12 +179,15 @@ def test_the_memory_of_a_step_is_a_quarter_too(scan, step):
     "images": jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8),
     "labels": jax.ShapeDtypeStruct((4,), jnp.int32),
   }
-  if step == "train":
-    batch = jax.tree.map(lambda x: x.update(shape=(1, *x.shape[1:])), arrays)
-    traced = program.train_step.trace(state, batch)
-  else:
+  if step == "many":
     seed, count = (jax.ShapeDtypeStruct((), t) for t in (jnp.uint32, jnp.int32))
     traced = program.multi_step.trace(state, arrays, seed, count)
+  else:
+    if step == "trials":
+      state = of_two_trials(program, state)
+      program = population.stack_program(program, in_turn=True)
+    batch = jax.tree.map(lambda x: x.update(shape=(1, *x.shape[1:])), arrays)
+    traced = program.train_step.trace(state, batch)
   # It never runs, and generating fast code takes longest.
   compiled = traced.lower().compile({"xla_backend_optimization_level": 0})
   # Activations of a few tokens, and floats of the kernels that are in use: of all of
