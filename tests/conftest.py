@@ -8,6 +8,7 @@ Programs started as subprocesses inherit neither, but are compiled as quickly.
 """
 
 from collections.abc import Callable
+import gc
 import hashlib
 import importlib.util
 import json
@@ -138,6 +139,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
 
   items.sort(key=position)
+
+
+def pytest_collection_finish() -> None:
+  """Has Python look for garbage among what the tests make, and less often.
+
+  Tracing makes many small objects, and at each search for cycles among all modules'
+  objects the tests would stand still for 0.2 s: a tenth of their time.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
