@@ -59,8 +59,8 @@ def _processor() -> str:
 def _choose_emitters() -> None:
   """Has XLA write the loops of a program by its older emitters, for this and others.
 
-  Those compile a train step in a third of the time. Later versions have the newer ones
-  alone, and refuse flags that they do not know.
+  Those compile a train step in less than half the time. Later jaxlibs have the newer
+  ones alone, and XLA ends a process with flags that it does not know.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if version_info <= (0, 11, 0) and "fusion_emitters" not in flags:
@@ -144,8 +144,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
   """Has Python look for garbage among what the tests make, and less often.
 
-  Tracing makes many small objects, and at each search for cycles among all modules'
-  objects the tests would stand still for 0.2 s: a tenth of their time.
+  Tracing makes many small objects, and at each search for cycles Python would go
+  through those of all modules: a tenth of the tests' time.
   """
   gc.collect()
   gc.freeze()
