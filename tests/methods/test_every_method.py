@@ -124,18 +124,18 @@ def program_of(name, **changes):
 
 
 _BACKBONES: dict[str, Any] = {}
-_PARAMS: dict[str, Any] = {}
+_PARAMS: dict[tuple[str, str], Any] = {}
 
 
 def init_params(name, program):
   """Returns first parameters; those of a method are drawn once, as is each backbone."""
-  if name not in _PARAMS:
-    model = program.model
-    kind = str(trees.flatten(program.shapes["backbone"]))
-    if kind not in _BACKBONES:
-      _BACKBONES[kind] = state_lib.init_params(model, seed=0)["backbone"]
-    _PARAMS[name] = state_lib.init_params(model, seed=0, weights=_BACKBONES[kind])
-  return dict(_PARAMS[name])
+  model, kind = program.model, str(trees.flatten(program.shapes["backbone"]))
+  if kind not in _BACKBONES:
+    _BACKBONES[kind] = state_lib.init_params(model, seed=0)["backbone"]
+  if (name, kind) not in _PARAMS:
+    params = state_lib.init_params(model, seed=0, weights=_BACKBONES[kind])
+    _PARAMS[name, kind] = params
+  return dict(_PARAMS[name, kind])
 
 
 def stack(model, backbone):
@@ -219,7 +219,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
 def test_a_step_in_8_bits_is_that_of_a_plain_backbone_of_these_weights(name, changes):
   config, program = program_of(name, **changes, backbone__frozen_dtype="int8")
   plain = program_of(name, **changes)
-  params = init_params(program)
+  params = init_params(name, program)
   if config.backbone.scan:
     params = {**params, "backbone": stack(program.model, params["backbone"])}
   stored = state_lib.cast_frozen(params, program.mask, config)
