@@ -8,6 +8,7 @@ Programs started as subprocesses inherit neither, but are compiled as quickly.
 """
 
 from collections.abc import Callable
+import gc
 import hashlib
 import importlib.util
 import json
@@ -58,8 +59,8 @@ def _processor() -> str:
 def _choose_emitters() -> None:
   """Has XLA write the loops of a program by its older emitters, for this and others.
 
-  Those compile a train step in a third of the time. Later versions have the newer ones
-  alone, and refuse flags that they do not know.
+  Those compile a train step in less than half the time. Later jaxlibs have the newer
+  ones alone, and XLA ends a process with flags that it does not know.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if version_info <= (0, 11, 0) and "fusion_emitters" not in flags:
@@ -138,6 +139,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
 
   items.sort(key=position)
+
+
+def pytest_collection_finish() -> None:
+  """Has Python look for garbage among what the tests make, and less often.
+
+  Tracing makes many small objects, and at each search for cycles Python would go
+  through those of all modules: a tenth of the tests' time.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

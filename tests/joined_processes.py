@@ -27,8 +27,10 @@ def environs(count: int = 2) -> list[dict[str, str]]:
 
 def run_together(code: str, timeout: float = 300) -> list[str]:
   """Runs Python code as two processes; returns the last line that each printed."""
-  # XLA_FLAGS may set another number of devices.
-  inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  # One device each, whatever the environment says.
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  flags = [flag for flag in flags if "device_count" not in flag]
+  inherited = {**os.environ, "XLA_FLAGS": " ".join(flags)}
   workers = [
     subprocess.Popen(
       [sys.executable, "-c", code],

@@ -306,7 +306,8 @@ def test_traceback_shows_where_an_input_error_comes_from(main, base, tmp_path):
 
 
 def test_a_batch_that_the_devices_cannot_share_is_one_line(main, base, tmp_path):
-  four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  flags = os.environ.get("XLA_FLAGS", "")
+  four = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4"}
   flags = [f"--workdir={tmp_path / 'run'}", "--config.batch_size=6"]
   done = main(*base, *flags, env=four)
   assert_one_line(done, "batch_size is 6", "over 4 devices. Use 4 or 8.")

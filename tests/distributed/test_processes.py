@@ -33,8 +33,13 @@ CLUSTER_VARIABLES = (
   "KUBERNETES_SERVICE_HOST",
 )
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}
-TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+TWO_DEVICES, FOUR_DEVICES = (
+  {
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={count}"
+  }
+  for count in (2, 4)
+)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The convolution's forms compute one function; the rule that chooses between them."""
 
+import functools
+
 import flax.linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,29 +36,36 @@ def assert_near(actual, expected, tolerance):
     assert np.max(np.abs(a - b)) <= tolerance * max(1, np.max(np.abs(b)))
 
 
-def compare(form, dtype, *, height, width, channels, features, kernel, dilation):
+@functools.cache
+def case(dtype, *, height, width, channels, features, kernel, dilation):
+  """Returns (arguments, output and gradients of flax's convolution)."""
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, height, width, channels)), dtype)
+  weights = jnp.asarray(rng.normal(size=(2, height, width, features)), dtype)
+  plain = nn.Conv(
+    features,
+    (kernel, kernel),
+    kernel_dilation=(dilation, dilation),
+    padding="SAME",
+  )
+  variables = {
+    "params": {
+      "kernel": jnp.asarray(
+        rng.normal(size=(kernel, kernel, channels, features)), dtype
+      ),
+      "bias": jnp.asarray(rng.normal(size=features), dtype),
+    }
+  }
+  arguments = variables, images, weights
+  return arguments, output_and_gradients(plain, *arguments)
+
+
+def compare(form, dtype, **sizes):
   """Compares a form with flax's convolution."""
   with jax.enable_x64(dtype == "float64"):
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(2, height, width, channels)), dtype)
-    weights = jnp.asarray(rng.normal(size=(2, height, width, features)), dtype)
-    ours = Conv(features, kernel, dilation, form)
-    plain = nn.Conv(
-      features,
-      (kernel, kernel),
-      kernel_dilation=(dilation, dilation),
-      padding="SAME",
-    )
-    variables = {
-      "params": {
-        "kernel": jnp.asarray(
-          rng.normal(size=(kernel, kernel, channels, features)), dtype
-        ),
-        "bias": jnp.asarray(rng.normal(size=features), dtype),
-      }
-    }
-    expected = output_and_gradients(plain, variables, images, weights)
-    actual = output_and_gradients(ours, variables, images, weights)
+    arguments, expected = case(dtype, **sizes)
+    ours = Conv(sizes["features"], sizes["kernel"], sizes["dilation"], form)
+    actual = output_and_gradients(ours, *arguments)
     assert_near(actual, expected, TOLERANCE[dtype])
 
 

@@ -124,15 +124,18 @@ def program_of(name, **changes):
 
 
 _BACKBONES: dict[str, Any] = {}
+_PARAMS: dict[tuple[str, str], Any] = {}
 
 
-def init_params(program):
-  """Returns first parameters; backbones of one kind are drawn once."""
-  model = program.model
-  kind = str(trees.flatten(program.shapes["backbone"]))
+def init_params(name, program):
+  """Returns first parameters; those of a method are drawn once, as is each backbone."""
+  model, kind = program.model, str(trees.flatten(program.shapes["backbone"]))
   if kind not in _BACKBONES:
     _BACKBONES[kind] = state_lib.init_params(model, seed=0)["backbone"]
-  return state_lib.init_params(model, seed=0, weights=_BACKBONES[kind])
+  if (name, kind) not in _PARAMS:
+    params = state_lib.init_params(model, seed=0, weights=_BACKBONES[kind])
+    _PARAMS[name, kind] = params
+  return dict(_PARAMS[name, kind])
 
 
 def stack(model, backbone):
@@ -161,7 +164,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
   remat = NAMES.index(name) % 2 == 0
   stored = {"backbone__frozen_dtype": ("float32", "int8")[NAMES.index(name) // 2 % 2]}
   config, program = program_of(name, backbone__remat=remat, **stored)
-  params = init_params(program)
+  params = init_params(name, program)
   configs = [config, config.copy_and_resolve_references()]
   configs[1].optim.lr = 0.1
   stacked = population.stack_program(program)
@@ -216,7 +219,7 @@ def test_trains_alike_in_every_form(name, tmp_path):
 def test_a_step_in_8_bits_is_that_of_a_plain_backbone_of_these_weights(name, changes):
   config, program = program_of(name, **changes, backbone__frozen_dtype="int8")
   plain = program_of(name, **changes)
-  params = init_params(program)
+  params = init_params(name, program)
   if config.backbone.scan:
     params = {**params, "backbone": stack(program.model, params["backbone"])}
   stored = state_lib.cast_frozen(params, program.mask, config)
@@ -241,7 +244,7 @@ def test_a_step_in_8_bits_is_that_of_a_plain_backbone_of_these_weights(name, cha
 def test_no_image_sees_the_others_and_bfloat16_fits(name):
   _, program = program_of(name)
   # Nothing is at its start, where many a method is the identity.
-  params = init_params(program)
+  params = init_params(name, program)
   rng = np.random.default_rng(2)
   params["prompter"] = jax.tree.map(
     lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype),

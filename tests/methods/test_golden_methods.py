@@ -13,6 +13,14 @@ import pytest
 # Of the largest absolute value.
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+# One of the 602,112 values before this file's ReLU is 5e-8, less than rounding: it is
+# passed or stopped as XLA orders the sums, and the gradients of the convolution before
+# move by 1.1e-3 of their largest. So they do in fully optimised programs, too.
+KINKED = {
+  ("insvp_release_simam", f"grad/global_prompter/Conv_0/{leaf}")
+  for leaf in ("kernel", "bias")
+}
+KINK_TOLERANCE = 2e-3
 # Of files whose methods are elsewhere or not there yet.
 OTHERS = ()
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
@@ -23,7 +31,9 @@ FILES = sorted(
 )
 
 
-def tolerance_of(name):
+def tolerance_of(name, file=""):
+  if (file, name) in KINKED:
+    return KINK_TOLERANCE
   is_gradient = name.startswith(("grad/", "score/"))
   return GRADIENT_TOLERANCE if is_gradient else OUTPUT_TOLERANCE
 
@@ -59,7 +69,7 @@ def test_the_published_outputs_and_gradients(golden, recipe, name):
       assert error < 1e-6, f"{key}: {error:.2e}"
     else:
       error /= np.max(np.abs(expected))
-      assert error < tolerance_of(key), f"{key}: relative error {error:.2e}"
+      assert error < tolerance_of(key, name), f"{key}: relative error {error:.2e}"
 
 
 def test_no_file_is_left_out(shared_dir):

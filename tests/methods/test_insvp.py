@@ -209,10 +209,11 @@ def test_ablations_run_in_the_classifier(present):
   )
   params = draw(jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"])
   assert ("prompter" in params) == bool(present)
-  logits = model.apply({"params": params}, IMAGES)
+  apply = jax.jit(model.apply)
+  logits = apply({"params": params}, IMAGES)
   assert np.all(np.isfinite(logits))
   # What is true of a batch is true of each of its samples.
-  alone = jnp.concatenate([model.apply({"params": params}, x[None]) for x in IMAGES])
+  alone = np.concatenate([apply({"params": params}, x[None]) for x in IMAGES])
   np.testing.assert_allclose(logits, alone, atol=1e-5)
 
 

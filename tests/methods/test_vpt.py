@@ -356,10 +356,11 @@ def test_methods_without_prompts(name):
   )
   assert sorted(params) == ["backbone", "head"]
   assert model.apply({"params": params}, IMAGES, method=model.prompts) == {}
-  feature = model.backbone.apply({"params": params["backbone"]}, IMAGES)
+  feature = jax.jit(model.backbone.apply)({"params": params["backbone"]}, IMAGES)
   head = params["head"]
   expected = feature @ head["kernel"] + head["bias"].reshape(1, -1)
-  logits = model.apply({"params": params}, IMAGES, train=True)
+  apply = jax.jit(model.apply, static_argnames="train")
+  logits = apply({"params": params}, IMAGES, train=True)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
   mask = trees.flatten(trees.mask(params, model.prompter.trainable_patterns()))

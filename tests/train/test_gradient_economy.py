@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from test_steps import BATCH, batch_of, setup, state_of
+from test_steps import BATCH, batch_of, setup, state_shapes
 
 
 def abstract(tree):
@@ -23,7 +23,7 @@ def test_a_train_step_computes_no_frozen_gradient(method, limit):
   model, _, optimizer, step = setup(
     method, backbone="S/16", image_size=64, tiny={"depth": 3}, **kwargs
   )
-  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  state = state_shapes(model, optimizer)
   forward = flops(
     lambda params, x: model.apply({"params": params}, x),
     state.params,
@@ -38,7 +38,7 @@ def test_full_training_costs_three_forward_passes():
   model, _, optimizer, step = setup(
     "full", backbone="S/16", image_size=64, tiny={"depth": 3}
   )
-  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  state = state_shapes(model, optimizer)
   forward = flops(
     lambda params, x: model.apply({"params": params}, x),
     state.params,

@@ -1,5 +1,7 @@
 """What a step may change, and what it computes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from insvp_jax.config import defaults
 from insvp_jax.data.preprocess import PRESETS, normalise
 from insvp_jax.models.classifier import create_model
 from insvp_jax.train import losses, optim, steps
+from insvp_jax.train import state as state_lib
 from insvp_jax.train.objectives import Classification
-from insvp_jax.train.state import TrainState
 
 TINY = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 2}
 BATCH = 4
@@ -55,18 +57,33 @@ def batch_of(image_size=16):
   }
 
 
-def state_of(model, optimizer):
-  size = model.backbone.image_size
-  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))[
-    "params"
-  ]
-  return steps.TrainState(
+@functools.cache
+def backbone_params():
+  """Drawn once for all models: random numbers take longest to compile."""
+  return state_lib.init_params(setup("linear")[0], seed=0)["backbone"]
+
+
+def _state(params, optimizer):
+  return state_lib.TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
     rng=jax.random.key(1),
     peak_lr=jnp.float32(1e-2),
   )
+
+
+def state_of(model, optimizer):
+  """Returns the state of a model on the tiny backbone."""
+  params = state_lib.init_params(model, seed=0, weights=backbone_params())
+  # In one program: each operation outside of one is compiled by itself.
+  return jax.jit(functools.partial(_state, optimizer=optimizer))(params)
+
+
+def state_shapes(model, optimizer):
+  """Returns the state of any model without its values."""
+  params = state_lib.param_shapes(model)
+  return jax.eval_shape(functools.partial(_state, optimizer=optimizer), params)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +111,7 @@ def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(method):
 
 def test_no_optimizer_state_for_frozen_leaves():
   model, mask, optimizer, _ = setup("insvp")
-  state = jax.eval_shape(lambda: state_of(model, optimizer))
+  state = state_shapes(model, optimizer)
   trainable, _ = trees.split(state.params, mask)
   moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
   counters = 4
@@ -139,10 +156,14 @@ def test_class_weights_weigh_the_gradient_of_each_example():
   data = batch_of()
   state = state_of(model, optimizer)
   _, metrics = jax.jit(step)(state, data)
-  inputs = normalise(PRESETS["vtab"], jnp.asarray(data["images"]))
-  logits = model.apply({"params": state.params}, inputs)
-  targets = losses.targets(jnp.asarray(data["labels"]), 5)
-  nats = losses.cross_entropy(logits, targets) * weights[data["labels"]]
+
+  @jax.jit
+  def cross_entropy(params, images, labels):
+    logits = model.apply({"params": params}, normalise(PRESETS["vtab"], images))
+    return losses.cross_entropy(logits, losses.targets(labels, 5))
+
+  nats = cross_entropy(state.params, data["images"], data["labels"])
+  nats = np.asarray(nats) * weights[data["labels"]]
   assert float(metrics["loss"]) == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
@@ -160,7 +181,7 @@ def test_eval_step_ignores_padding():
     assert float(whole[name].compute()) == pytest.approx(float(half[name].compute()))
   # Sums of each class, of which a confusion matrix has the same.
   images = normalise(PRESETS["vtab"], jnp.asarray(data["images"][:4]))
-  guesses = np.argmax(model.apply({"params": state.params}, images), axis=-1)
+  guesses = np.argmax(jax.jit(model.apply)({"params": state.params}, images), axis=-1)
   sums = half["class_prediction"]
   np.testing.assert_array_equal(sums.count, np.bincount(guesses, minlength=5))
   by_label = np.zeros(5, int)
@@ -174,7 +195,8 @@ def test_a_head_may_have_its_own_lr():
   config = defaults()
   config.optim.name, config.optim.momentum, config.optim.wd = "sgd", 0.0, 0.0
   optimizer = optim.create_optimizer(config.optim, params, mask)
-  state = TrainState(0, params, optimizer.init(params), None, jnp.float32(4.0))
+  opt_state = optimizer.init(params)
+  state = state_lib.TrainState(0, params, opt_state, None, jnp.float32(4.0))
   grads = jax.tree.map(jnp.ones_like, trees.flatten(params))
   for head_lr, expected in ((0.0, 4.0), (0.1, 0.1)):
     moved, _ = steps.update_params(
