@@ -22,6 +22,7 @@ import json
 import os
 from pathlib import Path
 import re
+import resource
 import tempfile
 from typing import Any
 
@@ -147,14 +148,18 @@ def measure(
     clock: of the whole step, a key of `turns.CLOCKS`.
 
   Returns:
-    `seconds` of a step, the fastest of as many without the profiler; `kinds`: the
-    processors' seconds by kind; `operations`: (seconds, kind, layer) of the layers'
-    operations together over all blocks, the longest first.
+    `seconds` of a step, the fastest of as many without the profiler; `system_seconds`
+    and `faults`: what the system takes of the processors for a step, and how many pages
+    of memory it has to find for it; `kinds`: the processors' seconds by kind;
+    `operations`: (seconds, kind, layer) of the layers' operations together over all
+    blocks, the longest first.
   """
   step = contestant.whole(mode)
   timed = turns.timed(step, clock)
-  timed(1)
+  timed(2)  # memory is where it will be after two
+  before = resource.getrusage(resource.RUSAGE_SELF)
   seconds = min(timed(1) for _ in range(steps))
+  after = resource.getrusage(resource.RUSAGE_SELF)
   known = operations(contestant.compiled(mode).as_text())
   kinds, layers = collections.Counter(), collections.Counter()
   for name, spent in profile(step, steps).items():
@@ -163,6 +168,8 @@ def measure(
       layers[known[name]] += spent
   return {
     "seconds": seconds,
+    "system_seconds": (after.ru_stime - before.ru_stime) / steps,
+    "faults": (after.ru_minflt - before.ru_minflt) / steps,
     "kinds": dict(kinds),
     "operations": [(s, op.kind, op.layer) for op, s in layers.most_common()],
   }
@@ -181,7 +188,11 @@ def table(found: Mapping[str, Any], cores: int) -> str:
     shares[name] = {kind: seconds / whole for kind, seconds in row["kinds"].items()}
     shares[name][IDLE] = 1 - sum(shares[name].values())
   kinds = [*KINDS, COPIES, REST, IDLE]
-  rows = [["ms", *(f"{1e3 * row['seconds']:,.1f}" for row in found.values())]]
+  every = found.values()
+  rows = [["ms", *(f"{1e3 * row['seconds']:,.1f}" for row in every)]]
+  rows.append(["page faults", *(f"{row['faults']:,.0f}" for row in every)])
+  system = (row["system_seconds"] / row["seconds"] / cores for row in every)
+  rows.append(["of it in the system", *(f"{share:.1%}" for share in system)])
   rows += [[k, *(f"{share.get(k, 0):.1%}" for share in shares.values())] for k in kinds]
   return tables.markdown(rows, ["", *found])
 
