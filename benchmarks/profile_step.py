@@ -22,6 +22,7 @@ import json
 import os
 from pathlib import Path
 import re
+import resource
 import tempfile
 from typing import Any
 
@@ -147,14 +148,23 @@ def measure(
     clock: of the whole step, a key of `turns.CLOCKS`.
 
   Returns:
-    `seconds` of a step, the fastest of as many without the profiler; `kinds`: the
-    processors' seconds by kind; `operations`: (seconds, kind, layer) of the layers'
-    operations together over all blocks, the longest first.
+    `seconds` of a step, the fastest of as many without the profiler; `system_seconds`
+    and `faults`: what the system took of the processors for it, and how many pages of
+    memory it had to find; `kinds`: the processors' seconds by kind;
+    `operations`: (seconds, kind, layer) of the layers' operations together over all
+    blocks, the longest first.
   """
   step = contestant.whole(mode)
   timed = turns.timed(step, clock)
-  timed(1)
-  seconds = min(timed(1) for _ in range(steps))
+  timed(2)  # memory is where it will be after two
+  walls = []
+  for _ in range(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    spent = timed(1)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    in_system = after.ru_stime - before.ru_stime
+    walls.append((spent, in_system, after.ru_minflt - before.ru_minflt))
+  seconds, in_system, faults = min(walls)
   known = operations(contestant.compiled(mode).as_text())
   kinds, layers = collections.Counter(), collections.Counter()
   for name, spent in profile(step, steps).items():
@@ -163,6 +173,8 @@ def measure(
       layers[known[name]] += spent
   return {
     "seconds": seconds,
+    "system_seconds": in_system,
+    "faults": faults,
     "kinds": dict(kinds),
     "operations": [(s, op.kind, op.layer) for op, s in layers.most_common()],
   }
@@ -181,7 +193,11 @@ def table(found: Mapping[str, Any], cores: int) -> str:
     shares[name] = {kind: seconds / whole for kind, seconds in row["kinds"].items()}
     shares[name][IDLE] = 1 - sum(shares[name].values())
   kinds = [*KINDS, COPIES, REST, IDLE]
-  rows = [["ms", *(f"{1e3 * row['seconds']:,.1f}" for row in found.values())]]
+  every = found.values()
+  rows = [["ms", *(f"{1e3 * row['seconds']:,.1f}" for row in every)]]
+  rows.append(["page faults", *(f"{row['faults']:,.0f}" for row in every)])
+  system = (row["system_seconds"] / row["seconds"] / cores for row in every)
+  rows.append(["of it in the system", *(f"{share:.1%}" for share in system)])
   rows += [[k, *(f"{share.get(k, 0):.1%}" for share in shares.values())] for k in kinds]
   return tables.markdown(rows, ["", *found])
 
@@ -201,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
   parser.add_argument("--image_size", type=int, default=0, help="0: the backbone's")
+  parser.add_argument("--num_classes", type=int, default=100)
   parser.add_argument("--steps", type=int, default=9)
   parser.add_argument("--clock", default="wall", choices=tuple(turns.CLOCKS))
   parser.add_argument("--slowest", type=int, default=0, help="so many operations, too")
@@ -218,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
       dtype=args.dtype,
       image_size=args.image_size,
     )
-    found[name] = measure(Contestant(config), args.mode, args.steps, args.clock)
+    contestant = Contestant(config, args.num_classes)
+    found[name] = measure(contestant, args.mode, args.steps, args.clock)
   cores = len(os.sched_getaffinity(0))
   print(
     f"{args.mode}, {args.backbone}, batch {args.batch_size}, {args.dtype}, {cores} "

@@ -61,18 +61,22 @@ def test_operations_are_of_the_kind_of_what_is_in_them():
 
 
 def test_a_profile_has_every_kind_of_a_train_step(tmp_path, capsys):
-  flags = ["--backbone=mu/4", "--image_size=16", "--batch_size=4", "--methods=insvp"]
+  # The program of a test of benchmarks.step, compiled once for both.
+  flags = ["--backbone=mu/4", "--image_size=16", "--batch_size=4", "--num_classes=5"]
+  flags += ["--methods=insvp"]
   flags += ["--steps=2", "--slowest=3", f"--json={tmp_path / 'profile'}"]
   profile_step.main(flags)
   found = json.loads((tmp_path / "profile").read_text())["insvp"]
   kinds = [*profile_step.KINDS, profile_step.COPIES, profile_step.REST]
-  assert set(found["kinds"]) == set(kinds)
+  # On the several devices of these tests convolutions are products.
+  assert set(kinds) - set(found["kinds"]) == {"spectra"}
   assert all(seconds > 0 for seconds in found["kinds"].values())
   times = [seconds for seconds, _, _ in found["operations"]]
   assert times == sorted(times, reverse=True)
   out = capsys.readouterr().out
   titles, *rows = cells(out[: out.index("\ninsvp\n")])
   assert titles == ["", "insvp"]
-  assert [row[0] for row in rows] == ["ms", *kinds, profile_step.IDLE]
+  whole = ["ms", "page faults", "of it in the system"]
+  assert [row[0] for row in rows] == [*whole, *kinds, profile_step.IDLE]
   titles, *rows = cells(out[out.index("\ninsvp\n") :])
   assert titles == ["ms", "kind", "layer"] and len(rows) == 3

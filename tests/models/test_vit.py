@@ -230,8 +230,8 @@ def test_replaced_prompts_pass_nothing_on():
 
 def test_prompts_of_each_image_equal_shared_ones():
   """Either way of joining keys and values, and its gradient."""
-  model, params = build(), draw(build())
-  shared = prompts(3).prompts.tokens
+  model = build(depth=2)
+  params, shared = draw(model), prompts(2).prompts.tokens
 
   def loss(tokens):
     given = Adaptation(prompts=BlockPrompts(tokens))
