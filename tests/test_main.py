@@ -641,6 +641,7 @@ def test_a_stopped_search_goes_on_with_the_missing_trials(main, base, tmp_path):
   path = tmp_path / "vpt_deep" / "trials.jsonl"
   command = [*base, f"--workdir={tmp_path}", "--mode=tune"]
   command += ["--config.total_steps=100", "--config.tune.lr=(0.01,0.02,0.03,0.04)"]
+  command.append("--config.tune.population=1")
   done = main(*command, signal=signal.SIGTERM, when=str(path))
   assert done.status == 42, done.err
   assert last_line(done.err) == (

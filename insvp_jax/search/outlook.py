@@ -84,6 +84,7 @@ class Work:
     final_steps: train steps of a final run.
     num_cached: images whose features are computed once, for all runs.
     feature_flops: of computing the feature of one.
+    num_programs: that the trials are compiled in.
     grid: of the trials, as in "3 lr x 2 wd"; "" where it is not said.
   """
 
@@ -96,6 +97,7 @@ class Work:
   final_steps: int = 0
   num_cached: int = 0
   feature_flops: float = 0.0
+  num_programs: int = 1
   grid: str = ""
 
   @property
@@ -143,6 +145,7 @@ def work_of(
   *,
   num_trials: int,
   num_finals: int,
+  num_programs: int = 1,
   grid: str = "",
 ) -> Work:
   """Returns the work of one row on one task.
@@ -153,6 +156,7 @@ def work_of(
     image_flops: from `flops_of`.
     num_trials: as in `Work`.
     num_finals: as in `Work`.
+    num_programs: as in `Work`.
     grid: as in `Work`.
   """
   trial_steps = config_lib.num_steps(config, sizes.train)[0]
@@ -172,6 +176,7 @@ def work_of(
     final_steps,
     num_cached if of_feature else 0,
     float(of_feature),
+    num_programs,
     grid,
   )
 
@@ -182,13 +187,13 @@ class Times:
 
   Attributes:
     start: of what comes before the first step, features apart.
-    features: computing those of the training images; 0 without a cache.
+    feature: computing that of one training image; 0 without a cache.
     compilation: of the step.
     image: training on one image, of one trial.
   """
 
   start: float
-  features: float
+  feature: float
   compilation: float
   image: float
 
@@ -242,7 +247,7 @@ def time_steps(
     step = tick(metrics) / (num_calls * per_call)
   return Times(
     start=start,
-    features=0.0 if cached is None else in_features,
+    feature=0.0 if cached is None else in_features / len(split),
     compilation=max(0.0, first - step),
     image=step / (config.batch_size * len(configs)),
   )
@@ -376,17 +381,14 @@ class Outlook:
       total += num_calls * trial.start
       # A head alone is compiled in no time beside the others.
       if bool(work.flops) == bool(measured.flops):
-        num_programs += bool(work.num_trials) + bool(work.num_finals)
+        num_programs += min(work.num_programs, work.num_trials) + bool(work.num_finals)
     num_compiled = max(0, num_programs - (0 if is_other else pace.num_compiled))
     total += trial.compilation * (num_compiled + _EVALUATION_COMPILES * num_programs)
     # Rows share the features of a split.
     dearest = max(works.values(), key=lambda work: work.num_cached * work.feature_flops)
     num_cached = dearest.num_cached - (0 if is_other else pace.num_cached)
-    if pace.num_cached:
-      per_image = trial.features / pace.num_cached
-    else:
-      per_image = dearest.feature_flops * pace.final.image / by_label[pace.label]
-    return total + max(0, num_cached) * per_image
+    by_flops = dearest.feature_flops * pace.final.image / by_label[pace.label]
+    return total + max(0, num_cached) * (trial.feature or by_flops)
 
   def row(self, label: str) -> Row:
     """Returns what a row tells of its runs."""

@@ -15,7 +15,7 @@ Source: Han et al. 2023, "E2VPT", section 3.3, and its published code, which sco
 while it goes on training; here nothing moves, and dropout is off.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import itertools
 import math
 from pathlib import Path
@@ -199,25 +199,66 @@ def prune(
     ValueError: every trial diverged.
   """
   scores = _find_scores(search, chosen, workdir, row)
-  keeps = masks_of(search.config.method)
-  masks = combinations(scores, keeps, search.percents)
-  points = [{**chosen, **each} for each in masks]
-  print_once(f"{len(points)} combinations of pruned masks, scored by {_where(workdir)}")
-  stage = type(search)(search.config, "auto", search.prepared, points)
+  masks, stage = _stage(search, chosen, scores)
+  print_once(f"{len(masks)} combinations of pruned masks, scored by {_where(workdir)}")
   finished = stage.search(workdir, row)
+  best, key = _best(masks, finished), trials.val_key(finished[0])
+  rows = [
+    {**_kept(mask), key: trial[key]}
+    for mask, trial in zip(masks, finished, strict=True)
+  ]
+  summary = {"kept": _kept(masks[best]), "scores": scores, "trials": rows}
+  return masks[best], {key: finished[best][key], "pruning": summary}
 
-  def kept(index: int) -> dict[str, int]:
-    return {name: int(np.sum(mask)) for name, mask in masks[index].items()}
 
-  key = trials.val_key(finished[0])
-  scored = [trial[key] for trial in finished]
+def left(
+  search: Any, chosen: trials.Point, workdir: Path
+) -> tuple[int, dict[str, list] | None]:
+  """Returns how many runs of the pruning are missing, and the masks if none is.
+
+  Args:
+    search: as for `prune`.
+    chosen: a point of its grid.
+    workdir: of the method.
+
+  Raises:
+    ValueError: every trial diverged.
+  """
+  scores = _stored_scores(search, chosen, workdir)
+  if scores is None:
+    return num_trials(search), None
+  masks, stage = _stage(search, chosen, scores)
+  if missing := stage.missing(workdir):
+    return len(missing), None
+  return 0, masks[_best(masks, stage.finished(workdir))]
+
+
+def _stage(
+  search: Any, chosen: trials.Point, scores: Mapping[str, Any]
+) -> tuple[list[dict[str, list]], Any]:
+  """Returns every combination of masks, and the search among them."""
+  masks = combinations(scores, masks_of(search.config.method), search.percents)
+  points = [{**chosen, **each} for each in masks]
+  return masks, type(search)(search.config, "auto", search.prepared, points)
+
+
+def _kept(masks: Mapping[str, list]) -> dict[str, int]:
+  return {name: int(np.sum(mask)) for name, mask in masks.items()}
+
+
+def _best(
+  masks: Sequence[Mapping[str, list]], finished: Sequence[Mapping[str, Any]]
+) -> int:
+  """Returns which of the combinations is best on val, of equals the smallest.
+
+  Raises:
+    ValueError: every trial diverged.
+  """
+  scored = [trial[trials.val_key(trial)] for trial in finished]
   indices = [i for i, value in enumerate(scored) if value is not None]
   if not indices:
     raise ValueError("every run with pruned masks diverged; lower config.tune.lr.")
-  best = min(indices, key=lambda i: (-scored[i], *kept(i).values()))
-  rows = [{**kept(i), key: value} for i, value in enumerate(scored)]
-  summary = {"kept": kept(best), "scores": scores, "trials": rows}
-  return masks[best], {key: scored[best], "pruning": summary}
+  return min(indices, key=lambda i: (-scored[i], *_kept(masks[i]).values()))
 
 
 def _where(workdir: Path) -> Path:
@@ -229,14 +270,11 @@ def _find_scores(
   search: Any, chosen: trials.Point, workdir: Path, row: Row
 ) -> dict[str, list]:
   """Returns the scores of the masks' entries, from the file or newly computed."""
+  stored = _stored_scores(search, chosen, workdir)
+  if stored is not None:
+    row.keep(trials=1)
+    return stored
   config, prepared = trials.at(search.config, **chosen), search.prepared_for(chosen)
-  data_sha256 = report.data_digest(config, prepared.data, test=False)
-  digest = trials.settings(config, (), prepared.backbone, data_sha256)
-  path = workdir / trials.FILE
-  for line in trials.read(path, digest):
-    if line.get("scores", {}).keys() >= search.percents.keys():
-      row.keep(trials=1)
-      return line["scores"]
   where = _where(workdir)
   with row.trials() as whole:
     trainer.train(config, where, prepared=prepared, test=False, whole=whole)
@@ -253,5 +291,23 @@ def _find_scores(
   )
   gradients = mask_gradients(run.model, run.params, batches, search.percents)
   scores = {name: gradient.tolist() for name, gradient in gradients.items()}
-  trials.append(path, {"scores": scores, "settings": digest})
+  digest = _digest(search, chosen)
+  trials.append(workdir / trials.FILE, {"scores": scores, "settings": digest})
   return scores
+
+
+def _stored_scores(
+  search: Any, chosen: trials.Point, workdir: Path
+) -> dict[str, list] | None:
+  """Returns the scores that the file has; None where it has none."""
+  for line in trials.read(workdir / trials.FILE, _digest(search, chosen)):
+    if line.get("scores", {}).keys() >= search.percents.keys():
+      return line["scores"]
+  return None
+
+
+def _digest(search: Any, chosen: trials.Point) -> str:
+  """Returns the `trials.settings` of what is scored."""
+  config, prepared = trials.at(search.config, **chosen), search.prepared
+  data_sha256 = report.data_digest(config, prepared.data, test=False)
+  return trials.settings(config, (), prepared.backbone, data_sha256)

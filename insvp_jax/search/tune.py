@@ -209,11 +209,8 @@ class _Start:
 
   @functools.cached_property
   def _stacked(self) -> Prepared:
-    program, in_turn = (
-      self.prepared.program,
-      population.takes_turns(self.prepared.program),
-    )
-    program = population.stack_program(program, in_turn=in_turn)
+    one = self.prepared.program
+    program = population.stack_program(one, in_turn=population.takes_turns(one))
     return dataclasses.replace(self.prepared, program=program)
 
   def params(self, config: ConfigDict) -> Mapping[str, Any]:
@@ -367,6 +364,7 @@ class Search:
       self._flops,
       num_trials=self.has_trials * len(self.points) + pruning.num_trials(self),
       num_finals=len(self.seeds),
+      num_programs=len({repr(trials.fields_of(point)) for point in self.points}),
       grid=" x ".join(
         f"{number} {name}" for name, number in grid.items() if number > 1
       ),
@@ -374,21 +372,32 @@ class Search:
 
   def left(self, workdir: Path) -> tuple[int, int]:
     """Returns how many (trials, final runs) a row's workdir does not have yet."""
-    finished = self._finished(workdir) if self.has_trials else []
-    missing = self._missing(finished) if self.has_trials else []
+    finished = self._stored(workdir) if self.has_trials else []
+    num_trials = len(self._missing(finished)) if self.has_trials else 0
     num_finals = len(self.seeds)
-    if self.percents:
-      # Which masks are tried is known when the unpruned ones have been scored.
-      return len(missing) + pruning.num_trials(self), num_finals
-    if missing:
-      return len(missing), num_finals
+    if num_trials:
+      return num_trials + pruning.num_trials(self), num_finals
     chosen = trials.choose(finished, self.names) if finished else self.points[0]
+    if self.percents:
+      num_trials, masks = pruning.left(self, chosen, workdir)
+      if num_trials:
+        return num_trials, num_finals
+      chosen = {**chosen, **masks}
     prepared = self.prepared_final(chosen)
     for seed in self.seeds:
       config = self._final_config(chosen, seed=seed)
       is_there = _finished_result(config, workdir / f"seed{seed}", prepared)
       num_finals -= is_there is not None
     return 0, num_finals
+
+  def missing(self, workdir: Path) -> list[trials.Point]:
+    """Returns the points whose trials a row's workdir does not have yet."""
+    return self._missing(self._stored(workdir))
+
+  def finished(self, workdir: Path) -> list[Mapping[str, Any]]:
+    """Returns the trials of all points, in their order, where none is missing."""
+    stored = self._stored(workdir)
+    return [trials.find(stored, point) for point in self.points]
 
   def measure(self, label: str, num_steps: int, workdir: Path) -> Pace | None:
     """Returns how long the first steps take; see `outlook.time_steps`.
@@ -401,29 +410,34 @@ class Search:
     Returns:
       None where the device's memory does not hold so many trials.
     """
-    missing = self._missing(self._finished(workdir)) if self.has_trials else []
-    times, num_cached, size = [], 0, 1
+    missing = self.missing(workdir) if self.has_trials else []
+    times, cached, size = [], {}, 1
+
+    def time(configs: Sequence[ConfigDict], prepared: Prepared, params: Any) -> None:
+      split = configs[0].data.train_split
+      times.append(time_steps(configs, prepared, params, num_steps))
+      if times[-1].feature:
+        cached[split] = len(prepared.data.splits[split])
+
     try:
       if missing:
         _, group = next(itertools.groupby(missing, trials.fields_of))
         configs = [trials.at(self.config, **point) for point in group]
-        origin = self._start_of(next(iter(missing)))
-        size, config = origin.size(configs), configs[0]
-        prepared, params = origin.prepared_for(size), origin.params(config)
-        times.append(time_steps(configs[:size], prepared, params, num_steps))
+        origin = self._start_of(missing[0])
+        size, params = origin.size(configs), origin.params(configs[0])
+        time(configs[:size], origin.prepared_for(size), params)
       if size > 1 or not missing:
         # A final run is alone.
         point = self.points[0]
         config = self._final_config(point, seed=self.seeds[0])
         prepared = self.prepared_final(point)
         params = prepared.prepare_params(config, prepared.first_params(config))
-        times.append(time_steps([config], prepared, params, num_steps))
+        time([config], prepared, params)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return None
-    if times[0].features:
-      num_cached = len(prepared.data.splits[config.data.train_split])
+    num_cached = sum(cached.values())
     return Pace(label, times[0], times[-1], size, len(times), num_cached)
 
   def run(self, workdir: Path, row: Row) -> dict[str, Any]:
@@ -470,7 +484,7 @@ class Search:
 
   def search(self, workdir: Path, row: Row) -> list[Mapping[str, Any]]:
     """Returns the finished trials of all points, in their order."""
-    path, finished = workdir / trials.FILE, self._finished(workdir)
+    path, finished = workdir / trials.FILE, self._stored(workdir)
     for trial in finished:
       self._show(trial, workdir)
     missing = self._missing(finished)
@@ -492,7 +506,7 @@ class Search:
     data_sha256 = report.data_digest(self.config, self.prepared.data, test=False)
     return trials.settings(self.config, self.names, self.prepared.backbone, data_sha256)
 
-  def _finished(self, workdir: Path) -> list[dict[str, Any]]:
+  def _stored(self, workdir: Path) -> list[dict[str, Any]]:
     """Returns the trials that the row's workdir has."""
     return trials.read(workdir / trials.FILE, self._settings)
 

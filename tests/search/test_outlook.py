@@ -117,7 +117,7 @@ def test_work_counts_images_of_training_and_evaluation(method):
 
 # Before it begins.
 
-_TRIAL = Times(start=1.0, features=0.0, compilation=20.0, image=0.1)
+_TRIAL = Times(start=1.0, feature=0.0, compilation=20.0, image=0.1)
 _FINAL = dataclasses.replace(_TRIAL, image=0.05)
 _ALL = {label: (work.num_trials, work.num_finals) for label, work in WORKS.items()}
 
@@ -142,11 +142,11 @@ def test_the_time_of_all_follows_from_the_steps_of_one_row():
 def test_features_that_are_computed_once_take_their_time():
   work = Work(0, 3, 0.0, 100.0, 0.0, 0, 4, num_cached=70, feature_flops=1e6)
   slow = Work(0, 1, 0.0, 100.0, 4e6, 0, 4)
-  alone = Pace("linear", dataclasses.replace(_TRIAL, features=5.0), _TRIAL)
+  alone = Pace("linear", dataclasses.replace(_TRIAL, feature=0.25), _TRIAL)
   alone = dataclasses.replace(alone, num_cached=20)
-  # 20 of 70 have been computed, in 5 seconds.
+  # 20 of 70 have been computed, in a quarter of a second each.
   steps = 3 * 100 * 0.1 + 3 + 20 / 2
-  assert Outlook({"linear": work}).seconds(alone) == pytest.approx(steps + 50 * 5 / 20)
+  assert Outlook({"linear": work}).seconds(alone) == pytest.approx(steps + 50 * 0.25)
   # By their FLOPs beside a row that trains on images.
   beside = Outlook({"linear": work, "slow": slow})
   steps = 100 * 0.1 + 3 * 100 * 0.1 / 1000 + 4 + 20 / 2

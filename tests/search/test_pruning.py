@@ -19,6 +19,7 @@ WHOLE = {"token_mask": (40,), "piece_mask": (25, 90)}
 def pruned_config(method="e2vpt", prune=WHOLE, **changes):
   changes = {"tune__lr": (0.01, 0.03), "backbone__depth": 1, **changes}
   config = tiny_config(method, total_epochs=1.0, **changes)
+  config.tune.population = 1
   config.e2vpt.kv_length = 2
   for name, values in prune.items():
     config.tune.prune[name] = values
@@ -208,6 +209,12 @@ def test_the_whole_schedule_killed_twice_and_resumed(monkeypatch, tmp_path):
   config.optim.lr, config.tune.lr = summary["lr"], ()
   config.tune.population, config.tune.seeds = 2, (0,)
   together = tune.run(config, tmp_path / "together")["e2vpt"]
+  # What is left is known beforehand, as far as there are scores.
+  search, folder = tune.Search(config, "auto", None), tmp_path / "together" / "e2vpt"
+  lines = (folder / trials.FILE).read_text().splitlines(keepends=True)
+  for count, left in ((3, (0, 0)), (2, (1, 1)), (0, (3, 1))):
+    (folder / trials.FILE).write_text("".join(lines[:count]))
+    assert search.left(folder) == left
   assert together["pruning"]["scores"].keys() == WHOLE.keys()
   for name, score in together["pruning"]["scores"].items():
     np.testing.assert_allclose(score, summary["pruning"]["scores"][name], rtol=1e-3)

@@ -16,7 +16,7 @@ from insvp_jax.data import GROUPS, TASKS, tasks
 from insvp_jax.methods import METHODS
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.weights import save_backbone
-from insvp_jax.search import suite
+from insvp_jax.search import outlook, suite
 from insvp_jax.tools.report import make_table
 
 NAMES = ("cifar100", "svhn", "eurosat")
@@ -93,9 +93,10 @@ def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, tmp_path):
 
 
 def test_a_group_gives_a_result_per_task_and_one_table(
-  group, backbone, tmp_path, capsys
+  group, backbone, tmp_path, capsys, monkeypatch
 ):
   config = _config(group, backbone)
+  monkeypatch.setattr(outlook, "_WORTH_MEASURING", 1.0)
   found = suite.run(config, tmp_path / "run")
   assert list(found) == list(NAMES)
   stored = json.loads((tmp_path / "run/suite.json").read_text())
@@ -117,7 +118,12 @@ def test_a_group_gives_a_result_per_task_and_one_table(
     "specialized mean",
     "mean",
   ]
-  assert "\nsvhn (2 of 3)\n" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "\nsvhn (2 of 3)\n" in printed
+  # Before each task, how long it takes, and how long all that are left.
+  lines = [x for x in printed.splitlines() if x.startswith("search: about ")]
+  assert ["tasks that are left" in line for line in lines] == [True, True, False]
+  assert "the 3 tasks that are left about " in lines[0]
   best = suite.best_run(config, tmp_path / "run", "auto", found)
   assert best == tmp_path / "run" / NAMES[0] / "linear/seed0"
   with (tmp_path / "run/table.csv").open() as file:
