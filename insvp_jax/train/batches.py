@@ -28,7 +28,7 @@ from insvp_jax.train.program import Program
 _MAX_STEPS_PER_CALL = 256
 # FLOPs of a call on one device that take about a second, or less. No clock decides,
 # because all processes have to decide alike.
-_FLOPS_PER_CALL = {"cpu": 1e10}
+_FLOPS_PER_CALL = {"cpu": 5e10}
 _FLOPS_PER_CALL_ELSEWHERE = 1e13
 
 
@@ -102,15 +102,16 @@ def create_feed(
     features: features and labels of the split on the devices, where they are cached.
     route: of a split in memory, where it is cached.
   """
-  steps_per_call, on_cpu = config.steps_per_call, _platform(program) == "cpu"
-  rows = mesh_lib.batch_sharding(program.mesh)
-  # A step on images keeps a CPU busy for so long that a call of its own costs nothing.
-  many = steps_per_call > 1 or (
-    steps_per_call == 0 and (features is not None or not on_cpu)
-  )
-  arrays, is_routed = features, route is not None
+  steps_per_call, rows = config.steps_per_call, mesh_lib.batch_sharding(program.mesh)
+  seed = np.uint32(config.seed % 2**32)
+  arrays, is_routed, many = features, route is not None, steps_per_call != 1
   if arrays is None and isinstance(split, ArraySplit) and (many or is_routed):
     arrays = resident.put_split(split, rows) | ({"route": route} if is_routed else {})
+  if arrays is not None and many:
+    max_steps = steps_per_call or _steps_per_call(program, state, arrays, seed)
+    if max_steps == 1 and features is None and _platform(program) == "cpu":
+      # Such a step keeps a CPU busy for so long that a call of its own costs nothing.
+      many, arrays = False, arrays if is_routed else None
   if arrays is None or not many:
     batches = program.objective.train_batches(
       split if arrays is None else arrays,
@@ -122,8 +123,6 @@ def create_feed(
       sharding=rows,
     )
     return StreamFeed(program.train_step, batches)
-  seed = np.uint32(config.seed % 2**32)
-  max_steps = steps_per_call or _steps_per_call(program, state, arrays, seed)
   return ResidentFeed(program.multi_step, arrays, seed, max_steps)
 
 

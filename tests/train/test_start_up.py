@@ -18,12 +18,8 @@ from insvp_jax.logs.writers import Writers
 from insvp_jax.train import state as state_lib
 from insvp_jax.train import trainer
 
-# In the order in which a run that streams its images needs them.
-PROGRAMS = (
-  *("draw", "new_state", "epoch_order", "take_batch", "train_step"),
-  # Of the learning rate, as it is logged.
-  "schedule",
-)
+# In the order in which they are needed; the last is the learning rate, as it is logged.
+PROGRAMS = ("draw", "new_state", "multi_step", "schedule")
 # What the first step does not need.
 LATE = (
   *("PIL", "gradio", "huggingface_hub", "matplotlib", "onnx", "pandas", "safetensors"),
@@ -64,7 +60,7 @@ def test_before_the_first_step_each_program_is_compiled_once(
   names = compiled()
   # Functions that are jitted where they are defined may have been compiled before.
   assert names == [name for name in PROGRAMS if name in names]
-  assert {"draw", "new_state", "train_step", "schedule"} <= set(names)
+  assert {"draw", "new_state", "multi_step", "schedule"} <= set(names)
 
 
 def test_the_next_seed_traces_and_compiles_nothing(compiled):
