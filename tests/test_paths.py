@@ -98,7 +98,9 @@ def test_compiled_programs_are_kept_and_what_the_user_set_stays(monkeypatch, is_
 def test_tools_keep_what_they_compile_too(monkeypatch, tmp_path):
   calls = []
   monkeypatch.setattr(paths, "cache_compiled_programs", lambda: calls.append("kept"))
-  args = argparse.Namespace(run=str(tmp_path / "none"), best=False, backbone=None)
+  parser = argparse.ArgumentParser()
+  runs.add_arguments(parser)
+  args = parser.parse_args([f"--run={tmp_path / 'none'}"])
   with pytest.raises(FileNotFoundError):
     runs.load(args)
   assert calls == ["kept"]
