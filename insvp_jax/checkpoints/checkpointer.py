@@ -177,7 +177,9 @@ class Checkpointer:
     self.save(state, progress={}, force=True)
     step = int(state.step)
     try:
-      stored_arrays(self.directory / str(step), "adapter")
+      # Others may be so late that it is removed again.
+      if processes.is_main_process():
+        stored_arrays(self.directory / str(step), "adapter")
     except Damaged as error:
       raise OSError(
         f"a checkpoint in {self.directory} cannot be read again: {reason_of(error)}. "

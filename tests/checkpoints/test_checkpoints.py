@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from insvp_jax import trees
+from insvp_jax.checkpoints import checkpointer as checkpointer_lib
 from insvp_jax.checkpoints import files
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 from insvp_jax.checkpoints.files import find_steps, read_arrays, read_json
@@ -544,6 +545,20 @@ def test_a_trial_save_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == []
     # The same step is saved later as any other.
     assert checkpointer.save(state, progress={}, force=True)
+
+
+def test_only_the_main_process_reads_a_trial_save(tmp_path, monkeypatch):
+  # It removes it then, perhaps before another one would have looked.
+  def gone(*args):
+    raise files.Damaged("no readable item 'adapter'")
+
+  monkeypatch.setattr(checkpointer_lib, "stored_arrays", gone)
+  mask, state = make_state()
+  with Checkpointer(tmp_path, mask=mask, meta=META) as checkpointer:
+    with pytest.raises(OSError, match="cannot be read again"):
+      checkpointer.try_out(state)
+    monkeypatch.setattr(checkpointer_lib.processes, "is_main_process", lambda: False)
+    checkpointer.try_out(state)
 
 
 # Where reading fails, reads of Orbax that are still under way end after their loop.

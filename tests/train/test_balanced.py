@@ -38,6 +38,7 @@ def unbalanced():
 def config_of(**changes):
   """Returns a config of 7 steps, of which 3 are an epoch, with crops and mixing."""
   own = {"data__sampling": "balanced", "data__preset": "cifar", "total_steps": 7}
+  own["steps_per_call"] = 1
   return tiny_config("linear", **{**own, "loss__mixup_alpha": 0.8, **changes})
 
 

@@ -380,7 +380,10 @@ def test_a_workdir_of_other_settings_is_refused_and_left_alone(
 
 
 def broken_after(prepared, step, **values):
-  """Returns `prepared` whose train step reports `values` from a step on."""
+  """Returns `prepared` whose train step reports `values` from a step on.
+
+  It is the step of runs with one a call.
+  """
   calls = []
 
   def train_step(state, batch):
@@ -395,7 +398,9 @@ def broken_after(prepared, step, **values):
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
 def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(insvp, tmp_path, name):
   prepared, calls = broken_after(insvp, 4, **{name: np.nan})
-  config = config_of(checkpoint_every_epochs=1 / 3, log_every_steps=100)
+  config = config_of(
+    checkpoint_every_epochs=1 / 3, log_every_steps=100, steps_per_call=1
+  )
   message = f"the {name} is nan at step 4. Lower .* The checkpoint of step 3 is kept"
   with pytest.raises(Diverged, match=message):
     train(config, tmp_path, prepared=prepared)
@@ -410,7 +415,7 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(insvp, tmp_path, n
 
 def test_between_two_looks_at_the_loss_nan_costs_one_step(insvp, tmp_path):
   prepared, calls = broken_after(insvp, 2, loss=np.inf)
-  rare = {"checkpoint_every_epochs": 0.0, "eval_every_epochs": 0.0}
+  rare = {"checkpoint_every_epochs": 0.0, "eval_every_epochs": 0.0, "steps_per_call": 1}
   with pytest.raises(Diverged, match="the loss is inf at step 2.*No checkpoint yet"):
     train(config_of(log_every_steps=100, **rare), tmp_path, prepared=prepared)
   assert calls == [1, 2, 3]
