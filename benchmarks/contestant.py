@@ -14,6 +14,7 @@ from insvp_jax import trees
 from insvp_jax.config import defaults, method_sections
 from insvp_jax.data import ArraySplit, pipeline, preprocess
 from insvp_jax.distributed import mesh as mesh_lib
+from insvp_jax.methods import METHODS
 from insvp_jax.train import flops
 from insvp_jax.train import program as program_lib
 from insvp_jax.train import state as state_lib
@@ -27,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     {"preset": "release", "prompt_length": 16, "specific_kernels": (7, 9, 3)},
   ),
 }
+NAMES = (*METHODS, *VARIANTS)
 PRESET = "vtab"
 
 

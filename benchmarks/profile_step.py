@@ -29,8 +29,7 @@ from typing import Any
 import jax
 
 from benchmarks import turns
-from benchmarks.contestant import VARIANTS, Contestant, create_config
-from insvp_jax.methods import METHODS
+from benchmarks.contestant import NAMES, Contestant, create_config
 from insvp_jax.search import tables
 
 MODES = ("train", "eval", "predict")
@@ -225,9 +224,8 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   found = {}
   for name in args.methods.split(","):
-    if name not in (*METHODS, *VARIANTS):
-      known = ", ".join((*METHODS, *VARIANTS))
-      parser.error(f"unknown method {name!r}; known: {known}")
+    if name not in NAMES:
+      parser.error(f"unknown method {name!r}; known: {', '.join(NAMES)}")
     config = create_config(
       name,
       backbone=args.backbone,

@@ -28,11 +28,10 @@ from typing import Any
 import jax
 
 from benchmarks import ceilings, turns
-from benchmarks.contestant import VARIANTS, Contestant, create_config
+from benchmarks.contestant import NAMES, Contestant, create_config
 from benchmarks.parts import PARTS
 from benchmarks.yardstick_client import Client, missing
 from insvp_jax.config import FROZEN_DTYPES
-from insvp_jax.methods import METHODS
 from insvp_jax.search import tables
 from insvp_jax.train import report
 
@@ -195,7 +194,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
   for what, given, known in (
-    ("method", args.methods, (*METHODS, *VARIANTS)),
+    ("method", args.methods, NAMES),
     ("mode", args.modes, MODES),
     ("dtype", [args.dtype], ("float32", "bfloat16")),
     ("frozen dtype", args.frozen_dtypes, ("", *FROZEN_DTYPES)),

@@ -150,8 +150,7 @@ class Run:
     Raises:
       ValueError: as `segment`, which takes the same changes.
     """
-    if not self.segments:
-      raise ValueError("this run classifies images, not pixels; use predict.")
+    self._check_segments()
     settings = config_lib.defaults().segment.to_dict()
     settings |= self.meta["config"].get("segment", {})
     for name in changes:
@@ -165,14 +164,17 @@ class Run:
     Raises:
       ValueError: the run is none of segmentation.
     """
-    if not self.segments:
-      raise ValueError("this run classifies images, not pixels; use predict.")
+    self._check_segments()
 
     def logits(params: Any, pixels: Array) -> Array:
       inputs = preprocess.normalise(self.preset, pixels)
       return self.model.apply({"params": params}, inputs)
 
     return self.compiled("window_logits", logits)(self.params, pixels)
+
+  def _check_segments(self) -> None:
+    if not self.segments:
+      raise ValueError("this run classifies images, not pixels; use predict.")
 
   def features(self, images: Any) -> Float[np.ndarray, "b d"]:
     """Returns the feature that the head sees, for each image.
