@@ -32,6 +32,8 @@ from insvp_jax.distributed.stopping import Stopped
 # started again it resumes.
 LOST = 42
 _DAY = 24 * 3600 * 1000  # in ms: some host may take hours to decode a task
+# Seconds for which process 0 waits after a failure, so that the others end before it.
+_LEAD_OF_OTHERS = 1.0
 # Every process makes the same calls in the same order, so these numbers agree.
 _call_numbers = itertools.count()
 
@@ -347,6 +349,9 @@ class Watch(threading.Thread):
     """Waits until all know of a failure: the store ends with process 0."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._store.wait_at_barrier("insvp_jax/failed", int(3000 * self._interval))
+    if self._index == 0:
+      # JAX of the others prints lines, and aborts, once the store is gone.
+      time.sleep(_LEAD_OF_OTHERS)
 
 
 def _leave_together(watch: Watch) -> None:

@@ -202,14 +202,18 @@ def test_who_lives_is_not_missed_and_who_is_silent_is_named(watches, now, capfd)
   assert said.count("\n") == 1 and "Start the same command again" in said
 
 
-def test_who_fails_tells_the_others_why(watches, capfd):
+def test_who_fails_tells_the_others_why(watches, capfd, monkeypatch):
+  waited = []
+  monkeypatch.setattr(processes.time, "sleep", waited.append)
   with pytest.raises(Left, match="2"):
     watches[1].fail(2, "no images in x.")
-  for other in (watches[0], watches[2]):
+  for other in (watches[2], watches[0]):
+    assert not waited  # process 0 alone outlives the others
     with pytest.raises(Left, match="2"):
       other.look()
     said = capfd.readouterr().err
     assert said == "insvp_jax: process 1 stopped: no images in x.\n"
+  assert waited == [1.0]
 
 
 def test_an_error_of_the_devices_waits_for_a_lost_process(watches, monkeypatch):
