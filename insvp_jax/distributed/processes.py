@@ -258,7 +258,7 @@ class Watch(threading.Thread):
     super().__init__(name="insvp_jax_watch", daemon=True)
     self._store, self._index, self._lost_timeout = store, index, lost_timeout
     self._interval = max(lost_timeout / 12, 0.25)
-    self.verdict_seconds = lost_timeout + 3 * self._interval
+    self.verdict_seconds = lost_timeout + 5 * self._interval
     self._num_looks = 0
     self._is_over = threading.Event()
     now = self._answered_at = time.monotonic()
@@ -288,6 +288,9 @@ class Watch(threading.Thread):
         self._signs[index] = sign, now
     silent = [i for i, (_, t) in self._signs.items() if now - t > self._lost_timeout]
     if silent:
+      if self._index == 0 and len(silent) < len(self._signs):
+        # The others have looked by then, and say as well who is lost.
+        time.sleep(2 * self._interval)
       _end(LOST, _describe_lost(silent, self._lost_timeout))
 
   def stop(self) -> None:

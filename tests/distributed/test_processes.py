@@ -202,6 +202,24 @@ def test_who_lives_is_not_missed_and_who_is_silent_is_named(watches, now, capfd)
   assert said.count("\n") == 1 and "Start the same command again" in said
 
 
+def test_who_is_lost_is_named_by_all_before_process_0_ends(
+  watches, now, monkeypatch, capfd
+):
+  waited = []
+  monkeypatch.setattr(processes.time, "sleep", waited.append)
+  for _ in range(2):
+    for watch in (watches[0], watches[2]):
+      watch.look()
+    now.seconds += 9
+  for watch in (watches[2], watches[0]):
+    assert not waited
+    with pytest.raises(Left, match=str(LOST)):
+      watch.look()
+    said = capfd.readouterr().err
+    assert said.startswith("insvp_jax: process 1 of this run gives no sign of life")
+  assert sum(waited) > watches[2]._interval
+
+
 def test_who_fails_tells_the_others_why(watches, capfd, monkeypatch):
   waited = []
   monkeypatch.setattr(processes.time, "sleep", waited.append)
