@@ -337,7 +337,8 @@ class Outlook:
   def to_measure(self, left: Mapping[str, tuple[int, int]]) -> tuple[str, int] | None:
     """Returns (label, steps) of the row whose first steps tell how long all takes.
 
-    None where all is done in seconds, or where measuring would be a good part of it.
+    None where all is done in seconds, where one run is left, or where measuring would
+    be a good part of it.
 
     Args:
       left: (trials, final runs) of each row that are not finished.
@@ -345,7 +346,8 @@ class Outlook:
     works = {label: work.to_do(left[label]) for label, work in self._works.items()}
     missing = [label for label, work in works.items() if work.images]
     total = sum(works[label].total_flops for label in missing)
-    if total < _WORTH_MEASURING:
+    # A single run says so itself from its first steps on.
+    if total < _WORTH_MEASURING or sum(map(sum, left.values())) < 2:
       return None
     # Steps on cached features say nothing of the others.
     label = next((each for each in missing if works[each].flops), missing[0])

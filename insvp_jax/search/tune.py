@@ -346,9 +346,14 @@ class Search:
   @functools.cached_property
   def _flops(self) -> tuple[int, int]:
     """FLOPs by image; see `flops_of`."""
-    config = trials.at(self.config, **self.points[0])
-    num_train = len(self.prepared.data.splits[config.data.train_split])
-    return flops_of(config, self.prepared.program, num_train)
+    point = self.points[0]
+    # Of the program that runs first, which is traced for it.
+    if self.has_trials or self.percents:
+      config, prepared = trials.at(self.config, **point), self.prepared
+    else:
+      config, prepared = self._final_config(point), self.prepared_final(point)
+    num_train = len(prepared.data.splits[config.data.train_split])
+    return flops_of(config, prepared.program, num_train)
 
   def work(self, sizes: Sizes | None = None) -> Work:
     """Returns what there is to do.

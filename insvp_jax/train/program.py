@@ -107,8 +107,16 @@ class Program:
   def train_step(self) -> Any:
     """Jitted `(state, batch) -> (state, metrics)`; donates the state."""
     replicated, sharded = self._shardings
+
+    def train_step(state, batch):
+      # As `multi_step` does: a function is traced once for arguments of one type, to
+      # which JAX counts the mesh that they were put on.
+      return self.functions.train(
+        state, jax.lax.with_sharding_constraint(batch, sharded)
+      )
+
     return jax.jit(
-      self.functions.train,
+      train_step,
       donate_argnums=0,
       in_shardings=(self.state_sharding, sharded),
       out_shardings=(self.state_sharding, replicated),
@@ -226,6 +234,7 @@ def create_program(
   hparams: tuple[str, ...] = (),
   *,
   class_counts: np.ndarray | None = None,
+  like: Program | None = None,
 ) -> Program:
   """Builds model, mask, optimizer and steps; runs and compiles nothing.
 
@@ -239,6 +248,7 @@ def create_program(
       into the steps; names of its `HPARAMS`.
     class_counts: training images of each class, int [k], which `loss.class_weights`
       asks for; None where nothing will be trained.
+    like: another program, whose draws are these where the model is equal.
 
   Raises:
     ValueError: something in the config does not fit; see the message.
@@ -260,7 +270,8 @@ def create_program(
   mesh_lib.check_batch_size(config.batch_size, mesh)
   model = create_model(**model_kwargs(config, num_classes))
   total_steps, steps_per_epoch = config_lib.num_steps(config, num_train)
-  draws = state_lib.Draws(model)
+  is_equal = like is not None and like.model == model
+  draws = like.draws if is_equal else state_lib.Draws(model)
   shapes = draws.shapes
   mask, carried = model.masks(shapes)
   schedule = optim.create_schedule(

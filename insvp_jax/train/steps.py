@@ -70,15 +70,12 @@ def create_step_functions(
     objective: of the task.
   """
   preset = preprocess.get_preset(config.data.preset)
+  train_step = create_train_step(
+    model, optimizer, schedule, mask, objective=objective, head_lr=config.optim.head_lr
+  )
   return StepFunctions(
-    train=create_train_step(
-      model,
-      optimizer,
-      schedule,
-      mask,
-      objective=objective,
-      head_lr=config.optim.head_lr,
-    ),
+    # Traced once for all programs that it is part of.
+    train=jax.jit(train_step, inline=True),
     evaluate=create_eval_step(model, objective=objective),
     features=create_feature_step(model, preset=preset),
     route=create_route_step(model, preset=preset),

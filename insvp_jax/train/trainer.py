@@ -196,6 +196,7 @@ def prepare(
     mesh,
     hparams,
     class_counts=data.splits[split].class_counts(data.num_classes),
+    like=like.program if like else None,
   )
   # What follows may be a search of hours.
   stopping.check()

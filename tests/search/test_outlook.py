@@ -167,6 +167,8 @@ def test_what_is_measured_is_a_small_part_of_what_is_left(monkeypatch):
   left = {**_ALL, "insvp": (0, 0), "vpt_deep": (0, 1)}
   assert Outlook(many).to_measure(left) == ("vpt_deep", 2)
   assert outlook.to_measure(dict.fromkeys(WORKS, (0, 0))) is None
+  single = {**dict.fromkeys(WORKS, (0, 0)), "vpt_deep": (0, 1)}
+  assert Outlook(many).to_measure(single) is None
 
 
 def test_the_forecast_says_until_when():

@@ -14,9 +14,13 @@ import pytest
 from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees
+from insvp_jax.data import resident
+from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.logs.writers import Writers
+from insvp_jax.search import outlook
+from insvp_jax.train import program as program_lib
 from insvp_jax.train import state as state_lib
-from insvp_jax.train import trainer
+from insvp_jax.train import steps, trainer
 
 # In the order in which they are needed; the last is the learning rate, as it is logged.
 PROGRAMS = ("draw", "new_state", "multi_step", "schedule")
@@ -71,6 +75,41 @@ def test_the_next_seed_traces_and_compiles_nothing(compiled):
   config.seed = 1
   assert prepared.first_params(config)["head"].keys() == first["head"].keys()
   assert compiled() == []
+
+
+def test_a_step_is_traced_once_for_all_that_it_is_part_of(monkeypatch):
+  traced, create = [], steps.create_train_step
+
+  def counted(*args, **kwargs):
+    train_step = create(*args, **kwargs)
+
+    def count_and_step(state, batch):
+      traced.append(batch)
+      return train_step(state, batch)
+
+    return count_and_step
+
+  monkeypatch.setattr(steps, "create_train_step", counted)
+  config = tiny_config("vpt_shallow")
+  prepared = prepare(config)
+  program, split = prepared.program, prepared.data.splits["train"]
+  outlook.flops_of(config, program, len(split))
+  state = program_lib.abstract_state(config, program)
+  arrays = resident.put_split(split, mesh_lib.batch_sharding(program.mesh))
+  program.multi_step.trace(state, arrays, np.uint32(0), np.int32(1))
+  assert len(traced) == 1
+
+
+def test_programs_of_one_model_share_its_draws():
+  program = prepare(tiny_config("vpt_shallow", backbone__depth=1)).program
+
+  def draws(total_epochs, num_classes):
+    config = tiny_config("vpt_shallow", backbone__depth=1, total_epochs=total_epochs)
+    create = program_lib.create_program
+    return create(config, num_classes, 24, program.mesh, like=program).draws
+
+  assert draws(5.0, 3) is program.draws
+  assert draws(2.0, 4) is not program.draws
 
 
 def test_draws_are_those_of_all_optimizations_to_the_bit():
