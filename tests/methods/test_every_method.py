@@ -12,6 +12,7 @@ from tiny_training import SIZE, make_split, tiny_config
 
 from insvp_jax import trees
 from insvp_jax.checkpoints.checkpointer import Checkpointer
+from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.methods import METHODS
 from insvp_jax.methods import fields as fields_lib
 from insvp_jax.models.classifier import create_model
@@ -119,7 +120,7 @@ def config_of(name, **changes):
 def program_of(name, **changes):
   """Returns (config, program) of a method in one form; compiles nothing."""
   config = config_of(name, **changes)
-  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  mesh = mesh_lib.create_mesh(jax.devices()[:1])
   return config, create_program(config, CLASSES, 24, mesh)
 
 
