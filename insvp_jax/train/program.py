@@ -50,7 +50,7 @@ class Program:
     batch_size: of training.
     mesh: all devices, from `mesh.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
-    functions: what the steps compute, not jitted.
+    functions: what the steps compute, to be jitted.
     objective: of the task: target, loss and metric.
     hparams: names of the method's fields that come with the state instead of being
       compiled into the steps.

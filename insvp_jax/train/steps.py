@@ -31,7 +31,7 @@ METRICS = ("loss", "accuracy", "grad_norm", "param_norm")
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-  """The pure functions of one model, not jitted.
+  """The pure functions of one model, to be compiled as parts of programs.
 
   Attributes:
     train: `(state, batch) -> (state, metrics)`; see `create_train_step`.
