@@ -5,7 +5,8 @@
 The images lie in train/<class>/, and optionally val/<class>/ and test/<class>/.
 Without these the splits are drawn from train: stratified, seeded, stored with the
 run. InsVP, VPT-Deep and a linear head each choose their lr on val, are trained
-again on train + val with three seeds, and are reported on test.
+again on train + val with three seeds, and are reported on test. InsVP is its preset
+`tuned`, which docs/insvp.md measures; its paper's equations: --config.insvp.preset=paper.
 
 Where a CSV says what the images are of: --config.data.labels=labels.csv besides the
 root, or in place of it.
@@ -26,6 +27,7 @@ def get_config(arg=""):
   config.total_epochs = 20.0
   config.optim.wd = 1e-4
   config.optim.warmup_epochs = 2.0
+  config.insvp.preset = "tuned"
   config.vpt_deep.prompt_length = 9
   config.tune.methods = ("insvp", "vpt_deep", "linear")
   config.tune.lr = (3e-3, 1e-2)

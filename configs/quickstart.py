@@ -3,8 +3,9 @@
   python -m insvp_jax.main --config=configs/quickstart.py
 
 Needs nothing but the package: the digits are scikit-learn's, the backbone is
-`insvp_jax/assets/boxed.npz`. Ends with a table, runs/quickstart/table.md, and a
-picture of the prompts, runs/quickstart/insvp/seed0/prompts.png.
+`insvp_jax/assets/boxed.npz`. InsVP is its preset `tuned`. Ends with a table,
+runs/quickstart/table.md, and a picture of the prompts,
+runs/quickstart/insvp/seed0/prompts.png.
 """
 
 from insvp_jax.config import defaults, parse_arg, select
@@ -20,6 +21,7 @@ def get_config(arg=""):
   config.optim.lr = 1e-2
   config.optim.wd = 1e-4
   config.optim.warmup_epochs = 1.0
+  config.insvp.preset = "tuned"
   config.vpt_deep.prompt_length = 9
   config.tune.methods = ("insvp", "linear", "vpt_deep")
   config.tune.seeds = (0,)

@@ -69,7 +69,7 @@ class InsVP(Method):
   SVHN), and simam on CUB, Dogs and SVHN. On a small image the global prompter's extents
   (11 and 25 pixels) may deserve smaller values.
 
-  "tuned" is ours, for large pretrained backbones: the paper's, but the fusion weights
+  "tuned" is ours, for images of one's own: the paper's, but the fusion weights
   a, b, c and d are trained, from (0, 0) and (1, 0) on, what the prompters make is
   normalised for each image, and common prompts are dropped at a rate of 0.1. So
   training starts at VPT-Deep, and what comes from the image joins as far as the
