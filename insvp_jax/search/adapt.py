@@ -73,7 +73,7 @@ def adapt(
     workdir: of the search; the run lies in `<workdir>/<method>/seed<n>`.
     backbone: as config.backbone.name: a release, a variant, a file, timm/... or
       hf-hub:...
-    method: as config.method.
+    method: as config.method; of InsVP it is the preset of `configs/folder.py`, "tuned".
     lr: learning rate at the schedule's peak, config.optim.lr; None chooses.
     **settings: further keys of the config: `total_epochs=10`, `data=dict(shots=4)`, or
       `**{"data.shots": 4}`.
