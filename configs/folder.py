@@ -6,7 +6,7 @@ The images lie in train/<class>/, and optionally val/<class>/ and test/<class>/.
 Without these the splits are drawn from train: stratified, seeded, stored with the
 run. InsVP, VPT-Deep and a linear head each choose their lr on val, are trained
 again on train + val with three seeds, and are reported on test. InsVP is its preset
-`tuned`, which docs/insvp.md measures; its paper's equations: --config.insvp.preset=paper.
+`tuned` (docs/insvp.md); --config.insvp.preset=paper is its paper's equations.
 
 Where a CSV says what the images are of: --config.data.labels=labels.csv besides the
 root, or in place of it.
