@@ -78,8 +78,12 @@ class _Subject:
       frozen = {"backbone": run.params["backbone"]}
       first = state_lib.init_params(run.model, config["seed"], frozen["backbone"])
       stages = {"start": {**first, **frozen}, **stages}
-    # Arrays that lie elsewhere would be programs of their own.
-    self.stages = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), stages)
+    # Arrays that lie elsewhere would be programs of their own. Stage by stage: a tree's
+    # keys come back sorted, the end before the start.
+    self.stages = {
+      stage: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+      for stage, params in stages.items()
+    }
 
   def examples(self, split: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (normalised images [n, h, w, 3], labels [n]) of some of a split."""

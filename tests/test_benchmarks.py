@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -478,6 +479,10 @@ def test_prompt_effects_of_two_runs(photos, tmp_path, capsys):
   assert steps["common prompts"]["moved"] == prompt_effects.STEP_LR
   assert steps["specific prompt"]["moved"] > 2 * prompt_effects.STEP_LR
   assert set(steps) == {"common prompts", "specific prompt", "image prompt"}
+  # The start stands before the end in each table.
+  sizes = [insvp["steps"][stage]["image prompt"]["size"] for stage in ("start", "end")]
+  (row,) = (line for line in said[2].splitlines() if "insvp, image prompt" in line)
+  assert re.findall(r"of (\S+)", row) == [f"{size:.2g}" for size in sizes]
   # Others have what they have.
   assert vpt["interventions"] == {} and "prompt / image" not in vpt["features"]["end"]
   assert set(vpt["gradients"]["end"]["off"]) == {"common_prompt", "head"}
