@@ -211,24 +211,29 @@ def _scale(axis: Any, values: Sequence[float | int]) -> None:
 
 
 def _draw_bars(axis: Any, points: Sequence[Point], colors: Sequence[str]) -> None:
-  """Draws a bar for each row: test with its deviation; val of the choice as a mark."""
+  """Draws a bar for each row: test with its deviation; val of the choice as a mark.
+
+  Without any test the bars are val's.
+  """
   rows = range(len(points))
-  test = [_percent(point.row["mean"]) for point in points]
+  bars = [_percent(point.row["mean"]) for point in points]
   spread = [100.0 * (point.row["std"] or 0.0) for point in points]
   val = [_percent(point.row.get(val_key(point.row))) for point in points]
-  if not _all_missing(test):
-    label = "test" + (", mean ± std" if any(spread) else "")
+  label = "test" + (", mean ± std" if any(spread) else "")
+  if _all_missing(bars):
+    bars, val, label = val, bars, "val of the choice"
+  if not _all_missing(bars):
     errors = {"ecolor": "black", "error_kw": {"capsize": 3, "elinewidth": 1}}
     errors["xerr"] = spread if any(spread) else None
-    axis.barh(rows, test, 0.6, color=colors[0], alpha=0.55, label=label, **errors)
+    axis.barh(rows, bars, 0.6, color=colors[0], alpha=0.55, label=label, **errors)
   if not _all_missing(val):
     look = {"color": "black", "markerfacecolor": "none", "markersize": 5}
     axis.plot(val, rows, "o", label="val of the choice", **look)
   for i, point in enumerate(points):
     # From zero on, bars of near accuracies look alike: their numbers do not.
-    if not math.isnan(test[i]):
-      text = f"{test[i]:.2f}" + (f" ± {spread[i]:.2f}" if point.row["std"] else "")
-      at = (max(test[i] + spread[i], 0.0 if math.isnan(val[i]) else val[i]), i)
+    if not math.isnan(bars[i]):
+      text = f"{bars[i]:.2f}" + (f" ± {spread[i]:.2f}" if point.row["std"] else "")
+      at = (max(bars[i] + spread[i], 0.0 if math.isnan(val[i]) else val[i]), i)
       axis.annotate(
         text, at, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8
       )

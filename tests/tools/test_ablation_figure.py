@@ -143,6 +143,17 @@ def test_what_is_missing_is_left_out():
   ]
 
 
+def test_without_any_test_the_bars_are_those_of_val():
+  summary = summary_of([("a", "linear", ()), ("b", "vpt_deep", ())])
+  for row in summary.values():
+    row |= {"mean": None, "std": None, "test_accuracies": []}
+  (axis,) = ablation_figure.ablation_figure(summary, "x", figure.COLORS).axes
+  assert [patch.get_width() for patch in axis.patches] == pytest.approx([51, 52])
+  assert [text.get_text() for text in axis.texts] == ["51.00", "52.00"]
+  (label,) = [text.get_text() for text in axis.get_legend().get_texts()]
+  assert label == "val of the choice"
+
+
 @given(
   st.dictionaries(
     st.sampled_from(["optim.lr", "linear.x", "loss.mixup_alpha"]),
