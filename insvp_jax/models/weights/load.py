@@ -1,6 +1,7 @@
 """Backbones in and out: from a name or a file to the model's parameters, and back."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 import os
 from pathlib import Path
@@ -227,8 +228,12 @@ def save_backbone(
         np.savez(file, **arrays)
 
 
+@functools.lru_cache(maxsize=8)
 def _param_shapes(backbone: nn.Module) -> dict[str, Any]:
-  """Returns the tree of a backbone's parameters as `jax.ShapeDtypeStruct`."""
+  """Returns the tree of a backbone's parameters as `jax.ShapeDtypeStruct`.
+
+  Whoever loads several runs, or trains again, has one backbone: it is traced once.
+  """
   size = backbone.image_size
 
   def init():
