@@ -1,22 +1,25 @@
 """InsVP's convolutions in each form that the package can compute them in.
 
-  python -m benchmarks.convolutions [--batch_size=8] [--rounds=7]
+  python -m benchmarks.convolutions [--batch_size=8] [--rounds=7] [--clock=cpu]
+  python -m benchmarks.convolutions --loop=4 [--trials=4]
 
 Prints the median milliseconds of a forward pass together with the gradients that the
 train step needs, alternating between the forms within one run. `conv="auto"` chooses
-by the rule in insvp_jax/methods/ops/conv.py, which this table is behind.
+by the rule in insvp_jax/methods/ops/conv.py, which this table is behind. With --loop
+each call is so many rounds of a loop, as train steps that come in one call are, and
+with --trials each trial has images and a kernel of its own; both give the milliseconds
+of one round of one trial.
 """
 
 import argparse
 from collections.abc import Callable
-import statistics
-import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import turns
 from insvp_jax.methods.ops.conv import choose_form
 from insvp_jax.methods.ops.conv_forms import FORMS
 from insvp_jax.search import tables
@@ -49,14 +52,26 @@ LAYERS = (
   Layer("32 px: release global 1", 32, 6, 3, 25, 1, "xk"),
   Layer("32 px: specific 0, p = 9", 32, 3, 9, 9, 1, "xk"),
   Layer("32 px: specific 1, p = 9", 8, 9, 27, 5, 1, "xk"),
+  Layer("32 px: specific 2, p = 9", 8, 27, 18, 3, 1, "xk"),
 )
 
 
-def compiled(layer: Layer, form: str, batch_size: int) -> Callable[[], object]:
-  """Returns a call of the output and the gradients that training needs."""
+def compiled(
+  layer: Layer, form: str, batch_size: int, loop: int = 0, trials: int = 1
+) -> Callable[[], object]:
+  """Returns a call of the output and the gradients that training needs.
+
+  Args:
+    layer: the convolution.
+    form: how it is computed.
+    batch_size: images of each trial.
+    loop: rounds of a loop in one call; 0: no loop.
+    trials: how many, at once.
+  """
   rng = np.random.default_rng(0)
 
   def draw(*shape: int) -> jax.Array:
+    shape = (trials, *shape) if trials > 1 else shape
     return jnp.asarray(rng.standard_normal(shape, np.float32))
 
   pixels = (batch_size, layer.size, layer.size)
@@ -64,29 +79,48 @@ def compiled(layer: Layer, form: str, batch_size: int) -> Callable[[], object]:
   kernel = draw(layer.kernel, layer.kernel, layer.channels, layer.features)
   gradient = draw(*pixels, layer.features)
 
-  @jax.jit
-  def run(images, kernel, gradient):
+  def once(images, kernel, gradient):
     output, backward = jax.vjp(
       lambda x, k: FORMS[form](x, k, layer.dilation), images, kernel
     )
     gradients = dict(zip("xk", backward(gradient), strict=True))
     return output, [gradients[name] for name in layer.wrt]
 
-  return lambda: jax.block_until_ready(run(images, kernel, gradient))
+  once = jax.vmap(once) if trials > 1 else once
+
+  @jax.jit
+  def run(images, kernel, gradient):
+    if not loop:
+      return once(images, kernel, gradient)
+
+    def body(_, carry):
+      # Other numbers in each round, so that nothing can be computed before the loop.
+      images, kernel, gradient, _ = carry
+      results = once(images, kernel, gradient)
+      return 0.5 * images, 0.5 * kernel, 0.5 * gradient, results
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(once, images, kernel, gradient))
+    return jax.lax.fori_loop(0, loop, body, (images, kernel, gradient, zeros))[-1]
+
+  return lambda: run(images, kernel, gradient)
 
 
-def measure(layer: Layer, batch_size: int, rounds: int) -> dict[str, float]:
-  """Returns the median milliseconds by form."""
-  calls = {form: compiled(layer, form, batch_size) for form in FORMS}
-  for call in calls.values():
-    call()
-  seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-  for _ in range(rounds):
-    for form, call in calls.items():
-      start = time.perf_counter()
-      call()
-      seconds[form].append(time.perf_counter() - start)
-  return {form: 1e3 * statistics.median(spent) for form, spent in seconds.items()}
+def measure(
+  layer: Layer,
+  batch_size: int,
+  rounds: int,
+  clock: str = "wall",
+  loop: int = 0,
+  trials: int = 1,
+) -> dict[str, float]:
+  """Returns the median milliseconds by form; for the arguments see `compiled`."""
+  calls = {
+    form: turns.timed(compiled(layer, form, batch_size, loop, trials), clock)
+    for form in FORMS
+  }
+  per = 1e3 / (max(1, loop) * trials)
+  seconds = turns.alternate(calls, rounds)
+  return {form: per * spent for form, spent in turns.medians(seconds).items()}
 
 
 def main() -> None:
@@ -94,12 +128,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--clock", choices=turns.CLOCKS, default="wall")
+  parser.add_argument("--loop", type=int, default=0, help="rounds in one call")
+  parser.add_argument("--trials", type=int, default=1, help="how many at once")
+  parser.add_argument("--layers", default="", help="of whose name this is a part")
   args = parser.parse_args()
   device = jax.devices()[0]
   print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
   rows = []
-  for layer in LAYERS:
-    ms = measure(layer, args.batch_size, args.rounds)
+  for layer in (layer for layer in LAYERS if args.layers in layer.name):
+    ms = measure(
+      layer, args.batch_size, args.rounds, args.clock, args.loop, args.trials
+    )
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
     cells = [f"{ms[form]:.1f}" for form in FORMS]
     rows.append([layer.name, *cells, choose_form(*shape)])

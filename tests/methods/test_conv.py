@@ -1,6 +1,7 @@
 """The convolution's forms compute one function; the rule that chooses between them."""
 
 import functools
+import re
 
 import flax.linen as nn
 from hypothesis import given, settings
@@ -17,17 +18,19 @@ from insvp_jax.methods.ops.conv_forms import FORMS, blocks, fft, fft_length
 
 # Of the largest absolute value, or of the data's own size where that is less.
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
+KEY = jax.random.key(0)
 
 
 def output_and_gradients(module, variables, images, weights):
   """Of sum(weights * module(images)), with respect to parameters and images."""
 
   @jax.jit
-  def run(variables, images):
+  def run(variables, images, weights):
     output, backward = jax.vjp(module.apply, variables, images)
     return output, *backward(weights)
 
-  return jax.tree.leaves(run(variables, images))
+  # On the host, where a difference is no program of its own.
+  return jax.device_get(jax.tree.leaves(run(variables, images, weights)))
 
 
 def assert_near(actual, expected, tolerance):
@@ -40,8 +43,8 @@ def assert_near(actual, expected, tolerance):
 def case(dtype, *, height, width, channels, features, kernel, dilation):
   """Returns (arguments, output and gradients of flax's convolution)."""
   rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(2, height, width, channels)), dtype)
-  weights = jnp.asarray(rng.normal(size=(2, height, width, features)), dtype)
+  images = rng.normal(size=(2, height, width, channels)).astype(dtype)
+  weights = rng.normal(size=(2, height, width, features)).astype(dtype)
   plain = nn.Conv(
     features,
     (kernel, kernel),
@@ -50,10 +53,8 @@ def case(dtype, *, height, width, channels, features, kernel, dilation):
   )
   variables = {
     "params": {
-      "kernel": jnp.asarray(
-        rng.normal(size=(kernel, kernel, channels, features)), dtype
-      ),
-      "bias": jnp.asarray(rng.normal(size=features), dtype),
+      "kernel": rng.normal(size=(kernel, kernel, channels, features)).astype(dtype),
+      "bias": rng.normal(size=features).astype(dtype),
     }
   }
   arguments = variables, images, weights
@@ -70,7 +71,7 @@ def compare(form, dtype, **sizes):
 
 
 @pytest.mark.parametrize("form", ["fft", "blocks"])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
   height=st.integers(1, 33),
   width=st.integers(1, 33),
@@ -133,13 +134,44 @@ def test_transforms_are_long_enough_and_fast(size, extent):
 def test_a_population_of_kernels_under_vmap(form):
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 10, 10, 3)), jnp.float32)
-  kernels = jnp.asarray(rng.normal(size=(2, 5, 5, 3, 2)), jnp.float32)
+  kernels = rng.normal(size=(2, 5, 5, 3, 2)).astype(np.float32)
 
+  @jax.jit
   def gradient(kernel):
     return jax.grad(lambda k: jnp.sum(FORMS[form](images, k, 1) ** 2))(kernel)
 
-  expected = jnp.stack([gradient(kernel) for kernel in kernels])
-  np.testing.assert_allclose(jax.vmap(gradient)(kernels), expected, rtol=1e-4)
+  expected = np.stack([gradient(kernel) for kernel in kernels])
+  actual = jax.jit(jax.vmap(gradient))(kernels)
+  # Hundreds, but for some that nearly cancel.
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_fast_on_cpus_stays_so_in_a_loop_and_for_several_trials():
+  """XLA brings convolutions into the layout of its fast one, but not everywhere."""
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(3, 2, 8, 8, 4)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 3, 4, 5)).astype(np.float32)
+
+  def convolutions(form):
+    def loss(images, kernel):
+      return jnp.sum(FORMS[form](images, kernel, 1) ** 2)
+
+    gradients = jax.vmap(jax.grad(loss, argnums=(0, 1)))
+
+    def loop(images, kernel):
+      def body(_, carry):
+        return gradients(*carry)
+
+      return jax.lax.fori_loop(0, 2, body, (images, kernel))
+
+    text = jax.jit(loop).lower(images, kernel).compile().as_text()
+    return re.findall(r" convolution\(.*?dim_labels=([^,]+)(.*)", text)
+
+  canonical = "b01f_01io->b01f"
+  for labels, rest in convolutions("nhwc"):
+    assert labels == canonical and "group_count" not in rest
+  # Once this fails, the compiler needs no help any more.
+  assert any(labels != canonical for labels, _ in convolutions("plain"))
 
 
 def test_the_gradient_of_frozen_input_costs_no_transform():
@@ -177,7 +209,7 @@ PAPER = ((3, 6, 3, 5), (6, 3, 3, 12), (3, 9, 9, 1), (9, 27, 5, 1), (27, 27, 3, 1
 @pytest.mark.parametrize(
   ("platform", "devices", "release", "paper"),
   [
-    ("cpu", 1, "fft fft fft plain plain", "fft fft fft plain plain"),
+    ("cpu", 1, "fft fft fft nhwc nhwc", "fft fft fft nhwc nhwc"),
     ("cpu", 4, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
     ("gpu", 1, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
     ("tpu", 8, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
@@ -189,9 +221,9 @@ def test_forms_of_the_presets(monkeypatch, platform, devices, release, paper):
   assert " ".join(choose_form(*shape) for shape in PAPER) == paper
 
 
-def test_a_sum_over_one_pixel_is_left_to_the_compiler(monkeypatch):
+def test_a_sum_over_one_pixel_is_not_transformed(monkeypatch):
   on(monkeypatch, "cpu", 1)
-  assert choose_form(1, 1, 1, 1) == "plain"
+  assert choose_form(1, 1, 1, 1) == "nhwc"
 
 
 @pytest.mark.parametrize("form", CHOICES)
@@ -201,11 +233,15 @@ def test_parameters_do_not_depend_on_the_form(form):
   )
   images = jnp.zeros((1, 16, 16, 3))
 
-  def init(**kwargs):
+  def shapes(**kwargs):
     method = methods.create_method("insvp", spec, preset="release", **kwargs)
-    return jax.jit(lambda: method.init(jax.random.key(0), images, method="prompts"))()
+    return jax.eval_shape(lambda key: method.init(key, images, method="prompts"), KEY)
 
-  default, given_form = init(), init(conv=form)
+  assert shapes() == shapes(conv=form)
+  # What is drawn under these names: small ones compile sooner.
+  default, given_form = (
+    jax.jit(conv.init)(KEY, images) for conv in (Conv(2, 5), Conv(2, 5, form=form))
+  )
   jax.tree.map(np.testing.assert_array_equal, default, given_form)
 
 

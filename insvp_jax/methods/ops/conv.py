@@ -59,7 +59,7 @@ def choose_form(
     on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
   wide = channels * features <= 8 * kernel**2
   if on_cpu:
-    return "fft" if wide and kernel > 1 else "plain"
+    return "fft" if wide and kernel > 1 else "nhwc"
   return "blocks" if wide and (kernel >= 7 or dilation > 1) else "plain"
 
 
