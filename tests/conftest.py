@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # Programs of tests are compiled with few of XLA's optimizations, since most run for a
 # moment: quick to compile is better than quick to run. These run for long.
-FULLY_COMPILED = {"test_conv", "test_soak"}
+FULLY_COMPILED = {"test_conv"}
 
 # The files that take longest come first: the processes that share the files then end at
 # about the same time.

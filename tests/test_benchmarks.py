@@ -1,5 +1,7 @@
 """The benchmarks run; what they measure is theirs to say."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -33,10 +35,14 @@ from insvp_jax.config import defaults
 from insvp_jax.data import load_data, preprocess
 from insvp_jax.models.classifier import create_backbone, create_model
 from insvp_jax.run import load_run
+from insvp_jax.train import trainer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def benchmark(root):
+  """Loads a benchmark by its name, each once."""
+
+  @functools.cache
   def load(name):
     path = root / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
@@ -102,7 +108,9 @@ def test_mask_scores_are_compared_with_those_in_float64(benchmark, monkeypatch, 
 
 def test_segmentation_trains_each_method(benchmark, monkeypatch, tmp_path, capsys):
   module, picture = benchmark("segmentation"), tmp_path / "found.png"
-  monkeypatch.setattr(module, "SPLITS", {"train": 8, "val": 1, "test": 3})
+  monkeypatch.setattr(module, "SPLITS", {"train": 8, "val": 1, "test": 1})
+  # Each image of the picture has a size, and so programs, of its own.
+  monkeypatch.setattr(module, "_SHOWN", 1)
   flags = ["--methods=linear", "--steps=2", f"--picture={picture}"]
   monkeypatch.setattr(sys, "argv", ["segmentation", *flags])
   module.main()
@@ -112,13 +120,18 @@ def test_segmentation_trains_each_method(benchmark, monkeypatch, tmp_path, capsy
   assert picture.stat().st_size > 0
 
 
+@functools.cache
+def plain_flops(module):
+  return module.plain_forward_flops("B/16", 8)
+
+
 def train_step_over_plain_forward(module, preset, conv, compiled):
   model = module.create_model(
     "B/16", num_classes=10, method_kwargs={"preset": preset, "conv": conv}
   )
   assert model.backbone.image_size == 224
   step = module.train_step_flops(model, 8, compiled=compiled)
-  return step / module.plain_forward_flops("B/16", 8)
+  return step / plain_flops(module)
 
 
 MOST_FLOPS = {"paper": 2.05, "release": 2.4}
@@ -197,9 +210,14 @@ def test_startup_runs_to_the_first_step_of_a_task_of_other_classes(
   assert "expected a checkout of this project" in capsys.readouterr().err
 
 
-def test_tune_compares_trials_together_with_one_by_one(benchmark):
+def test_tune_compares_trials_together_with_one_by_one(benchmark, monkeypatch):
   module = benchmark("tune")
-  found = module.compare("linear", "boxed", number=2, steps=1, rounds=1)
+  digits = load_data("digits", defaults().data, 32)
+  few = {"train": digits.splits["train"].take(np.arange(40))}
+  digits = dataclasses.replace(digits, splits=few)
+  # All images go through the backbone, once for each way.
+  monkeypatch.setattr(trainer, "load_data", lambda *_: digits)
+  found = module.compare("linear", "boxed", number=2, steps=1, rounds=1, num_val=8)
   assert set(found["seconds"]) == {"one by one", "at once", "in turn"}
   assert min(found["speed_up"].values()) > 0 and "one by one" not in found["speed_up"]
   assert found["automatic_chunk"] == 2 and found["mib_of_a_member"] > 0
@@ -220,12 +238,12 @@ def test_input_compares_the_stream_with_tf_data(benchmark, monkeypatch):
 
 def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
   pytest.importorskip("tensorflow_datasets")
-  command = [sys.executable, "-m", "benchmarks.input", "--memory", "--images=6000"]
+  command = [sys.executable, "-m", "benchmarks.input", "--memory", "--images=2500"]
   subprocess.run([*command, f"--json={tmp_path / 'm'}"], cwd=root, check=True)
   found = json.loads((tmp_path / "m").read_text())
-  assert found["MiB of the split in memory"] == pytest.approx(861, abs=1)
+  assert found["MiB of the split in memory"] == pytest.approx(359, abs=1)
   # A few batches of 37 MiB, and TensorFlow's own threads and buffers.
-  assert found["MiB above"] < 500
+  assert found["MiB above"] < 250
 
 
 def test_convolutions(benchmark, monkeypatch, capsys):

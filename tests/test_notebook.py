@@ -26,7 +26,6 @@ KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}
 # A search of a moment, in place of what takes minutes.
 SMALL = {
   "backbone.name": "mu/4",
-  "backbone.weights": "random",
   "backbone.depth": 1,
   "image_size": 16,
   "batch_size": 4,
@@ -64,8 +63,10 @@ def read(name: str) -> nbformat.NotebookNode:
   return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
-def parameters(name: str, place: Path) -> str:
+def parameters(name: str, place: Path, backbone: Path) -> str:
   """Returns what takes the place of a notebook's cell of parameters."""
+  # Read, not drawn: to draw a backbone would be the dearest program of each run.
+  small = SMALL | {"backbone.weights": str(backbone)}
   values = {
     "adapt_images": {
       "root": str(place / "images"),
@@ -80,14 +81,14 @@ def parameters(name: str, place: Path) -> str:
       "seeds": (0,),
       "epochs": 1,
       "shots": 4,
-      "settings": SMALL | {"vpt_deep.prompt_length": 2},
+      "settings": small | {"vpt_deep.prompt_length": 2},
     },
     "vtab_task": {
       "task": "svhn",
       "method": "linear",
       "root": str(place / "vtab-1k"),
       "data_dir": "",
-      "settings": SMALL | {"tune.lr": (0.01,), "tune.wd": (), "tune.seeds": (0, 1)},
+      "settings": small | {"tune.lr": (0.01,), "tune.wd": (), "tune.seeds": (0, 1)},
     },
   }[name] | {"workdir": str(place / name)}
   return "\n".join(f"{key} = {value!r}" for key, value in values.items())
@@ -105,7 +106,7 @@ def executed(trained, root, tmp_path_factory) -> dict[str, nbformat.NotebookNode
   for name, node in nodes.items():
     for cell in node.cells:
       if "parameters" in cell.metadata.get("tags", ()):
-        cell.source = parameters(name, place)
+        cell.source = parameters(name, place, trained.parent / "backbone.npz")
     # Nothing of one is there for the next.
     node.cells.append(nbformat.v4.new_code_cell("%reset -f"))
   together = nbformat.v4.new_notebook()

@@ -70,6 +70,9 @@ def small(words, place):
   # The method that compiles quickest, but where a later command wants InsVP's run.
   is_used = re.fullmatch("--config=(quickstart|folder:root=photos.zip)", words[2])
   flags += flags_of(method="insvp" if is_used else "linear")
+  if words[2].startswith("--config=folder"):
+    # The quickstart has all of InsVP's parts; one makes prompts to look at, too.
+    flags += flags_of(insvp__use_global=False)
   if "--mode=train" in words:
     return flags
   # Nothing to choose, one final run: searches have tests of their own.
@@ -102,7 +105,7 @@ def test_every_command_runs(root, sandbox, capsys, monkeypatch):
   assert set(seen) == {"train", "predict", "visualize", "evaluate", "prepare"}
 
 
-def test_the_snippets_run(root, tmp_path, monkeypatch):
+def test_the_snippets_run(root, sandbox, tmp_path, monkeypatch):
   from insvp_jax import config as config_lib
 
   first, second = blocks((root / "docs" / "start.md").read_text(), "python")
@@ -115,7 +118,9 @@ def test_the_snippets_run(root, tmp_path, monkeypatch):
   def defaults(defaults=config_lib.defaults):
     config = defaults()
     config.method, config.total_steps, config.tensorboard = "linear", 2, False
-    config.backbone.name, config.backbone.weights = "mu/4", "random"
+    config.backbone.name = "mu/4"
+    config.backbone.weights = str(sandbox / "backbone0.npz")
+    config.backbone.update(BACKBONE)
     config.image_size = SIZE
     return config
 
@@ -127,7 +132,7 @@ def test_the_snippets_run(root, tmp_path, monkeypatch):
   exec(third, scope)
 
 
-def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
+def test_the_blocks_of_adapt_run(root, sandbox, tmp_path, monkeypatch, capsys):
   from insvp_jax.search import adapt
 
   original = adapt._config
@@ -135,7 +140,9 @@ def test_the_blocks_of_adapt_run(root, tmp_path, monkeypatch, capsys):
   def tiny(backbone, method, changes, **kind):
     # What compiles quickest, for two steps.
     changes = {**changes, "total_steps": 2, "tensorboard": False, "image_size": SIZE}
-    changes |= {"optim.warmup_epochs": 0.0, "backbone.weights": "random"}
+    changes |= {"optim.warmup_epochs": 0.0}
+    changes |= {"backbone.weights": str(sandbox / "backbone0.npz")}
+    changes |= {f"backbone.{name}": size for name, size in BACKBONE.items()}
     return original("mu/4", "linear", changes, **kind)
 
   monkeypatch.setattr(adapt, "_config", tiny)

@@ -210,10 +210,10 @@ def test_a_run_that_trained_everything_needs_no_backbone_file(tmp_path):
 
 def test_a_random_backbone_is_drawn_again(tmp_path):
   kwargs = {"backbone": "mu/4", "method": "linear", "num_classes": len(CLASSES)}
-  kwargs |= {"image_size": SIZE, "backbone_kwargs": {"depth": 2}}
+  kwargs |= {"image_size": SIZE, "backbone_kwargs": {"depth": 1}}
   drawn = state_lib.init_params(create_model(**kwargs), seed=5)["backbone"]
   identity = {"id": "random", "seed": 5, "sha256": trees.digest(drawn)}
-  workdir, _, _ = make_run(tmp_path, "linear", meta={"backbone": identity})
+  workdir, _, _ = make_run(tmp_path, meta={"backbone": identity}, **kwargs)
   run = load_run(workdir)
   assert trees.digest(run.params["backbone"]) == identity["sha256"]
   edit_meta(workdir, backbone={**identity, "seed": 6})

@@ -92,6 +92,10 @@ def streamed(data: TaskData) -> TaskData:
   return dataclasses.replace(data, splits=splits)
 
 
+# By method, the last program: where the model is the same, so are its draws.
+PROGRAMS: dict[str, program_lib.Program] = {}
+
+
 def prepare(
   config: ConfigDict, data: TaskData | None = None, devices: int | None = None
 ) -> trainer.Prepared:
@@ -99,7 +103,10 @@ def prepare(
   data = data or make_data()
   mesh = mesh_lib.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])
-  program = program_lib.create_program(config, data.num_classes, number, mesh)
+  program = program_lib.create_program(
+    config, data.num_classes, number, mesh, like=PROGRAMS.get(config.method)
+  )
+  PROGRAMS[config.method] = program
   weights, backbone = state_lib.load_weights(config, program.model)
   return trainer.Prepared(data, weights, backbone, program)
 

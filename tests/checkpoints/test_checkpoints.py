@@ -1,4 +1,5 @@
 import errno
+import functools
 import json
 import os
 from pathlib import Path
@@ -64,15 +65,27 @@ def make_optimizer(params, every=2):
   )
 
 
+@functools.cache
+def make_update():
+  """Returns (init, update) of the optimizer, one program each for all states."""
+  _, optimizer = make_optimizer(make_params())
+
+  def update(params, opt_state, factor):
+    grads = jax.tree.map(lambda p: p * factor, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  return jax.jit(optimizer.init), jax.jit(update)
+
+
 def make_state(seed=0, steps=3, width=4):
   """A state after some updates, so that moments and counters are not zero."""
   params = make_params(seed, width)
-  mask, optimizer = make_optimizer(params)
-  opt_state = optimizer.init(params)
+  mask, _ = make_optimizer(params)
+  init, update = make_update()
+  opt_state = init(params)
   for i in range(steps):
-    grads = jax.tree.map(lambda p, i=i: p * (i + 1), params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params, opt_state = update(params, opt_state, i + 1)
   return mask, State(
     step=jnp.int32(steps),
     params=params,
@@ -413,12 +426,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-import jax, jax.numpy as jnp
+import jax.numpy as jnp, numpy as np
 import test_checkpoints as t
 from insvp_jax.checkpoints.checkpointer import Checkpointer
 mask, state = t.make_state(width=8)
 t.save(Path(sys.argv[1]), mask, state)
-params = {**state.params, "head": {"kernel": jax.random.normal(state.rng, (300, 300))}}
+large = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+params = {**state.params, "head": {"kernel": jnp.asarray(large)}}
 mask = {**mask, "head": {"kernel": True}}
 # No file may grow beyond 50 kB: TensorStore then fails as on a full disk.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -5,11 +5,14 @@ import json
 from joined_processes import run_together
 import numpy as np
 import pytest
-from segment_fixtures import segment_config, write_shapes
+from segment_fixtures import CLASSES, segment_config, write_shapes
+from tiny_runs import make_params
 from tiny_training import metrics, stored
 
 from insvp_jax import trees
-from insvp_jax.train import trainer
+from insvp_jax.models import weights
+from insvp_jax.models.classifier import create_model
+from insvp_jax.train import program, trainer
 
 PROCESS = """
 import json, sys
@@ -31,6 +34,8 @@ print(json.dumps(result))
 def create(root):
   """Returns the config of a run with an evaluation on the way."""
   changes = {"segment__batch_size": 3, "segment__flips": True}
+  # A drawn one would be drawn in each process.
+  changes["backbone__weights"] = f"{root}/backbone.npz"
   config = segment_config(root, "linear", eval_every_epochs=1.0, **changes)
   config.data.preset = "vtab"
   return config
@@ -40,6 +45,8 @@ def create(root):
 def test_two_processes_segment_as_one_with_as_many_devices(tmp_path):
   root = write_shapes(tmp_path / "shapes")
   one, two = tmp_path / "one", tmp_path / "two"
+  model = create_model(**program.model_kwargs(create(root), len(CLASSES)))
+  weights.save_backbone(make_params(model)["backbone"], root / "backbone.npz")
   expected = trainer.train(create(root), one)
   code = PROCESS.format(root=str(root), workdir=str(two))
   results = [json.loads(line) for line in run_together(code)]

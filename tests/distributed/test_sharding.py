@@ -6,16 +6,16 @@ from joined_processes import run_together
 import numpy as np
 import pytest
 from test_trainer import at_step, metrics, stop_by, stored
+from tiny_runs import make_params
 from tiny_training import make_data, make_split, prepare, tiny_config
 
 from insvp_jax import trees
-from insvp_jax.data import pipeline
+from insvp_jax.data import pipeline, resident
 from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.distributed import sharding as sharding_lib
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.run import load_run
 from insvp_jax.train import program as program_lib
-from insvp_jax.train import state as state_lib
 from insvp_jax.train.trainer import train
 
 # Wide enough for kernels that are worth splitting.
@@ -131,13 +131,16 @@ def test_each_device_is_given_its_part_of_a_host_array_and_no_more():
 @pytest.mark.parametrize("fsdp", [1, 2, 4])
 def test_devices_hold_parts_before_and_after_a_step(prepared, fsdp):
   config, program = wide_config(fsdp), prepared[fsdp].program
-  params = state_lib.init_params(program.model, 0)
+  params = prepared[fsdp].first_params(config)
   host = trees.flatten(params)
   before = {name: leaf.copy() for name, leaf in host.items()}
   state = program_lib.create_state(config, program, params)
-  batch = first_batch(config, program)
-  compiled = program.train_step.lower(state, batch).compile()
-  state, _ = compiled(state, batch)
+  rows = mesh_lib.batch_sharding(program.mesh)
+  arrays = resident.put_split(prepared[fsdp].data.splits["train"], rows)
+  # The program of `runs`.
+  arguments = arrays, np.uint32(0), np.int32(1)
+  compiled = program.multi_step.lower(state, *arguments).compile()
+  state, _ = compiled(state, *arguments)
   _, frozen = trees.split(state.params, program.mask)
   bytes_in_kernels = 0
   for name, leaf in frozen.items():
@@ -152,9 +155,10 @@ def test_devices_hold_parts_before_and_after_a_step(prepared, fsdp):
   total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
   assert bytes_in_kernels > 0.8 * total
   expected = total - bytes_in_kernels * (1 - 1 / fsdp)
-  expected += batch["images"].nbytes / 4
-  arguments = compiled.memory_analysis().argument_size_in_bytes
-  assert arguments == pytest.approx(expected, rel=0.01)
+  # Each has all images.
+  expected += sum(array.nbytes for array in arrays.values())
+  given = compiled.memory_analysis().argument_size_in_bytes
+  assert given == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("fsdp", [2, 4])
@@ -186,11 +190,11 @@ def test_a_split_backbone_trains_to_the_same_numbers(runs, fsdp):
   ],
 )
 def test_blocks_of_every_kind_compute_the_same_when_split(changes):
-  found = []
+  found, params = [], None
   for fsdp in (1, 4):
     config = wide_config(fsdp, **changes)
     program = prepare(config).program
-    params = state_lib.init_params(program.model, 0)
+    params = params or jax.device_get(make_params(program.model))
     state = program_lib.create_state(config, program, params)
     batch = first_batch(config, program)
     _, got = program.train_step(state, batch)

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_backbones import draw_backbone
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, create_method
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import decode_variant
+from insvp_jax.train import state as state_lib
 
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
@@ -48,7 +50,8 @@ def test_count_and_start_on_b16():
 
 def test_open_gates_are_vpt_shallow():
   gated, shallow = model("gated"), model("vpt_shallow")
-  params = jax.jit(gated.init)(jax.random.key(0), IMAGES)["params"]
+  backbone = draw_backbone(state_lib.param_shapes(gated)["backbone"])
+  params = state_lib.init_params(gated, 0, weights=backbone)
   apply = jax.jit(gated.apply)
   closed = apply({"params": params}, IMAGES)
   params["prompter"]["gate"] = jnp.full(2, 50.0)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_backbones import draw_backbone
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees
@@ -12,6 +13,7 @@ from insvp_jax.methods import METHODS, BackboneSpec, Hooks, Method, create_metho
 from insvp_jax.methods.hooks import FUNCTIONS, OPERATIONS, SITES, CombinedHooks
 from insvp_jax.models.classifier import create_model
 from insvp_jax.search import trials
+from insvp_jax.train import state as state_lib
 
 SPEC = BackboneSpec(
   width=16, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
@@ -97,7 +99,8 @@ def test_several_methods_are_each_of_them_under_its_own_name():
   options["head_init"] = "torch"
   model = create_model("mu/4", "vpt_deep+lora+bias", method_kwargs=kwargs, **options)
   images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
-  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+  backbone = draw_backbone(state_lib.param_shapes(model)["backbone"])
+  params = state_lib.init_params(model, 0, weights=backbone)
   names = set(trees.flatten(params["prompter"]))
   assert names == {"vpt_deep/common_prompt"} | {
     f"lora/{target}_{part}/kernel"

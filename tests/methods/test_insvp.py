@@ -1,6 +1,7 @@
 """InsVP: the paper's equations, the presets, every ablation, bad input."""
 
 import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
@@ -60,8 +61,25 @@ def init(method, seed=0):
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def prompts_of(method, variables, images=IMAGES):
   return method.apply(variables, images, method="prompts")
+
+
+def _rngs(seed):
+  return {} if seed is None else {"dropout": jax.random.key(seed)}
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def prompted_of(method, variables, *, seed=None, train=False):
+  options = {"method": "prompt_image", "train": train, "rngs": _rngs(seed)}
+  return method.apply(variables, IMAGES, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def tokens_of(method, variables, prompted=IMAGES, *, seed=None, train=False):
+  options = {"method": "adapt", "train": train, "rngs": _rngs(seed)}
+  return method.apply(variables, IMAGES, prompted, **options).prompts.tokens
 
 
 def only(*components):
@@ -74,7 +92,7 @@ def test_image_prompt_fuses_patch_and_global():
   prompts = prompts_of(method, variables)
   expected = 0.3 * prompts["patch"] + 0.7 * prompts["global"]
   np.testing.assert_allclose(prompts["image"], expected, atol=1e-6)
-  prompted = method.apply(variables, IMAGES, method="prompt_image")
+  prompted = prompted_of(method, variables)
   np.testing.assert_allclose(prompted, IMAGES + expected, atol=1e-6)
 
 
@@ -87,28 +105,15 @@ def test_feature_prompt_fuses_common_and_specific():
   expected = 0.5 * common[:, None] + 0.5 * prompts["specific"][None]
   assert prompts["feature"].shape == (3, 2, 4, 32)
   np.testing.assert_allclose(prompts["feature"], expected, atol=1e-6)
-  prompted = method.apply(variables, IMAGES, method="prompt_image")
-  tokens = method.apply(variables, IMAGES, prompted, method="adapt").prompts.tokens
-  np.testing.assert_array_equal(tokens, prompts["feature"])
-
-
-def train_tokens(method, variables, seed):
-  """Prompt tokens with dropout on."""
-  return method.apply(
-    variables,
-    IMAGES,
-    IMAGES,
-    train=True,
-    method="adapt",
-    rngs={"dropout": jax.random.key(seed)},
-  ).prompts.tokens
+  tokens = tokens_of(method, variables, prompted_of(method, variables))
+  np.testing.assert_allclose(tokens, prompts["feature"], atol=1e-6)
 
 
 def test_specific_prompt_is_the_same_in_every_block():
   method = insvp(preset="release", prompt_dropout=0.0)
   variables = init(method)
   # In training too: one p^s, with one draw of dropout, for all blocks.
-  tokens = train_tokens(method, variables, 2)
+  tokens = tokens_of(method, variables, seed=2, train=True)
   specific = tokens - variables["params"]["common_prompt"][:, None]
   np.testing.assert_allclose(specific[1:], specific[:-1], atol=1e-6)
   assert not np.allclose(specific[:, 0], specific[:, 1])
@@ -229,8 +234,7 @@ def test_common_prompts_alone_are_vpt_deep():
   method = insvp(**only("common"))
   variables = init(method)
   vpt = create_method("vpt_deep", SPEC, prompt_length=4)
-  expected = vpt.apply(variables, IMAGES, IMAGES, method="adapt").prompts.tokens
-  tokens = method.apply(variables, IMAGES, IMAGES, method="adapt").prompts.tokens
+  expected, tokens = tokens_of(vpt, variables), tokens_of(method, variables)
   # Shared by all instances, so the batch axis stays 1.
   assert tokens.shape == (3, 1, 4, 32)
   np.testing.assert_array_equal(tokens, expected)
@@ -274,8 +278,7 @@ def test_given_fusion_weights_are_applied_to_a_lone_component():
 def test_zero_weights_leave_the_image_and_empty_tokens():
   method = insvp(image_fusion=(0, 0), feature_fusion=(0, 0))
   variables = init(method)
-  prompted = method.apply(variables, IMAGES, method="prompt_image")
-  np.testing.assert_array_equal(prompted, IMAGES)
+  np.testing.assert_array_equal(prompted_of(method, variables), IMAGES)
   assert not np.any(prompts_of(method, variables)["feature"])
 
 
@@ -302,7 +305,7 @@ def test_tuned_starts_as_vpt_deep_and_trains_the_fusion_weights():
   learnt = prompts_of(plain, {"params": {**params, "fusion": added}})
   for name, prompt in paper.items():
     np.testing.assert_allclose(learnt[name], prompt, atol=1e-6)
-  assert np.all(jax.grad(loss)(added) != 0)
+  assert np.all(jax.jit(jax.grad(loss))(added) != 0)
 
 
 def test_only_components_that_are_on_have_a_trained_weight():
@@ -356,43 +359,33 @@ def test_dropout_is_for_training_only(preset):
   method = insvp(preset=preset)
   variables = init(method)
 
-  def run(hook, *args, key=None, **kwargs):
-    rngs = None if key is None else {"dropout": jax.random.key(key)}
-    return method.apply(variables, *args, method=hook, rngs=rngs, **kwargs)
-
-  plain = run("prompt_image", IMAGES)
-  np.testing.assert_array_equal(plain, run("prompt_image", IMAGES, key=0))
-  first = run("prompt_image", IMAGES, train=True, key=0)
-  second = run("prompt_image", IMAGES, train=True, key=1)
+  plain = prompted_of(method, variables)
+  np.testing.assert_array_equal(plain, prompted_of(method, variables, seed=0))
+  first = prompted_of(method, variables, seed=0, train=True)
+  second = prompted_of(method, variables, seed=1, train=True)
   assert not np.array_equal(first, second)
   assert not np.array_equal(first, plain)
   # Dropped pixels of both prompts leave the image as it was.
   assert np.any(np.equal(first, IMAGES))
 
-  plain = run("adapt", IMAGES, IMAGES).prompts.tokens
-  first = run("adapt", IMAGES, IMAGES, train=True, key=0).prompts.tokens
-  assert not np.array_equal(first, plain)
+  first = tokens_of(method, variables, seed=0, train=True)
+  assert not np.array_equal(first, tokens_of(method, variables))
 
 
 def test_without_dropout_training_computes_what_evaluation_does():
   method = insvp(dropout=0.0, prompt_dropout=0.0)
   variables = init(method)
   # No key is needed.
-  trained = method.apply(variables, IMAGES, train=True, method="prompt_image")
-  np.testing.assert_array_equal(
-    trained, method.apply(variables, IMAGES, method="prompt_image")
-  )
-  tokens = [
-    method.apply(variables, IMAGES, IMAGES, train=t, method="adapt").prompts.tokens
-    for t in (False, True)
-  ]
+  trained = prompted_of(method, variables, train=True)
+  np.testing.assert_array_equal(trained, prompted_of(method, variables))
+  tokens = [tokens_of(method, variables, train=t) for t in (False, True)]
   np.testing.assert_array_equal(*tokens)
 
 
 def test_prompt_dropout_is_drawn_for_each_sample():
   method = insvp(**only("common"), prompt_dropout=0.5)
   variables = init(method)
-  tokens = train_tokens(method, variables, 0)
+  tokens = tokens_of(method, variables, seed=0, train=True)
   assert tokens.shape == (3, 2, 4, 32)
   assert not np.array_equal(tokens[:, 0], tokens[:, 1])
   assert 0.4 < np.mean(tokens == 0) < 0.6
@@ -407,7 +400,7 @@ def test_prompts_do_not_depend_on_the_rest_of_the_batch(preset, attended):
     alone = prompts_of(method, variables, IMAGES[i : i + 1])
     for name, prompt in alone.items():
       axis = 1 if name == "feature" else 0
-      expected = jnp.take(together[name], jnp.array([i]), axis=axis)
+      expected = np.take(together[name], [i], axis=axis)
       np.testing.assert_allclose(prompt, expected, atol=1e-5, err_msg=name)
 
 
@@ -473,7 +466,8 @@ def test_global_prompter_reaches_35_pixels(kernels, dilations, taps):
   module = GlobalPrompter(6, kernels, dilations, dropout=0.0)
   images = jnp.ones((1, 48, 48, 3))
   variables = draw(jax.eval_shape(module.init, jax.random.key(0), images))
-  gradient = jax.grad(lambda x: jnp.sum(module.apply(variables, x)[0, 24, 24]))(images)
+  value = jax.jit(lambda x: jnp.sum(module.apply(variables, x)[0, 24, 24]))
+  gradient = jax.grad(value)(images)
   rows, columns = np.nonzero(np.any(np.asarray(gradient[0]) != 0, axis=-1))
   assert (rows.min(), rows.max()) == (24 - 17, 24 + 17)
   assert (columns.min(), columns.max()) == (24 - 17, 24 + 17)
@@ -500,9 +494,9 @@ def test_simam_replaces_the_image_for_everything():
   prompts = prompts_of(attending, variables)
   for name, prompt in expected.items():
     np.testing.assert_allclose(prompts[name], prompt, atol=1e-6, err_msg=name)
-  prompted = attending.apply(variables, IMAGES, method="prompt_image")
+  prompted = prompted_of(attending, variables)
   np.testing.assert_allclose(prompted, simam(IMAGES) + prompts["image"], atol=1e-6)
-  tokens = attending.apply(variables, IMAGES, prompted, method="adapt").prompts.tokens
+  tokens = tokens_of(attending, variables, prompted)
   np.testing.assert_allclose(tokens, prompts["feature"], atol=1e-6)
 
 

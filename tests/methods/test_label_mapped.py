@@ -75,6 +75,7 @@ def counted(run):
   """Returns the mapping of what a run takes its training images for."""
   data = make_data().splits["train"]
 
+  @jax.jit
   def source_logits(params, images):
     return run.model.apply({"params": params}, images, method="source_logits")
 

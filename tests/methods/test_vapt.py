@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_backbones import draw_backbone
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, create_method
@@ -13,12 +14,13 @@ from insvp_jax.methods.hooks import HookArrays, block_of
 from insvp_jax.methods.vapt import convolved_weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.models.vit import decode_variant
+from insvp_jax.train import state as state_lib
 
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
 )
 IMAGES = jnp.zeros((2, 16, 16, 3))
-TOKENS = jax.random.normal(jax.random.key(9), (2, 17, 32))
+TOKENS = jnp.asarray(np.random.default_rng(9).standard_normal((2, 17, 32), np.float32))
 
 
 def arrays(method, variables, block, **kwargs):
@@ -29,9 +31,13 @@ def arrays(method, variables, block, **kwargs):
 def init(spec=SPEC, **fields):
   """Returns the method and parameters of which none is zero."""
   method = create_method("vapt", spec, **fields)
-  variables = method.init(jax.random.key(0), IMAGES, IMAGES, method="adapt")
-  noise = jax.tree.map(lambda x: 0.3 * jnp.cos(jnp.arange(x.size)), variables)
-  return method, jax.tree.map(lambda x, n: x + n.reshape(x.shape), variables, noise)
+  shapes = jax.eval_shape(
+    lambda key: method.init(key, IMAGES, IMAGES, method="adapt"), jax.random.key(0)
+  )
+  rng = np.random.default_rng(0)
+  return method, jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes
+  )
 
 
 @pytest.mark.parametrize(
@@ -53,10 +59,11 @@ def test_published_count(fields, expected):
 
 
 def test_convolution_and_dense_layer_are_one_product():
-  keys = jax.random.split(jax.random.key(0), 3)
-  kernel = jax.random.normal(keys[0], (1, 3, 3))
-  weights = jax.random.normal(keys[1], (1, 4, 4, 5))
-  grid = jax.random.normal(keys[2], (2, 6, 6, 1))
+  rng = np.random.default_rng(0)
+  kernel, weights, grid = (
+    jnp.asarray(rng.standard_normal(shape, np.float32))
+    for shape in ((1, 3, 3), (1, 4, 4, 5), (2, 6, 6, 1))
+  )
   layouts = ("NHWC", "HWIO", "NHWC")
   convolved = jax.lax.conv_general_dilated(
     grid, kernel[0, :, :, None, None], (1, 1), "VALID", dimension_numbers=layouts
@@ -73,9 +80,9 @@ def test_first_blocks_have_learned_prompts_and_later_ones_see_the_patches():
     assert x is TOKENS and prompts.shape == (2, 3, 32)
     if block < 2:
       learned = variables["params"]["common_prompt"][block]
-      np.testing.assert_array_equal(prompts, jnp.stack([learned] * 2))
+      np.testing.assert_array_equal(prompts, np.stack([learned] * 2))
     else:
-      assert np.all(prompts[0] != prompts[1])
+      assert np.all(np.not_equal(*np.asarray(prompts)))
 
 
 def test_only_patches_are_read():
@@ -83,8 +90,9 @@ def test_only_patches_are_read():
   p = arrays(method, variables, 2)
   _, expected = method.hooks().enter(p, TOKENS, None)
   # Another class token, and another method's prompts behind the patches.
-  other = jnp.concatenate([-TOKENS[:, :1], TOKENS[:, 1:], TOKENS[:, :4]], axis=1)
-  _, prompts = method.hooks().enter(p, other, TOKENS)
+  tokens = np.asarray(TOKENS)
+  other = np.concatenate([-tokens[:, :1], tokens[:, 1:], tokens[:, :4]], axis=1)
+  _, prompts = method.hooks().enter(p, jnp.asarray(other), TOKENS)
   np.testing.assert_array_equal(prompts, expected)
   without_class = create_method("vapt", dataclasses.replace(SPEC, num_prefix=0))
   _, prompts = without_class.hooks().enter(p, TOKENS[:, 1:], None)
@@ -94,7 +102,7 @@ def test_only_patches_are_read():
 def test_dropout_takes_whole_channels_and_values_of_prompts():
   method, variables = init(dropout=0.5, prompt_length=8)
   variables["params"] |= {
-    name: jnp.zeros_like(variables["params"][name])
+    name: jnp.asarray(np.zeros(variables["params"][name].shape, np.float32))
     for name in ("projector_up", "norm_bias")
   }
   variables["params"]["positions"]["bias"] *= 0
@@ -119,8 +127,12 @@ def test_made_prompts_start_at_zero_and_everything_moves_within_two_steps():
     method_kwargs={"prompt_length": 3},
     head_init="torch",
   )
-  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-  params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.standard_normal((2, 16, 16, 3), np.float32))
+  draws = state_lib.Draws(model)
+  backbone = draw_backbone(draws.shapes["backbone"])
+  params = state_lib.init_params(model, 1, weights=backbone, draws=draws)
+  params = jax.tree.map(jnp.asarray, params)
   p = arrays(model.prompter, {"params": params["prompter"]}, 1)
   _, prompts = model.prompter.hooks().enter(p, TOKENS, None)
   assert np.all(np.asarray(prompts) == 0)
@@ -139,7 +151,7 @@ def test_made_prompts_start_at_zero_and_everything_moves_within_two_steps():
   assert unmoved == {
     *("norm_scale", "norm_bias", "conv_kernel", "projector_down", "projector_up")
   }
-  prompter = jax.tree.map(lambda x, g: x - 1e-3 * g, prompter, grads)
+  prompter = jax.tree.map(lambda x, g: x - 1e-3 * np.asarray(g), prompter, grads)
   assert all(np.any(g) for g in jax.tree.leaves(gradient(prompter)))
 
 

@@ -293,7 +293,12 @@ def test_patch_tokens(name, kwargs, blocks):
 
     return None, [read(i) for i in range(SPEC.depth)]
 
-  params = {"backbone": {}, "prompter": dict(init(method)["params"]), "head": {}}
+  # What JAX draws for InsVP takes seconds to compile, and any start will do.
+  start = jax.tree.map(
+    lambda leaf: rng.uniform(-0.1, 0.1, leaf.shape).astype(np.float32),
+    dict(jax.eval_shape(lambda: init(method))["params"]),
+  )
+  params = {"backbone": {}, "prompter": start, "head": {}}
   drawn = params["prompter"]["common_prompt"]
   assert method.prepares()
   prepared = method.prepare(params, batches, Apply(backbone, None, None))

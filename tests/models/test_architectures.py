@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_sharding import first_batch
+from tiny_backbones import draw_backbone
 from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees
@@ -354,7 +355,8 @@ def test_trains_alike_on_one_device_and_split_over_four(variant):
     config.optim.name, config.optim.lr = "sgd", 0.3
     config.backbone.update(name=variant, depth=None, mlp_dim=None, **fields)
     program = prepare(config, devices=fsdp).program
-    params = state_lib.init_params(program.model, seed=0)
+    backbone = draw_backbone(program.shapes["backbone"])
+    params = state_lib.init_params(program.model, seed=0, weights=backbone)
     state = program_lib.create_state(config, program, params)
     specs = {n: x.sharding.spec for n, x in trees.flatten(state.params).items()}
     cut = {name: spec for name, spec in specs.items() if "fsdp" in spec}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_backbones import draw_backbone
 
 import insvp_jax
 from insvp_jax import trees
@@ -67,8 +68,7 @@ def test_hooks_run_in_order_and_see_what_they_should():
   vit = ViT(patch_size=4, image_size=8, **TINY)
   head, images = heads.Head(3, "torch"), jnp.zeros((2, 8, 8, 3))
   # The spy has no parameters, and sees values only where nothing is compiled.
-  init = jax.jit(PromptedClassifier(vit, Method(vit.spec), head).init)
-  params = init(jax.random.key(0), images)["params"]
+  params = draw_backbone(shapes(PromptedClassifier(vit, Method(vit.spec), head)))
   model = PromptedClassifier(vit, Spy(vit.spec), head)
   logits = model.apply({"params": params}, images, train=True)
   assert seen == [
@@ -84,8 +84,9 @@ def test_hooks_run_in_order_and_see_what_they_should():
 def test_the_base_method_changes_nothing():
   vit = ViT(patch_size=4, image_size=8, **TINY)
   model = PromptedClassifier(vit, Method(vit.spec), heads.Head(3))
-  images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+  rng = np.random.default_rng(1)
+  images = jnp.asarray(rng.standard_normal((2, 8, 8, 3), np.float32))
+  params = draw_backbone(shapes(model))
   plain = jax.jit(vit.apply)({"params": params["backbone"]}, images)
   features = functools.partial(model.apply, method="features")
   adapted = jax.jit(features)({"params": params}, images)
@@ -160,8 +161,8 @@ def test_head_inits():
 def test_the_head_computes_in_float32_on_a_bfloat16_backbone():
   model = tiny("linear", backbone_kwargs={**TINY, "dtype": "bfloat16"})
   images = jnp.ones((1, 16, 16, 3))
-  params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-  assert jax.jit(model.apply)({"params": params}, images).dtype == jnp.float32
+  params = shapes(model)
+  assert jax.eval_shape(model.apply, {"params": params}, images).dtype == jnp.float32
   assert trees.count(params["head"]) == 16 * 3 + 3
 
 

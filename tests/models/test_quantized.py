@@ -1,5 +1,7 @@
 """Kernels in 8 bits: how far off, what is computed of them, what memory they take."""
 
+import functools
+
 import flax.linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_backbones import draw_backbone
 from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees
@@ -140,6 +143,7 @@ def test_products_and_their_gradients_are_those_of_the_floats(layer, dtype):
     )
 
 
+@functools.cache
 def wide(**changes):
   """Returns (config, program) of a backbone that is nearly all kernels."""
   sizes = {"width": 128, "mlp_dim": 512, "depth": 4}
@@ -197,8 +201,7 @@ def test_the_memory_of_a_step_is_a_quarter_too(scan, step):
 
 def test_a_plan_of_split_kernels_has_their_bytes():
   config, program = wide(backbone__scan=True, backbone__fsdp=4, **INT8)
-  params = state_lib.init_params(program.model, 0)
-  placed = program_lib.create_state(config, program, params)
+  placed = program_lib.create_state(config, program, draw_backbone(program.shapes))
   leaves = jax.tree.leaves(trees.split(placed.params, program.mask)[1])
   on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
   assert frozen_bytes(config, program) == on_first

@@ -470,16 +470,16 @@ def test_a_header_of_terabytes_is_an_error_at_once(tmp_path, leaves, name, shape
 @pytest.mark.parametrize(
   ("name", "shape", "expected"),
   [
-    ("cls", (1, 1, 2**26), r"cls is \(1, 1, 67108864\) in the file, \(1, 1, 8\) in"),
-    ("pos_embedding", (1, 17, 2**21), r"pos_embedding is .* in the file"),
-    ("pos_embedding", (1, 2**22, 8), r"pos_embedding is .*expected \(1, n, width\)"),
-    ("embedding/kernel", (4, 4, 3, 2**20), "does not fit the model"),
-    ("Transformer/encoderblock_0/LayerNorm_0/scale", (2**26,), "of another shape"),
-    ("more", (2**26,), "that only the file has: more"),
+    ("cls", (1, 1, 2**24), r"cls is \(1, 1, 16777216\) in the file, \(1, 1, 8\) in"),
+    ("pos_embedding", (1, 17, 2**20), r"pos_embedding is .* in the file"),
+    ("pos_embedding", (1, 2**21, 8), r"pos_embedding is .*expected \(1, n, width\)"),
+    ("embedding/kernel", (4, 4, 3, 2**19), "does not fit the model"),
+    ("Transformer/encoderblock_0/LayerNorm_0/scale", (2**24,), "of another shape"),
+    ("more", (2**24,), "that only the file has: more"),
   ],
 )
 def test_what_does_not_fit_is_not_unpacked(tmp_path, leaves, name, shape, expected):
-  # A quarter of a gigabyte, which a file of some 100 kB holds.
+  # More than 60 megabytes, which a file of some 100 kB holds.
   large = {name: np.broadcast_to(np.float32(0), shape)}
   np.savez_compressed(tmp_path / "x.npz", **leaves | large)
   tracemalloc.start()

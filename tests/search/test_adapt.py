@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from tiny_commands import BACKBONE
+from tiny_commands import BACKBONE, make_place
 from tiny_training import CLASSES, SIZE, at_step, stop_by
 
 import insvp_jax
@@ -30,7 +30,6 @@ TINY = {
   "tensorboard": False,
   "optim": {"warmup_epochs": 0.0},
   "data": {"cache_dir": "off"},
-  "backbone.weights": "random",
   **{f"backbone.{name}": value for name, value in BACKBONE.items()},
 }
 
@@ -67,9 +66,16 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(place):
+def tiny(tmp_path_factory):
+  """The settings of a small run, whose backbone is read: to draw it takes longest."""
+  weights = make_place(tmp_path_factory.mktemp("backbones")) / "backbone0.npz"
+  return {**TINY, "backbone.weights": str(weights)}
+
+
+@pytest.fixture(scope="module")
+def run(place, tiny):
   """The run on arrays; its lr was chosen."""
-  return insvp_jax.adapt(make_images(), workdir=place / "run", **TINY)
+  return insvp_jax.adapt(make_images(), workdir=place / "run", **tiny)
 
 
 def assert_same_params(one, two):
@@ -80,9 +86,11 @@ def assert_same_params(one, two):
 
 
 @pytest.mark.parametrize("train", ["photos", "labels.csv"])
-def test_a_folder_and_a_csv_give_the_bits_of_the_arrays(place, run, tmp_path, train):
+def test_a_folder_and_a_csv_give_the_bits_of_the_arrays(
+  tiny, place, run, tmp_path, train
+):
   lr = run.result["lr"]
-  other = insvp_jax.adapt(place / train, workdir=tmp_path, lr=lr, **TINY)
+  other = insvp_jax.adapt(place / train, workdir=tmp_path, lr=lr, **tiny)
   assert_same_params(other, run)
   assert other.class_names == run.class_names == CLASSES
   same = ("test_accuracy", "data_sha256", "lr", "train_split", "test_by_class")
@@ -92,31 +100,31 @@ def test_a_folder_and_a_csv_give_the_bits_of_the_arrays(place, run, tmp_path, tr
   assert evaluate.main(["--run", str(other.workdir)]) == 0
 
 
-def test_the_same_call_returns_the_finished_run(place, run, monkeypatch):
+def test_the_same_call_returns_the_finished_run(tiny, place, run, monkeypatch):
   monkeypatch.setattr(
     "insvp_jax.train.trainer.train_loop", lambda *_, **__: pytest.fail("it trained")
   )
-  again = insvp_jax.adapt(make_images(), workdir=place / "run", **TINY)
+  again = insvp_jax.adapt(make_images(), workdir=place / "run", **tiny)
   assert_same_params(again, run)
   assert again.predict(make_images()[0][:2]).shape == (2, 3)
 
 
 @pytest.mark.parametrize("what", ["a pixel", "a label"])
-def test_other_images_in_the_same_workdir_are_refused(place, run, what, capsys):
+def test_other_images_in_the_same_workdir_are_refused(tiny, place, run, what, capsys):
   images, labels = make_images()
   if what == "a pixel":
     images[0] = np.full_like(images[0], 7)
   else:
     labels[0] = "bee"
   with pytest.raises(ValueError, match="holds a run of other images: they or their"):
-    insvp_jax.adapt((images, labels), workdir=place / "run", **TINY)
+    insvp_jax.adapt((images, labels), workdir=place / "run", **tiny)
   # Before any trial.
   assert "trial  step" not in capsys.readouterr().err
 
 
-def test_stopped_and_called_again_equals_uninterrupted(monkeypatch, tmp_path):
+def test_stopped_and_called_again_equals_uninterrupted(tiny, monkeypatch, tmp_path):
   images, labels = make_images()
-  given = {"val": (images[::4], labels[::4]), "lr": 0.01, **TINY}
+  given = {"val": (images[::4], labels[::4]), "lr": 0.01, **tiny}
   whole = insvp_jax.adapt((images, labels), workdir=tmp_path / "whole", **given)
   assert not (tmp_path / "whole" / "linear" / "trials.jsonl").exists()
   at_step(monkeypatch, 3, stop_by(signal.SIGTERM))
@@ -135,11 +143,11 @@ def test_images_of_memory_are_not_read_again_but_a_folder_is_scored(place, run, 
   assert evaluate.main(["--run", str(run.workdir), "--root", photos]) == 0
 
 
-def test_splits_that_lie_apart_are_one_set(place, tmp_path, capsys):
+def test_splits_that_lie_apart_are_one_set(tiny, place, tmp_path, capsys):
   images, labels = make_images((4, 4, 4))
   test = write_folder(tmp_path / "elsewhere" / "test", images, labels)
   adapted = insvp_jax.adapt(
-    place / "labels.csv", test=test, workdir=tmp_path / "run", lr=0.01, **TINY
+    place / "labels.csv", test=test, workdir=tmp_path / "run", lr=0.01, **tiny
   )
   assert adapted.result["num_test_examples"] == 12
   accuracy = adapted.result["test_accuracy"]
@@ -333,11 +341,11 @@ def test_what_is_no_labelled_images_is_one_line(case):
     (([IMAGE] * 2, [0, 2]), {}, "label of image 1 of val is '2', a class that train"),
   ],
 )
-def test_wrong_calls_are_one_line(place, tmp_path, given, settings, message):
+def test_wrong_calls_are_one_line(tiny, place, tmp_path, given, settings, message):
   images, labels = [IMAGE] * 8, [0, 1] * 4
   val = str(place / given[0]) if len(given) == 1 else given or None
   with pytest.raises(ValueError, match=message):
-    insvp_jax.adapt((images, labels), val, workdir=tmp_path, **{**TINY, **settings})
+    insvp_jax.adapt((images, labels), val, workdir=tmp_path, **{**tiny, **settings})
 
 
 @pytest.mark.parametrize(
@@ -349,7 +357,9 @@ def test_wrong_calls_are_one_line(place, tmp_path, given, settings, message):
     (("photos", "other"), "has the class 'dog', which train does not have"),
   ],
 )
-def test_paths_that_do_not_go_together_are_one_line(place, tmp_path, splits, message):
+def test_paths_that_do_not_go_together_are_one_line(
+  tiny, place, tmp_path, splits, message
+):
   import shutil
 
   for name in {*splits} - {"photos"}:
@@ -363,4 +373,4 @@ def test_paths_that_do_not_go_together_are_one_line(place, tmp_path, splits, mes
         write_folder(tmp_path / name / split, *make_images((3, 3, 3)))
   train, test = ((place if n == "photos" else tmp_path) / n for n in splits)
   with pytest.raises(ValueError, match=message):
-    insvp_jax.adapt(train, test=test, workdir=tmp_path / "run", **TINY)
+    insvp_jax.adapt(train, test=test, workdir=tmp_path / "run", **tiny)

@@ -6,6 +6,7 @@ import json
 import types
 
 import pytest
+from tiny_commands import make_place
 from tiny_training import assert_same, make_data, prepare, stored, tiny_config
 
 from insvp_jax.logs import progress
@@ -201,6 +202,8 @@ def test_measuring_changes_no_bit_of_a_search(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   config = tiny_config(
     "vpt_deep",
+    backbone__depth=1,
+    backbone__weights=str(make_place(tmp_path / "place") / "backbone0.npz"),
     loss__mixup_alpha=0.8,
     data__preset="cifar",
     vpt_deep__dropout=0.1,

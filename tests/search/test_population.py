@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from test_sharding import wide_config
+from tiny_commands import make_place
 from tiny_training import make_data, streamed, tiny_config
 
 from insvp_jax import trees
 from insvp_jax.search import population, trials, tune
 from insvp_jax.search.population import population_size
-from insvp_jax.train import state as state_lib
 from insvp_jax.train import trainer
 from insvp_jax.train.trainer import Diverged
 
@@ -26,9 +26,21 @@ RANDOM = {
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-4}
 
 
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+  """The file of a backbone of one block: to draw one is the dearest program of all."""
+  return str(make_place(tmp_path_factory.mktemp("place")) / "backbone0.npz")
+
+
 @pytest.fixture(autouse=True)
 def _data(monkeypatch):
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
+
+
+def one_block(method, backbone, **changes):
+  """Returns a config of a backbone that is read."""
+  changes = {"backbone__depth": 1, "backbone__weights": backbone} | changes
+  return tiny_config(method, **changes)
 
 
 @pytest.fixture
@@ -92,7 +104,7 @@ def assert_close(params, expected):
     ("linear", {}, {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
     (
       "insvp",
-      RANDOM | {"backbone__depth": 1},
+      RANDOM,
       {
         "lr": (0.02,),
         "wd": (0.1,),
@@ -104,8 +116,10 @@ def assert_close(params, expected):
     ),
   ],
 )
-def test_trials_end_as_runs_of_their_own(method, changes, grid, final_states, tmp_path):
-  config = tiny_config(method, **changes)
+def test_trials_end_as_runs_of_their_own(
+  method, changes, grid, backbone, final_states, tmp_path
+):
+  config = one_block(method, backbone, **changes)
   configs, prepared, outcomes = search(config, grid, tmp_path / "search")
   program = prepared.program
   state, last = final_states[-1], len(configs) - 1
@@ -125,8 +139,8 @@ def test_trials_end_as_runs_of_their_own(method, changes, grid, final_states, tm
   assert max(moved) > 1e-3
 
 
-def test_trials_that_take_turns_end_as_trials_at_once(final_states, tmp_path):
-  config = tiny_config("vpt_deep", backbone__depth=1, **RANDOM)
+def test_trials_that_take_turns_end_as_trials_at_once(backbone, final_states, tmp_path):
+  config = one_block("vpt_deep", backbone, **RANDOM)
   grid = {"lr": (0.02, 0.03), "wd": (0.1,), "dropout": (0.0, 0.4)}
   _, prepared, at_once = search(config, grid, tmp_path / "at once")
   program = prepared.program
@@ -140,7 +154,7 @@ def test_trials_that_take_turns_end_as_trials_at_once(final_states, tmp_path):
   assert int(second.step) == int(first.step)
   # The frozen weights are there once, and as they were.
   frozen = trees.split(second.params, program.mask)[1]
-  start = trees.flatten(state_lib.init_params(program.model, config.seed))
+  start = trees.flatten(prepared.first_params(config))
   for name, leaf in frozen.items():
     np.testing.assert_array_equal(leaf, start[name], err_msg=name)
 
@@ -152,8 +166,10 @@ def test_on_a_cpu_trials_take_turns_unless_the_backbone_is_shared():
   assert turns("vpt_deep") and not turns("linear")
 
 
-def test_a_trial_that_diverges_leaves_the_others_bit_for_bit(final_states, tmp_path):
-  config = tiny_config("linear")
+def test_a_trial_that_diverges_leaves_the_others_bit_for_bit(
+  backbone, final_states, tmp_path
+):
+  config = one_block("linear", backbone)
   wd = {"wd": (0.0,)}
   _, prepared, _ = search(config, {**wd, "lr": (0.01, 0.02, 0.03)}, tmp_path / "good")
   configs, _, outcomes = search(
@@ -173,8 +189,8 @@ def test_a_trial_that_diverges_leaves_the_others_bit_for_bit(final_states, tmp_p
   assert str(raised.value) == f"{outcomes[1]['diverged']} No checkpoint yet."
 
 
-def test_when_all_diverge_the_search_ends_early(final_states, tmp_path):
-  config = tiny_config("linear", total_epochs=50.0)
+def test_when_all_diverge_the_search_ends_early(backbone, final_states, tmp_path):
+  config = one_block("linear", backbone, total_epochs=50.0)
   _, _, outcomes = search(config, {"lr": (1e30, 1e31), "wd": (0.0,)}, tmp_path)
   assert not final_states  # no loop came to its end
   assert all(outcome["diverged"] for outcome in outcomes)
@@ -197,8 +213,8 @@ def test_a_backbone_that_is_split_over_devices_stays_split(final_states, tmp_pat
   assert_close(member(state, program, 1), params)
 
 
-def test_trials_share_the_batches_of_a_stream(final_states, tmp_path):
-  config = tiny_config("linear", **RANDOM)
+def test_trials_share_the_batches_of_a_stream(backbone, final_states, tmp_path):
+  config = one_block("linear", backbone, **RANDOM)
   grid = {"lr": (0.01, 0.05), "wd": (0.0,)}
   _, prepared, _ = search(config, grid, tmp_path / "resident")
   prepared = dataclasses.replace(prepared, data=streamed(prepared.data))

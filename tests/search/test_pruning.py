@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_commands import make_place
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import create_model, load_run, trees
@@ -159,7 +160,8 @@ def test_the_whole_schedule_killed_twice_and_resumed(monkeypatch, tmp_path):
     return original(configs, *args, **kwargs)
 
   monkeypatch.setattr(tune, "train_trials", train_trials)
-  config = pruned_config()
+  backbone = make_place(tmp_path / "place") / "backbone0.npz"
+  config = pruned_config(backbone__weights=str(backbone))
   # One by one, so that there is a second one to be killed in.
   config.tune.population, config.tune.seeds = 1, (0, 1)
   scored, original_scores = [], pruning.mask_gradients

@@ -70,16 +70,16 @@ def _config(root, backbone):
   return config
 
 
-def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, tmp_path):
+def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, backbone, tmp_path):
   images = write_images(tmp_path / "photos")
   config = load(root, "methods", f"root={images}")
   assert set(config.tune.methods) < set(METHODS)
   # As the config says, but for what takes long.
   config.tune.methods, config.tune.seeds = ("linear", "mlp"), (0,)
   config.total_epochs, config.data.cache_dir, config.tensorboard = 2.0, "off", False
-  config.backbone.name, config.backbone.weights = "mu/4", "random"
-  config.backbone.width = config.backbone.mlp_dim = config.image_size = 16
-  config.backbone.depth = config.tune.population = 1
+  config.backbone.name, config.backbone.weights = "mu/4", str(backbone)
+  config.backbone.update(BACKBONE)
+  config.image_size, config.tune.population = SIZE, 1
   found = suite.run(config, tmp_path / "run")
   titles, *table = cells((tmp_path / "run/table.md").read_text())
   assert titles[:2] == ["photos", "test accuracy, %"]

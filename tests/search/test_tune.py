@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import jax
 from markdown_table import cells
 import pytest
+from tiny_commands import make_place
 from tiny_training import make_data, tiny_config, write_images
 
 from insvp_jax import config as config_lib
@@ -26,6 +27,12 @@ def search_config(method="linear", **changes):
   lists = {"lr": (0.1, 0.01, 0.001), "wd": (0.0, 0.1), "seeds": (0, 1, 2)}
   changes = {f"tune__{name}": values for name, values in lists.items()} | changes
   return tiny_config(method, backbone__depth=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+  """The file of a backbone of one block: to draw one is the dearest program of all."""
+  return str(make_place(tmp_path_factory.mktemp("place")) / "backbone0.npz")
 
 
 class FakeTrainer:
@@ -347,7 +354,7 @@ def test_first_runs_are_where_the_first_final_runs_lie(tmp_path):
 
 @pytest.mark.parametrize("population, together_", [(0, 4), (1, 1), (2, 2)])
 def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
-  monkeypatch, tmp_path, capsys, population, together_
+  monkeypatch, backbone, tmp_path, capsys, population, together_
 ):
   traced = []
   original = steps.create_train_step
@@ -364,7 +371,7 @@ def test_a_real_search_compiles_the_step_once_and_repeats_nothing(
   monkeypatch.setattr(steps, "create_train_step", create_train_step)
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   lists = {"tune__lr": (0.0, 0.05), "tune__wd": (0.0, 0.1), "tune__seeds": (0, 1)}
-  lists["tune__population"] = population
+  lists |= {"tune__population": population, "backbone__weights": backbone}
   config = search_config(total_epochs=4.0, log_every_steps=100, **lists)
   summary = tune.run(config, tmp_path)["linear"]
   # One program for all four trials, one for both seeds on train_val.
@@ -566,7 +573,7 @@ def test_too_many_trials_for_the_memory_become_fewer(
   assert fake.chunks == [1] * 6 and "now 3 at a time" in capsys.readouterr().out
 
 
-def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
+def test_the_search_never_touches_the_test_split(monkeypatch, backbone, tmp_path):
   class Sealed(ArraySplit):
     def __len__(self):
       return 13
@@ -586,7 +593,7 @@ def test_the_search_never_touches_the_test_split(monkeypatch, tmp_path):
   Sealed.sealed = True
   # The final run is what trips over it, with the search behind it.
   with pytest.raises(AssertionError, match="the test split was touched"):
-    tune.run(search_config(), tmp_path)
+    tune.run(search_config(backbone__weights=backbone), tmp_path)
   lines = (tmp_path / "linear" / "trials.jsonl").read_text().splitlines()
   assert len(lines) == 6
 
@@ -765,7 +772,7 @@ def test_what_a_row_changes_is_not_searched_for_in_it():
   assert trials.grid_of(own.config(tiny_config(), tunes=True), True)["lr"] == (0.5,)
 
 
-def test_rows_may_differ_in_the_share_of_the_training_images(tmp_path):
+def test_rows_may_differ_in_the_share_of_the_training_images(backbone, tmp_path):
   write_images(tmp_path / "images")
   rows = tuple(
     (f"{title} {value:g}", "linear", ((f"data.{title}", value),))
@@ -774,6 +781,7 @@ def test_rows_may_differ_in_the_share_of_the_training_images(tmp_path):
   config = variants_config(rows, tune__lr=(0.1,), tune__seeds=(0,))
   config.task, config.data.root = "folder", str(tmp_path / "images")
   config.batch_size, config.total_epochs = 0, 1.0
+  config.backbone.weights = backbone
   summary = tune.run(config, tmp_path / "run")
   finals = tune.first_runs(config, tmp_path / "run")
   results = {

@@ -37,8 +37,9 @@ MAX_BYTES = 2**20
 def runs(tmp_path_factory):
   """A run with image prompts and one without; a class name is a program."""
   meta = {"class_names": ["ant", EVIL, "$cat$"]}
-  first, *_ = make_run(tmp_path_factory.mktemp("insvp"), meta=meta)
-  second, *_ = make_run(tmp_path_factory.mktemp("linear"), "linear")
+  block = {"backbone_kwargs": {"depth": 1}}
+  first, *_ = make_run(tmp_path_factory.mktemp("insvp"), meta=meta, **block)
+  second, *_ = make_run(tmp_path_factory.mktemp("linear"), "linear", **block)
   loaded = [load_run(first), load_run(second)]
   return dict(zip(demo.titles(["one", "two"], loaded), loaded, strict=True))
 

@@ -32,9 +32,27 @@ from insvp_jax.tools import (
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  # Of this preset, resized images would change if they were resized again.
-  return make_run(tmp_path_factory.mktemp("insvp"), meta={"preset": "imagenet"})[0]
+def make(tmp_path_factory):
+  """Makes a run of a method, of a backbone that is traced in no time."""
+
+  def make(method):
+    # Of this preset, resized images would change if they were resized again.
+    kwargs = {"meta": {"preset": "imagenet"}, "backbone_kwargs": {"depth": 1}}
+    return make_run(tmp_path_factory.mktemp(method), method, **kwargs)[0]
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def workdir(make):
+  """A run that has prompts to show."""
+  return make("insvp")
+
+
+@pytest.fixture(scope="module")
+def linear(make):
+  """A run for what is not about the method."""
+  return make("linear")
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +65,19 @@ def photos(tmp_path_factory):
   return folder
 
 
-def test_predict_prints_the_most_probable_classes(workdir, photos, capsys):
-  status = predict.main([f"--run={workdir}", "--top=2", str(photos / "1.png")])
+def test_predict_prints_the_most_probable_classes(linear, photos, capsys):
+  status = predict.main([f"--run={linear}", "--top=2", str(photos / "1.png")])
   out = capsys.readouterr().out.splitlines()
   assert status == 0
-  row = load_run(workdir).predict(photos / "1.png")[0]
+  row = load_run(linear).predict(photos / "1.png")[0]
   best = sorted(zip(row, CLASSES, strict=True), reverse=True)[:2]
   assert out == [str(photos / "1.png")] + [f"  {100 * p:5.1f}%  {c}" for p, c in best]
 
 
 def test_predict_takes_folders_and_asks_for_no_more_classes_than_there_are(
-  workdir, photos, capsys
+  linear, photos, capsys
 ):
-  assert predict.main([f"--run={workdir}", str(photos)]) == 0
+  assert predict.main([f"--run={linear}", str(photos)]) == 0
   out = capsys.readouterr().out.splitlines()
   assert len(out) == 3 * (1 + len(CLASSES))
   assert out[0] == str(photos / "0.png")
@@ -70,7 +88,7 @@ def _predicted(out):
   return [line for line in out.splitlines() if not line.startswith("  ")]
 
 
-def test_predict_finds_what_training_finds(workdir, photos, tmp_path, capsys):
+def test_predict_finds_what_training_finds(linear, photos, tmp_path, capsys):
   data = (photos / "0.png").read_bytes()
   names = ["b/1.png", "a.jfif", "b/none", "b/\u732b.png"]
   others = {
@@ -90,21 +108,19 @@ def test_predict_finds_what_training_finds(workdir, photos, tmp_path, capsys):
       archive.write(tmp_path / "g" / name, name)
   expected = sorted(names, key=lambda name: name.split("/"))
   for root in (tmp_path / "g", tmp_path / "x.zip"):
-    assert predict.main([f"--run={workdir}", "--top=1", str(root)]) == 0
+    assert predict.main([f"--run={linear}", "--top=1", str(root)]) == 0
     captured = capsys.readouterr()
     assert _predicted(captured.out) == [f"{root}/{name}" for name in expected]
     line = "left out 1 hidden (.hidden/), 1 no image (n.txt)"
     assert captured.err == f"insvp_jax: {root}: {line}\n"
-  assert predict.main([f"--run={workdir}", "--top=1", str(tmp_path / "f")]) == 0
+  assert predict.main([f"--run={linear}", "--top=1", str(tmp_path / "f")]) == 0
   captured = capsys.readouterr()
   # By way of the loop, g and the archive's neighbours once more.
   assert len(_predicted(captured.out)) == 3 * len(names)
   assert "1 behind a link to a folder around it (loop/f/)" in captured.err
 
 
-def test_predict_expands_patterns_itself(
-  workdir, photos, tmp_path, monkeypatch, capsys
-):
+def test_predict_expands_patterns_itself(linear, photos, tmp_path, monkeypatch, capsys):
   data = (photos / "0.png").read_bytes()
   names = ["a/1.png", "a/b/2.png", "a/b/c.txt", "d/3.png", "d[1]/4.png", "5.png"]
   for name in names:
@@ -122,15 +138,15 @@ def test_predict_expands_patterns_itself(
   assert found("d*/*.png") == ["d/3.png", "d[1]/4.png"]
   # What is there under that name is no pattern.
   assert found("d[1]") == ["d[1]/4.png"]
-  assert predict.main([f"--run={workdir}", "--top=1", "**/*.png"]) == 0
+  assert predict.main([f"--run={linear}", "--top=1", "**/*.png"]) == 0
   assert _predicted(capsys.readouterr().out) == every
-  assert predict.main([f"--run={workdir}", "x/**/*.jpg"]) == 2
+  assert predict.main([f"--run={linear}", "x/**/*.jpg"]) == 2
   error = capsys.readouterr().err
   assert "no file or folder matches 'x/**/*.jpg'" in error and error.count("\n") == 1
 
 
-def test_what_breaks_while_it_is_written_leaves_nothing(workdir, photos, tmp_path):
-  run, output = load_run(workdir), tmp_path / "out.csv"
+def test_what_breaks_while_it_is_written_leaves_nothing(linear, photos, tmp_path):
+  run, output = load_run(linear), tmp_path / "out.csv"
   output.write_text("before")
 
   def rows():
@@ -146,7 +162,7 @@ def test_what_breaks_while_it_is_written_leaves_nothing(workdir, photos, tmp_pat
 
 
 def test_a_file_that_cannot_be_read_costs_no_others(
-  workdir, photos, tmp_path, monkeypatch, capsys
+  linear, photos, tmp_path, monkeypatch, capsys
 ):
   for name in ("0.png", "1.png"):
     shutil.copy(photos / name, tmp_path / name)
@@ -157,7 +173,7 @@ def test_a_file_that_cannot_be_read_costs_no_others(
     return decoded(image, options)
 
   monkeypatch.setattr(tools.ImageFile, "decoded", decoded)
-  assert predict.main([f"--run={workdir}", "--top=1", str(tmp_path)]) == 2
+  assert predict.main([f"--run={linear}", "--top=1", str(tmp_path)]) == 2
   captured = capsys.readouterr()
   assert _predicted(captured.out) == [str(tmp_path / "1.png")]
   first, last = captured.err.splitlines()
@@ -167,7 +183,7 @@ def test_a_file_that_cannot_be_read_costs_no_others(
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("archive", [False, True])
-def test_broken_photos_cost_no_others(workdir, photos, tmp_path, capsys, archive, skip):
+def test_broken_photos_cost_no_others(linear, photos, tmp_path, capsys, archive, skip):
   data = (photos / "0.png").read_bytes()
   content = {f"{i:02d}.png": data for i in range(40)}
   content |= {"07.png": data[:60], "33.png": b"", "39.png": b"no image"}
@@ -180,7 +196,7 @@ def test_broken_photos_cost_no_others(workdir, photos, tmp_path, capsys, archive
     root.mkdir()
     for name, data in content.items():
       (root / name).write_bytes(data)
-  arguments = [f"--run={workdir}", "--top=1", *["--skip_corrupt"] * skip, str(root)]
+  arguments = [f"--run={linear}", "--top=1", *["--skip_corrupt"] * skip, str(root)]
   assert predict.main(arguments) == (0 if skip else 2)
   captured = capsys.readouterr()
   broken = ("07.png", "33.png", "39.png")
@@ -194,18 +210,18 @@ def test_broken_photos_cost_no_others(workdir, photos, tmp_path, capsys, archive
 
 @pytest.mark.parametrize("to_file", [False, True])
 def test_predict_writes_tables_for_other_programs(
-  workdir, photos, tmp_path, capsys, to_file
+  linear, photos, tmp_path, capsys, to_file
 ):
   output = [f"--output={tmp_path / 'out'}"] if to_file else []
 
   def text(form):
-    flags = [f"--run={workdir}", "--top=2", "--batch=2", f"--format={form}", *output]
+    flags = [f"--run={linear}", "--top=2", "--batch=2", f"--format={form}", *output]
     assert predict.main([*flags, str(photos)]) == 0
     printed = capsys.readouterr().out
     assert not (printed and to_file)
     return (tmp_path / "out").read_text() if to_file else printed
 
-  rows = load_run(workdir).predict([photos / f"{i}.png" for i in range(3)])
+  rows = load_run(linear).predict([photos / f"{i}.png" for i in range(3)])
   expected = []
   for i, row in enumerate(rows):
     best = row.argsort()[::-1][:2]
@@ -225,11 +241,11 @@ def test_predict_writes_tables_for_other_programs(
   assert len(text("table").splitlines()) == 3 * 3
 
 
-def test_predict_of_broken_images_alone_is_an_empty_list(workdir, tmp_path, capsys):
+def test_predict_of_broken_images_alone_is_an_empty_list(linear, tmp_path, capsys):
   for name in ("a.png", "b.png"):
     (tmp_path / name).write_bytes(b"no image")
   paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
-  flags = [f"--run={workdir}", "--format=json", "--skip_corrupt"]
+  flags = [f"--run={linear}", "--format=json", "--skip_corrupt"]
   assert predict.main([*flags, *paths]) == 0
   assert json.loads(capsys.readouterr().out) == []
 
@@ -245,10 +261,10 @@ def test_predictions_are_those_of_the_whole_images(workdir, photos, capsys):
   np.testing.assert_array_equal(run.predict(found), rows)
 
 
-def test_predict_runs_as_a_module(workdir, photos, root):
+def test_predict_runs_as_a_module(linear, photos, root):
   command = [sys.executable, "-m", "insvp_jax.tools.predict"]
   done = subprocess.run(
-    [*command, f"--run={workdir}", str(photos / "2.png")],
+    [*command, f"--run={linear}", str(photos / "2.png")],
     cwd=root,
     capture_output=True,
     text=True,
@@ -273,7 +289,7 @@ def test_predict_runs_as_a_module(workdir, photos, root):
   ],
 )
 def test_bad_input_is_one_line_and_status_2(
-  workdir, photos, tmp_path, capsys, arguments, line
+  linear, photos, tmp_path, capsys, arguments, line
 ):
   for path in photos.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -281,7 +297,7 @@ def test_bad_input_is_one_line_and_status_2(
   (tmp_path / "bad.zip").write_text("no archive")
   os.mkfifo(tmp_path / "pipe.png")
   (tmp_path / "empty").mkdir()
-  status = predict.main([a.format(run=workdir, photos=tmp_path) for a in arguments])
+  status = predict.main([a.format(run=linear, photos=tmp_path) for a in arguments])
   captured = capsys.readouterr()
   assert status == 2
   assert captured.out == ""
@@ -405,8 +421,9 @@ def test_without_matplotlib_nothing_is_computed(
     visualize.draw(load_run(workdir), tmp_path / "a.png", images=[photos / "0.png"])
 
 
-def test_visualize_refuses_what_it_cannot_draw(workdir, photos, tmp_path, capsys):
-  linear = make_run(tmp_path / "linear", "linear")[0]
+def test_visualize_refuses_what_it_cannot_draw(
+  workdir, linear, photos, tmp_path, capsys
+):
   arguments = ["--images", str(photos)]
   assert visualize.main([f"--run={linear}", *arguments]) == 2
   assert "'linear' makes no image prompts" in capsys.readouterr().err
@@ -438,11 +455,11 @@ def test_spread_takes_from_everywhere():
   assert visualize.evenly_spaced([], 5) == []
 
 
-def test_16_bit_images_are_read_as_in_training(workdir, tmp_path, capsys):
+def test_16_bit_images_are_read_as_in_training(linear, tmp_path, capsys):
   values = np.random.default_rng(0).integers(0, 4096, (SIZE, SIZE)).astype(np.uint16)
   for name, scale in (("raw", 1), ("full", 16)):
     Image.fromarray(values * np.uint16(scale)).save(tmp_path / f"{name}.png")
-  run = load_run(workdir)
+  run = load_run(linear)
   paths = [str(tmp_path / "raw.png"), str(tmp_path / "full.png")]
   raw, full = run.preprocess(paths)
   assert np.abs(raw - full).max() > 0.5
@@ -452,7 +469,7 @@ def test_16_bit_images_are_read_as_in_training(workdir, tmp_path, capsys):
   np.testing.assert_allclose(told.preprocess(paths[:1])[0], full, atol=0.02)
   (image,) = tools.find_images(paths[:1])
   np.testing.assert_array_equal(told.preprocess([image]), told.preprocess(paths[:1]))
-  assert predict.main([f"--run={workdir}", paths[0]]) == 0
+  assert predict.main([f"--run={linear}", paths[0]]) == 0
   assert "set config.data.max_16bit=4095" in capsys.readouterr().err
 
 

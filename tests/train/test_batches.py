@@ -25,7 +25,6 @@ from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.search import population, trials, tune
 from insvp_jax.train import batches, steps, trainer
 from insvp_jax.train import program as program_lib
-from insvp_jax.train import state as state_lib
 from insvp_jax.train.batches import ResidentFeed, StreamFeed
 from insvp_jax.train.timing import Timer
 from insvp_jax.train.trainer import Diverged, train
@@ -120,7 +119,7 @@ def test_many_steps_end_and_log_as_single_ones(prepared, whole, counts, tmp_path
     np.testing.assert_allclose(many[name], leaf, err_msg=name, **CLOSE)
   for here, there in zip(metrics(whole), metrics(tmp_path), strict=True):
     assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
-  before = state_lib.init_params(prepared.program.model, 0)
+  before = prepared.first_params(config_of())
   for name, leaf in trees.flatten(before["prompter"]).items():
     assert np.abs(leaf - many[f"prompter/{name}"]).max() > 1e-3
 
@@ -186,7 +185,7 @@ def run_trials(linear, workdir, lrs, **changes):
     outcomes = tune.train_trials(
       configs,
       dataclasses.replace(linear, program=program),
-      state_lib.init_params(linear.program.model, 0),
+      linear.first_params(configs[0]),
       workdir,
       "test",
     )
@@ -273,7 +272,7 @@ def test_how_many_steps_a_call_takes(
   chosen = {"linear": linear, "vpt_deep": prepared}[method]
   monkeypatch.setattr(batches, "_platform", lambda program: platform)
   settings = config_of(method, steps_per_call=asked)
-  params = state_lib.init_params(chosen.program.model, 0)
+  params = chosen.first_params(settings)
   state = program_lib.create_state(settings, chosen.program, params)
   split = chosen.data.splits["train"]
   if not resident:
@@ -290,7 +289,7 @@ def test_a_call_does_no_more_than_a_device_does_in_about_a_second(
 ):
   monkeypatch.setattr(batches, "_FLOPS_PER_CALL_ELSEWHERE", 1e7)
   monkeypatch.setattr(batches, "_platform", lambda program: "gpu")
-  params = state_lib.init_params(prepared.program.model, 0)
+  params = prepared.first_params(config_of())
   state = program_lib.create_state(config_of(), prepared.program, params)
   arrays = batches.resident.put_split(
     prepared.data.splits["train"],

@@ -29,7 +29,6 @@ from insvp_jax.methods.linear import Linear
 from insvp_jax.search import population, trials, tune
 from insvp_jax.train import features, trainer
 from insvp_jax.train import program as program_lib
-from insvp_jax.train import state as state_lib
 from insvp_jax.train.features import FeatureCache
 from insvp_jax.train.trainer import prepare
 
@@ -183,7 +182,7 @@ def test_all_trials_and_seeds_of_a_search_share_one_pass(
   compiled, monkeypatch, tmp_path
 ):
   config = config_of()
-  params = state_lib.init_params(compiled.program.model, 7)
+  params = compiled.first_params(trials.at(config, seed=7))
   # As if they had been loaded.
   identity = {"id": "test", "sha256": "7"}
   prepared, sizes = counted(
@@ -227,7 +226,7 @@ def test_the_oldest_features_make_room_for_new_ones(fresh):
   prepared, _ = fresh
   config = config_of()
   params = program_lib.create_state(
-    config, prepared.program, state_lib.init_params(prepared.program.model, 0)
+    config, prepared.program, prepared.first_params(config)
   ).params
   one = features.nbytes(prepared.program, len(prepared.data.splits["train"]))
   first = prepared.features(config, "train", params)
@@ -243,7 +242,7 @@ def test_trials_that_train_together_end_as_they_would_on_images(compiled, tmp_pa
   ends = []
   program = population.stack_program(compiled.program)
   stacked = dataclasses.replace(compiled, program=program)
-  params = state_lib.init_params(program.model, 0)
+  params = compiled.first_params(config_of())
   for cached in (True, False):
     config = config_of(cache_features=cached)
     points = [{"lr": lr, "wd": wd} for lr in (0.01, 0.05) for wd in (0.0, 0.5)]

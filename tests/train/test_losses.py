@@ -19,9 +19,13 @@ def jitted(**options):
   return jax.jit(functools.partial(losses.mix, **options))
 
 
+# One program for each size.
+cutmix_box = jax.jit(losses.cutmix_box, static_argnums=(1, 2))
+
+
 def batch(size=4, height=6, width=8, dtype=jnp.float32):
-  images = jax.random.normal(jax.random.key(1), (size, height, width, 3))
-  return images.astype(dtype), losses.targets(jnp.arange(size), size)
+  images = np.random.default_rng(1).normal(size=(size, height, width, 3))
+  return jnp.asarray(images, dtype), losses.targets(jnp.arange(size), size)
 
 
 def test_targets_are_one_hot_without_smoothing():
@@ -103,31 +107,34 @@ def test_mixed_images_are_between_image_and_partner(seed, dtype):
   images, targets = batch(dtype=dtype)
   mixed, _ = jitted(**BOTH)(jax.random.key(seed), images, targets)
   assert mixed.dtype == dtype and mixed.shape == images.shape
-  one, other, mixed = (np.asarray(x, np.float32) for x in (images, images[::-1], mixed))
+  one, mixed = (np.asarray(x, np.float32) for x in (images, mixed))
+  other = one[::-1]
   assert np.all(mixed >= np.minimum(one, other) - 1e-5)
   assert np.all(mixed <= np.maximum(one, other) + 1e-5)
 
 
 @QUICK
-@given(seed=SEEDS, alpha=st.sampled_from([0.2, 0.8, 2.0]))
+@given(seed=SEEDS, alpha=st.sampled_from([0.2, 2.0]))
 def test_mixup_blends_images_and_targets_by_one_lambda(seed, alpha):
   images, targets = batch()
   mix = jitted(mixup_alpha=alpha, cutmix_alpha=0.0, prob=1.0)
   mixed, mixed_targets = mix(jax.random.key(seed), images, targets)
-  share = float(mixed_targets[0, 0])
+  images, mixed_targets = np.asarray(images), np.asarray(mixed_targets)
+  share = mixed_targets[0, 0]
   np.testing.assert_allclose(mixed_targets[0, 3], 1 - share, atol=1e-6)
   expected = share * images + (1 - share) * images[::-1]
   np.testing.assert_allclose(mixed, expected, atol=1e-5)
 
 
 @QUICK
-@given(seed=SEEDS, alpha=st.sampled_from([0.5, 1.0, 3.0]))
+@given(seed=SEEDS, alpha=st.sampled_from([0.5, 3.0]))
 def test_cutmix_pastes_a_box_and_lambda_is_its_true_area(seed, alpha):
   images, targets = batch()
   mix = jitted(mixup_alpha=0.0, cutmix_alpha=alpha, prob=1.0)
   mixed, mixed_targets = mix(jax.random.key(seed), images, targets)
-  own = np.all(np.asarray(mixed == images), axis=(0, 3))
-  partner = np.all(np.asarray(mixed == images[::-1]), axis=(0, 3))
+  images, mixed, mixed_targets = map(np.asarray, (images, mixed, mixed_targets))
+  own = np.all(mixed == images, axis=(0, 3))
+  partner = np.all(mixed == images[::-1], axis=(0, 3))
   assert np.all(own ^ partner)
   rows, columns = partner.any(axis=1), partner.any(axis=0)
   np.testing.assert_array_equal(partner, rows[:, None] & columns[None, :])
@@ -139,7 +146,7 @@ def test_cutmix_pastes_a_box_and_lambda_is_its_true_area(seed, alpha):
 @QUICK
 @given(seed=SEEDS, share=st.floats(0.0, 1.0))
 def test_cutmix_box_is_never_larger_than_drawn(seed, share):
-  box = losses.cutmix_box(jax.random.key(seed), 12, 20, jnp.float32(share))
+  box = cutmix_box(jax.random.key(seed), 12, 20, np.float32(share))
   height, width = 12 * np.sqrt(1 - share), 20 * np.sqrt(1 - share)
   inside = np.asarray(box) == 0
   assert inside.any(axis=1).sum() <= height + 1e-3
@@ -151,8 +158,8 @@ def test_cutmix_box_is_clipped_at_the_borders():
   # except at the exact middle.
   areas = []
   for seed in range(20):
-    box = losses.cutmix_box(jax.random.key(seed), 8, 8, jnp.float32(0.0))
-    areas.append(float(1 - box.mean()))
+    box = cutmix_box(jax.random.key(seed), 8, 8, np.float32(0.0))
+    areas.append(float(1 - np.mean(box)))
   assert min(areas) >= 0.25  # a centre in the corner leaves a quarter
   assert min(areas) < 1
   assert len(set(areas)) > 3
@@ -180,7 +187,7 @@ def test_the_kinds_occur_as_often_as_asked():
 
 def test_same_key_same_mix_and_other_key_other_mix():
   images, targets = batch()
-  mix = jitted(mixup_alpha=1.0, cutmix_alpha=0.0, prob=1.0)
+  mix = jitted(mixup_alpha=2.0, cutmix_alpha=0.0, prob=1.0)
   first, again = (mix(jax.random.key(3), images, targets)[0] for _ in range(2))
   np.testing.assert_array_equal(first, again)
   assert not np.array_equal(first, mix(jax.random.key(4), images, targets)[0])
@@ -190,8 +197,8 @@ def test_middle_of_an_odd_batch_is_its_own_partner():
   images, targets = batch(size=3)
   mix = jitted(mixup_alpha=1.0, cutmix_alpha=0.0, prob=1.0)
   mixed, mixed_targets = mix(jax.random.key(3), images, targets)
-  np.testing.assert_allclose(mixed[1], images[1], atol=1e-6)
-  np.testing.assert_allclose(mixed_targets[1], targets[1], atol=1e-6)
+  for found, before in ((mixed, images), (mixed_targets, targets)):
+    np.testing.assert_allclose(np.asarray(found)[1], np.asarray(before)[1], atol=1e-6)
 
 
 @pytest.mark.parametrize(

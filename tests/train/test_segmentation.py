@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import segment_fixtures
 from segment_fixtures import (
   CLASSES,
   SIZE,
   SPLITS,
   draw,
-  segment_config,
   write_shapes,
 )
 from tiny_runs import make_params
@@ -26,13 +26,15 @@ from insvp_jax import trees
 from insvp_jax.data import load_data
 from insvp_jax.data.label_maps import IGNORED, MaskStyle
 from insvp_jax.distributed.stopping import Stopped
-from insvp_jax.models import setr
+from insvp_jax.models import setr, weights
 from insvp_jax.models.classifier import create_model
 from insvp_jax.run import load_run
 from insvp_jax.tools import evaluate as evaluate_tool
 from insvp_jax.tools import figure, plan
 from insvp_jax.tools import masks as masks_lib
 from insvp_jax.tools import predict as predict_tool
+from insvp_jax.train import program as program_lib
+from insvp_jax.train import state as state_lib
 from insvp_jax.train import trainer
 from insvp_jax.train.objectives import Segmentation
 from insvp_jax.train.objectives import segmentation as segmentation_lib
@@ -43,7 +45,19 @@ TINY = {"width": 16, "depth": 4, "mlp_dim": 16, "num_heads": 2}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-  return write_shapes(tmp_path_factory.mktemp("shapes"))
+  """The folder of the images, and a backbone: drawing one in each run takes longest."""
+  root = write_shapes(tmp_path_factory.mktemp("shapes"))
+  config = segment_fixtures.segment_config(root)
+  model = create_model(**program_lib.model_kwargs(config, len(CLASSES)))
+  backbone = state_lib.init_params(model, 0)["backbone"]
+  weights.save_backbone(backbone, root / "backbone.npz")
+  return root
+
+
+def segment_config(root, method="linear", **changes):
+  """Returns the config of a run on the backbone beside the images."""
+  changes = {"backbone__weights": f"{root}/backbone.npz", **changes}
+  return segment_fixtures.segment_config(root, method, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +120,9 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
     head="setr",
     head_kwargs={"channels": 4, "blocks": (1, 3)},
   )
-  images = jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
-  params = jax.tree.map(jnp.abs, make_params(model))
+  drawn = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, 3))
+  images = jnp.asarray(drawn, jnp.float32)
+  params = jax.tree.map(np.abs, make_params(model))
   found = {}
   for scan in (False, True):
     backbone = model.backbone.clone(scan=scan)
@@ -115,7 +130,7 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
     if scan:
       blocks = dict(params["backbone"]["Transformer"])
       each = [blocks.pop(f"encoderblock_{i}") for i in range(4)]
-      blocks["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *each)
+      blocks["encoderblock"] = jax.tree.map(lambda *x: np.stack(x), *each)
       params["backbone"] = {**params["backbone"], "Transformer": blocks}
     own = model.clone(backbone=backbone)
     maps, logits = jax.jit(
@@ -150,20 +165,18 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
 def test_the_head_is_that_of_the_published_order():
   """The classifier after the last upsampling, with running statistics as they are."""
   head = setr.UpHead(num_classes=3, channels=4, num_convs=2, up=2)
-  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-  shapes = jax.eval_shape(
-    lambda: head.init(jax.random.key(1), x, 16, train=False)["params"]
-  )
   rng = np.random.default_rng(0)
-  # Not negative, since there are variances among them.
-  params = jax.tree.map(
-    lambda leaf: jnp.asarray(rng.random(leaf.shape), jnp.float32), shapes
+  x = rng.normal(size=(2, 4, 4, 8)).astype(np.float32)
+  shapes = jax.eval_shape(
+    lambda x: head.init(jax.random.key(1), x, 16, train=False)["params"], x
   )
+  # Not negative, since there are variances among them.
+  params = jax.tree.map(lambda leaf: rng.random(leaf.shape, dtype=np.float32), shapes)
   y = x - x.mean(-1, keepdims=True)
   norm = params["LayerNorm_0"]
-  y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+  y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
   for i in range(2):
-    padded = jnp.pad(y, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    padded = np.pad(y, [(0, 0), (1, 1), (1, 1), (0, 0)])
     kernel, size = params[f"Conv_{i}"]["kernel"], y.shape[1]
     y = sum(
       padded[:, a : a + size, b : b + size] @ kernel[a, b]
@@ -171,10 +184,10 @@ def test_the_head_is_that_of_the_published_order():
       for b in range(3)
     )
     bn = params[f"BatchNorm_{i}"]
-    y = (y - bn["mean"]) / jnp.sqrt(bn["var"] + 1e-5) * bn["scale"] + bn["bias"]
-    y = setr.resize(jnp.maximum(y, 0), 2 * size)
+    y = (y - bn["mean"]) / np.sqrt(bn["var"] + 1e-5) * bn["scale"] + bn["bias"]
+    y = np.asarray(setr.resize(jnp.asarray(np.maximum(y, 0)), 2 * size))
   logits = y @ params["classifier"]["kernel"] + params["classifier"]["bias"]
-  found = jax.jit(lambda: head.apply({"params": params}, x, 16, train=False))()
+  found = jax.jit(lambda x: head.apply({"params": params}, x, 16, train=False))(x)
   np.testing.assert_allclose(found, logits, rtol=2e-4, atol=2e-4)
 
 
@@ -241,14 +254,15 @@ def test_the_loss_is_the_mean_over_the_pixels_that_count():
     return np.mean(nats)
 
   on_device = tuple(map(jnp.asarray, logits))
-  found = objective(aux_weight=0.4).loss(on_device, jnp.asarray(labels))
+  loss = jax.jit(objective(aux_weight=0.4).loss)
+  found = loss(on_device, labels)
   main, *others = map(expected, logits)
   assert float(found) == pytest.approx(main + 0.4 * sum(others), rel=1e-5)
   right = (logits[0].argmax(-1) == labels)[labels != IGNORED].mean()
-  share = objective().accuracy(on_device, {"masks": jnp.asarray(labels)})
+  share = jax.jit(objective().accuracy)(on_device, {"masks": labels})
   assert float(share) == pytest.approx(right)
-  nothing = jnp.full(labels.shape, IGNORED, jnp.int16)
-  assert float(objective().loss(on_device, nothing)) == 0
+  nothing = np.full(labels.shape, IGNORED, np.int16)
+  assert float(loss(on_device, nothing)) == 0
 
 
 # --- Runs.
@@ -281,44 +295,48 @@ def test_the_shapes_are_learnt_and_every_pixel_is_counted(learnt, data):
   assert json.loads((workdir / "result.json").read_text())["test_miou"] > 0.6
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(root, data, tmp_path, monkeypatch):
-  config = segment_config(root, "linear", checkpoint_every_epochs=0.5)
-  shared = prepare(config, data)
-  trainer.train(config, tmp_path / "whole", prepared=shared)
+@pytest.fixture(scope="module")
+def whole(root, data, tmp_path_factory):
+  """An uninterrupted run: (config, data and compiled steps, workdir, result)."""
+  changes = {"checkpoint_every_epochs": 0.5, "segment__batch_size": 3}
+  config = segment_config(root, "linear", **changes)
+  workdir, shared = tmp_path_factory.mktemp("whole"), prepare(config, data)
+  return config, shared, workdir, trainer.train(config, workdir, prepared=shared)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+  config, shared, workdir, _ = whole
   with monkeypatch.context() as patch:
     at_step(patch, 3, stop_by(signal.SIGTERM))
     with pytest.raises(Stopped):
-      trainer.train(config, tmp_path / "stopped", prepared=shared)
-  trainer.train(config, tmp_path / "stopped", prepared=shared)
-  assert_same(stored(tmp_path / "whole"), stored(tmp_path / "stopped"))
-  adapter = stored(tmp_path / "whole")[3]["adapter"]
+      trainer.train(config, tmp_path, prepared=shared)
+  trainer.train(config, tmp_path, prepared=shared)
+  assert_same(stored(workdir), stored(tmp_path))
+  adapter = stored(workdir)[3]["adapter"]
   # Running statistics are stored and have moved.
   means = [x for name, x in adapter.items() if name.endswith("BatchNorm_0/mean")]
   assert len(means) == 2 and all(np.abs(x).max() > 0 for x in means)
 
 
-def test_one_and_four_devices_give_the_same_run(root, data, tmp_path):
-  config = segment_config(root, "linear", segment__batch_size=3)
-  found = []
-  for devices in (1, 4):
-    workdir = tmp_path / str(devices)
-    shared = prepare(config, data, devices)
-    result = trainer.train(config, workdir, prepared=shared)
-    found.append((result, stored(workdir)[3]["adapter"], metrics(workdir)))
-  (one, adapter, lines), (four, other, others) = found
+def test_one_and_four_devices_give_the_same_run(whole, data, tmp_path):
+  config, shared, workdir, four = whole
+  assert shared.program.mesh.size == 4
+  one = trainer.train(config, tmp_path, prepared=prepare(config, data, devices=1))
   assert one["test_miou"] == pytest.approx(four["test_miou"], abs=0.02)
+  adapter, other = (stored(place)[3]["adapter"] for place in (tmp_path, workdir))
   for name, leaf in adapter.items():
     np.testing.assert_allclose(leaf, other[name], rtol=2e-3, atol=2e-4, err_msg=name)
   # Batches and statistics are those of the whole batch.
+  lines, others = metrics(tmp_path), metrics(workdir)
   assert lines[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["bias", "insvp", "full", "vpt_deep+bias"])
+@pytest.mark.parametrize("method", ["insvp", "full", "vpt_deep+bias"])
 def test_every_method_takes_steps_that_descend(root, data, tmp_path, method):
   config = segment_config(root, method, optim__lr=0.01)
   config.total_steps = 8
   data = dataclasses.replace(data, splits={"train": data.splits["train"]})
-  trainer.train(config, tmp_path, prepared=prepare(config, data))
+  trainer.train(config, tmp_path, prepared=prepare(config, data, devices=1))
   losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
   assert len(losses) == 8 and np.mean(losses[-2:]) < 0.9 * losses[0]
 
@@ -387,6 +405,12 @@ def test_adapt_takes_images_with_masks_and_selects_by_miou(root, tmp_path, capsy
 # --- What a run is good for.
 
 
+@pytest.fixture(scope="module")
+def run(learnt):
+  """The run that learnt, loaded."""
+  return load_run(learnt[1])
+
+
 def test_evaluate_gives_the_numbers_of_the_run(learnt, capsys):
   _, workdir, result = learnt
   assert evaluate_tool.main([f"--run={workdir}", "--format=json"]) == 0
@@ -400,7 +424,7 @@ def test_evaluate_gives_the_numbers_of_the_run(learnt, capsys):
   assert [line.split()[0] for line in lines[1:]] == ["class", *CLASSES]
 
 
-def test_predict_writes_masks_and_overlays(learnt, root, tmp_path, capsys):
+def test_predict_writes_masks_and_overlays(learnt, run, root, tmp_path, capsys):
   _, workdir, _ = learnt
   images, output = root / "images" / "test", tmp_path / "found"
   flags = [f"--run={workdir}", f"--output={output}", "--overlays"]
@@ -411,7 +435,7 @@ def test_predict_writes_masks_and_overlays(learnt, root, tmp_path, capsys):
   assert names == masks | {name.replace(".png", "_overlay.png") for name in masks}
   with Image.open(output / "1.png") as mask, Image.open(images / "1.png") as image:
     assert mask.size == image.size and mask.mode == "P"
-    found = load_run(workdir).segment(np.asarray(image))[0]
+    found = run.segment(np.asarray(image))[0]
     np.testing.assert_array_equal(np.asarray(mask), found)
     labels = draw(1, 2)[1]
     assert (found == labels)[labels != 255].mean() > 0.8
@@ -420,14 +444,13 @@ def test_predict_writes_masks_and_overlays(learnt, root, tmp_path, capsys):
     assert picture.mode == "RGB" and picture.size == (23, 18)
 
 
-def test_what_a_segmenter_cannot_do_is_one_line(learnt, root, capsys):
+def test_what_a_segmenter_cannot_do_is_one_line(learnt, run, root, capsys):
   _, workdir, _ = learnt
   image = str(root / "images" / "test" / "0.png")
   assert predict_tool.main([f"--run={workdir}", image]) == 2
   assert "name the folder of the masks by --output" in capsys.readouterr().err
   assert evaluate_tool.main([f"--run={workdir}", "--scales", "0"]) == 2
   assert "expected numbers in [0.01, 100]" in capsys.readouterr().err
-  run = load_run(workdir)
   with pytest.raises(ValueError, match="classifies pixels, not images; use segment"):
     run.predict(image)
   with pytest.raises(ValueError, match="unknown field of config.segment 'scale'"):

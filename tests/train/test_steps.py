@@ -15,7 +15,7 @@ from insvp_jax.train import losses, optim, steps
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.objectives import Classification
 
-TINY = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 2}
+TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 2}
 BATCH = 4
 
 
@@ -47,6 +47,13 @@ def setup(
     objective=Classification(5, PRESETS["vtab"], config.loss.to_dict(), class_weights),
   )
   return model, mask, optimizer, step
+
+
+@functools.cache
+def compiled(method):
+  """Returns (model, mask, optimizer, jitted train step) of a method as it comes."""
+  model, mask, optimizer, step = setup(method)
+  return model, mask, optimizer, jax.jit(step)
 
 
 def batch_of(image_size=16):
@@ -90,12 +97,11 @@ def state_shapes(model, optimizer):
   "method", ["insvp", "vpt_shallow", "vpt_deep", "linear", "bias"]
 )
 def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(method):
-  model, mask, optimizer, step = setup(method)
+  model, mask, optimizer, step = compiled(method)
   state = state_of(model, optimizer)
   # The sign of a negative zero is the first thing that careless updates lose.
   state.params["backbone"]["pos_embedding"] *= -0.0
   before = jax.device_get(trees.flatten(state.params))
-  step = jax.jit(step)
   for _ in range(2):
     state, metrics = step(state, batch_of())
   after = jax.device_get(trees.flatten(state.params))
@@ -110,7 +116,7 @@ def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(method):
 
 
 def test_no_optimizer_state_for_frozen_leaves():
-  model, mask, optimizer, _ = setup("insvp")
+  model, mask, optimizer, _ = compiled("insvp")
   state = state_shapes(model, optimizer)
   trainable, _ = trees.split(state.params, mask)
   moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -119,9 +125,8 @@ def test_no_optimizer_state_for_frozen_leaves():
 
 
 def test_the_step_descends_its_own_loss():
-  model, _, optimizer, step = setup("insvp", dropout=0.0)
+  model, _, optimizer, step = compiled("insvp")
   state = state_of(model, optimizer)
-  step = jax.jit(step)
   values = []
   for _ in range(8):
     state, metrics = step(state, batch_of())
@@ -168,7 +173,7 @@ def test_class_weights_weigh_the_gradient_of_each_example():
 
 
 def test_eval_step_ignores_padding():
-  model, _, optimizer, _ = setup("insvp")
+  model, _, optimizer, _ = compiled("insvp")
   state = state_of(model, optimizer)
   objective = Classification(5, PRESETS["vtab"], {})
   evaluate = jax.jit(steps.create_eval_step(model, objective=objective))

@@ -1,9 +1,11 @@
 """The loop on small images: what it writes, what it changes, how it stops."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +68,18 @@ def config_of(method="insvp", **changes):
   return tiny_config(
     method, **{**every, "optim__wd": 0.0, "optim__eps": 1e-5, **changes}
   )
+
+
+@functools.cache
+def drawn_backbone():
+  model = prepare(config_of("linear")).program.model
+  return state_lib.init_params(model, 0)["backbone"]
+
+
+def with_backbone(prepared):
+  """Returns `prepared` as if weights had been loaded: drawing them takes longest."""
+  identity = {"id": "drawn", "sha256": "0"}
+  return dataclasses.replace(prepared, weights=drawn_backbone(), backbone=identity)
 
 
 @pytest.fixture(scope="module")
@@ -151,21 +165,22 @@ def test_the_run_loads_and_predicts_as_it_was_evaluated(insvp, whole):
 
 
 @pytest.mark.parametrize(
-  "method, head_init",
-  [("insvp", "zeros"), ("insvp", "torch"), ("vpt_deep", "zeros"), ("linear", "torch")],
+  "method, head_init", [("insvp", "zeros"), ("insvp", "torch"), ("linear", "torch")]
 )
 def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
   insvp, linear, monkeypatch, tmp_path, method, head_init
 ):
   # One step a call, so that each can be looked at.
   config = config_of(method, head_init=head_init, steps_per_call=1)
-  shared = {"insvp": insvp, "linear": linear}
-  prepared = shared.get(method) or prepare(config)
-  # The head's initial values are no part of what is compiled.
-  model = prepared.program.model
-  model = model.clone(head=model.head.clone(initializer=head_init))
-  program = dataclasses.replace(prepared.program, model=model)
-  prepared = dataclasses.replace(prepared, program=program)
+  prepared = {"insvp": insvp, "linear": linear}[method]
+  program = prepared.program
+  if program.model.head.initializer != head_init:
+    # The head's initial values are no part of what is compiled, but for the draws.
+    model = program.model
+    model = model.clone(head=model.head.clone(initializer=head_init))
+    draws = state_lib.Draws(model)
+    program = dataclasses.replace(program, model=model, draws=draws)
+    prepared = with_backbone(dataclasses.replace(prepared, program=program))
   states = []
   step = program.train_step
 
@@ -175,6 +190,7 @@ def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
 
   train(config, tmp_path, prepared=with_step(prepared, train_step=train_step))
   first, third, last = states[0], states[2], states[-1]
+  assert first["head/kernel"].any() == (head_init == "torch")
   mask = trees.flatten(program.mask)
   assert set(mask.values()) == {True, False}
   for name, trainable in mask.items():
@@ -237,7 +253,7 @@ def test_killed_and_resumed_equals_uninterrupted(insvp, whole, monkeypatch, tmp_
 def test_what_no_gradient_sets_survives_a_stop(method, leaf, monkeypatch, tmp_path):
   """Running statistics, which steps set, and what is computed before the first one."""
   config = config_of(method)
-  prepared = prepare(config)
+  prepared = with_backbone(prepare(config))
   prepares = []
   original = trainer.Prepared.prepare_params
 
@@ -303,7 +319,7 @@ def test_what_is_computed_anew_each_epoch_survives_a_stop(
   # A call of several steps ends with the epoch by itself.
   config.eval_every_epochs = config.checkpoint_every_epochs = 0.0
   config.log_every_steps = 100
-  prepared = prepare(config)
+  prepared = with_backbone(prepare(config))
   train(config, tmp_path / "whole", prepared=prepared)
   adapter = stored(tmp_path / "whole")[3]["adapter"]
   # Before each of the two epochs.
@@ -347,9 +363,9 @@ def test_a_signal_after_the_last_step_keeps_the_result_and_still_stops(
 
 
 def test_a_finished_run_is_only_evaluated_again(insvp, whole, monkeypatch, tmp_path):
-  train(config_of(), tmp_path, prepared=insvp)
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
   before = stored(tmp_path)
-  prepared = with_step(insvp, train_step=None)
+  prepared = with_step(insvp, train_step=None, multi_step=None)
   # What does not shape the result may differ: here, what is logged.
   again = train(config_of(log_every_steps=7), tmp_path, prepared=prepared)
   assert_same(stored(tmp_path), before)
@@ -407,9 +423,10 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(insvp, tmp_path, n
   assert calls == [1, 2, 3, 4]
   assert find_steps(tmp_path)[0].name == "3"
   assert not (tmp_path / "result.json").exists()
-  assert all(
-    np.isfinite(leaf).all() for leaf in load_run(tmp_path).params["head"].values()
-  )
+  adapter = stored(tmp_path)[3]["adapter"]
+  assert len(adapter) > 4 and all(np.isfinite(x).all() for x in adapter.values())
+  if name == "loss":  # which of them it was does not matter to who loads
+    load_run(tmp_path)
   assert max(row["step"] for row in metrics(tmp_path)) == 3
 
 
@@ -443,7 +460,8 @@ def test_four_devices_train_and_evaluate_as_one(insvp, whole, monkeypatch, tmp_p
       assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
   for split in ("val", "test", "train"):
     found = set()
-    for batch_size in (1, 3, 8, 64):
+    # Each size compiles two programs.
+    for batch_size in (3, 8, 64) if split == "test" else (8,):
       config = config_of(eval_batch_size=batch_size)
       for prepared in (insvp, alone):
         state = TrainState(0, trees.unflatten(params), None, None, None)
@@ -577,7 +595,7 @@ def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
 
 def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
   model, test = insvp.program.model, insvp.data.splits["test"]
-  params = state_lib.init_params(model, 0)
+  params = insvp.first_params(config_of())
   whole = jax.device_put(params, mesh_lib.replicated(insvp.program.mesh))
   split = {**whole, "backbone": dict(whole["backbone"])}
   rows = mesh_lib.batch_sharding(insvp.program.mesh)
@@ -646,7 +664,7 @@ def test_training_on_arrays_imports_no_tensorflow(root, tmp_path):
 import sys
 from tiny_training import prepare, tiny_config
 from insvp_jax.train.trainer import train
-config = tiny_config("linear", total_steps=2, tensorboard=True)
+config = tiny_config("linear", total_steps=2, tensorboard=True, backbone__depth=1)
 train(config, {str(tmp_path)!r}, prepared=prepare(config))
 print([name for name in sys.modules if name.split(".")[0] == "tensorflow"])
 """
