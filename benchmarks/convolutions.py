@@ -1,14 +1,13 @@
 """InsVP's convolutions in each form that the package can compute them in.
 
   python -m benchmarks.convolutions [--batch_size=8] [--rounds=7] [--clock=cpu]
-  python -m benchmarks.convolutions --loop=4 [--trials=4]
+  python -m benchmarks.convolutions --loop=4 [--layers="32 px: spec"]
 
 Prints the median milliseconds of a forward pass together with the gradients that the
 train step needs, alternating between the forms within one run. `conv="auto"` chooses
 by the rule in insvp_jax/methods/ops/conv.py, which this table is behind. With --loop
-each call is so many rounds of a loop, as train steps that come in one call are, and
-with --trials each trial has images and a kernel of its own; both give the milliseconds
-of one round of one trial.
+each call is so many rounds of a loop, as train steps that come in one call are; the
+milliseconds are those of a round.
 """
 
 import argparse
@@ -57,21 +56,19 @@ LAYERS = (
 
 
 def compiled(
-  layer: Layer, form: str, batch_size: int, loop: int = 0, trials: int = 1
+  layer: Layer, form: str, batch_size: int, loop: int = 0
 ) -> Callable[[], object]:
   """Returns a call of the output and the gradients that training needs.
 
   Args:
     layer: the convolution.
     form: how it is computed.
-    batch_size: images of each trial.
+    batch_size: number of images.
     loop: rounds of a loop in one call; 0: no loop.
-    trials: how many, at once.
   """
   rng = np.random.default_rng(0)
 
   def draw(*shape: int) -> jax.Array:
-    shape = (trials, *shape) if trials > 1 else shape
     return jnp.asarray(rng.standard_normal(shape, np.float32))
 
   pixels = (batch_size, layer.size, layer.size)
@@ -85,8 +82,6 @@ def compiled(
     )
     gradients = dict(zip("xk", backward(gradient), strict=True))
     return output, [gradients[name] for name in layer.wrt]
-
-  once = jax.vmap(once) if trials > 1 else once
 
   @jax.jit
   def run(images, kernel, gradient):
@@ -111,14 +106,12 @@ def measure(
   rounds: int,
   clock: str = "wall",
   loop: int = 0,
-  trials: int = 1,
 ) -> dict[str, float]:
   """Returns the median milliseconds by form; for the arguments see `compiled`."""
   calls = {
-    form: turns.timed(compiled(layer, form, batch_size, loop, trials), clock)
-    for form in FORMS
+    form: turns.timed(compiled(layer, form, batch_size, loop), clock) for form in FORMS
   }
-  per = 1e3 / (max(1, loop) * trials)
+  per = 1e3 / max(1, loop)
   seconds = turns.alternate(calls, rounds)
   return {form: per * spent for form, spent in turns.medians(seconds).items()}
 
@@ -130,16 +123,13 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--clock", choices=turns.CLOCKS, default="wall")
   parser.add_argument("--loop", type=int, default=0, help="rounds in one call")
-  parser.add_argument("--trials", type=int, default=1, help="how many at once")
   parser.add_argument("--layers", default="", help="of whose name this is a part")
   args = parser.parse_args()
   device = jax.devices()[0]
   print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
   rows = []
   for layer in (layer for layer in LAYERS if args.layers in layer.name):
-    ms = measure(
-      layer, args.batch_size, args.rounds, args.clock, args.loop, args.trials
-    )
+    ms = measure(layer, args.batch_size, args.rounds, args.clock, args.loop)
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
     cells = [f"{ms[form]:.1f}" for form in FORMS]
     rows.append([layer.name, *cells, choose_form(*shape)])

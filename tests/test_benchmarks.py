@@ -246,11 +246,13 @@ def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
   assert found["MiB above"] < 250
 
 
-def test_convolutions(benchmark, monkeypatch, capsys):
+@pytest.mark.parametrize("loop", [0, 2])
+def test_convolutions(benchmark, monkeypatch, capsys, loop):
   module = benchmark("convolutions")
-  layer = module.Layer("tiny", 6, 2, 1, 3, 1, "k")
-  monkeypatch.setattr(module, "LAYERS", (layer,))
-  monkeypatch.setattr(sys, "argv", ["convolutions", "--batch_size=1", "--rounds=1"])
+  layer = module.Layer("tiny", 6, 2, 1, 3, 1, "xk")
+  monkeypatch.setattr(module, "LAYERS", (layer, module.LAYERS[0]))
+  flags = ["--batch_size=1", "--rounds=1", f"--loop={loop}", "--layers=tiny"]
+  monkeypatch.setattr(sys, "argv", ["convolutions", *flags])
   module.main()
   titles, row = cells(capsys.readouterr().out)
   assert titles == ["convolution", *module.FORMS, "auto"]

@@ -146,32 +146,28 @@ def test_a_population_of_kernels_under_vmap(form):
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_what_is_fast_on_cpus_stays_so_in_a_loop_and_for_several_trials():
-  """XLA brings convolutions into the layout of its fast one, but not everywhere."""
+def test_gradients_have_the_layout_that_is_fast_on_cpus_in_a_loop_too():
+  """XLA brings convolutions into it, but not everywhere."""
   rng = np.random.default_rng(0)
-  images = rng.normal(size=(3, 2, 8, 8, 4)).astype(np.float32)
-  kernel = rng.normal(size=(3, 3, 3, 4, 5)).astype(np.float32)
+  images = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
 
-  def convolutions(form):
+  def layouts(form):
     def loss(images, kernel):
       return jnp.sum(FORMS[form](images, kernel, 1) ** 2)
 
-    gradients = jax.vmap(jax.grad(loss, argnums=(0, 1)))
-
     def loop(images, kernel):
       def body(_, carry):
-        return gradients(*carry)
+        return jax.grad(loss, argnums=(0, 1))(*carry)
 
       return jax.lax.fori_loop(0, 2, body, (images, kernel))
 
     text = jax.jit(loop).lower(images, kernel).compile().as_text()
-    return re.findall(r" convolution\(.*?dim_labels=([^,]+)(.*)", text)
+    return re.findall(r" convolution\(.*?dim_labels=([^,]+)", text)
 
-  canonical = "b01f_01io->b01f"
-  for labels, rest in convolutions("nhwc"):
-    assert labels == canonical and "group_count" not in rest
+  assert set(layouts("nhwc")) == {"b01f_01io->b01f"} and len(layouts("nhwc")) == 3
   # Once this fails, the compiler needs no help any more.
-  assert any(labels != canonical for labels, _ in convolutions("plain"))
+  assert set(layouts("plain")) > {"b01f_01io->b01f"}
 
 
 def test_the_gradient_of_frozen_input_costs_no_transform():

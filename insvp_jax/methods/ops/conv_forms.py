@@ -47,18 +47,12 @@ def nhwc(
 
   XLA's fast convolution on CPUs takes this layout alone. It brings others into it, as
   JAX makes of the gradients, but not within a loop, and several train steps in one call
-  are a loop: there they take ten times as long. Nor does it take the grouped
-  convolutions that a population makes, so that each trial has its own.
+  are a loop: there they take about ten times as long.
   """
   # As `plain` with "SAME".
   extent = (len(kernel) - 1) * dilation
   before, after = extent // 2, extent - extent // 2
 
-  @jax.custom_batching.sequential_vmap
-  def forward(images, kernel):
-    return plain(images, kernel, dilation)
-
-  @jax.custom_batching.sequential_vmap
   def to_images(kernel, gradient):
     # y[i] = sum_j x[i + j] k[j] makes dx[m] = sum_j d[m - j] k[j].
     return lax.conv_general_dilated(
@@ -70,7 +64,6 @@ def nhwc(
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
-  @jax.custom_batching.sequential_vmap
   def to_kernel(images, gradient):
     # dk[j] = sum_i x[i + j] d[i]: d is the kernel, and examples are the channels.
     result = lax.conv_general_dilated(
@@ -84,10 +77,10 @@ def nhwc(
 
   @jax.custom_vjp
   def convolve(images, kernel):
-    return forward(images, kernel)
+    return plain(images, kernel, dilation)
 
   convolve.defvjp(
-    lambda images, kernel: (forward(images, kernel), (images, kernel)),
+    lambda images, kernel: (plain(images, kernel, dilation), (images, kernel)),
     lambda saved, gradient: (
       to_images(saved[1], gradient),
       to_kernel(saved[0], gradient),
