@@ -125,10 +125,14 @@ def main() -> None:
   parser.add_argument("--loop", type=int, default=0, help="rounds in one call")
   parser.add_argument("--layers", default="", help="of whose name this is a part")
   args = parser.parse_args()
+  layers = [layer for layer in LAYERS if args.layers in layer.name]
+  if not layers:
+    names = ", ".join(layer.name for layer in LAYERS)
+    parser.error(f"--layers={args.layers!r} is in no name of a layer: {names}")
   device = jax.devices()[0]
   print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
   rows = []
-  for layer in (layer for layer in LAYERS if args.layers in layer.name):
+  for layer in layers:
     ms = measure(layer, args.batch_size, args.rounds, args.clock, args.loop)
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
     cells = [f"{ms[form]:.1f}" for form in FORMS]

@@ -189,7 +189,7 @@ def set_key(config, key, value):
   (config[section] if section else config)[field] = value
 
 
-@settings(max_examples=250)
+@settings(max_examples=400)
 @given(key=st.sampled_from(sorted(NUMBERS)), number=EXTREMES, real=st.floats())
 def test_a_number_is_refused_in_one_line_or_can_be_computed_with(key, number, real):
   config = defaults()

@@ -20,7 +20,7 @@ def test_damage_is_content_or_one_clear_error(fuzzer, seed):
 
 
 # Each loads a run.
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(seed=SEEDS)
 def test_a_damaged_description_is_content_or_one_clear_error(seed):
   fuzzers.run_meta(seed)

@@ -8,7 +8,7 @@ from jax import export as jax_export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_backbones import draw_backbone
+from tiny_runs import draw_backbone
 from tiny_training import SIZE, make_split, tiny_config
 
 from insvp_jax import trees
@@ -46,7 +46,8 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   },
   "dam_vp": {"max_clusters": 3},
   "dam_vp:neurons": {"max_clusters": 2, "classifier": "neurons"},
-  "vp:source": {"classifier": "source", "location": "random_patch", "prompt_size": 5},
+  "vp:source": {"classifier": "source"},
+  "vp:random": {"location": "random_patch", "prompt_size": 5},
   "adapter": {"hidden": 2, "activation": "quick_gelu"},
   "adapter:vpt_zero": {"hidden": 2, "adapter_init": "vpt_zero"},
   "adaptformer": {"hidden": 2},
@@ -55,8 +56,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
   "sidetune": {"channels": (4, 6, 8, 6, 4)},
   "lion": {"channels": 2, "hidden": 4},
   "repadapter": {"hidden": 2},
-  # Its dropout is that of fact_tk.
-  "fact_tt": {"rank": 2, "dropout": 0.0},
+  "fact_tt": {"rank": 2},
   "fact_tk": {"rank": 2},
   "insvp+lora": {"lora.rank": 2},
 }

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_backbones import draw_backbone
+from tiny_runs import draw_backbone
 
 from insvp_jax import config as config_lib
 from insvp_jax import trees

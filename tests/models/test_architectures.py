@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_sharding import first_batch
-from tiny_backbones import draw_backbone
+from tiny_runs import draw_backbone
 from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_backbones import draw_backbone
+from tiny_runs import draw_backbone
 from tiny_training import prepare, tiny_config
 
 from insvp_jax import trees

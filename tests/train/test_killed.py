@@ -21,9 +21,8 @@ from insvp_jax.checkpoints.files import (
   verify,
 )
 
-# When a run is killed: each process costs seconds before its first step.
-KILLS = ("step", "save", "start", "step", "save", "start")
-TOTAL = 150  # steps, of which no attempt that is killed can do many
+KILLS = 10
+TOTAL = 300  # steps, of which no attempt that is killed can do many
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +57,9 @@ def rows(workdir):
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def last_row(workdir):
-  """Returns the last whole line of metrics.jsonl, {} without one; it is asked often."""
-  path = workdir / "metrics.jsonl"
-  lines = path.read_bytes().rsplit(b"\n", 2) if path.exists() else []
-  return json.loads(lines[-2]) if len(lines) > 1 else {}
+def last_step(workdir):
+  found = rows(workdir)
+  return found[-1]["step"] if found else 0
 
 
 def saving(workdir):
@@ -96,8 +93,7 @@ def await_moment(draw, kind, workdir, before):
   target = find_or_0(workdir) + draw.randint(1, 45)
   while time.monotonic() < deadline:
     # Before it is touched it tells of the steps of the run that was killed.
-    reached = last_row(workdir).get("step", 0) >= target
-    stepped = touched(workdir) != before[1] and reached
+    stepped = touched(workdir) != before[1] and last_step(workdir) >= target
     if saving(workdir) - before[0] if kind == "save" else stepped:
       break
     time.sleep(0.002)
@@ -149,14 +145,15 @@ def files(workdir: Path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_equals_never_killed(driver, base, tmp_path):
+def test_killed_at_ten_random_moments_equals_never_killed(driver, base, tmp_path):
   whole = driver.run(*base, f"--workdir={tmp_path / 'whole'}")
   assert whole.status == 0, whole.err
   workdir = tmp_path / "killed"
   command = [*base, f"--workdir={workdir}"]
   draw = random.Random(0)
   reached = []
-  for kind in KILLS:
+  for i in range(KILLS):
+    kind = ("step", "save", "step", "save", "start")[i % 5]
     before = saving(workdir), touched(workdir)
     (pid,) = driver.start(*command, envs=[{}])
     await_moment(draw, kind, workdir, before)
@@ -170,10 +167,9 @@ def test_killed_at_random_moments_equals_never_killed(driver, base, tmp_path):
         assert (step / CHECKSUMS).exists()
         verify(step)
   # Nothing was lost but the steps since the last checkpoint.
-  # The checkpoint before the one of the last multiple of 10 is complete in any case.
-  assert reached == sorted(reached) and reached[-1] >= 30, str(reached)
+  assert reached == sorted(reached) and reached[-1] > 30, str(reached)
   (pid,) = driver.start(*command, envs=[{}])
-  while "test_accuracy" not in last_row(workdir):
+  while "test_accuracy" not in str(rows(workdir)[-1:]):
     time.sleep(0.002)
   # Here before the last checkpoint is complete, or result.json is there.
   os.kill(pid, signal.SIGKILL)

@@ -165,14 +165,15 @@ def test_the_run_loads_and_predicts_as_it_was_evaluated(insvp, whole):
 
 
 @pytest.mark.parametrize(
-  "method, head_init", [("insvp", "zeros"), ("insvp", "torch"), ("linear", "torch")]
+  "method, head_init",
+  [("insvp", "zeros"), ("insvp", "torch"), ("vpt_deep", "zeros"), ("linear", "torch")],
 )
 def test_frozen_stays_bit_for_bit_and_trainable_moves_within_two_steps(
   insvp, linear, monkeypatch, tmp_path, method, head_init
 ):
   # One step a call, so that each can be looked at.
   config = config_of(method, head_init=head_init, steps_per_call=1)
-  prepared = {"insvp": insvp, "linear": linear}[method]
+  prepared = {"insvp": insvp, "linear": linear}.get(method) or prepare(config)
   program = prepared.program
   if program.model.head.initializer != head_init:
     # The head's initial values are no part of what is compiled, but for the draws.
@@ -461,7 +462,7 @@ def test_four_devices_train_and_evaluate_as_one(insvp, whole, monkeypatch, tmp_p
   for split in ("val", "test", "train"):
     found = set()
     # Each size compiles two programs.
-    for batch_size in (3, 8, 64) if split == "test" else (8,):
+    for batch_size in (1, 3, 8, 64) if split == "test" else (8,):
       config = config_of(eval_batch_size=batch_size)
       for prepared in (insvp, alone):
         state = TrainState(0, trees.unflatten(params), None, None, None)
