@@ -146,7 +146,7 @@ def _resumed() -> tuple[Any, Any, Path, tuple]:
   config = tiny_config(
     "linear", backbone__depth=1, checkpoint_every_epochs=1.0, total_epochs=3.0
   )
-  prepared, made = prepare(config, devices=1), _folder() / "resume"
+  prepared, made = prepare(config), _folder() / "resume"
   trainer.train(config, made, prepared=prepared)
   expected = stored(made)
   for step in made.glob("checkpoints/9"):

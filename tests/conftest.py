@@ -28,6 +28,7 @@ from jaxlib.version import __version_info__ as version_info
 import jaxtyping
 import numpy as np
 import pytest
+import type_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -140,6 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
   _configure_jax()
   _compile_quickly(True)
   _write_to_memory()
+  type_checks.install()
   _forbid_network()
   hypothesis.settings.register_profile(
     "insvp_jax", max_examples=25, deadline=None, derandomize=True, database=None
@@ -186,6 +188,17 @@ def _compile(request: pytest.FixtureRequest):
   _compile_quickly(request.module.__name__ not in FULLY_COMPILED)
   yield
   _compile_quickly(True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_older_objects():
+  """Keeps searches for garbage short: what earlier files made is not gone through.
+
+  JAX's caches keep all that was ever traced: late in the tests a whole search took two
+  seconds.
+  """
+  gc.collect(1)
+  gc.freeze()
 
 
 @pytest.fixture

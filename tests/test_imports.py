@@ -262,6 +262,7 @@ def test_importing_does_not_start_devices(root):
 
 
 def test_annotations_are_checked_in_tests():
+  from insvp_jax.data.preprocess import get_preset
   from insvp_jax.models.heads import Head
 
   params = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}
@@ -269,3 +270,8 @@ def test_annotations_are_checked_in_tests():
   assert head.apply({"params": params}, jnp.zeros((3, 4))).shape == (3, 2)
   with pytest.raises(jaxtyping.TypeCheckError):
     head.apply({"params": params}, jnp.zeros((3, 4, 4)))
+  # And where no shape is named: of a module's fields, and of a function.
+  with pytest.raises(jaxtyping.TypeCheckError, match="num_classes"):
+    Head(num_classes="2")
+  with pytest.raises(jaxtyping.TypeCheckError, match="name"):
+    get_preset(2)

@@ -97,9 +97,13 @@ PROGRAMS: dict[str, program_lib.Program] = {}
 
 
 def prepare(
-  config: ConfigDict, data: TaskData | None = None, devices: int | None = None
+  config: ConfigDict, data: TaskData | None = None, devices: int = 1
 ) -> trainer.Prepared:
-  """Does what `trainer.prepare` does, with images from memory on some devices."""
+  """Does what `trainer.prepare` does, with images from memory on so many devices.
+
+  On several ones a program takes a quarter longer to compile, and a checkpoint is
+  written by a program for each shape.
+  """
   data = data or make_data()
   mesh = mesh_lib.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)
   number = len(data.splits[config.data.train_split])

@@ -51,7 +51,7 @@ def first_batch(config, program):
 @pytest.fixture(scope="module")
 def prepared():
   """What is compiled for each fsdp."""
-  return {fsdp: prepare(wide_config(fsdp)) for fsdp in (1, 2, 4)}
+  return {fsdp: prepare(wide_config(fsdp), devices=4) for fsdp in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_blocks_of_every_kind_compute_the_same_when_split(changes):
   found, params = [], None
   for fsdp in (1, 4):
     config = wide_config(fsdp, **changes)
-    program = prepare(config).program
+    program = prepare(config, devices=4).program
     params = params or jax.device_get(make_params(program.model))
     state = program_lib.create_state(config, program, params)
     batch = first_batch(config, program)

@@ -228,7 +228,7 @@ def test_the_residuals_of_both_layers_are_read_and_small():
 def test_a_training_logs_residuals_and_iterations(tmp_path):
   """Shapes alone: a train step, a call of many; and what is logged of one."""
   config = tiny_config("lion", lion__iterations=5)
-  program = prepare(config, devices=1).program
+  program = prepare(config).program
   layers = [f"prompter/{layer}" for layer in ("pixels", "feature")]
   names = {f"{layer}/{kind}" for layer in layers for kind in ("residual", "iterations")}
   state = program_lib.abstract_state(config, program)

@@ -323,7 +323,7 @@ def test_patch_tokens(name, kwargs, blocks):
 
 def test_patch_tokens_of_a_real_backbone():
   config = tiny_config("vpt_deep", vpt_deep__prompt_init="patch_tokens")
-  prepared = prepare(config, devices=1)
+  prepared = prepare(config)
   params = prepared.prepare_params(config, prepared.first_params(config))
   backbone = prepared.program.model.backbone
   preset = preprocess.get_preset("vtab")

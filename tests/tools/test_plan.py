@@ -23,7 +23,7 @@ COUNTS = {"plan__num_classes": 3, "plan__num_train": SPLITS["train"]}
 
 
 def real_state(config):
-  program, rng = prepare(config).program, np.random.default_rng(0)
+  program, rng = prepare(config, devices=4).program, np.random.default_rng(0)
   # Random, as zeros would be compressed to nothing in a checkpoint.
   params = jax.tree.map(
     lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), program.shapes

@@ -56,7 +56,7 @@ def config_of(method="vpt_deep", **changes):
 
 @pytest.fixture(scope="module")
 def prepared():
-  return prepare(config_of())
+  return prepare(config_of(), devices=4)
 
 
 @pytest.fixture(scope="module")

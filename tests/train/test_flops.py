@@ -53,7 +53,7 @@ def test_a_train_step_costs_what_xla_says_scanned_or_not():
   found = []
   for scan in (False, True):
     config = wide_config(backbone__scan=scan, backbone__depth=3)
-    program = prepare(config, devices=1).program
+    program = prepare(config).program
     state = program_lib.abstract_state(config, program)
     traced = program.train_step.trace(state, first_batch(config, program))
     found.append(flops.count(traced.jaxpr))

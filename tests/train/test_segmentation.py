@@ -300,7 +300,7 @@ def whole(root, data, tmp_path_factory):
   """An uninterrupted run: (config, data and compiled steps, workdir, result)."""
   changes = {"checkpoint_every_epochs": 0.5, "segment__batch_size": 3}
   config = segment_config(root, "linear", **changes)
-  workdir, shared = tmp_path_factory.mktemp("whole"), prepare(config, data)
+  workdir, shared = tmp_path_factory.mktemp("whole"), prepare(config, data, devices=4)
   return config, shared, workdir, trainer.train(config, workdir, prepared=shared)
 
 
@@ -321,7 +321,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
 def test_one_and_four_devices_give_the_same_run(whole, data, tmp_path):
   config, shared, workdir, four = whole
   assert shared.program.mesh.size == 4
-  one = trainer.train(config, tmp_path, prepared=prepare(config, data, devices=1))
+  one = trainer.train(config, tmp_path, prepared=prepare(config, data))
   assert one["test_miou"] == pytest.approx(four["test_miou"], abs=0.02)
   adapter, other = (stored(place)[3]["adapter"] for place in (tmp_path, workdir))
   for name, leaf in adapter.items():
@@ -336,7 +336,7 @@ def test_every_method_takes_steps_that_descend(root, data, tmp_path, method):
   config = segment_config(root, method, optim__lr=0.01)
   config.total_steps = 8
   data = dataclasses.replace(data, splits={"train": data.splits["train"]})
-  trainer.train(config, tmp_path, prepared=prepare(config, data, devices=1))
+  trainer.train(config, tmp_path, prepared=prepare(config, data))
   losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
   assert len(losses) == 8 and np.mean(losses[-2:]) < 0.9 * losses[0]
 

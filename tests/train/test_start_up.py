@@ -60,8 +60,7 @@ def test_before_the_first_step_each_program_is_compiled_once(
 
   monkeypatch.setattr(Writers, "train", stop)
   config = tiny_config("vpt_shallow")
-  # On several devices Orbax slices what it writes, by a program for each shape.
-  prepared = prepare(config, devices=1)
+  prepared = prepare(config)
   with pytest.raises(FirstStep):
     trainer.train(config, tmp_path, prepared=prepared)
   names = compiled()

@@ -446,9 +446,9 @@ def test_an_absurd_lr_is_diverged_before_anything_is_saved(insvp, tmp_path):
 
 
 def test_four_devices_train_and_evaluate_as_one(insvp, whole, monkeypatch, tmp_path):
-  assert insvp.program.mesh.size == 4
-  alone = prepare(config_of(), devices=1)
-  _, params = run_to_state(monkeypatch, config_of(), tmp_path, alone)
+  four = prepare(config_of(), devices=4)
+  assert (insvp.program.mesh.size, four.program.mesh.size) == (1, 4)
+  _, params = run_to_state(monkeypatch, config_of(), tmp_path, four)
   adapter = stored(whole[0])[3]["adapter"]
   moved = 0.0
   for name, leaf in adapter.items():
@@ -464,7 +464,7 @@ def test_four_devices_train_and_evaluate_as_one(insvp, whole, monkeypatch, tmp_p
     # Each size compiles two programs.
     for batch_size in (1, 3, 8, 64) if split == "test" else (8,):
       config = config_of(eval_batch_size=batch_size)
-      for prepared in (insvp, alone):
+      for prepared in (insvp, four):
         state = TrainState(0, trees.unflatten(params), None, None, None)
         sums = prepared.evaluate(config, split, state)
         found.add((sums["num_correct"], sums["num_examples"]))
@@ -594,12 +594,14 @@ def test_tensorboard_shows_the_config_and_the_prompts_of_final_runs(
   assert shown(tmp_path / "search") == shown(tmp_path / "linear") == {"config"}
 
 
-def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(insvp, monkeypatch):
+def test_prompts_of_a_split_backbone_are_drawn_by_a_single_process(
+  insvp, mesh, monkeypatch
+):
   model, test = insvp.program.model, insvp.data.splits["test"]
   params = insvp.first_params(config_of())
-  whole = jax.device_put(params, mesh_lib.replicated(insvp.program.mesh))
+  whole = jax.device_put(params, mesh_lib.replicated(mesh))
   split = {**whole, "backbone": dict(whole["backbone"])}
-  rows = mesh_lib.batch_sharding(insvp.program.mesh)
+  rows = mesh_lib.batch_sharding(mesh)
   split["backbone"]["embedding"] = jax.device_put(params["backbone"]["embedding"], rows)
   preset = preprocess.get_preset("vtab")
   expected = prompt_panels.prompt_panels(model, whole, test, preset, num_images=2)
