@@ -19,10 +19,14 @@ _beartype = beartype.beartype(
 
 
 def _needs_jaxtyping(fn: Any) -> bool:
-  """Tells whether a function's annotations name shapes, or are not evaluated yet."""
+  """Tells whether annotations name shapes, are text yet, or are of another function.
+
+  The last is so of a Flax module's `__init__`, which takes any arguments and passes
+  them on: beartype looks at what it takes, jaxtyping at its signature.
+  """
   annotations = inspect.get_annotations(fn)
   is_text = any(isinstance(each, str) for each in annotations.values())
-  return is_text or "jaxtyping" in repr(annotations)
+  return is_text or "jaxtyping" in repr(annotations) or hasattr(fn, "__wrapped__")
 
 
 def install() -> None:
