@@ -263,6 +263,7 @@ def test_importing_does_not_start_devices(root):
 
 def test_annotations_are_checked_in_tests():
   from insvp_jax.data.preprocess import get_preset
+  from insvp_jax.models import layers
   from insvp_jax.models.heads import Head
 
   params = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}
@@ -270,6 +271,11 @@ def test_annotations_are_checked_in_tests():
   assert head.apply({"params": params}, jnp.zeros((3, 4))).shape == (3, 2)
   with pytest.raises(jaxtyping.TypeCheckError):
     head.apply({"params": params}, jnp.zeros((3, 4, 4)))
+  # A size is one in all of a call, and any in the next one.
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    layers.attend(*(jnp.zeros((b, 3, 1, 4)) for b in sizes))
+  with pytest.raises(jaxtyping.TypeCheckError):
+    layers.attend(*(jnp.zeros((b, 3, 1, 4)) for b in (1, 2, 2)))
   # And where no shape is named: of a module's fields, and of a function.
   with pytest.raises(jaxtyping.TypeCheckError, match="num_classes"):
     Head(num_classes="2")

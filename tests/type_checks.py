@@ -1,8 +1,9 @@
 """Makes the checks of all annotations cheap enough to be on in every test.
 
-jaxtyping makes three functions of each that it decorates, of a nested one each time
-that it is defined, and binds the arguments of every call. Only where an annotation
-names shapes is that needed; elsewhere beartype, which compares types, does alone.
+Left to itself jaxtyping makes two more functions of each that it decorates, of a nested
+one each time that it is defined, and at each call it binds the arguments and compares
+them twice. Here beartype compares, once, and jaxtyping is asked only where an
+annotation names shapes.
 """
 
 import functools
@@ -18,29 +19,32 @@ _beartype = beartype.beartype(
 )
 
 
-def _needs_jaxtyping(fn: Any) -> bool:
-  """Tells whether annotations name shapes, are text yet, or are of another function.
+def _is_known(fn: Any) -> bool:
+  """Tells whether beartype alone finds what a function's annotations mean.
 
-  The last is so of a Flax module's `__init__`, which takes any arguments and passes
-  them on: beartype looks at what it takes, jaxtyping at its signature.
+  They may be text. And a Flax module's `__init__` takes any arguments and passes them
+  on: beartype would look at what it takes, where jaxtyping looks at its signature.
   """
-  annotations = inspect.get_annotations(fn)
-  is_text = any(isinstance(each, str) for each in annotations.values())
-  return is_text or "jaxtyping" in repr(annotations) or hasattr(fn, "__wrapped__")
+  annotations = inspect.get_annotations(fn).values()
+  is_text = any(isinstance(each, str) for each in annotations)
+  return not is_text and not hasattr(fn, "__wrapped__")
 
 
 def install() -> None:
-  """Has the import hook of jaxtyping decorate with both only where both are needed."""
+  """Has jaxtyping's import hook decorate as described above."""
   decorate = _decorator.jaxtyped
 
   def jaxtyped(fn: Any = None, *, typechecker: Any = None) -> Any:
     if fn is None:
       return functools.partial(jaxtyped, typechecker=typechecker)
-    if not inspect.isfunction(fn) or _needs_jaxtyping(fn):
+    if not inspect.isfunction(fn) or not _is_known(fn):
       return decorate(fn, typechecker=typechecker)
     checked = _beartype(fn)
     if checked is fn:  # without annotations
       return fn
+    if "jaxtyping" in repr(inspect.get_annotations(fn)):
+      # A size has one value in all of a call.
+      checked = decorate(checked, typechecker=None)
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
