@@ -32,9 +32,6 @@ import type_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-# Programs of tests are compiled with few of XLA's optimizations, since most run for a
-# moment: quick to compile is better than quick to run. These run for long.
-FULLY_COMPILED = {"test_conv"}
 
 # The files that take longest come first: the processes that share the files then end at
 # about the same time.
@@ -58,13 +55,17 @@ def _processor() -> str:
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _choose_xla_flags() -> None:
-  """Has XLA compile quickly, in this process and in those that it starts.
+def _compile_quickly() -> None:
+  """Says so to this process, and to those that it starts.
 
-  The older emitters compile a train step in less than half the time; later jaxlibs have
-  the newer ones alone, and XLA ends a process with flags that it does not know. Cutting
-  a program into 32 parts for as many threads, of which two are there, costs a sixth.
+  Most programs of tests run for a moment, so few optimizations are worth their time.
+  XLA's older emitters compile a train step in less than half the time; later jaxlibs
+  have the newer ones alone, and XLA ends a process with flags that it does not know.
+  Cutting a program into 32 parts for as many threads, of which two are there, costs a
+  sixth.
   """
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "True"
+  jax.config.update("jax_disable_most_optimizations", True)
   flags = ["--xla_cpu_parallel_codegen_split_count=1"]
   if version_info <= (0, 11, 0):
     flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -90,12 +91,6 @@ def _configure_jax() -> None:
   )
   jax.config.update("jax_num_cpu_devices", 4)
   jax.config.update("jax_default_matmul_precision", "highest")
-
-
-def _compile_quickly(quickly: bool) -> None:
-  """Says so to this process, and to those that it starts."""
-  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quickly)
-  jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 def _write_to_memory() -> None:
@@ -137,9 +132,8 @@ def pytest_configure(config: pytest.Config) -> None:
   del config
   _heed_signals()
   os.environ["MPLBACKEND"] = "Agg"
-  _choose_xla_flags()
+  _compile_quickly()
   _configure_jax()
-  _compile_quickly(True)
   _write_to_memory()
   type_checks.install()
   _forbid_network()
@@ -180,14 +174,6 @@ def _home(tmp_path_factory: pytest.TempPathFactory):
     patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     patch.delenv("XDG_CACHE_HOME", raising=False)
     yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile(request: pytest.FixtureRequest):
-  """Leaves out most of XLA's optimizations where they are not worth their time."""
-  _compile_quickly(request.module.__name__ not in FULLY_COMPILED)
-  yield
-  _compile_quickly(True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,9 +40,10 @@ def make_params(model, seed=0):
     values = 0.2 * rng.normal(size=leaf.shape)
     # Variances have no sign.
     is_variance = path[-1].key == "var"
-    return jnp.asarray(np.abs(values) if is_variance else values, jnp.float32)
+    return (np.abs(values) if is_variance else values).astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+  # Of a NumPy array `jnp.asarray` compiles a program for each shape.
+  return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def draw_backbone(shapes):

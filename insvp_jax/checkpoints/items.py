@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import trees
@@ -46,8 +45,9 @@ def unflatten_rest(flat: Mapping[str, Any], state: Any) -> dict[str, Any]:
 
 def as_array(leaf: Any) -> jax.Array:
   """Returns a leaf as what Orbax checks the shape of."""
-  # Orbax does not check the shape of a numpy leaf when it is restored.
-  return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+  # Orbax does not check the shape of a numpy leaf when it is restored. (`jnp.asarray`
+  # would compile a program for each shape.)
+  return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
 
 
 def encode_key(key: jax.Array) -> dict[str, Any]:

@@ -13,24 +13,28 @@ from insvp_jax.methods.convpass import convolve_tokens
 SPEC = BackboneSpec(
   width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
 )
-IMAGES = jnp.asarray(
+IMAGES = jax.device_put(
   np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
 )
 
 
+def create(method, key):
+  return method.init(key, IMAGES, IMAGES, method="adapt")["params"]
+
+
 def init(method, seed=0):
-  """Returns a method's parameters by name."""
-  variables = method.init(jax.random.key(seed), IMAGES, IMAGES, method="adapt")
-  return trees.flatten(variables["params"])
+  """Returns a method's parameters by name, on the host."""
+  params = jax.jit(lambda key: create(method, key))(jax.random.key(seed))
+  return jax.device_get(trees.flatten(params))
 
 
 def test_what_starts_as_the_identity_and_what_near_it():
-  out = jnp.asarray(np.random.default_rng(1).standard_normal((2, 17, 32)), jnp.float32)
+  out = np.random.default_rng(1).standard_normal((2, 17, 32), np.float32)
 
-  def changed(name, **kwargs):
+  def changed(name, kwargs, out):
     method = create_method(name, SPEC, **kwargs)
-    variables = method.init(jax.random.key(0), IMAGES, IMAGES, method="adapt")
-    adaptation = method.apply(variables, IMAGES, IMAGES, method="adapt")
+    params = create(method, jax.random.key(0))
+    adaptation = method.apply({"params": params}, IMAGES, IMAGES, method="adapt")
     arrays = HookArrays(
       jax.tree.map(lambda leaf: leaf[0], adaptation.blocks), adaptation.shared
     )
@@ -42,17 +46,25 @@ def test_what_starts_as_the_identity_and_what_near_it():
       last = hooks.branch(arrays, branch, -out, 2 * out, out)
     return last
 
-  for name, kwargs in (
+  identities = (
     ("adapter", {"adapter_init": "lora"}),
     ("adapter", {"adapter_init": "vpt_zero"}),
     ("adaptformer", {}),
     ("convpass", {}),
     ("convpass", {"conv_init": "xavier"}),
-  ):
-    np.testing.assert_array_equal(changed(name, **kwargs), out, err_msg=name)
-  for name in ("adapter", "adapter_plus"):
-    difference = np.max(np.abs(changed(name) - out))
-    assert 0 < difference < 0.01 * np.max(np.abs(out)), name
+  )
+  near = (("adapter", {}), ("adapter_plus", {}))
+
+  @jax.jit
+  def results(out):
+    return [[changed(*case, out) for case in cases] for cases in (identities, near)]
+
+  unchanged, moved = jax.device_get(results(out))
+  for case, result in zip(identities, unchanged, strict=True):
+    np.testing.assert_array_equal(result, out, err_msg=str(case))
+  for case, result in zip(near, moved, strict=True):
+    difference = np.max(np.abs(result - out))
+    assert 0 < difference < 0.01 * np.max(np.abs(out)), case
 
 
 def test_initial_values():
@@ -79,13 +91,13 @@ def test_initial_values():
 def test_zero_on_both_sides_trains_one_bias():
   method = create_method("adapter", SPEC, adapter_init="vpt_zero")
   params = jax.tree.map(lambda leaf: leaf[0], trees.unflatten(init(method)))
-  x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 5, 32), np.float32))
+  x = jax.device_put(np.random.default_rng(2).standard_normal((2, 5, 32), np.float32))
 
   def loss(block):
     y = method.hooks().branch(HookArrays(block), "mlp", x, x, x)
     return jnp.sum(y**2)
 
-  grads = trees.flatten(jax.grad(loss)(params))
+  grads = trees.flatten(jax.device_get(jax.jit(jax.grad(loss))(params)))
   assert {name for name, grad in grads.items() if np.any(grad)} == {"up/bias"}
 
 
@@ -117,49 +129,59 @@ def test_bad_fields(name, kwargs, message):
 def test_the_grid_is_convolved_and_other_tokens_stand_alone():
   rng = np.random.default_rng(3)
   kernel, bias, x = (
-    jnp.asarray(rng.standard_normal(shape, np.float32))
+    rng.standard_normal(shape, np.float32)
     for shape in ((3, 3, 4, 5), (5,), (2, 1 + 6 + 2, 4))
   )
   layer = {"kernel": kernel, "bias": bias}
 
+  @jax.jit
   def conv(images):
     return bias + jax.lax.conv_general_dilated(
       images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
-  y = convolve_tokens(layer, x, 1, (2, 3))
-  expected = conv(x[:, 1:7].reshape(2, 2, 3, 4)).reshape(2, 6, 5)
-  np.testing.assert_allclose(y[:, 1:7], expected, atol=1e-5)
+  convolve = jax.jit(convolve_tokens, static_argnums=(2, 3))
+  y = np.asarray(convolve(layer, x, 1, (2, 3)))
+  expected = conv(x[:, 1:7].reshape(2, 2, 3, 4))
+  np.testing.assert_allclose(y[:, 1:7].reshape(expected.shape), expected, atol=1e-5)
   for i in (0, 7, 8):
-    expected = conv(x[:, i].reshape(2, 1, 1, 4)).reshape(2, 5)
-    np.testing.assert_allclose(y[:, i], expected, atol=1e-5)
+    expected = conv(x[:, i].reshape(2, 1, 1, 4))
+    np.testing.assert_allclose(y[:, i], expected[:, 0, 0], atol=1e-5)
   # Where nothing else is read; and a backbone without a class token.
-  alone = convolve_tokens(layer, x[:, :1], 1, (2, 3))
+  alone = convolve(layer, x[:, :1], 1, (2, 3))
   np.testing.assert_allclose(alone, y[:, :1], atol=1e-6)
-  no_prefix = convolve_tokens(layer, x[:, 1:7], 0, (2, 3))
+  no_prefix = convolve(layer, x[:, 1:7], 0, (2, 3))
   np.testing.assert_allclose(no_prefix, y[:, 1:7], atol=1e-6)
 
 
 def test_convpass_on_images_of_another_size():
   # As padding prompts make them: the grid is the images'.
   method = create_method("convpass", SPEC)
-  larger = jnp.zeros((2, 24, 24, 3), np.float32)
-  params = {"params": trees.unflatten(init(method))}
-  adaptation = method.apply(params, IMAGES, larger, method="adapt")
+  larger = jax.ShapeDtypeStruct((2, 24, 24, 3), jnp.float32)
+  adaptation, _ = jax.eval_shape(
+    lambda x: method.init_with_output(jax.random.key(0), IMAGES, x, method="adapt"),
+    larger,
+  )
   assert adaptation.shared["grid"].shape == (6, 6)
 
 
 def test_adapter_plus_treats_prompts_in_the_sequence_as_tokens():
   rng = np.random.default_rng(4)
-  params = {
-    name: jnp.asarray(rng.standard_normal(leaf.shape[1:]), jnp.float32)
-    for name, leaf in init(create_method("adapter_plus", SPEC)).items()
-  }
-  block = {**trees.unflatten(params), "drop_path_key": jax.random.key(1)}
-  arrays = HookArrays(block, {"drop_path": 0.5})
-  x = jnp.asarray(rng.standard_normal((8, 5, 32)), jnp.float32)
-  tokens, prompts, _ = AdapterPlusHooks().leave(arrays, x[:, :3], x[:, 3:], (x, None))
-  whole, none, _ = AdapterPlusHooks().leave(arrays, x, None, (x, None))
+  method = create_method("adapter_plus", SPEC)
+  params = jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape[1:], np.float32),
+    jax.eval_shape(lambda: create(method, jax.random.key(0))),
+  )
+  x = rng.standard_normal((8, 5, 32), np.float32)
+
+  @jax.jit
+  def leave(x, prompts, before):
+    block = {**params, "drop_path_key": jax.random.key(1)}
+    arrays = HookArrays(jax.tree.map(jnp.asarray, block), {"drop_path": 0.5})
+    return AdapterPlusHooks().leave(arrays, x, prompts, (before, None))[:2]
+
+  tokens, prompts = leave(x[:, :3], x[:, 3:], x)
+  whole, none = leave(x, None, x)
   assert none is None
   np.testing.assert_allclose(np.concatenate([tokens, prompts], 1), whole, atol=1e-5)
   is_dropped = np.all(whole == x, axis=(1, 2))

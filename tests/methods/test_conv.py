@@ -86,11 +86,11 @@ def test_every_form_is_flax_convolution_in_float64(**sizes):
 
 PUBLISHED = (
   # The published kernels; sides that no block and no transform length divides.
-  (6, 3, 25, 1, 45),
-  (3, 6, 11, 1, 45),
-  (3, 16, 7, 1, 45),
-  (3, 6, 3, 5, 45),
-  (6, 3, 3, 12, 45),
+  (6, 3, 25, 1, 31),
+  (3, 6, 11, 1, 31),
+  (3, 16, 7, 1, 31),
+  (3, 6, 3, 5, 31),
+  (6, 3, 3, 12, 31),
   # A kernel wider than the image.
   (6, 3, 25, 1, 9),
 )
@@ -133,15 +133,15 @@ def test_transforms_are_long_enough_and_fast(size, extent):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_population_of_kernels_under_vmap(form):
   rng = np.random.default_rng(0)
-  images = rng.normal(size=(2, 10, 10, 3)).astype(np.float32)
+  images = jnp.asarray(rng.normal(size=(2, 10, 10, 3)), jnp.float32)
   kernels = rng.normal(size=(2, 5, 5, 3, 2)).astype(np.float32)
 
   def gradient(kernel):
     return jax.grad(lambda k: jnp.sum(FORMS[form](images, k, 1) ** 2))(kernel)
 
   expected = np.stack([jax.jit(gradient)(kernel) for kernel in kernels])
-  found = jax.jit(jax.vmap(gradient))(kernels)
-  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  found = np.asarray(jax.jit(jax.vmap(gradient))(kernels))
+  assert_near([found], [expected], TOLERANCE["float32"])
 
 
 def test_gradients_have_the_layout_that_is_fast_on_cpus_in_a_loop_too():
@@ -163,7 +163,8 @@ def test_gradients_have_the_layout_that_is_fast_on_cpus_in_a_loop_too():
     text = jax.jit(loop).lower(images, kernel).compile().as_text()
     return re.findall(r" convolution\(.*?dim_labels=([^,]+)", text)
 
-  assert set(layouts("nhwc")) == {"b01f_01io->b01f"} and len(layouts("nhwc")) == 3
+  nhwc = layouts("nhwc")
+  assert set(nhwc) == {"b01f_01io->b01f"} and len(nhwc) == 3
   # Once this fails, the compiler needs no help any more.
   assert set(layouts("plain")) > {"b01f_01io->b01f"}
 

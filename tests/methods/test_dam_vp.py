@@ -1,6 +1,7 @@
 """DAM-VP: its clusters are scikit-learn's, wherever and whenever images are routed."""
 
 import dataclasses
+import functools
 import signal
 
 import flax.linen as nn
@@ -131,16 +132,17 @@ def test_routes_are_known_beforehand_where_nothing_changes_them(changes, cached)
   own = prepare(config)
   routed = []
   own.program.__dict__["route_step"] = lambda params, batch: (
-    routed.append(batch) or jnp.zeros(8, jnp.int32)
+    routed.append(batch) or jax.device_put(np.zeros(8, np.int32))
   )
-  params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), own.program.shapes)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), own.program.shapes)
   found = own.route(config, "train", params, train=True)
   assert (found is not None) == cached == bool(routed)
   # Alone and beside others.
-  model, images = own.program.model, jnp.zeros((2, SIZE, SIZE, 3))
-  jax.eval_shape(lambda p: model.apply({"params": p}, images), params)
+  model = own.program.model
+  images = jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.float32)
+  jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, images)
   prompts = jax.eval_shape(
-    lambda p: model.apply({"params": p}, images, method="prompts"), params
+    lambda p, x: model.apply({"params": p}, x, method="prompts"), params, images
   )
   assert prompts["image"].shape == images.shape
   assert model.prompter.spare_params(params["prompter"]) == 5 * ONE_BORDER
@@ -199,8 +201,9 @@ def test_neurons_are_the_channels_that_noise_moves_most():
 
   images = np.random.default_rng(0).normal(size=(6, 16, 16, 3)).astype(np.float32)
   batch = {"images": images, "labels": np.zeros(6), "mask": np.ones(6)}
-  feature = jnp.arange(16.0).reshape(2, 8)
-  params = method.init(jax.random.key(0), feature, method="adapt_logits")["params"]
+  feature = np.arange(16, dtype=np.float32).reshape(2, 8)
+  init = jax.jit(functools.partial(method.init, method="adapt_logits"))
+  params = init(jax.random.key(0), feature)["params"]
   prepared = method.prepare(
     {"prompter": dict(params)}, lambda n: iter([batch]), Apply(backbone, None, None)
   )["prompter"]
@@ -208,9 +211,13 @@ def test_neurons_are_the_channels_that_noise_moves_most():
   np.testing.assert_array_equal(prepared["neurons"], [1, 3, 6])
   # Of the feature itself: nothing trains but the borders.
   head = method.head(nn.Dense(3))
-  logits = method.apply(
-    {"params": prepared}, head.apply({}, feature), method="adapt_logits"
-  )
+
+  @jax.jit
+  def logits_of(params, feature):
+    found = head.apply({}, feature)
+    return method.apply({"params": params}, found, method="adapt_logits")
+
+  logits = logits_of(prepared, feature)
   np.testing.assert_array_equal(logits, feature[:, [1, 3, 6]])
   assert method.trainable_patterns() == ("prompter/(up|down|left|right)",)
 
@@ -227,12 +234,15 @@ def test_too_many_clusters_are_joined_and_no_image_reaches_a_spare_one():
   assert 1 < by_mean.max() + 1 < 20
   np.testing.assert_array_equal(by_mean, dam_vp_lib.cluster(features, apart, 20))
   method = create_method("dam_vp", SPEC, max_clusters=3)
-  feature = 0.1 * jnp.ones((2, 8))
-  params = method.init(jax.random.key(0), feature, method="route")["params"]
+  feature = np.full((2, 8), 0.1, np.float32)
+  init = jax.jit(functools.partial(method.init, method="route"))
+  params = init(jax.random.key(0), feature)["params"]
   # The spare prototypes are nearer.
-  prototypes = jnp.zeros((3, 8)).at[0].set(3.0)
-  params = {**params, "prototypes": prototypes, "num_clusters": jnp.int32(1)}
-  route = method.apply({"params": params}, feature, method="route")
+  prototypes = np.zeros((3, 8), np.float32)
+  prototypes[0] = 3.0
+  params = {**params, "prototypes": prototypes, "num_clusters": np.int32(1)}
+  apply = jax.jit(functools.partial(method.apply, method="route"))
+  route = apply({"params": params}, feature)
   np.testing.assert_array_equal(route, [0, 0])
   assert method.spare_params(params) == 2 * ONE_BORDER
 

@@ -15,7 +15,7 @@ from insvp_jax.train import state as state_lib
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
 )
-IMAGES = jnp.asarray(
+IMAGES = jax.device_put(
   np.random.default_rng(1).standard_normal((2, 16, 16, 3), np.float32)
 )
 
@@ -42,7 +42,9 @@ def test_count_and_start_on_b16():
 
   assert trees.count(jax.eval_shape(init, images)["params"]) == 76_823
   small = create_method("gated", SPEC)
-  params = small.init(jax.random.key(0), IMAGES, method="prompts")["params"]
+  params = jax.jit(lambda key: small.init(key, IMAGES, method="prompts")["params"])(
+    jax.random.key(0)
+  )
   np.testing.assert_array_equal(params["gate"], [-5, -5])
   np.testing.assert_array_equal(params["temperature"], [1, 1, 1])
   assert params["common_prompt"].shape == (1, 100, 32)
@@ -50,11 +52,13 @@ def test_count_and_start_on_b16():
 
 def test_open_gates_are_vpt_shallow():
   gated, shallow = model("gated"), model("vpt_shallow")
-  backbone = draw_backbone(state_lib.param_shapes(gated)["backbone"])
-  params = state_lib.init_params(gated, 0, weights=backbone)
+  params = draw_backbone(state_lib.param_shapes(gated))
+  # As they start: closed, and with plain softmax.
+  params["prompter"]["gate"] = np.full(2, -5.0, np.float32)
+  params["prompter"]["temperature"] = np.ones(3, np.float32)
   apply = jax.jit(gated.apply)
   closed = apply({"params": params}, IMAGES)
-  params["prompter"]["gate"] = jnp.full(2, 50.0)
+  params["prompter"]["gate"] = np.full(2, 50.0, np.float32)
   opened = apply({"params": params}, IMAGES)
   params["prompter"] = {"common_prompt": params["prompter"]["common_prompt"]}
   expected = jax.jit(shallow.apply)({"params": params}, IMAGES)

@@ -42,11 +42,16 @@ def config_of(method, **fields):
 @pytest.mark.parametrize("inner", [8, 9])
 def test_the_frame_lies_around_the_image_in_pixels(inner):
   method = create_method("ilm_vp", SPEC, 2, inner_size=inner)
-  mean, std = np.asarray(SPEC.mean), np.asarray(SPEC.std)
-  pixels = jax.random.uniform(jax.random.key(0), (2, inner, inner, 3))
-  variables = method.init(jax.random.key(0), pixels, method="prompt_image")
+  mean, std = np.float32(SPEC.mean), np.float32(SPEC.std)
+  pixels = np.random.default_rng(0).random((2, inner, inner, 3), np.float32)
+
+  @jax.jit
+  def prompt(images):
+    key = jax.random.key(0)
+    return method.init_with_output(key, images, method="prompt_image")
+
+  prompted, variables = jax.device_get(prompt((pixels - mean) / std))
   assert variables["params"]["delta"].shape == (16, 16, 3)
-  prompted = method.apply(variables, (pixels - mean) / std, method="prompt_image")
   prompted, start = prompted * std + mean, (16 - inner + 1) // 2
   inside = prompted[:, start : start + inner, start : start + inner]
   np.testing.assert_allclose(inside, pixels, atol=1e-6)
@@ -56,10 +61,11 @@ def test_the_frame_lies_around_the_image_in_pixels(inner):
 
 
 def test_an_image_that_is_not_scaled_is_padded():
-  images = jax.random.normal(jax.random.key(0), (2, 7, 7, 3))
-  padded = frame.pad(images, 12)
+  images = np.random.default_rng(0).standard_normal((2, 7, 7, 3), np.float32)
+  padded = np.asarray(jax.jit(frame.pad, static_argnums=1)(images, 12))
   assert not padded[:, :3].any() and not padded[:, 10:].any()
-  np.testing.assert_array_equal(frame.pad_scaled(images, 12, jnp.float32(1)), padded)
+  scaled = jax.jit(frame.pad_scaled, static_argnums=1)(images, 12, np.float32(1))
+  np.testing.assert_array_equal(scaled, padded)
 
 
 def test_the_scale_stays_within_its_bounds():
@@ -79,7 +85,7 @@ def counted(run):
   def source_logits(params, images):
     return run.model.apply({"params": params}, images, method="source_logits")
 
-  logits = source_logits(run.params, jnp.asarray(run.preprocess(data.images)))
+  logits = source_logits(run.params, run.preprocess(data.images))
   predictions = np.argmax(jax.device_get(logits), axis=-1)
   counts = label_mapping.count_predictions(predictions, data.labels, 7, len(CLASSES))
   return label_mapping.greedy_mapping(counts)

@@ -153,8 +153,7 @@ def test_anderson_finds_the_same_point_and_helps_where_iteration_is_slow():
 @pytest.mark.parametrize("gradient", fp.GRADIENTS)
 def test_gradients_under_vmap_and_remat(gradient):
   trials = [weights(*PIXELS, seed=seed) for seed in range(2)]
-  iterations = UNROLLED if gradient == "unrolled" else ITERATIONS
-  options = {"iterations": iterations, "gradient": gradient}
+  options = {"iterations": ITERATIONS, "gradient": gradient}
   stored = jax.checkpoint(functools.partial(loss, tuple(options.items())))
   grad = jax.jit(jax.vmap(jax.grad(stored, argnums=(0, 1))))
   together = grad(*(np.stack(leaves) for leaves in zip(*trials, strict=True)))

@@ -7,12 +7,14 @@ import pytest
 
 from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, HookArrays, create_method
+from insvp_jax.methods.hooks import block_of
 
 SPEC = BackboneSpec(
   width=8, depth=3, mlp_dim=32, num_heads=2, patch_size=2, image_size=4
 )
 READERS = {"query": "norm1", "key": "norm1", "value": "norm1", "fc1": "norm2"}
 NORMS = ("norm1", "norm2", "encoder_norm")
+OUTSIDE = ("embedding", "encoder_norm")
 
 
 def shapes_of(method):
@@ -38,6 +40,12 @@ def draw_sites(rng):
     leaves = weight | {"bias": (*lead, outs)}
     sites[name] = {leaf: rng.standard_normal(shape) for leaf, shape in leaves.items()}
   return sites
+
+
+def of_blocks(name, site):
+  """Yields each block and its leaves of a site; outside of the blocks, 0 and all."""
+  for block in range(1 if name in OUTSIDE else SPEC.depth):
+    yield block, site if name in OUTSIDE else block_of(site, block)
 
 
 def apply_site(site, x):
@@ -72,24 +80,34 @@ def test_merged_operations_do_what_hooks_did(name, kwargs):
   merged = method.merge(params, sites)
   assert {name: dict(site) for name, site in sites.items()} == before
   images = np.zeros((1, SPEC.image_size, SPEC.image_size, 3))
-  hooks = method.hooks()
-  with jax.enable_x64(True):
-    params, images = jax.tree.map(jnp.asarray, (params, images))
+  inputs = {}
+  for name, site in sites.items():
+    ins = SPEC.width if name in NORMS else site["kernel"].shape[-2]
+    inputs[name] = rng.standard_normal((SPEC.depth, 2, 5, ins))
+
+  @jax.jit
+  def hooked(params, sites, inputs, images):
+    """Returns the outputs of each site's operation, block by block."""
     adaptation = method.apply({"params": params}, images, images, method="adapt")
-    for site in sites:
-      outside = site in ("embedding", "encoder_norm")
-      for i in range(1 if outside else SPEC.depth):
+    hooks, outputs = method.hooks(), {}
+    for name, site in sites.items():
+      outputs[name] = []
+      for block, own in of_blocks(name, site):
+        x = inputs[name][block]
+        y = apply_site(own, x)
+        if name in hooks.at:
+          outside = name in OUTSIDE
+          arrays = None if outside else block_of(adaptation.blocks, block)
+          y = hooks.after(HookArrays(arrays, adaptation.shared), name, x, y)
+        outputs[name].append(y)
+    return outputs
 
-        def of(tree, i=i, outside=outside):
-          return tree if outside else jax.tree.map(lambda leaf: leaf[i], tree)
-
-        ins = SPEC.width if site in NORMS else sites[site]["kernel"].shape[-2]
-        x = jnp.asarray(rng.standard_normal((2, 5, ins)))
-        y = apply_site(of(sites[site]), x)
-        block = None if outside else of(adaptation.blocks)
-        if site in hooks.at:
-          y = hooks.after(HookArrays(block, adaptation.shared), site, x, y)
-        np.testing.assert_allclose(apply_site(of(merged[site]), x), y, atol=1e-10)
+  with jax.enable_x64(True):
+    outputs = jax.device_get(hooked(params, sites, inputs, images))
+  for name, site in merged.items():
+    for block, own in of_blocks(name, site):
+      expected = apply_site(own, inputs[name][block])
+      np.testing.assert_allclose(expected, outputs[name][block], atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +140,10 @@ def test_fact_needs_an_mlp_that_is_a_multiple_of_the_width(name):
 
 def test_ssf_starts_near_the_identity():
   method = create_method("ssf", SPEC)
-  images = jnp.zeros((1, 4, 4, 3))
+  images = jax.device_put(np.zeros((1, 4, 4, 3), np.float32))
+  # One program of so many draws would take longer to compile than each draw's own.
   params = method.init(jax.random.key(0), images, images, method="adapt")["params"]
+  params = jax.device_get(params)
   for name, leaf in trees.flatten(params).items():
     offset = leaf - 1 if name.endswith("scale") else leaf
     assert 0 < np.max(np.abs(offset)) < 0.1, name
@@ -132,19 +152,16 @@ def test_ssf_starts_near_the_identity():
 def test_dropout_leaves_the_key_projection_its_layers():
   # The random keys of blocks and the projection "key" are different things.
   method = create_method("lora", SPEC, targets=("key",), rank=2, dropout=0.5)
-  images = jnp.ones((1, 4, 4, 3))
-  shapes = shapes_of(method)
-  params = {"params": jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)}
-  adaptation = method.apply(
-    params,
-    images,
-    images,
-    train=True,
-    method="adapt",
-    rngs={"dropout": jax.random.key(0)},
-  )
-  block = jax.tree.map(lambda leaf: leaf[0], adaptation.blocks)
-  x = jnp.ones((64, 1, 8))
-  update = method.hooks().after(HookArrays(block, adaptation.shared), "key", x, 0.0)
+
+  @jax.jit
+  def update_of(images, x, key):
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes_of(method))
+    options = {"train": True, "rngs": {"dropout": key}, "method": "adapt"}
+    adaptation = method.apply({"params": params}, images, images, **options)
+    arrays = HookArrays(block_of(adaptation.blocks, 0), adaptation.shared)
+    return method.hooks().after(arrays, "key", x, 0.0)
+
+  ones = (np.ones(shape, np.float32) for shape in ((1, 4, 4, 3), (64, 1, 8)))
+  update = update_of(*ones, jax.random.key(0))
   # Of two hidden values of 8, doubled where they are kept.
   np.testing.assert_allclose(np.unique(update), [0, 16, 32])

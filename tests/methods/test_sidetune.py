@@ -1,7 +1,6 @@
 """Sidetune's side network: against a computation in NumPy, and from files."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -59,9 +58,9 @@ def flat_features(image, weights):
 
 
 def params_of(method, images, weights=""):
-  feature = jnp.zeros((len(images), SPEC.width))
-  init = jax.jit(lambda key: method.init(key, feature, images, method="adapt_feature"))
-  params = {"prompter": init(jax.random.key(0))["params"]}
+  feature = np.zeros((len(images), SPEC.width), np.float32)
+  init = jax.jit(lambda *x: method.init(*x, method="adapt_feature"))
+  params = {"prompter": init(jax.random.key(0), feature, images)["params"]}
   if method.prepares():
     params = method.prepare(params, None, Apply(None, None, None))
   return params["prompter"]
@@ -82,11 +81,11 @@ def test_it_is_torchvision_s_alexnet_blended(kind, tmp_path):
   else:
     safetensors.numpy.save_file(stored, path)
   method = create_method("sidetune", SPEC, channels=CHANNELS, weights=str(path))
-  images = jnp.asarray(RNG.normal(0, 1, (2, 96, 96, 3)), jnp.float32)
-  feature = jnp.asarray(RNG.normal(0, 1, (2, SPEC.width)), jnp.float32)
+  images = RNG.normal(0, 1, (2, 96, 96, 3)).astype(np.float32)
+  feature = RNG.normal(0, 1, (2, SPEC.width)).astype(np.float32)
   params = params_of(method, images)
   assert params["alpha"] == 0
-  params["alpha"] = jnp.float32(0.4)
+  params["alpha"] = np.float32(0.4)
   # [n, d], as PyTorch's [d, n] transposed.
   projection = np.asarray(params["projection"]["kernel"])
   side = np.stack([flat_features(x, weights) @ projection for x in images])
@@ -100,16 +99,17 @@ def test_it_is_torchvision_s_alexnet_blended(kind, tmp_path):
 @pytest.mark.parametrize("size", [1, 4, 6, 13])
 def test_the_average_over_cells(size):
   x = RNG.normal(0, 1, (size, size, 2))
-  pooled = adaptive_average_pool(jnp.asarray(x[None], jnp.float32), 6)[0]
+  pool = jax.jit(adaptive_average_pool, static_argnums=1)
+  pooled = np.asarray(pool(x[None].astype(np.float32), 6))[0]
   expected = average(x.transpose(2, 0, 1), 6).transpose(1, 2, 0)
   np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_images_of_any_size():
-  small = jnp.asarray(RNG.normal(0, 1, (1, 32, 32, 3)), jnp.float32)
+  small = RNG.normal(0, 1, (1, 32, 32, 3)).astype(np.float32)
   method = create_method("sidetune", SPEC, channels=CHANNELS)
   params = params_of(method, small)
-  feature = jnp.zeros((1, SPEC.width))
+  feature = np.zeros((1, SPEC.width), np.float32)
   enlarged = jax.image.resize(small, (1, 64, 64, 3), "bilinear")
   outputs = [adapted(method, params, feature, x) for x in (small, enlarged)]
   np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
@@ -124,7 +124,7 @@ def test_images_of_any_size():
 
 def test_a_file_of_other_weights_is_refused_in_one_line(tmp_path):
   weights = torch_weights()
-  images = jnp.zeros((1, 64, 64, 3))
+  images = np.zeros((1, 64, 64, 3), np.float32)
   plain = create_method("sidetune", SPEC, channels=CHANNELS)
   before = params_of(plain, images)
 
@@ -153,7 +153,8 @@ def test_a_file_of_other_weights_is_refused_in_one_line(tmp_path):
 
 def test_all_of_it_trains():
   method = create_method("sidetune", SPEC, channels=CHANNELS)
-  images = jnp.zeros((1, 64, 64, 3))
-  shapes = {"prompter": params_of(method, images), "head": {"kernel": np.zeros(1)}}
+  images = np.zeros((1, 64, 64, 3), np.float32)
+  prompter = jax.eval_shape(lambda: params_of(method, images))
+  shapes = {"prompter": prompter, "head": {"kernel": np.zeros(1)}}
   mask = trees.mask(shapes, method.trainable_patterns())
   assert len(trees.flatten(mask)) == 13 and all(trees.flatten(mask).values())

@@ -19,8 +19,10 @@ from insvp_jax.train import state as state_lib
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16
 )
-IMAGES = jnp.zeros((2, 16, 16, 3))
-TOKENS = jnp.asarray(np.random.default_rng(9).standard_normal((2, 17, 32), np.float32))
+IMAGES = jax.device_put(np.zeros((2, 16, 16, 3), np.float32))
+TOKENS = jax.device_put(
+  np.random.default_rng(9).standard_normal((2, 17, 32), np.float32)
+)
 
 
 def arrays(method, variables, block, **kwargs):
@@ -36,7 +38,7 @@ def init(spec=SPEC, **fields):
   )
   rng = np.random.default_rng(0)
   return method, jax.tree.map(
-    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes
+    lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), shapes
   )
 
 
@@ -61,54 +63,68 @@ def test_published_count(fields, expected):
 def test_convolution_and_dense_layer_are_one_product():
   rng = np.random.default_rng(0)
   kernel, weights, grid = (
-    jnp.asarray(rng.standard_normal(shape, np.float32))
+    rng.standard_normal(shape, np.float32)
     for shape in ((1, 3, 3), (1, 4, 4, 5), (2, 6, 6, 1))
   )
-  layouts = ("NHWC", "HWIO", "NHWC")
-  convolved = jax.lax.conv_general_dilated(
-    grid, kernel[0, :, :, None, None], (1, 1), "VALID", dimension_numbers=layouts
-  )
+  windows = np.lib.stride_tricks.sliding_window_view(grid[..., 0], (3, 3), (1, 2))
+  convolved = np.einsum("bhwij,ij->bhw", windows, kernel[0])
   expected = convolved.reshape(2, 16) @ weights.reshape(16, 5)
-  actual = grid.reshape(2, 36) @ convolved_weights(kernel, weights).reshape(36, 5)
+  joined = np.asarray(jax.jit(convolved_weights)(kernel, weights))
+  actual = grid.reshape(2, 36) @ joined.reshape(36, 5)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_first_blocks_have_learned_prompts_and_later_ones_see_the_patches():
   method, variables = init(static_blocks=2, prompt_length=3)
-  for block in range(3):
-    x, prompts = method.hooks().enter(arrays(method, variables, block), TOKENS, None)
-    assert x is TOKENS and prompts.shape == (2, 3, 32)
-    if block < 2:
-      learned = variables["params"]["common_prompt"][block]
-      np.testing.assert_array_equal(prompts, np.stack([learned] * 2))
-    else:
-      assert np.all(np.not_equal(*np.asarray(prompts)))
+
+  @jax.jit
+  def prompts_of_blocks(variables):
+    found = []
+    for block in range(3):
+      p = arrays(method, variables, block)
+      x, prompts = method.hooks().enter(p, TOKENS, None)
+      assert x is TOKENS and prompts.shape == (2, 3, 32)
+      found.append(prompts)
+    return found
+
+  *static, made = jax.device_get(prompts_of_blocks(variables))
+  learned = variables["params"]["common_prompt"]
+  np.testing.assert_array_equal(static, np.stack([learned] * 2, axis=1))
+  assert np.all(np.not_equal(*made))
 
 
 def test_only_patches_are_read():
   method, variables = init()
-  p = arrays(method, variables, 2)
-  _, expected = method.hooks().enter(p, TOKENS, None)
+  without_class = create_method("vapt", dataclasses.replace(SPEC, num_prefix=0))
   # Another class token, and another method's prompts behind the patches.
   tokens = np.asarray(TOKENS)
   other = np.concatenate([-tokens[:, :1], tokens[:, 1:], tokens[:, :4]], axis=1)
-  _, prompts = method.hooks().enter(p, jnp.asarray(other), TOKENS)
-  np.testing.assert_array_equal(prompts, expected)
-  without_class = create_method("vapt", dataclasses.replace(SPEC, num_prefix=0))
-  _, prompts = without_class.hooks().enter(p, TOKENS[:, 1:], None)
-  np.testing.assert_array_equal(prompts, expected)
+
+  @jax.jit
+  def enter(variables, tokens, other):
+    p = arrays(method, variables, 2)
+    _, expected = method.hooks().enter(p, tokens, None)
+    _, beside_others = method.hooks().enter(p, other, tokens)
+    _, alone = without_class.hooks().enter(p, tokens[:, 1:], None)
+    return expected, beside_others, alone
+
+  expected, *prompts = enter(variables, tokens, other)
+  for found in prompts:
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_takes_whole_channels_and_values_of_prompts():
   method, variables = init(dropout=0.5, prompt_length=8)
-  variables["params"] |= {
-    name: jnp.asarray(np.zeros(variables["params"][name].shape, np.float32))
-    for name in ("projector_up", "norm_bias")
-  }
+  for name in ("projector_up", "norm_bias"):
+    variables["params"][name] *= 0
   variables["params"]["positions"]["bias"] *= 0
-  p = arrays(method, variables, 1, train=True, rngs={"dropout": jax.random.key(2)})
-  _, prompts = method.hooks().enter(p, TOKENS, None)
-  is_zero = np.asarray(prompts) == 0
+
+  @jax.jit
+  def enter(variables, key):
+    p = arrays(method, variables, 1, train=True, rngs={"dropout": key})
+    return method.hooks().enter(p, TOKENS, None)[1]
+
+  is_zero = np.asarray(enter(variables, jax.random.key(2))) == 0
   # By chance alone 1 in 256 channels would lose all of its prompts.
   assert 0.3 < np.mean(is_zero.all(axis=1)) < 0.7
   assert 0.6 < np.mean(is_zero) < 0.9
@@ -128,17 +144,18 @@ def test_made_prompts_start_at_zero_and_everything_moves_within_two_steps():
     head_init="torch",
   )
   rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.standard_normal((2, 16, 16, 3), np.float32))
+  images = rng.standard_normal((2, 16, 16, 3), np.float32)
   draws = state_lib.Draws(model)
   backbone = draw_backbone(draws.shapes["backbone"])
   params = state_lib.init_params(model, 1, weights=backbone, draws=draws)
-  params = jax.tree.map(jnp.asarray, params)
-  p = arrays(model.prompter, {"params": params["prompter"]}, 1)
-  _, prompts = model.prompter.hooks().enter(p, TOKENS, None)
-  assert np.all(np.asarray(prompts) == 0)
 
   @jax.jit
-  def gradient(prompter):
+  def made(prompter):
+    p = arrays(model.prompter, {"params": prompter}, 1)
+    return model.prompter.hooks().enter(p, TOKENS, None)[1]
+
+  @jax.jit
+  def gradient(prompter, params, images):
     def loss(prompter):
       logits = model.apply({"params": {**params, "prompter": prompter}}, images)
       return jnp.sum(logits[:, 0])
@@ -146,13 +163,15 @@ def test_made_prompts_start_at_zero_and_everything_moves_within_two_steps():
     return jax.grad(loss)(prompter)
 
   prompter = params["prompter"]
-  grads = gradient(prompter)
+  assert np.all(np.asarray(made(prompter)) == 0)
+  grads = jax.device_get(gradient(prompter, params, images))
   unmoved = {n for n, g in trees.flatten(grads).items() if not np.any(g)}
   assert unmoved == {
     *("norm_scale", "norm_bias", "conv_kernel", "projector_down", "projector_up")
   }
-  prompter = jax.tree.map(lambda x, g: x - 1e-3 * np.asarray(g), prompter, grads)
-  assert all(np.any(g) for g in jax.tree.leaves(gradient(prompter)))
+  prompter = jax.tree.map(lambda x, g: np.asarray(x) - 1e-3 * g, prompter, grads)
+  again = jax.device_get(gradient(prompter, params, images))
+  assert all(np.any(g) for g in jax.tree.leaves(again))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """VP: where its prompts are, how large they may be."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,16 +10,26 @@ from insvp_jax import trees
 from insvp_jax.methods import BackboneSpec, create_method
 
 SPEC = BackboneSpec(8, 1, 16, 1, patch_size=4, image_size=16)
-IMAGES = jnp.zeros((2, 16, 16, 3))
+
+
+@functools.cache
+def _program(location, size, **kwargs):
+  method = create_method("vp", SPEC, location=location, prompt_size=size)
+
+  @jax.jit
+  def run(images, key):
+    params = method.init(jax.random.key(0), images, method="prompt_image")
+    options = {"rngs": {} if key is None else {"dropout": key}, **kwargs}
+    added = method.apply(params, images, method="prompt_image", **options)
+    return added, params["params"]
+
+  return run
 
 
 def prompts_of(location, size, *, key=None, **kwargs):
   """Returns what is added to two images."""
-  method = create_method("vp", SPEC, location=location, prompt_size=size)
-  params = method.init(jax.random.key(0), IMAGES, method="prompt_image")
-  rngs = {} if key is None else {"dropout": jax.random.key(key)}
-  added = method.apply(params, IMAGES, method="prompt_image", rngs=rngs, **kwargs)
-  return np.asarray(added), params["params"]
+  run, images = _program(location, size, **kwargs), np.zeros((2, 16, 16, 3), np.float32)
+  return jax.device_get(run(images, None if key is None else jax.random.key(key)))
 
 
 def test_a_border_is_zero_inside():

@@ -17,18 +17,35 @@ from insvp_jax.models.vit import decode_variant
 SPEC = BackboneSpec(
   width=32, depth=3, mlp_dim=128, num_heads=2, patch_size=4, image_size=16
 )
-IMAGES = jnp.asarray(
+IMAGES = jax.device_put(
   np.random.default_rng(1).standard_normal((2, 16, 16, 3), np.float32)
 )
 
 
+def start(method, images=IMAGES):
+  """Returns what a training starts from, on the host."""
+  init = jax.jit(lambda key: method.init(key, images, method="prompts"))
+  return jax.device_get(init(jax.random.key(0)))
+
+
 def init(method, images=IMAGES):
-  return method.init(jax.random.key(0), images, method="prompts")
+  """Returns variables of which none is zero; compiles nothing."""
+  key, rng = jax.random.key(0), np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32),
+    jax.eval_shape(lambda x: method.init(key, x, method="prompts"), images),
+  )
+
+
+def adapted(method, variables, *, train=False, key=None):
+  rngs = {} if key is None else {"dropout": key}
+  options = {"method": "adapt", "train": train, "rngs": rngs}
+  apply = jax.jit(lambda v: method.apply(v, IMAGES, IMAGES, **options))
+  return jax.device_get(apply(variables))
 
 
 def tokens(method, variables, **kwargs):
-  adapted = method.apply(variables, IMAGES, IMAGES, method="adapt", **kwargs)
-  return adapted.prompts.tokens
+  return adapted(method, variables, **kwargs).prompts.tokens
 
 
 def tiny_model(method, **method_kwargs):
@@ -58,7 +75,9 @@ def test_shapes(name, kwargs, blocks):
   assert variables["params"]["common_prompt"].shape == (blocks, 4, 32)
   # Shared by all instances, so the batch axis stays 1.
   assert tokens(method, variables).shape == (blocks, 1, 4, 32)
-  prompts = method.apply(variables, IMAGES, method="prompts")
+  prompts = jax.eval_shape(
+    lambda v: method.apply(v, IMAGES, method="prompts"), variables
+  )
   assert {k: v.shape for k, v in prompts.items()} == {"feature": (blocks, 2, 4, 32)}
 
 
@@ -76,14 +95,14 @@ def test_shapes(name, kwargs, blocks):
 def test_init_is_uniform_within_the_published_bound(variant, bound):
   spec = BackboneSpec(**decode_variant(variant), image_size=224)
   method = create_method("vpt_shallow", spec, prompt_length=10)
-  prompt = init(method, jnp.zeros((1, 8, 8, 3)))["params"]["common_prompt"]
+  prompt = start(method)["params"]["common_prompt"]
   assert 0.99 * bound < np.max(np.abs(prompt)) < 1.0001 * bound
   np.testing.assert_allclose(np.std(prompt), bound / np.sqrt(3), rtol=0.05)
 
 
 def test_projection_is_one_dense_layer_for_all_blocks():
   method = create_method("vpt_deep", SPEC, prompt_length=4, project=8)
-  variables = init(method)
+  variables = start(method)
   params = variables["params"]
   shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
   assert shapes == {
@@ -106,7 +125,7 @@ def test_dropout_is_drawn_for_each_sample_and_only_in_training():
   np.testing.assert_array_equal(
     tokens(method, variables)[:, 0], variables["params"]["common_prompt"]
   )
-  dropped = tokens(method, variables, train=True, rngs={"dropout": jax.random.key(3)})
+  dropped = tokens(method, variables, train=True, key=jax.random.key(3))
   assert dropped.shape == (3, 2, 8, 32)
   assert not np.array_equal(dropped[:, 0], dropped[:, 1])
   assert 0.4 < np.mean(dropped == 0) < 0.6
@@ -147,17 +166,19 @@ def test_counts_of_the_ablations_on_b16(name, kwargs, expected):
   spec = BackboneSpec(**decode_variant("B/16"), image_size=224)
   method = create_method(name, spec, **kwargs)
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  shapes = jax.eval_shape(lambda x: init(method, x), images)
+  shapes = jax.eval_shape(
+    lambda x: method.init(jax.random.key(0), x, method="prompts"), images
+  )
   assert trees.count(shapes["params"]) == expected
 
 
 def test_which_blocks_are_prompted():
   method = create_method("vpt_deep", SPEC, prompted_blocks=2, prompted_from="last")
-  adapted = method.apply(init(method), IMAGES, IMAGES, method="adapt").prompts
-  assert (adapted.first, adapted.carry, len(adapted.tokens)) == (1, True, 2)
+  prompts = adapted(method, init(method)).prompts
+  assert (prompts.first, prompts.carry, len(prompts.tokens)) == (1, True, 2)
   method = create_method("vpt_deep", SPEC, prompted_blocks=1, expand=False)
-  adapted = method.apply(init(method), IMAGES, IMAGES, method="adapt").prompts
-  assert (adapted.first, adapted.carry, len(adapted.tokens)) == (0, False, 1)
+  prompts = adapted(method, init(method)).prompts
+  assert (prompts.first, prompts.carry, len(prompts.tokens)) == (0, False, 1)
 
 
 def test_shared_prompts_are_one_parameter():
@@ -174,16 +195,17 @@ def test_prompts_are_added_in_their_blocks_alone():
     "vpt_deep", SPEC, location="add", prompted_blocks=1, prompted_from="last"
   )
   variables = init(method)
-  adapted = method.apply(variables, IMAGES, IMAGES, method="adapt")
-  assert adapted.prompts is None and adapted.blocks.shape == (3, 1, 17, 32)
-  assert not np.any(adapted.blocks[:2])
-  np.testing.assert_array_equal(adapted.blocks[2], variables["params"]["common_prompt"])
+  found = adapted(method, variables)
+  assert found.prompts is None and found.blocks.shape == (3, 1, 17, 32)
+  assert not np.any(found.blocks[:2])
+  np.testing.assert_array_equal(found.blocks[2], variables["params"]["common_prompt"])
 
 
 def test_border_of_pixels():
   method = create_method("vpt_shallow", SPEC, location="pad", prompt_length=3)
-  variables = init(method)
-  padded = np.asarray(method.apply(variables, IMAGES, method="prompt_image"))
+  variables = start(method)
+  prompt_image = jax.jit(lambda v: method.apply(v, IMAGES, method="prompt_image"))
+  padded = np.asarray(prompt_image(variables))
   assert padded.shape == (2, 22, 22, 3) and method.prompted_size() == 22
   np.testing.assert_array_equal(padded[:, 3:-3, 3:-3], IMAGES)
   params = variables["params"]["pixels"]
@@ -293,12 +315,7 @@ def test_patch_tokens(name, kwargs, blocks):
 
     return None, [read(i) for i in range(SPEC.depth)]
 
-  # What JAX draws for InsVP takes seconds to compile, and any start will do.
-  start = jax.tree.map(
-    lambda leaf: rng.uniform(-0.1, 0.1, leaf.shape).astype(np.float32),
-    dict(jax.eval_shape(lambda: init(method))["params"]),
-  )
-  params = {"backbone": {}, "prompter": start, "head": {}}
+  params = {"backbone": {}, "prompter": dict(init(method)["params"]), "head": {}}
   drawn = params["prompter"]["common_prompt"]
   assert method.prepares()
   prepared = method.prepare(params, batches, Apply(backbone, None, None))
@@ -327,15 +344,18 @@ def test_patch_tokens_of_a_real_backbone():
   params = prepared.prepare_params(config, prepared.first_params(config))
   backbone = prepared.program.model.backbone
   preset = preprocess.get_preset("vtab")
-  images = preprocess.eval_preprocess(
-    preset, jnp.asarray(prepared.data.splits["train"].images), backbone.image_size
-  )
-  variables = {"params": params["backbone"]}
-  x = backbone.apply(variables, images, Adaptation(), method="embed")
+
+  @jax.jit
+  def embed(variables, images):
+    images = preprocess.eval_preprocess(preset, images, backbone.image_size)
+    return backbone.apply(variables, images, Adaptation(), method="embed")
+
+  images = prepared.data.splits["train"].images
+  x = np.asarray(embed({"params": params["backbone"]}, images))
   x = x[:, backbone.spec.num_prefix :]
-  prompts = params["prompter"]["common_prompt"][0]
-  cosines = jnp.einsum("pd,bnd->pbn", prompts, x) / jnp.linalg.norm(x, axis=-1)
-  cosines = cosines.max((1, 2)) / jnp.linalg.norm(prompts, axis=-1)
+  prompts = np.asarray(params["prompter"]["common_prompt"])[0]
+  cosines = np.einsum("pd,bnd->pbn", prompts, x) / np.linalg.norm(x, axis=-1)
+  cosines = cosines.max((1, 2)) / np.linalg.norm(prompts, axis=-1)
   np.testing.assert_allclose(cosines, 1, rtol=1e-5)
 
 
@@ -357,13 +377,13 @@ def test_methods_without_prompts(name):
   shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0, 0.2, s.shape), jnp.float32), shapes
+    lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes
   )
   assert sorted(params) == ["backbone", "head"]
   assert model.apply({"params": params}, IMAGES, method=model.prompts) == {}
   feature = jax.jit(model.backbone.apply)({"params": params["backbone"]}, IMAGES)
   head = params["head"]
-  expected = feature @ head["kernel"] + head["bias"].reshape(1, -1)
+  expected = np.asarray(feature) @ head["kernel"] + head["bias"]
   apply = jax.jit(model.apply, static_argnames="train")
   logits = apply({"params": params}, IMAGES, train=True)
   np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -63,7 +63,7 @@ def drawn(backbone, seed=0):
 
 def images(batch=2, size=16):
   rng = np.random.default_rng(1)
-  return jnp.asarray(rng.normal(size=(batch, size, size, 3)), jnp.float32)
+  return rng.normal(size=(batch, size, size, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -283,11 +283,13 @@ def test_windows_and_their_neighbours():
     np.testing.assert_array_equal(rows[near], table[near])
 
 
-def swin_features(model, params, x, given):
-  def run(module):
+def swin_features(model, given):
+  """Returns the program of (parameters, images)."""
+
+  def encode(module, x):
     return module.encode(module.embed(x), given)
 
-  return jax.jit(lambda p: model.apply({"params": p}, method=run))(params)
+  return jax.jit(lambda p, x: model.apply({"params": p}, x, method=encode))
 
 
 @pytest.mark.parametrize("counts", [(3,), (4, 1)])
@@ -296,20 +298,20 @@ def test_prompts_of_some_blocks_scanned_or_not(counts):
   depths = {"depths": (4, 2)}
   rng = np.random.default_rng(3)
   tokens = tuple(
-    jnp.asarray(rng.normal(size=(count, 1, 2, 16 * 2**i)), jnp.float32)
+    jax.device_put(rng.normal(size=(count, 1, 2, 16 * 2**i)).astype(np.float32))
     for i, count in enumerate(counts)
   )
   given = Adaptation(prompts=BlockPrompts(tokens))
   leaves = drawn(tiny("swin_t", **depths))
-  unrolled = tiny("swin_t", **depths)
-  expected = swin_features(unrolled, trees.unflatten(leaves), images(), given)
+  unrolled = swin_features(tiny("swin_t", **depths), given)
+  x = images()
+  expected = unrolled(trees.unflatten(leaves), x)
   # An image's prompts never meet those of another image.
-  alone = swin_features(unrolled, trees.unflatten(leaves), images()[:1], given)
-  np.testing.assert_allclose(alone[0], expected[0], rtol=1e-5, atol=1e-6)
+  beside_another = unrolled(trees.unflatten(leaves), np.stack([x[0], -x[1]]))
+  np.testing.assert_allclose(beside_another[0], expected[0], rtol=1e-5, atol=1e-6)
   scanned = tiny("swin_t", **depths, scan=True, remat=True)
-  found = swin_features(
-    scanned, trees.unflatten(scanned.stack(leaves)), images(), given
-  )
+  params = trees.unflatten(scanned.stack(leaves))
+  found = swin_features(scanned, given)(params, x)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -355,8 +357,7 @@ def test_trains_alike_on_one_device_and_split_over_four(variant):
     config.optim.name, config.optim.lr = "sgd", 0.3
     config.backbone.update(name=variant, depth=None, mlp_dim=None, **fields)
     program = prepare(config, devices=fsdp).program
-    backbone = draw_backbone(program.shapes["backbone"])
-    params = state_lib.init_params(program.model, seed=0, weights=backbone)
+    params = draw_backbone(program.shapes)
     state = program_lib.create_state(config, program, params)
     specs = {n: x.sharding.spec for n, x in trees.flatten(state.params).items()}
     cut = {name: spec for name, spec in specs.items() if "fsdp" in spec}

@@ -116,25 +116,26 @@ LAYERS = {
 def test_products_and_their_gradients_are_those_of_the_floats(layer, dtype):
   create, shape, name = LAYERS[layer]
   ours, flaxs = (create(module).clone(dtype=dtype) for module in (quantized, nn))
-  x = jnp.asarray(draw(shape, 1), dtype)
-  params = jax.tree.map(np.asarray, ours.init(jax.random.key(0), x)["params"])
-  params["bias"] = draw(params["bias"].shape, 2)
+  x = draw(shape, 1).astype(dtype)
+  shapes = jax.eval_shape(ours.init, jax.random.key(0), x)["params"]
+  params = {name: draw(leaf.shape, i) for i, (name, leaf) in enumerate(shapes.items())}
   kernel = params["kernel"]
   axes = quantized.input_axes(f"backbone/{name}", kernel.ndim, stacked=False)
   stored = {**params, "kernel": quantize(kernel, axes, name)}
   floats = {**params, "kernel": np.asarray(stored["kernel"])}
 
-  def outputs(module, params):
+  @functools.partial(jax.jit, static_argnums=0)
+  def outputs(module, params, x):
     y, backward = jax.vjp(lambda x: module.apply({"params": params}, x), x)
     return y, *backward(jnp.asarray(draw(y.shape, 3), y.dtype))
 
   # Without 8 bits it is Flax's, bit for bit.
   for found, expected in zip(
-    outputs(ours, params), outputs(flaxs, params), strict=True
+    outputs(ours, params, x), outputs(flaxs, params, x), strict=True
   ):
     np.testing.assert_array_equal(found, expected)
   tolerance = 1e-5 if dtype == jnp.float32 else 0.02
-  found, expected = outputs(ours, stored), outputs(flaxs, floats)
+  found, expected = outputs(ours, stored, x), outputs(flaxs, floats, x)
   for ours, theirs in zip(found, expected, strict=True):
     assert ours.dtype == theirs.dtype == dtype
     ours, theirs = (np.asarray(array, np.float32) for array in (ours, theirs))

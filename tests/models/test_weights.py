@@ -123,16 +123,21 @@ def test_golden_encoding_through_the_loader(
   vit = ViT(**fields, scan=scan, skip_unread=skip_unread)
   params = weights.load_backbone(path, vit)
   size = config["vit"]["image_size"]
-  images = jnp.asarray(recipe.images((config["batch"], size, size, 3), config["seed"]))
-  with jax.default_matmul_precision("highest"):
+  images = recipe.images((config["batch"], size, size, 3), config["seed"])
+
+  @jax.jit
+  def apply(params, images):
     feature, state = vit.apply(
       {"params": params},
       images,
       capture_intermediates=lambda module, _: module.name == "Transformer",
       mutable=["intermediates"],
     )
-    logits = feature @ drawn["head/kernel"] + drawn["head/bias"][None]
-  encoded = state["intermediates"]["Transformer"]["__call__"][0]
+    return feature, state["intermediates"]["Transformer"]["__call__"][0]
+
+  with jax.default_matmul_precision("highest"):
+    feature, encoded = apply(params, images)
+  logits = np.asarray(feature) @ drawn["head/kernel"] + drawn["head/bias"]
   # The head reads the class token, the first one.
   expected = data["plain_encoded"][:, :1] if skip_unread else data["plain_encoded"]
   np.testing.assert_allclose(encoded, expected, rtol=0, atol=2e-5)

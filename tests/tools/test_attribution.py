@@ -35,8 +35,8 @@ def make_run(tmp_path, method="linear", backbone="mu/4", fields=None, **sizes):
     method_kwargs=METHOD_KWARGS.get(method, {}) if fields is None else fields,
   )
   leaves = trees.flatten(make_params(model))
-  # So large that attention is not the same for all; a variance is not negative.
-  leaves = {n: 4 * (abs(x) if n.endswith("/var") else x) for n, x in leaves.items()}
+  # So large that attention is not the same for all.
+  leaves = {name: times(4, leaf) for name, leaf in leaves.items()}
   return Run(
     model=model,
     params=trees.unflatten(leaves),
@@ -48,6 +48,11 @@ def make_run(tmp_path, method="linear", backbone="mu/4", fields=None, **sizes):
   )
 
 
+def times(factor, leaf):
+  """Returns the product without a program for each shape."""
+  return jax.device_put(np.float32(factor) * np.asarray(leaf))
+
+
 @pytest.fixture(scope="module")
 def vpt_run(tmp_path_factory):
   """A run that several tests look at, so that it is compiled once."""
@@ -55,7 +60,7 @@ def vpt_run(tmp_path_factory):
 
 
 def inputs_of(run):
-  return jnp.asarray(run.preprocess(photos()))
+  return jax.device_put(run.preprocess(photos()))
 
 
 def photos(count=3):
@@ -160,7 +165,7 @@ def test_both_of_blocks_that_are_scanned_and_computed_again(vpt_run, tmp_path):
   backbone = dict(run.params["backbone"])
   blocks = dict(backbone.pop("Transformer"))
   alone = [blocks.pop(f"encoderblock_{i}") for i in range(2)]
-  blocks["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+  blocks["encoderblock"] = jax.tree.map(lambda *x: jax.device_put(np.stack(x)), *alone)
   params = {**run.params, "backbone": {**backbone, "Transformer": blocks}}
   scanned.params.update(params)
   for compute in (attribution.attention_rollout, attribution.grad_cam):
@@ -186,7 +191,7 @@ def test_both_read_what_methods_do_within_blocks(tmp_path, method, fields):
   cams = attribution.grad_cam(run, photos(), 1)
   assert cams.shape == (3, 4, 4) and cams.max() > 0 and cams.min() >= 0
   # The method is in force: with less of what it has learnt the maps are others.
-  less = jax.tree.map(lambda x: 0.01 * x, run.params["prompter"])
+  less = jax.tree.map(functools.partial(times, 0.01), run.params["prompter"])
   run.params.update({"prompter": less})
   changed = attribution.attention_rollout(run, photos())
   assert not np.allclose(changed, rolled, rtol=0.01)
@@ -195,20 +200,24 @@ def test_both_read_what_methods_do_within_blocks(tmp_path, method, fields):
 def test_rollout_of_attention_pooling_weights_the_rows(tmp_path):
   run = make_run(tmp_path, pool="map")
   images = inputs_of(run)
-  tokens, attentions, _ = jax.jit(lambda images: plain_blocks(run, images))(images)
-  rows = plain_rollout(attentions, TOKENS, True)
   backbone = run.params["backbone"]
   pool = backbone["MAPHead_0"]["MultiHeadDotProductAttention_0"]
-  normed = norm(tokens, backbone["Transformer"]["encoder_norm"])
 
   def project(name, x):
     return (
       jnp.einsum("bnd,dhe->bhne", x, pool[name]["kernel"]) + pool[name]["bias"][:, None]
     )
 
-  q, k = project("query", backbone["MAPHead_0"]["probe"]), project("key", normed)
-  weights = jax.nn.softmax(q @ jnp.swapaxes(k, 2, 3) / q.shape[-1] ** 0.5, axis=-1)
-  expected = (np.asarray(weights.mean(axis=1)) @ rows)[:, 0]
+  @jax.jit
+  def plain(images):
+    tokens, attentions, _ = plain_blocks(run, images)
+    normed = norm(tokens, backbone["Transformer"]["encoder_norm"])
+    q, k = project("query", backbone["MAPHead_0"]["probe"]), project("key", normed)
+    weights = jax.nn.softmax(q @ jnp.swapaxes(k, 2, 3) / q.shape[-1] ** 0.5, axis=-1)
+    return attentions, weights.mean(axis=1)
+
+  attentions, weights = plain(images)
+  expected = (np.asarray(weights) @ plain_rollout(attentions, TOKENS, True))[:, 0]
   found = attribution.attention_rollout(run, photos())
   np.testing.assert_allclose(found.reshape(3, -1), expected, rtol=1e-4)
   # All of it is of patches.
@@ -218,10 +227,10 @@ def test_rollout_of_attention_pooling_weights_the_rows(tmp_path):
 def plain_cam(activations, logit_of):
   """Returns Grad-CAM by its definition: activations [b, n, d], logit of each image."""
   grads = jax.jit(jax.grad(lambda a: logit_of(a).sum()))(activations)
-  weights = grads.mean(axis=1, keepdims=True)
+  weights = np.asarray(grads).mean(axis=1, keepdims=True)
   side = int(activations.shape[1] ** 0.5)
-  values = jax.nn.relu((weights * activations).sum(axis=-1))
-  return np.asarray(values).reshape(-1, side, side)
+  values = (weights * np.asarray(activations)).sum(axis=-1)
+  return np.maximum(values, 0).reshape(-1, side, side)
 
 
 def test_grad_cam_of_mean_pooled_tokens_has_a_closed_form(tmp_path):
@@ -233,6 +242,7 @@ def test_grad_cam_of_mean_pooled_tokens_has_a_closed_form(tmp_path):
       {"params": params}, x, method=lambda model, x: model.backbone.tokens(x)
     )
   )(run.params, inputs)
+  tokens = np.asarray(tokens)
   # So that some positions speak for each class.
   kernel = np.stack([tokens[0, 0], tokens[1, 3], -tokens[2, 5]], axis=1)
   run.params["head"].update(kernel=jnp.asarray(kernel))
@@ -284,7 +294,7 @@ def test_grad_cam_of_each_architecture(tmp_path, variant):
   for part in path:
     seen = seen[part]
   output = seen["__call__"][0]
-  output = output[0] if isinstance(output, tuple) else output
+  output = np.asarray(output[0] if isinstance(output, tuple) else output)
   activations = output.reshape(len(output), -1, output.shape[-1])
 
   def logit_of(x):
@@ -315,7 +325,7 @@ def test_what_cannot_be_computed_is_said(tmp_path):
       attribution.grad_cam(run, photos(), wrong)
   with pytest.raises(ValueError, match="no images"):
     attribution.attention_rollout(run, [])
-  run.params["head"].update(kernel=jnp.full((16, 3), jnp.nan))
+  run.params["head"].update(kernel=jax.device_put(np.full((16, 3), np.nan, np.float32)))
   with pytest.raises(ValueError, match="Grad-CAM of image 0 is not finite: the run at"):
     attribution.grad_cam(run, photos())
   staged = make_run(tmp_path, "linear", "resnet50", **STAGED["resnet50"])

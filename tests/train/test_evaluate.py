@@ -21,6 +21,7 @@ def numbered_split(number):
   return ArraySplit(images, np.arange(number, dtype=np.int32) % 5)
 
 
+@jax.jit
 def averages(correct, nats, count):
   """Returns what an eval step does, from its sums."""
   return {
@@ -44,7 +45,7 @@ def counting_step(seen, right):
     numbers = np.asarray(batch["images"])[real, 0, 0, 0]
     seen.extend(numbers.tolist())
     correct = np.isin(numbers, list(right)).sum()
-    return averages(correct, jnp.float32(numbers.sum()), real.sum())
+    return averages(correct, np.float32(numbers.sum()), real.sum())
 
   return eval_step
 
@@ -93,6 +94,7 @@ def test_nothing_to_evaluate_is_an_error():
 
 
 def test_several_trials_are_evaluated_at_once():
+  @jax.jit
   def eval_step(batch):
     real = batch["mask"] > 0
     right = (batch["labels"] == jnp.arange(2)[:, None]) & real
