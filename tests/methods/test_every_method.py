@@ -1,5 +1,6 @@
 """What holds for every method, whatever it is: on tiny shapes, form by form."""
 
+import functools
 import re
 from typing import Any
 
@@ -119,6 +120,21 @@ def config_of(name, **changes):
   return config
 
 
+def form_of(name):
+  """Returns what is set of a method where any form will do.
+
+  Of the methods every second one has `remat` where the others have not, and every
+  second pair has frozen kernels in 8 bits. (Every method in all of these forms takes
+  minutes; it was run once.)
+  """
+  number = NAMES.index(name)
+  return {
+    "backbone__remat": number % 2 == 0,
+    "backbone__frozen_dtype": ("float32", "int8")[number // 2 % 2],
+  }
+
+
+@functools.cache
 def program_of(name, **changes):
   """Returns (config, program) of a method in one form; compiles nothing."""
   config = config_of(name, **changes)
@@ -157,15 +173,9 @@ def on_host(params):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_alike_in_every_form(name, tmp_path):
-  """Two steps: unrolled as two trials at once; and scanned, for some stored between.
-
-  Of the methods every second one has `remat` where the others have not, and every
-  second pair has frozen kernels in 8 bits. (Every method in all of these forms takes
-  minutes; it was run once.)
-  """
-  remat = NAMES.index(name) % 2 == 0
-  stored = {"backbone__frozen_dtype": ("float32", "int8")[NAMES.index(name) // 2 % 2]}
-  config, program = program_of(name, backbone__remat=remat, **stored)
+  """Two steps: unrolled as two trials at once; and scanned, for some stored between."""
+  form = form_of(name)
+  config, program = program_of(name, **form)
   params = init_params(name, program)
   configs = [config, config.copy_and_resolve_references()]
   configs[1].optim.lr = 0.1
@@ -186,8 +196,8 @@ def test_trains_alike_in_every_form(name, tmp_path):
     assert still == {n for n in carried if not carried[n]} | STILL.get(name, set())
 
   scan = name not in NEEDS_UNROLLED
-  forms = {"backbone__scan": scan, "backbone__remat": not remat, **stored}
-  config, program = program_of(name, **forms)
+  form |= {"backbone__scan": scan, "backbone__remat": not form["backbone__remat"]}
+  config, program = program_of(name, **form)
   if scan:
     params = {**params, "backbone": stack(program.model, params["backbone"])}
   state = create_state(config, program, params)
@@ -244,7 +254,7 @@ def test_a_step_in_8_bits_is_that_of_a_plain_backbone_of_these_weights(name, cha
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_image_sees_the_others_and_bfloat16_fits(name):
-  _, program = program_of(name)
+  _, program = program_of(name, **form_of(name))
   # Nothing is at its start, where many a method is the identity.
   params = init_params(name, program)
   rng = np.random.default_rng(2)
