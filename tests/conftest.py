@@ -239,6 +239,29 @@ def recipe(shared_dir: Path) -> types.ModuleType:
   return module
 
 
+@pytest.fixture
+def use_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+  """Has runs that prepare themselves train on so many devices, not on all four.
+
+  For one, programs compile sooner.
+  """
+  from insvp_jax.distributed import mesh
+
+  create = mesh.create_mesh
+
+  def use(number: int) -> None:
+    devices = jax.devices()[:number]
+    monkeypatch.setattr(mesh, "create_mesh", lambda fsdp: create(devices, fsdp=fsdp))
+
+  return use
+
+
+@pytest.fixture
+def one_device(use_devices: Callable[[int], None]) -> None:
+  """Has runs that prepare themselves train on one device."""
+  use_devices(1)
+
+
 @pytest.fixture(scope="session")
 def make_mesh() -> Callable[[int], jax.sharding.Mesh]:
   """Makes a mesh with the axis "data" over the first so many devices."""

@@ -159,7 +159,7 @@ def test_crops_reach_both_ends_of_the_long_side(tmp_path):
   files = _write(tmp_path / "x", [wide, wide.transpose(1, 0, 2), wide, wide])
   options = {"batch_size": 4, "seed": 0, "preset": _RELEASE, "image_size": 28}
   lefts, tops = set(), set()
-  for batch in _batches(files.stream(_RELEASE, 28), 300, **options):
+  for batch in _batches(files.stream(_RELEASE, 28), 160, **options):
     for image, label in zip(np.asarray(batch["images"]), batch["labels"], strict=True):
       if label != 1:
         tops.add(int(image[..., 0].min()))

@@ -53,7 +53,13 @@ def load(root):
 
   @functools.cache
   def read(task, preset, resident_mb):
-    config = data_config(data_dir=str(root), preset=preset, resident_mb=resident_mb)
+    config = data_config(
+      data_dir=str(root),
+      preset=preset,
+      resident_mb=resident_mb,
+      # So that where the records lie is searched once for all presets.
+      cache_dir=str(root / "cache"),
+    )
     return load_data(task, config, _SIZE)
 
   def make(task="cifar100", preset="vtab", resident_mb=0):

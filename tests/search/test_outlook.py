@@ -197,7 +197,9 @@ def test_what_was_expected_is_the_time_left_until_steps_tell(capsys, clock):
   assert capsys.readouterr().out == ""  # it has been said
 
 
-def test_measuring_changes_no_bit_of_a_search(monkeypatch, tmp_path, capsys):
+def test_measuring_changes_no_bit_of_a_search(
+  one_device, monkeypatch, tmp_path, capsys
+):
   """Whatever is drawn at random: mixing, crops and flips, dropout."""
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   config = tiny_config(

@@ -98,12 +98,13 @@ def assert_close(params, expected):
 
 
 @pytest.mark.parametrize(
-  "method, changes, grid",
+  "method, devices, changes, grid",
   [
     # Nothing but a head, on cached features.
-    ("linear", {}, {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
+    ("linear", 4, {}, {"wd": (0.0, 0.5), "lr": (0.01, 0.05)}),
     (
       "insvp",
+      1,
       RANDOM,
       {
         "lr": (0.02,),
@@ -117,8 +118,9 @@ def assert_close(params, expected):
   ],
 )
 def test_trials_end_as_runs_of_their_own(
-  method, changes, grid, backbone, final_states, tmp_path
+  method, devices, changes, grid, use_devices, backbone, final_states, tmp_path
 ):
+  use_devices(devices)
   config = one_block(method, backbone, **changes)
   configs, prepared, outcomes = search(config, grid, tmp_path / "search")
   program = prepared.program
@@ -139,8 +141,11 @@ def test_trials_end_as_runs_of_their_own(
   assert max(moved) > 1e-3
 
 
-def test_trials_that_take_turns_end_as_trials_at_once(backbone, final_states, tmp_path):
-  config = one_block("vpt_deep", backbone, **RANDOM)
+def test_trials_that_take_turns_end_as_trials_at_once(
+  use_devices, backbone, final_states, tmp_path
+):
+  use_devices(1)
+  config = one_block("vpt_deep", backbone, **RANDOM | {"loss__mixup_alpha": 0.0})
   grid = {"lr": (0.02, 0.03), "wd": (0.1,), "dropout": (0.0, 0.4)}
   _, prepared, at_once = search(config, grid, tmp_path / "at once")
   program = prepared.program
@@ -213,8 +218,11 @@ def test_a_backbone_that_is_split_over_devices_stays_split(final_states, tmp_pat
   assert_close(member(state, program, 1), params)
 
 
-def test_trials_share_the_batches_of_a_stream(backbone, final_states, tmp_path):
-  config = one_block("linear", backbone, **RANDOM)
+def test_trials_share_the_batches_of_a_stream(
+  use_devices, backbone, final_states, tmp_path
+):
+  use_devices(1)
+  config = one_block("linear", backbone, data__preset="cifar", optim__eps=1e-4)
   grid = {"lr": (0.01, 0.05), "wd": (0.0,)}
   _, prepared, _ = search(config, grid, tmp_path / "resident")
   prepared = dataclasses.replace(prepared, data=streamed(prepared.data))

@@ -3,16 +3,19 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_commands import make_place
+from tiny_runs import draw_backbone
 from tiny_training import make_data, tiny_config
 
 from insvp_jax import create_model, load_run, trees
 from insvp_jax.methods import METHODS
 from insvp_jax.search import pruning, trials, tune
 from insvp_jax.train import trainer
+from insvp_jax.train.state import param_shapes
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 WHOLE = {"token_mask": (40,), "piece_mask": (25, 90)}
 
@@ -115,16 +118,18 @@ def test_scores_are_means_over_images_and_exact_where_float32_is_not():
     head_init="torch",
     method_kwargs={"prompt_length": 4, "kv_length": 1},
   )
-  images = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
+  images = np.random.default_rng(0).normal(size=(5, 8, 8, 3)).astype(np.float32)
   labels = np.array([0, 1, 2, 1, 0])
-  params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+  params = draw_backbone(param_shapes(model))
   names = ("token_mask", "piece_mask")
+  for name in names:
+    params["prompter"][name] = np.ones_like(params["prompter"][name])
   whole = [{"images": images, "labels": labels}]
   scores = pruning.mask_gradients(model, params, whole, names)
   padded = [
     {"images": images[:3], "labels": labels[:3]},
     {
-      "images": jnp.concatenate([images[3:], images[:1]]),
+      "images": np.concatenate([images[3:], images[:1]]),
       "labels": np.array([1, 0, 2]),
       "mask": np.array([1.0, 1.0, 0.0]),
     },

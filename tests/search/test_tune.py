@@ -22,6 +22,8 @@ from insvp_jax.search import tables, trials, tune
 from insvp_jax.train import report, steps, trainer
 from insvp_jax.train.trainer import Diverged
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def search_config(method="linear", **changes):
   lists = {"lr": (0.1, 0.01, 0.001), "wd": (0.0, 0.1), "seeds": (0, 1, 2)}

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 from PIL import Image
 import pytest
+from tiny_commands import make_place
 from tiny_training import CLASSES, SPLITS, tiny_config, write_images
 
 from insvp_jax.data import SPLITS_FILE, load_data
@@ -16,15 +17,27 @@ from insvp_jax.tools import evaluate, run_data
 from insvp_jax.train import trainer
 
 
-def train(images, workdir, test=True, **changes):
-  changes = {"backbone__depth": 1, "total_epochs": 1.0, **changes}
-  config = tiny_config("linear", task="folder", **changes)
-  config.data.root = str(images)
-  return trainer.train(config, workdir, test=test)
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+  """Trains on a folder of images.
+
+  The backbone is read: to draw one takes longest, and so it does whenever a run is
+  loaded.
+  """
+  place = make_place(tmp_path_factory.mktemp("place"))
+  backbone = {"depth": 1, "weights": str(place / "backbone0.npz")}
+
+  def train(images, workdir, test=True, **changes):
+    config = tiny_config("linear", **{"task": "folder", "total_epochs": 1.0} | changes)
+    config.backbone.update(backbone)
+    config.data.root = str(images)
+    return trainer.train(config, workdir, test=test)
+
+  return train
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(train, tmp_path_factory):
   """A folder of classes alone, whose splits were drawn, and the run on it."""
   place = tmp_path_factory.mktemp("drawn")
   write_images(place / "all", ("train",))
@@ -53,7 +66,7 @@ def evaluated(place, capsys, *flags, status=0):
   return printed.out.splitlines(), printed.err.splitlines()
 
 
-def test_the_splits_are_stored_and_the_root_is_absolute(trained, monkeypatch):
+def test_the_splits_are_stored_and_the_root_is_absolute(train, trained, monkeypatch):
   stored = json.loads((trained / "run" / SPLITS_FILE).read_text())
   assert stored["class_names"] == list(CLASSES)
   files = {
@@ -63,25 +76,24 @@ def test_the_splits_are_stored_and_the_root_is_absolute(trained, monkeypatch):
   assert sum(map(len, files.values())) == SPLITS["train"]
   assert len(set().union(*files.values())) == SPLITS["train"]
   monkeypatch.chdir(trained)
-  config = tiny_config("linear", task="folder", backbone__depth=1, total_steps=1)
-  config.data.root = "images"
-  trainer.train(config, trained / "relative")
+  train("images", trained / "relative", total_epochs=0.0, total_steps=1)
   run = load_run("relative")
   assert run.meta["config"]["data"]["root"] == str(trained / "images")
 
 
-def test_a_share_of_the_images_is_read_again_as_it_was(trained, tmp_path, capsys):
-  changes = {"backbone__depth": 1, "total_steps": 1, "data__fraction": 0.5}
-  config = tiny_config("linear", task="folder", **changes)
-  config.data.root = str(trained / "images")
-  result = trainer.train(config, tmp_path / "run")
+def test_a_share_of_the_images_is_read_again_as_it_was(
+  train, trained, tmp_path, capsys
+):
+  result = train(trained / "images", tmp_path / "run", data__fraction=0.5)
   data = run_data.read(load_run(tmp_path / "run")).data
   # Neither the whole nor the half of the half, and of the same images.
   assert len(data.splits["train"]) == result["num_train_examples"] == 9
   assert "are not those of the run" not in capsys.readouterr().err
 
 
-def test_a_run_that_was_not_tested_is_of_the_same_images(trained, tmp_path, capsys):
+def test_a_run_that_was_not_tested_is_of_the_same_images(
+  train, trained, tmp_path, capsys
+):
   train(trained / "images", tmp_path / "run", test=False)
   run_data.read(load_run(tmp_path / "run"))
   assert "are not those of the run" not in capsys.readouterr().err
@@ -153,7 +165,7 @@ def make_case(shared_dir, name, out, monkeypatch):
 
 
 def test_noise_stays_noise_after_a_photo_was_added(
-  shared_dir, tmp_path, monkeypatch, capsys
+  train, shared_dir, tmp_path, monkeypatch, capsys
 ):
   make_case(shared_dir, "evaluate-changed", tmp_path, monkeypatch)
   train(tmp_path / "noise", tmp_path / "run")
@@ -170,7 +182,7 @@ def test_noise_stays_noise_after_a_photo_was_added(
   assert out == [] and "test/cat/" in errors[0]
 
 
-def test_a_useless_model_shows(shared_dir, tmp_path, monkeypatch):
+def test_a_useless_model_shows(train, shared_dir, tmp_path, monkeypatch):
   make_case(shared_dir, "imbalance", tmp_path, monkeypatch)
   result = train(tmp_path / "skew", tmp_path / "run")
   by_class = result["test_by_class"]

@@ -38,7 +38,7 @@ def unbalanced():
 def config_of(**changes):
   """Returns a config of 7 steps, of which 3 are an epoch, with crops and mixing."""
   own = {"data__sampling": "balanced", "data__preset": "cifar", "total_steps": 7}
-  own["steps_per_call"] = 1
+  own |= {"steps_per_call": 1, "backbone__depth": 1}
   return tiny_config("linear", **{**own, "loss__mixup_alpha": 0.8, **changes})
 
 
@@ -101,7 +101,8 @@ def test_what_is_shown_is_balanced_and_said(prepared, tmp_path, capsys):
 
 
 def test_trials_that_train_together_see_the_same_images(tmp_path):
-  config = tiny_config("linear", data__sampling="balanced", total_steps=7)
+  changes = {"data__sampling": "balanced", "total_steps": 7, "backbone__depth": 1}
+  config = tiny_config("linear", **changes)
   prepared = prepare(config, unbalanced())
   ends = []
   for lrs in ((0.01,), (0.01, 0.05)):
@@ -116,7 +117,7 @@ def test_trials_that_train_together_see_the_same_images(tmp_path):
 
 
 def test_a_run_on_unequal_classes_says_what_accuracy_hides(tmp_path):
-  config = tiny_config("linear", total_steps=1)
+  config = tiny_config("linear", total_steps=1, backbone__depth=1)
   data = unbalanced()
   splits = {**data.splits, "test": data.splits["train"]}
   data = dataclasses.replace(data, splits=splits)

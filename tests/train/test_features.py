@@ -41,7 +41,8 @@ def _data(monkeypatch):
 
 
 def config_of(**changes):
-  changes = {"optim__eps": 1e-4, "eval_every_epochs": 1.0, **changes}
+  own = {"optim__eps": 1e-4, "eval_every_epochs": 1.0, "backbone__depth": 1}
+  changes = {**own, **changes}
   return tiny_config("linear", **changes)
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from tiny_commands import make_place
 from tiny_training import assert_same, metrics, prepare, stored, tiny_config
 
 from insvp_jax.checkpoints.files import find_steps
@@ -13,6 +14,13 @@ from insvp_jax.config import to_dict
 from insvp_jax.search import tune
 from insvp_jax.train import program as program_lib
 from insvp_jax.train import trainer
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+  """Changes of a config whose backbone is read: to draw one takes longest."""
+  place = make_place(tmp_path_factory.mktemp("place"))
+  return {"backbone__depth": 1, "backbone__weights": str(place / "backbone0.npz")}
 
 
 def write_shots(root, shots):
@@ -37,15 +45,11 @@ def write_shots(root, shots):
   ],
 )
 def test_few_images_of_each_class_train_as_they_are(
-  tmp_path, monkeypatch, capsys, shots, size, splits
+  one_device, backbone, tmp_path, monkeypatch, capsys, shots, size, splits
 ):
   root = write_shots(tmp_path / "images", shots)
-  create_mesh = trainer.mesh_lib.create_mesh
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(
-    trainer.mesh_lib, "create_mesh", lambda fsdp: create_mesh(devices, fsdp=fsdp)
-  )
-  config = tiny_config("linear", task="folder", data__root=str(root), batch_size=0)
+  changes = {"task": "folder", "data__root": str(root), "batch_size": 0}
+  config = tiny_config("linear", **changes, **backbone)
   # One line for all methods; without a search, a second one compiles least.
   methods = ("linear", "bias")[: 1 + (size == 1)]
   config.tune.methods, config.tune.seeds, config.total_epochs = methods, (0,), 1.0
@@ -84,7 +88,8 @@ def test_in_64_bits_the_same_seed_would_be_another_run(mesh):
 
 
 def longer_config(**changes):
-  changes = {"optim__schedule": "constant", "optim__warmup_steps": 2, **changes}
+  own = {"optim__schedule": "constant", "optim__warmup_steps": 2}
+  changes = {**own, "backbone__depth": 1, **changes}
   return tiny_config("linear", **changes)
 
 

@@ -18,7 +18,7 @@ from segment_fixtures import (
   draw,
   write_shapes,
 )
-from tiny_runs import make_params
+from tiny_runs import draw_backbone, make_params
 from tiny_training import assert_same, at_step, metrics, prepare, stop_by, stored
 
 import insvp_jax
@@ -40,7 +40,7 @@ from insvp_jax.train.objectives import Segmentation
 from insvp_jax.train.objectives import segmentation as segmentation_lib
 from insvp_jax.train.windows import held_bytes
 
-TINY = {"width": 16, "depth": 4, "mlp_dim": 16, "num_heads": 2}
+TINY = {"width": 16, "depth": 3, "mlp_dim": 16, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def root(tmp_path_factory):
   root = write_shapes(tmp_path_factory.mktemp("shapes"))
   config = segment_fixtures.segment_config(root)
   model = create_model(**program_lib.model_kwargs(config, len(CLASSES)))
-  backbone = state_lib.init_params(model, 0)["backbone"]
+  backbone = draw_backbone(state_lib.param_shapes(model)["backbone"])
   weights.save_backbone(backbone, root / "backbone.npz")
   return root
 
@@ -118,7 +118,7 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
     backbone_kwargs=TINY,
     method_kwargs={"prompt_length": 3},
     head="setr",
-    head_kwargs={"channels": 4, "blocks": (1, 3)},
+    head_kwargs={"channels": 4, "blocks": (1, 2)},
   )
   drawn = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, 3))
   images = jnp.asarray(drawn, jnp.float32)
@@ -129,7 +129,7 @@ def test_maps_are_the_tokens_of_the_blocks_without_prompts_and_prefix():
     params = dict(params)
     if scan:
       blocks = dict(params["backbone"]["Transformer"])
-      each = [blocks.pop(f"encoderblock_{i}") for i in range(4)]
+      each = [blocks.pop(f"encoderblock_{i}") for i in range(3)]
       blocks["encoderblock"] = jax.tree.map(lambda *x: np.stack(x), *each)
       params["backbone"] = {**params["backbone"], "Transformer": blocks}
     own = model.clone(backbone=backbone)
@@ -331,11 +331,19 @@ def test_one_and_four_devices_give_the_same_run(whole, data, tmp_path):
   assert lines[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["bias", "insvp", "full", "vpt_deep+bias"])
-def test_every_method_takes_steps_that_descend(root, data, tmp_path, method):
+@pytest.mark.parametrize("method", ["insvp", "full", "vpt_deep+bias"])
+def test_every_method_takes_steps_that_descend(
+  root, data, tmp_path, monkeypatch, method
+):
   config = segment_config(root, method, optim__lr=0.01)
   config.total_steps = 8
   data = dataclasses.replace(data, splits={"train": data.splits["train"]})
+  # To draw the parameters by JAX would take as long to compile as a step.
+  monkeypatch.setattr(
+    trainer.Prepared,
+    "first_params",
+    lambda prepared, _: draw_backbone(prepared.program.shapes),
+  )
   trainer.train(config, tmp_path, prepared=prepare(config, data))
   losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
   assert len(losses) == 8 and np.mean(losses[-2:]) < 0.9 * losses[0]
