@@ -47,7 +47,9 @@ from insvp_jax import trees
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import BackboneSpec, Method, sow_measure
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.ops import conv_forms
 from insvp_jax.methods.ops import fixed_point as fp
+from insvp_jax.methods.ops.conv import is_one_cpu
 from insvp_jax.methods.ops.initializers import torch_uniform
 
 LAYERS = ("pixels", "feature")
@@ -58,10 +60,9 @@ def _product(x: Array, kernel: Array) -> Array:
   """Returns a convolution with zero padding, in full float32."""
   if len(kernel) == 1:
     return jnp.matmul(x, kernel[0, 0], precision="highest")
-  dimensions = ("NHWC", "HWIO", "NHWC")
-  return jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, precision="highest"
-  )
+  # A fixed point is a loop, and so are several train steps in one call.
+  convolve = conv_forms.nhwc if is_one_cpu() else conv_forms.plain
+  return convolve(x, kernel, 1, "highest")
 
 
 def cell(operands: tuple[Array, Array], z: Array) -> Array:

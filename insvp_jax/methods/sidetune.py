@@ -23,6 +23,7 @@ Parameters: 2,469,696 of the convolutions, 9,216 d of W, and 1; d the width. ViT
 from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,8 @@ from insvp_jax import array_files
 from insvp_jax.methods import checks
 from insvp_jax.methods.base import Method
 from insvp_jax.methods.fields import field
+from insvp_jax.methods.ops.conv import is_one_cpu
+from insvp_jax.methods.ops.conv_forms import nhwc
 from insvp_jax.methods.ops.initializers import torch_uniform
 
 # Of torchvision's `features`: {index: (kernel, stride, padding, pooled after it)}.
@@ -47,6 +50,11 @@ LAYERS = {
 _CELLS = 6
 # The last pool leaves one pixel of the smallest image that the layers can take.
 _SMALLEST, _ENLARGED, _LARGEST = 63, 64, 2**13
+
+
+def _convolve(x: Array, kernel: Array, strides: Any, padding: Any, **_: Any) -> Array:
+  """Returns what `jax.lax.conv_general_dilated` does, by gradients fast in loops."""
+  return nhwc(x, kernel, stride=strides[0], padding=padding[0][0])
 
 
 class AlexNet(nn.Module):
@@ -73,6 +81,7 @@ class AlexNet(nn.Module):
         dtype=x.dtype,
         kernel_init=init,
         bias_init=init,
+        conv_general_dilated=_convolve if is_one_cpu() else None,
         name=f"features_{index}",
       )(x)
       x = nn.relu(x)

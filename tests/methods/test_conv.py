@@ -14,7 +14,7 @@ import pytest
 
 from insvp_jax import methods
 from insvp_jax.methods.ops.conv import CHOICES, PORTABLE, Conv, auto_is, choose_form
-from insvp_jax.methods.ops.conv_forms import FORMS, blocks, fft, fft_length
+from insvp_jax.methods.ops.conv_forms import FORMS, blocks, fft, fft_length, nhwc
 
 # Of the largest absolute value, or of the data's own size where that is less.
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
@@ -144,6 +144,41 @@ def test_a_population_of_kernels_under_vmap(form):
   assert_near([found], [expected], TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize(
+  ("side", "stride", "padding", "dilation"),
+  # With pixels that no output reads; AlexNet's second layer; more padding than reach.
+  [(17, 4, 2, 1), (9, 1, 2, 1), (10, 3, 0, 2), (6, 2, 5, 1)],
+)
+def test_strides_and_padding(side, stride, padding, dilation):
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(2, side, side + 1, 3)).astype(np.float32)
+  kernel = rng.normal(size=(5, 5, 3, 4)).astype(np.float32)
+
+  def compiler(images, kernel):
+    return jax.lax.conv_general_dilated(
+      images,
+      kernel,
+      (stride, stride),
+      [(padding, padding)] * 2,
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+  @jax.jit
+  def both(images, kernel):
+    found = []
+    for form in (
+      functools.partial(nhwc, dilation=dilation, stride=stride, padding=padding),
+      compiler,
+    ):
+      y, backward = jax.vjp(form, images, kernel)
+      found.append((y, *backward(jnp.sin(y))))
+    return found
+
+  actual, expected = jax.device_get(both(images, kernel))
+  assert_near(actual, expected, TOLERANCE["float32"])
+
+
 def test_gradients_have_the_layout_that_is_fast_on_cpus_in_a_loop_too():
   """XLA brings convolutions into it, but not everywhere."""
   rng = np.random.default_rng(0)
@@ -163,8 +198,8 @@ def test_gradients_have_the_layout_that_is_fast_on_cpus_in_a_loop_too():
     text = jax.jit(loop).lower(images, kernel).compile().as_text()
     return re.findall(r" convolution\(.*?dim_labels=([^,]+)", text)
 
-  nhwc = layouts("nhwc")
-  assert set(nhwc) == {"b01f_01io->b01f"} and len(nhwc) == 3
+  found = layouts("nhwc")
+  assert set(found) == {"b01f_01io->b01f"} and len(found) == 3
   # Once this fails, the compiler needs no help any more.
   assert set(layouts("plain")) > {"b01f_01io->b01f"}
 

@@ -1,6 +1,7 @@
 """LION: fixed points, their gradients, and training that prunes."""
 
 import functools
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from tiny_training import metrics, prepare, tiny_config
 
 from insvp_jax import trees
 from insvp_jax.logs.writers import Writers
-from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods import BackboneSpec, create_method, lion
 from insvp_jax.methods.lion import cell, contract
+from insvp_jax.methods.ops import conv_forms
 from insvp_jax.methods.ops import fixed_point as fp
 from insvp_jax.models.classifier import create_model
 from insvp_jax.train import batches, trainer
@@ -148,6 +150,21 @@ def test_anderson_finds_the_same_point_and_helps_where_iteration_is_slow():
   (exact, _), (_, far), (fast, near) = solve(kernel, injected)
   np.testing.assert_allclose(fast, exact, rtol=1e-5, atol=1e-6)
   assert np.all(far > 100 * near)
+
+
+def test_one_cpu_computes_the_same_gradients_in_its_own_form(monkeypatch):
+  arrays, options, forms = weights(*PIXELS), (("iterations", ITERATIONS),), []
+
+  def nhwc(*args):
+    forms.append("nhwc")
+    return conv_forms.nhwc(*args)
+
+  _, expected = value_and_grads(arrays)
+  monkeypatch.setattr(lion, "is_one_cpu", lambda: True)
+  monkeypatch.setattr(lion, "conv_forms", types.SimpleNamespace(nhwc=nhwc))
+  gradient = jax.jit(jax.grad(functools.partial(loss, options), argnums=(0, 1)))
+  found = gradient(*arrays)
+  assert forms and max(errors(jax.device_get(found), expected)) < 1e-4
 
 
 @pytest.mark.parametrize("gradient", fp.GRADIENTS)

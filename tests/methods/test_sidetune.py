@@ -1,14 +1,17 @@
 """Sidetune's side network: against a computation in NumPy, and from files."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny_runs import draw_backbone
 
 from insvp_jax import trees
-from insvp_jax.methods import BackboneSpec, create_method
+from insvp_jax.methods import BackboneSpec, create_method, sidetune
 from insvp_jax.methods.base import Apply
-from insvp_jax.methods.sidetune import adaptive_average_pool
+from insvp_jax.methods.ops.conv_forms import nhwc
+from insvp_jax.methods.sidetune import AlexNet, adaptive_average_pool
 
 SPEC = BackboneSpec(8, 2, 16, 2, 4, 96)
 CHANNELS = (2, 3, 4, 3, 2)
@@ -158,3 +161,30 @@ def test_all_of_it_trains():
   shapes = {"prompter": prompter, "head": {"kernel": np.zeros(1)}}
   mask = trees.mask(shapes, method.trainable_patterns())
   assert len(trees.flatten(mask)) == 13 and all(trees.flatten(mask).values())
+
+
+def test_one_cpu_computes_the_same_gradients_in_its_own_form(monkeypatch):
+  images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+  images = jax.device_put(images)
+  module, strides = AlexNet((4, 6, 8, 6, 4)), []
+
+  def spy(*args, stride, **kwargs):
+    strides.append(stride)
+    return nhwc(*args, stride=stride, **kwargs)
+
+  def gradient(params):
+    def total(params):
+      return jnp.sum(module.apply({"params": params}, images) ** 2)
+
+    return jax.device_get(jax.jit(jax.grad(total))(params))
+
+  params = draw_backbone(jax.eval_shape(module.init, jax.random.key(0), images))
+  expected = gradient(params["params"])
+  monkeypatch.setattr(sidetune, "is_one_cpu", lambda: True)
+  monkeypatch.setattr(sidetune, "nhwc", spy)
+  found = gradient(params["params"])
+  assert strides == [4, 1, 1, 1, 1]
+  for name, leaf in trees.flatten(expected).items():
+    np.testing.assert_allclose(
+      trees.flatten(found)[name], leaf, rtol=1e-4, atol=1e-5, err_msg=name
+    )

@@ -34,6 +34,11 @@ def auto_is(form: str) -> Iterator[None]:
     _AUTO_IS.reset(token)
 
 
+def is_one_cpu() -> bool:
+  """Tells whether a CPU computes, as the only device."""
+  return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 def choose_form(
   channels: int,
   features: int,
@@ -57,7 +62,7 @@ def choose_form(
     on_cpu: whether a CPU computes it that is the only device; None: as it is here.
   """
   if on_cpu is None:
-    on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    on_cpu = is_one_cpu()
   wide = channels * features <= 8 * kernel**2
   if on_cpu:
     return "fft" if wide and kernel > 1 else "nhwc"

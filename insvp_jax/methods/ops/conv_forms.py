@@ -27,7 +27,10 @@ BLOCK_SIZES = (2, 4, 8)
 
 
 def plain(
-  images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
+  images: Float[Array, "b h w c"],
+  kernel: Float[Array, "k k c o"],
+  dilation: int,
+  precision: str | None = None,
 ) -> Float[Array, "b h w o"]:
   """The compiler's own convolution."""
   return lax.conv_general_dilated(
@@ -37,52 +40,89 @@ def plain(
     "SAME",
     rhs_dilation=(dilation, dilation),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision=precision,
   )
 
 
 def nhwc(
-  images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
-) -> Float[Array, "b h w o"]:
+  images: Float[Array, "b h w c"],
+  kernel: Float[Array, "k k c o"],
+  dilation: int = 1,
+  precision: str | None = None,
+  *,
+  stride: int = 1,
+  padding: int | None = None,
+) -> Float[Array, "b i j o"]:
   """As `plain`, but its gradients are convolutions of NHWC by HWIO, too.
 
   XLA's fast convolution on CPUs takes this layout alone. It brings others into it, as
   JAX makes of the gradients, but not within a loop, and several train steps in one call
   are a loop: there they take about ten times as long.
-  """
-  # As `plain` with "SAME".
-  extent = (len(kernel) - 1) * dilation
-  before, after = extent // 2, extent - extent // 2
 
-  def to_images(kernel, gradient):
-    # y[i] = sum_j x[i + j] k[j] makes dx[m] = sum_j d[m - j] k[j].
+  Args:
+    images, kernel, dilation: as of all forms.
+    precision: of the products, as of `jax.lax.conv_general_dilated`.
+    stride: pixels from one output to the next.
+    padding: zeros on each side; None: "SAME" with stride 1.
+  """
+  extent = (len(kernel) - 1) * dilation
+  # As `plain` with "SAME".
+  before, after = extent // 2, extent - extent // 2
+  if padding is not None:
+    before = after = padding
+  layouts = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": precision}
+
+  def convolve_plainly(images, kernel):
+    return lax.conv_general_dilated(
+      images,
+      kernel,
+      (stride, stride),
+      [(before, after)] * 2,
+      rhs_dilation=(dilation, dilation),
+      **layouts,
+    )
+
+  def to_images(kernel, gradient, sides):
+    # y[i] = sum_j x[s i + j] k[j] makes dx[m] = sum_j d[(m - j) / s] k[j].
+    reach = [stride * (n - 1) + 1 for n in gradient.shape[1:3]]
     return lax.conv_general_dilated(
       gradient,
       lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2),
       (1, 1),
-      [(after, before)] * 2,
+      [
+        (extent - before, side - r + before)
+        for side, r in zip(sides, reach, strict=True)
+      ],
+      lhs_dilation=(stride, stride),
       rhs_dilation=(dilation, dilation),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      **layouts,
     )
 
   def to_kernel(images, gradient):
-    # dk[j] = sum_i x[i + j] d[i]: d is the kernel, and examples are the channels.
+    # dk[j] = sum_i x[s i + j] d[i]: d is the kernel, and examples are the channels.
+    reach = [stride * (n - 1) + 1 for n in gradient.shape[1:3]]
     result = lax.conv_general_dilated(
       images.transpose(3, 1, 2, 0),
       gradient.transpose(1, 2, 0, 3),
       (dilation, dilation),
-      [(before, after)] * 2,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      # Pixels beyond the last output are left out.
+      [
+        (before, extent + r - side - before)
+        for side, r in zip(images.shape[1:3], reach, strict=True)
+      ],
+      rhs_dilation=(stride, stride),
+      **layouts,
     )
     return result.transpose(1, 2, 0, 3)
 
   @jax.custom_vjp
   def convolve(images, kernel):
-    return plain(images, kernel, dilation)
+    return convolve_plainly(images, kernel)
 
   convolve.defvjp(
-    lambda images, kernel: (plain(images, kernel, dilation), (images, kernel)),
+    lambda images, kernel: (convolve_plainly(images, kernel), (images, kernel)),
     lambda saved, gradient: (
-      to_images(saved[1], gradient),
+      to_images(saved[1], gradient, saved[0].shape[1:3]),
       to_kernel(saved[0], gradient),
     ),
   )
