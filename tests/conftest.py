@@ -180,8 +180,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory):
 def _forget_older_objects():
   """Keeps searches for garbage short: what earlier files made is not gone through.
 
-  JAX's caches keep all that was ever traced: late in the tests a whole search took two
-  seconds.
+  JAX's caches keep all that was ever traced: late in the tests a whole search would
+  take longer than most tests do.
   """
   gc.collect(1)
   gc.freeze()

@@ -101,8 +101,8 @@ def prepare(
 ) -> trainer.Prepared:
   """Does what `trainer.prepare` does, with images from memory on so many devices.
 
-  On several ones a program takes a quarter longer to compile, and a checkpoint is
-  written by a program for each shape.
+  On several ones a program takes longer to compile, and a checkpoint is written by a
+  program for each shape.
   """
   data = data or make_data()
   mesh = mesh_lib.create_mesh(jax.devices()[:devices], fsdp=config.backbone.fsdp)

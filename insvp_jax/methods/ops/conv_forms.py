@@ -72,7 +72,8 @@ def nhwc(
     before = after = padding
   layouts = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": precision}
 
-  def convolve_plainly(images, kernel):
+  @jax.custom_vjp
+  def convolve(images, kernel):
     return lax.conv_general_dilated(
       images,
       kernel,
@@ -82,50 +83,36 @@ def nhwc(
       **layouts,
     )
 
-  def to_images(kernel, gradient, sides):
+  def forward(images, kernel):
+    return convolve(images, kernel), (images, kernel)
+
+  def backward(saved, gradient):
+    images, kernel = saved
+    # Pixels that follow the one that the last output starts at.
+    sides = zip(images.shape[1:3], gradient.shape[1:3], strict=True)
+    rest = [side - 1 - stride * (outputs - 1) for side, outputs in sides]
     # y[i] = sum_j x[s i + j] k[j] makes dx[m] = sum_j d[(m - j) / s] k[j].
-    reach = [stride * (n - 1) + 1 for n in gradient.shape[1:3]]
-    return lax.conv_general_dilated(
+    to_images = lax.conv_general_dilated(
       gradient,
       lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2),
       (1, 1),
-      [
-        (extent - before, side - r + before)
-        for side, r in zip(sides, reach, strict=True)
-      ],
+      [(extent - before, r + before) for r in rest],
       lhs_dilation=(stride, stride),
       rhs_dilation=(dilation, dilation),
       **layouts,
     )
-
-  def to_kernel(images, gradient):
     # dk[j] = sum_i x[s i + j] d[i]: d is the kernel, and examples are the channels.
-    reach = [stride * (n - 1) + 1 for n in gradient.shape[1:3]]
-    result = lax.conv_general_dilated(
+    to_kernel = lax.conv_general_dilated(
       images.transpose(3, 1, 2, 0),
       gradient.transpose(1, 2, 0, 3),
       (dilation, dilation),
-      # Pixels beyond the last output are left out.
-      [
-        (before, extent + r - side - before)
-        for side, r in zip(images.shape[1:3], reach, strict=True)
-      ],
+      [(before, extent - r - before) for r in rest],
       rhs_dilation=(stride, stride),
       **layouts,
     )
-    return result.transpose(1, 2, 0, 3)
+    return to_images, to_kernel.transpose(1, 2, 0, 3)
 
-  @jax.custom_vjp
-  def convolve(images, kernel):
-    return convolve_plainly(images, kernel)
-
-  convolve.defvjp(
-    lambda images, kernel: (convolve_plainly(images, kernel), (images, kernel)),
-    lambda saved, gradient: (
-      to_images(saved[1], gradient, saved[0].shape[1:3]),
-      to_kernel(saved[0], gradient),
-    ),
-  )
+  convolve.defvjp(forward, backward)
   return convolve(images, kernel)
 
 
