@@ -13,6 +13,7 @@ where extent = (k - 1) * dilation and x is zero outside of the image.
 """
 
 from collections.abc import Callable
+import functools
 import itertools
 
 import einops
@@ -235,69 +236,116 @@ def _fft(images: Array, kernel: Array, dilation: int) -> Array:
 
 
 def block_size(kernel_size: int) -> int:
-  """Returns the side s of the blocks, at most about half of the kernel's.
+  """Returns the side s of the blocks: a kernel reaches little beyond two of them.
 
   Larger blocks make larger products, of which more is multiplied with zeros.
   """
-  return max((s for s in BLOCK_SIZES if 2 * s <= kernel_size + 1), default=1)
+  return max((s for s in BLOCK_SIZES if s < kernel_size), default=1)
 
 
 def blocks(
   images: Float[Array, "b h w c"], kernel: Float[Array, "k k c o"], dilation: int
 ) -> Float[Array, "b h w o"]:
-  """Matrix products over blocks of s x s pixels, which take the channels' place.
+  """One matrix product over blocks of s x s pixels, which take the channels' place.
 
   A kernel of 25 x 25 pixels from 6 to 3 channels becomes one of 4 x 4 blocks of 8 x 8
   pixels from 384 to 192 channels: the small kernel, shifted to each place in a block
-  and padded with zeros. It is applied as one product for each of the 4 x 4 shifts.
+  and padded with zeros. The backward pass puts the blocks together once more, so that
+  nothing but the images is kept for it.
   """
-  _, height, width, _ = images.shape
-  extent = (len(kernel) - 1) * dilation
-  # Pixels with the same remainder by the dilation form an image of their own, on
-  # which the kernel is dense.
-  padding = [(0, 0)]
-  for size in (height, width):
-    # Besides "SAME"'s zeros, those up to a multiple of the dilation.
-    after = extent - extent // 2 + -(size + extent) % dilation
-    padding.append((extent // 2, after))
-  images = jnp.pad(images, [*padding, (0, 0)])
-  remainders = {"p": dilation, "q": dilation}
-  images = einops.rearrange(images, "b (h p) (w q) c -> (b p q) h w c", **remainders)
-  result = _blocks_valid(images, kernel)
-  pattern = "(b p q) h w c -> b (h p) (w q) c"
-  return einops.rearrange(result, pattern, **remainders)[:, :height, :width]
+  size = len(kernel)
+  extent = (size - 1) * dilation
+  before = extent // 2
+
+  @jax.custom_vjp
+  def convolve(images, kernel):
+    return _in_blocks(images, kernel, dilation, before)
+
+  def forward(images, kernel):
+    return convolve(images, kernel), (images, kernel)
+
+  def backward(saved, gradient):
+    images, kernel = saved
+    # y[i] = sum_j x[i + j] k[j] makes dx[m] = sum_j d[m - j] k[j].
+    mirrored = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    to_images = _in_blocks(gradient, mirrored, dilation, extent - before)
+    grid = _BlockGrid(*images.shape[1:3], size, dilation)
+    dtype = jnp.promote_types(images.dtype, jnp.float32)
+    # Image by image, then their sum: a GPU has nothing to split in one long sum.
+    to_large = jnp.einsum(
+      "bni,bno->bio",
+      grid.reached(images, before),
+      grid.split(gradient),
+      preferred_element_type=dtype,
+    ).sum(0)
+    enlarged = functools.partial(_enlarge, side=grid.side, taps=grid.taps)
+    (to_kernel,) = jax.linear_transpose(enlarged, kernel.astype(dtype))(to_large)
+    return to_images, to_kernel.astype(kernel.dtype)
+
+  convolve.defvjp(forward, backward)
+  return convolve(images, kernel)
 
 
-def _blocks_valid(images: Array, kernel: Array) -> Array:
-  """Returns `blocks` of a dense kernel, unpadded: [b, h - k + 1, w - k + 1, o]."""
-  size, _, _, features = kernel.shape
-  height, width = (n - size + 1 for n in images.shape[1:3])
-  side = block_size(size)
-  # The results of one block reach over side + size - 1 pixels: so many blocks.
-  taps = -(-(side + size - 1) // side)
-  # Blocks of results, the last ones filled up with what is cut off in the end.
-  rows, columns = -(-height // side), -(-width // side)
-  padding = [
-    (0, (count + taps - 1) * side - n)
-    for count, n in zip((rows, columns), images.shape[1:3], strict=True)
-  ]
-  images = jnp.pad(images, [(0, 0), *padding, (0, 0)])
-  sides = {"p": side, "q": side}
-  images = einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", **sides)
-  weights = _enlarge(kernel, side, taps).astype(images.dtype)
-  # A sum of products, not one product over all shifts side by side: that would keep
-  # each pixel once for each shift until the backward pass.
-  result = sum(
-    images[:, i : i + rows, j : j + columns] @ weights[i, j]
-    for i in range(taps)
-    for j in range(taps)
-  )
-  pattern = "b h w (p q c) -> b (h p) (w q) c"
-  result = einops.rearrange(result, pattern, c=features, **sides)
-  return result[:, :height, :width]
+def _in_blocks(images: Array, kernel: Array, dilation: int, before: int) -> Array:
+  """Returns the result of `blocks`, where an image has `before` zeros before it."""
+  grid = _BlockGrid(*images.shape[1:3], len(kernel), dilation)
+  weights = _enlarge(kernel, grid.side, grid.taps).astype(images.dtype)
+  return grid.join(grid.reached(images, before) @ weights)
 
 
-def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "t t i o"]:
+class _BlockGrid:
+  """How an image is cut into blocks, n of them, of results and of what these reach.
+
+  Pixels with the same remainder by the dilation form an image of their own, on which
+  the kernel is dense.
+
+  Attributes:
+    side: s, pixels per side of a block.
+    taps: t, blocks per side that the results of one block reach.
+  """
+
+  _PATTERN = "b (r i p) (c j q) d -> b {} (i j d)"
+
+  def __init__(self, height: int, width: int, size: int, dilation: int):
+    """Takes the image's sides and the kernel's, before its dilation."""
+    self.side = block_size(size)
+    self.taps = -(-(self.side + size - 1) // self.side)
+    self._sides = height, width
+    self._step = self.side * dilation
+    self._counts = [-(-length // self._step) for length in self._sides]
+    self._axes = {"i": self.side, "j": self.side, "p": dilation, "q": dilation}
+
+  def reached(self, images: Array, before: int) -> Float[Array, "b n i"]:
+    """Returns the t x t blocks that each block of results reaches, side by side."""
+    x = self._padded(images, before, self.taps - 1)
+    x = einops.rearrange(x, self._PATTERN.format("p q r c"), **self._axes)
+    rows, columns = self._counts
+    shifts = itertools.product(range(self.taps), repeat=2)
+    parts = [x[:, :, :, i : i + rows, j : j + columns] for i, j in shifts]
+    return einops.rearrange(jnp.concatenate(parts, -1), "b p q r c d -> b (p q r c) d")
+
+  def split(self, results: Array) -> Float[Array, "b n m"]:
+    """Returns blocks of an image's size of results."""
+    pattern = self._PATTERN.format("(p q r c)")
+    return einops.rearrange(self._padded(results, 0, 0), pattern, **self._axes)
+
+  def join(self, results: Float[Array, "b n m"]) -> Float[Array, "b h w o"]:
+    """Returns what `split` cut up."""
+    after, before = self._PATTERN.format("(p q r c)").split(" -> ")
+    axes = {**self._axes, "r": self._counts[0], "c": self._counts[1]}
+    x = einops.rearrange(results, f"{before} -> {after}", **axes)
+    return x[:, : self._sides[0], : self._sides[1]]
+
+  def _padded(self, x: Array, before: int, more: int) -> Array:
+    """Returns x with zeros before it, and after it up to whole blocks and `more`."""
+    padding = [
+      (before, (count + more) * self._step - before - length)
+      for count, length in zip(self._counts, self._sides, strict=True)
+    ]
+    return jnp.pad(x, [(0, 0), *padding, (0, 0)])
+
+
+def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "i m"]:
   """Returns the kernel between blocks, with a block's pixels among its channels.
 
   Args:
@@ -306,7 +354,7 @@ def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "t t i o"]:
     taps: t, blocks per side of the new kernel.
 
   Returns:
-    [t, t, s * s * c, s * s * o].
+    [t * t * s * s * c, s * s * o].
   """
   # Along one axis: 1 where the result at pixel `shift` of a block has its tap `tap`, as
   # [pixel of the result, pixel that is read, tap].
@@ -320,8 +368,7 @@ def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "t t i o"]:
   weights = jnp.einsum(
     "ixaj,lybm,jmco->xyabcilo", shifted, shifted, kernel, precision="highest"
   )
-  shape = (taps, taps, side**2 * kernel.shape[2], side**2 * kernel.shape[3])
-  return weights.reshape(shape)
+  return einops.rearrange(weights, "x y a b c i l o -> (x y a b c) (i l o)")
 
 
 FORMS: dict[str, Callable[[Array, Array, int], Array]] = {
