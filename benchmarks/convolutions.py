@@ -56,7 +56,7 @@ LAYERS = (
 
 
 def compiled(
-  layer: Layer, form: str, batch_size: int, loop: int = 0
+  layer: Layer, form: str, batch_size: int, loop: int = 0, dtype: str = "float32"
 ) -> Callable[[], object]:
   """Returns a call of the output and the gradients that training needs.
 
@@ -65,11 +65,12 @@ def compiled(
     form: how it is computed.
     batch_size: number of images.
     loop: rounds of a loop in one call; 0: no loop.
+    dtype: of images, kernel and gradient.
   """
   rng = np.random.default_rng(0)
 
   def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(shape, np.float32))
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
   pixels = (batch_size, layer.size, layer.size)
   images = draw(*pixels, layer.channels)
@@ -106,10 +107,12 @@ def measure(
   rounds: int,
   clock: str = "wall",
   loop: int = 0,
+  dtype: str = "float32",
 ) -> dict[str, float]:
   """Returns the median milliseconds by form; for the arguments see `compiled`."""
   calls = {
-    form: turns.timed(compiled(layer, form, batch_size, loop), clock) for form in FORMS
+    form: turns.timed(compiled(layer, form, batch_size, loop, dtype), clock)
+    for form in FORMS
   }
   per = 1e3 / max(1, loop)
   seconds = turns.alternate(calls, rounds)
@@ -123,6 +126,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--clock", choices=turns.CLOCKS, default="wall")
   parser.add_argument("--loop", type=int, default=0, help="rounds in one call")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--layers", default="", help="of whose name this is a part")
   args = parser.parse_args()
   layers = [layer for layer in LAYERS if args.layers in layer.name]
@@ -130,10 +134,14 @@ def main() -> None:
     names = ", ".join(layer.name for layer in LAYERS)
     parser.error(f"--layers={args.layers!r} is in no name of a layer: {names}")
   device = jax.devices()[0]
-  print(f"{device.platform}, {device.device_kind}, batch {args.batch_size}, ms")
+  print(
+    f"{device.platform}, {device.device_kind}, batch {args.batch_size}, {args.dtype}, ms"
+  )
   rows = []
   for layer in layers:
-    ms = measure(layer, args.batch_size, args.rounds, args.clock, args.loop)
+    ms = measure(
+      layer, args.batch_size, args.rounds, args.clock, args.loop, args.dtype
+    )
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
     cells = [f"{ms[form]:.1f}" for form in FORMS]
     rows.append([layer.name, *cells, choose_form(*shape)])

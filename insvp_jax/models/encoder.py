@@ -24,6 +24,7 @@ from insvp_jax.models.layers import (
   Attention,
   LayerScale,
   MlpBlock,
+  image_by_image,
   join,
 )
 
@@ -107,6 +108,7 @@ class Block(nn.Module):
       x = x.astype(dtype)
     before = (x[:, :num_read], prompts)
     num_tokens = before[0].shape[1]
+    x = image_by_image(x)
     in_sequence = update_prompts and prompts is not None
     kv_prompts = None if in_sequence else prompts
     if in_sequence:
@@ -128,10 +130,10 @@ class Block(nn.Module):
     num_prompts = prompts.shape[1] if in_sequence else 0
     x, read = (_read_rows(rows, num_read, num_prompts) for rows in (x, y))
     out = attention(read, y, kv_prompts, after, change_qkv)
-    x = x + branch("attn", x, read, out)
+    x = image_by_image(x + branch("attn", x, read, out))
     y = norm("LayerNorm_1", "norm2")(x)
     mlp = MlpBlock(self.mlp_dim, self.gelu, self.dtype, self.mlp, name="MlpBlock_0")
-    x = x + branch("mlp", x, y, mlp(y, after))
+    x = image_by_image(x + branch("mlp", x, y, mlp(y, after)))
     if in_sequence:
       x, prompts = x[:, :num_tokens], x[:, num_tokens:]
     reads = None

@@ -2,27 +2,84 @@
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import einops
 import flax.linen as nn
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from insvp_jax.models.quantized import Dense, DenseGeneral, matmul, promote_dtype
 
 LAYER_NORM_EPS = 1e-6
-GELUS = {
-  "tanh": nn.gelu,
-  "exact": functools.partial(nn.gelu, approximate=False),
-  # CLIP's: x sigmoid(1.702 x).
-  "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 MLPS = ("gelu", "swiglu")
 # `(name, input, output) -> output`: `Hooks.after` with its arrays; None where no method
 # changes an operation.
 After = Callable[[str, Array, Array], Array] | None
+
+
+def activation(
+  function: Callable[[Array], Array], derivative: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+  """Returns an elementwise function that keeps its input alone for the backward pass.
+
+  JAX would keep another array of that size, the largest of a block. A GPU computes the
+  derivative in less time than it takes to write and read that.
+
+  Args:
+    function: of numbers of any floating-point type.
+    derivative: of the function, which gets and returns float32 at least.
+  """
+
+  @jax.custom_vjp
+  def apply(x: Array) -> Array:
+    return function(x)
+
+  def backward(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return ((gradient * derivative(wide)).astype(x.dtype),)
+
+  apply.defvjp(lambda x: (function(x), x), backward)
+  return apply
+
+
+def _tanh_derivative(x: Array) -> Array:
+  tanh = jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+  slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+  return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope
+
+
+def _exact_derivative(x: Array) -> Array:
+  density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+  return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))) + x * density
+
+
+def _quick_derivative(x: Array) -> Array:
+  share = jax.nn.sigmoid(1.702 * x)
+  return share * (1 + 1.702 * x * (1 - share))
+
+
+GELUS = {
+  "tanh": activation(nn.gelu, _tanh_derivative),
+  "exact": activation(functools.partial(nn.gelu, approximate=False), _exact_derivative),
+  # CLIP's: x sigmoid(1.702 x).
+  "quick": activation(lambda x: x * jax.nn.sigmoid(1.702 * x), _quick_derivative),
+}
+
+
+def image_by_image(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+  """Keeps the tokens of an image together in the memory of a GPU, if it is the only one.
+
+  XLA would lay the tokens of all blocks out as the head's gradient reads the feature,
+  with the batch innermost, and transpose them before and after each product.
+  """
+  # Of several devices each would get the whole batch first, up to jax 0.10.
+  if jax.default_backend() != "gpu" or jax.device_count() > 1:
+    return x
+  return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
 
 
 class PatchEmbedding(nn.Module):

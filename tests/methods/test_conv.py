@@ -224,9 +224,8 @@ def test_the_gradient_of_frozen_input_costs_no_transform():
 def test_blocks_keep_no_copies_of_the_images_for_the_backward_pass():
   images, kernel = jnp.ones((2, 32, 32, 6)), jnp.ones((25, 25, 6, 3))
   _, backward = jax.eval_shape(lambda *a: jax.vjp(blocks, *a, 1), images, kernel)
-  kept = max(leaf.size for leaf in jax.tree.leaves(backward))
-  # The padded image, or the enlarged kernel of 4 x 4 x 384 x 192.
-  assert kept <= 16 * 384 * 192
+  kept = sum(leaf.size for leaf in jax.tree.leaves(backward))
+  assert kept == images.size + kernel.size
 
 
 def on(monkeypatch, platform, devices):
@@ -242,9 +241,9 @@ PAPER = ((3, 6, 3, 5), (6, 3, 3, 12), (3, 9, 9, 1), (9, 27, 5, 1), (27, 27, 3, 1
   ("platform", "devices", "release", "paper"),
   [
     ("cpu", 1, "fft fft fft nhwc nhwc", "fft fft fft nhwc nhwc"),
-    ("cpu", 4, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
-    ("gpu", 1, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
-    ("tpu", 8, "blocks blocks blocks plain plain", "blocks blocks blocks plain plain"),
+    ("cpu", 4, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
+    ("gpu", 1, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
+    ("tpu", 8, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
   ],
 )
 def test_forms_of_the_presets(monkeypatch, platform, devices, release, paper):

@@ -9,7 +9,7 @@ import pytest
 
 from insvp_jax import trees
 from insvp_jax.methods.hooks import UNCHANGED, Adaptation, BlockPrompts
-from insvp_jax.models import encoder, vit
+from insvp_jax.models import encoder, layers, vit
 
 SIZES = {"width": 16, "depth": 3, "mlp_dim": 24, "num_heads": 2}
 
@@ -278,6 +278,35 @@ def test_gelu_is_a_choice():
   tanh = features(build(), params, images())
   exact = features(build(gelu="exact"), params, images())
   assert 0 < np.max(np.abs(np.asarray(tanh) - np.asarray(exact))) < 0.05
+
+
+@pytest.mark.parametrize("name", layers.GELUS)
+def test_a_gelu_is_its_own_derivative_and_keeps_its_input_alone(name):
+  with jax.enable_x64(True):
+    x = jnp.linspace(-9, 9, 181, dtype=jnp.float64)
+    y, backward = jax.vjp(layers.GELUS[name], x)
+    (kept,) = jax.tree.leaves(backward)
+    assert kept is x
+    step = 1e-4
+    difference = layers.GELUS[name](x + step) - layers.GELUS[name](x - step)
+    np.testing.assert_allclose(
+      backward(jnp.ones_like(y))[0], difference / (2 * step), atol=1e-7
+    )
+
+
+def test_tokens_are_kept_image_by_image_on_a_single_gpu_alone(monkeypatch):
+  model = build()
+  params = draw(model)
+
+  def constraints(platform, devices):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    gradient = jax.grad(lambda params: jnp.sum(features(model, params, images())))
+    return str(jax.make_jaxpr(gradient)(params)).count("layout_constraint")
+
+  # Of each block what it gets, between its branches and what it gives; and gradients.
+  assert constraints("gpu", 1) == 2 * 3 * SIZES["depth"]
+  assert constraints("gpu", 2) == constraints("cpu", 1) == 0
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

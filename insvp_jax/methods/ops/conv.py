@@ -51,7 +51,8 @@ def choose_form(
   Measured by benchmarks/convolutions.py. On CPUs spectra win between few channels, by
   a factor of 30 or more for the published 25 x 25 kernel, and lose where a convolution
   has enough channels to keep the processor busy; those are as fast in a loop as alone
-  in the form "nhwc". On a GPU matrix products win there;
+  in the form "nhwc". On a GPU matrix products win there, as long as fewer channels come
+  in than its own products are made for;
   cuDNN takes 100 times as long for a dilated kernel. TPUs were not measured; they are
   made for matrix products. Several devices take these, too, since XLA gathers the whole
   batch on each of them before it transforms it.
@@ -63,10 +64,11 @@ def choose_form(
   """
   if on_cpu is None:
     on_cpu = is_one_cpu()
-  wide = channels * features <= 8 * kernel**2
   if on_cpu:
+    wide = channels * features <= 8 * kernel**2
     return "fft" if wide and kernel > 1 else "nhwc"
-  return "blocks" if wide and (kernel >= 7 or dilation > 1) else "plain"
+  wide = channels < 16 and channels * features <= 10 * kernel**2
+  return "blocks" if wide and (kernel >= 5 or dilation > 1) else "plain"
 
 
 class Conv(nn.Module):
