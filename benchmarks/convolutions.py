@@ -134,14 +134,11 @@ def main() -> None:
     names = ", ".join(layer.name for layer in LAYERS)
     parser.error(f"--layers={args.layers!r} is in no name of a layer: {names}")
   device = jax.devices()[0]
-  print(
-    f"{device.platform}, {device.device_kind}, batch {args.batch_size}, {args.dtype}, ms"
-  )
+  on = f"{device.platform}, {device.device_kind}"
+  print(f"{on}, batch {args.batch_size}, {args.dtype}, ms")
   rows = []
   for layer in layers:
-    ms = measure(
-      layer, args.batch_size, args.rounds, args.clock, args.loop, args.dtype
-    )
+    ms = measure(layer, args.batch_size, args.rounds, args.clock, args.loop, args.dtype)
     shape = (layer.channels, layer.features, layer.kernel, layer.dilation)
     cells = [f"{ms[form]:.1f}" for form in FORMS]
     rows.append([layer.name, *cells, choose_form(*shape)])

@@ -71,7 +71,7 @@ GELUS = {
 
 
 def image_by_image(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-  """Keeps the tokens of an image together in the memory of a GPU, if it is the only one.
+  """Keeps the tokens of an image together in memory, on a GPU that is the only one.
 
   XLA would lay the tokens of all blocks out as the head's gradient reads the feature,
   with the batch innermost, and transpose them before and after each product.
