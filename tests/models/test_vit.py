@@ -281,17 +281,16 @@ def test_gelu_is_a_choice():
 
 
 @pytest.mark.parametrize("name", layers.GELUS)
-def test_a_gelu_is_its_own_derivative_and_keeps_its_input_alone(name):
-  with jax.enable_x64(True):
-    x = jnp.linspace(-9, 9, 181, dtype=jnp.float64)
-    y, backward = jax.vjp(layers.GELUS[name], x)
-    (kept,) = jax.tree.leaves(backward)
-    assert kept is x
-    step = 1e-4
-    difference = layers.GELUS[name](x + step) - layers.GELUS[name](x - step)
-    np.testing.assert_allclose(
-      backward(jnp.ones_like(y))[0], difference / (2 * step), atol=1e-7
-    )
+def test_a_gelu_in_16_bits_keeps_its_input_alone(name):
+  gelu = layers.GELUS[name]
+  x = jnp.linspace(-9, 9, 181, dtype=jnp.bfloat16)
+  y, backward = jax.vjp(gelu, x)
+  (kept,) = jax.tree.leaves(backward)
+  assert kept is x
+  (found,) = backward(jnp.ones_like(y))
+  expected = jax.vmap(jax.grad(gelu))(x.astype(jnp.float32))
+  assert found.dtype == x.dtype
+  np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=4e-3, atol=1e-4)
 
 
 def test_tokens_are_kept_image_by_image_on_a_single_gpu_alone(monkeypatch):

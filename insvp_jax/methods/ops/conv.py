@@ -52,10 +52,10 @@ def choose_form(
   a factor of 30 or more for the published 25 x 25 kernel, and lose where a convolution
   has enough channels to keep the processor busy; those are as fast in a loop as alone
   in the form "nhwc". On a GPU matrix products win there, as long as fewer channels come
-  in than its own products are made for;
-  cuDNN takes 100 times as long for a dilated kernel. TPUs were not measured; they are
-  made for matrix products. Several devices take these, too, since XLA gathers the whole
-  batch on each of them before it transforms it.
+  in than its own products are made for; cuDNN takes 100 times as long for a dilated
+  kernel. TPUs were not measured; they are made for matrix products. Several devices
+  take these, too, since XLA gathers the whole batch on each of them before it
+  transforms it.
 
   Args:
     channels, features: that go in and come out.
