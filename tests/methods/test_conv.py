@@ -241,7 +241,7 @@ PAPER = ((3, 6, 3, 5), (6, 3, 3, 12), (3, 9, 9, 1), (9, 27, 5, 1), (27, 27, 3, 1
   ("platform", "devices", "release", "paper"),
   [
     ("cpu", 1, "fft fft fft nhwc nhwc", "fft fft fft nhwc nhwc"),
-    ("cpu", 4, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
+    ("cpu", 4, "blocks blocks nhwc nhwc nhwc", "nhwc nhwc nhwc nhwc nhwc"),
     ("gpu", 1, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
     ("tpu", 8, "blocks blocks blocks plain plain", "blocks blocks blocks blocks plain"),
   ],

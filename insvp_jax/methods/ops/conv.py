@@ -53,9 +53,9 @@ def choose_form(
   has enough channels to keep the processor busy; those are as fast in a loop as alone
   in the form "nhwc". On a GPU matrix products win there, as long as fewer channels come
   in than its own products are made for; cuDNN takes 100 times as long for a dilated
-  kernel. TPUs were not measured; they are made for matrix products. Several devices
-  take these, too, since XLA gathers the whole batch on each of them before it
-  transforms it.
+  kernel. TPUs were not measured; they are made for matrix products. Several CPU devices
+  take no spectra, since XLA gathers the whole batch on each of them before it
+  transforms it: products there win from kernels of 11 x 11 on.
 
   Args:
     channels, features: that go in and come out.
@@ -64,6 +64,8 @@ def choose_form(
   """
   if on_cpu is None:
     on_cpu = is_one_cpu()
+    if not on_cpu and jax.default_backend() == "cpu":
+      return "blocks" if kernel > 9 else "nhwc"
   if on_cpu:
     wide = channels * features <= 8 * kernel**2
     return "fft" if wide and kernel > 1 else "nhwc"
