@@ -71,7 +71,7 @@ GELUS = {
 
 
 def image_by_image(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-  """Keeps the tokens of an image together in memory, on a GPU that is the only one.
+  """Keeps the tokens of an image together in memory, where a single GPU trains.
 
   XLA would lay the tokens of all blocks out as the head's gradient reads the feature,
   with the batch innermost, and transpose them before and after each product.
@@ -79,7 +79,23 @@ def image_by_image(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
   # Of several devices each would get the whole batch first, up to jax 0.10.
   if jax.default_backend() != "gpu" or jax.device_count() > 1:
     return x
-  return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+  return _held(x)
+
+
+def _row_major(x: Array) -> Array:
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+@jax.custom_vjp
+def _held(x: Array) -> Array:
+  # Without a gradient there is nothing to hold, and programs for other machines cannot
+  # be exported with a layout in them.
+  return x
+
+
+_held.defvjp(
+  lambda x: (_row_major(x), None), lambda _, gradient: (_row_major(gradient),)
+)
 
 
 class PatchEmbedding(nn.Module):
