@@ -246,15 +246,20 @@ def test_evaluating_a_large_split_does_not_hold_it_in_memory(root, tmp_path):
   assert found["MiB above"] < 208
 
 
-@pytest.mark.parametrize("loop", [0, 2])
-def test_convolutions(benchmark, monkeypatch, capsys, loop):
+@pytest.mark.parametrize(
+  ("loop", "dtype"), [(0, "float32"), (2, "float32"), (0, "bfloat16")]
+)
+def test_convolutions(benchmark, monkeypatch, capsys, loop, dtype):
   module = benchmark("convolutions")
   layer = module.Layer("tiny", 6, 2, 1, 3, 1, "xk")
   monkeypatch.setattr(module, "LAYERS", (layer, module.LAYERS[0]))
   flags = ["--batch_size=1", "--rounds=1", f"--loop={loop}", "--layers=tiny"]
+  flags.append(f"--dtype={dtype}")
   monkeypatch.setattr(sys, "argv", ["convolutions", *flags])
   module.main()
-  titles, row = cells(capsys.readouterr().out)
+  printed = capsys.readouterr().out
+  assert f"batch 1, {dtype}, ms" in printed
+  titles, row = cells(printed)
   assert titles == ["convolution", *module.FORMS, "auto"]
   assert row[0] == "tiny" and row[-1] in module.FORMS
   assert min(map(float, row[1:-1])) >= 0

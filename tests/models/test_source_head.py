@@ -91,7 +91,7 @@ def test_the_backbone_in_the_box_knows_cifar_10(shared_dir):
 
   described = json.loads((ASSETS / "boxed.json").read_text())
   accuracy = np.mean(np.asarray(classes(images)) == labels)
-  # Of 1,000 of the 10,000 images: three standard errors.
+  # Of 1,000 of the 10,000 images: more than two standard errors.
   assert abs(accuracy - described["test_accuracy"]) < 0.032
 
 

@@ -95,7 +95,7 @@ def nhwc(
     # y[i] = sum_j x[s i + j] k[j] makes dx[m] = sum_j d[(m - j) / s] k[j].
     to_images = lax.conv_general_dilated(
       gradient,
-      lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2),
+      _mirrored(kernel),
       (1, 1),
       [(extent - before, r + before) for r in rest],
       lhs_dilation=(stride, stride),
@@ -115,6 +115,11 @@ def nhwc(
 
   convolve.defvjp(forward, backward)
   return convolve(images, kernel)
+
+
+def _mirrored(kernel: Float[Array, "k k c o"]) -> Float[Array, "k k o c"]:
+  """Returns the kernel that a gradient of the images is convolved with."""
+  return lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
 
 
 def fft_length(size: int, extent: int) -> int:
@@ -267,8 +272,7 @@ def blocks(
   def backward(saved, gradient):
     images, kernel = saved
     # y[i] = sum_j x[i + j] k[j] makes dx[m] = sum_j d[m - j] k[j].
-    mirrored = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    to_images = _in_blocks(gradient, mirrored, dilation, extent - before)
+    to_images = _in_blocks(gradient, _mirrored(kernel), dilation, extent - before)
     grid = _BlockGrid(*images.shape[1:3], size, dilation)
     dtype = jnp.promote_types(images.dtype, jnp.float32)
     # Image by image, then their sum: a GPU has nothing to split in one long sum.
@@ -304,7 +308,7 @@ class _BlockGrid:
     taps: t, blocks per side that the results of one block reach.
   """
 
-  _PATTERN = "b (r i p) (c j q) d -> b {} (i j d)"
+  _IMAGE, _BLOCKS = "b (r i p) (c j q) d", "b (p q r c) (i j d)"
 
   def __init__(self, height: int, width: int, size: int, dilation: int):
     """Takes the image's sides and the kernel's, before its dilation."""
@@ -318,7 +322,7 @@ class _BlockGrid:
   def reached(self, images: Array, before: int) -> Float[Array, "b n i"]:
     """Returns the t x t blocks that each block of results reaches, side by side."""
     x = self._padded(images, before, self.taps - 1)
-    x = einops.rearrange(x, self._PATTERN.format("p q r c"), **self._axes)
+    x = einops.rearrange(x, f"{self._IMAGE} -> b p q r c (i j d)", **self._axes)
     rows, columns = self._counts
     shifts = itertools.product(range(self.taps), repeat=2)
     parts = [x[:, :, :, i : i + rows, j : j + columns] for i, j in shifts]
@@ -326,14 +330,13 @@ class _BlockGrid:
 
   def split(self, results: Array) -> Float[Array, "b n m"]:
     """Returns blocks of an image's size of results."""
-    pattern = self._PATTERN.format("(p q r c)")
-    return einops.rearrange(self._padded(results, 0, 0), pattern, **self._axes)
+    x = self._padded(results, 0, 0)
+    return einops.rearrange(x, f"{self._IMAGE} -> {self._BLOCKS}", **self._axes)
 
   def join(self, results: Float[Array, "b n m"]) -> Float[Array, "b h w o"]:
     """Returns what `split` cut up."""
-    after, before = self._PATTERN.format("(p q r c)").split(" -> ")
     axes = {**self._axes, "r": self._counts[0], "c": self._counts[1]}
-    x = einops.rearrange(results, f"{before} -> {after}", **axes)
+    x = einops.rearrange(results, f"{self._BLOCKS} -> {self._IMAGE}", **axes)
     return x[:, : self._sides[0], : self._sides[1]]
 
   def _padded(self, x: Array, before: int, more: int) -> Array:
