@@ -7,5 +7,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
+# The many processes that tests start would all compile the package's modules anew.
+unset PYTHONDONTWRITEBYTECODE
 # In the order of tests/conftest.py: slow files first.
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -286,17 +286,20 @@ def test_no_image_sees_the_others_and_bfloat16_fits(name):
     assert shape.shape == (b, CLASSES) and shape.dtype == jnp.float32
 
 
-# Train steps that cost more than 2.5 forward passes, and why.
-DEARER = {
+# What a train step costs in forward passes: at least and at most.
+COSTS = {
+  "linear": (1.0, 1.05),
+  "insvp": (1.0, 2.3),
+  "vpt_deep": (1.0, 2.3),
   # The frozen half of a pass has no gradient of weights; these train weights.
-  "full": 3.1,
-  "sidetune": 3.1,
+  "full": (2.6, 3.1),
+  "sidetune": (1.0, 3.1),
 }
 
 
 @pytest.mark.parametrize("name", (*METHODS, *COMBINED))
 def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
-  """S/16 at 64 px in 3 blocks: products dominate; counted, not compiled."""
+  """S/16 at 64 px in 2 blocks: products dominate; counted, not compiled."""
   parts = name.split("+")
   fields = {
     part: {"prompt_length": 9}
@@ -308,7 +311,7 @@ def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
     name,
     num_classes=10,
     image_size=64,
-    backbone_kwargs={"depth": 3, "head_classes": 10 * (name in SOURCE_HEAD)},
+    backbone_kwargs={"depth": 2, "head_classes": 10 * (name in SOURCE_HEAD)},
     method_kwargs=fields if len(parts) > 1 else fields.get(name, {}),
   )
   shapes = state_lib.param_shapes(model)
@@ -327,5 +330,5 @@ def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
 
   step = jax.jit(jax.grad(loss)).trace(trainable, frozen, images)
   plain = jax.jit(forward).trace(shapes, images)
-  ratio = flops.count(step.jaxpr) / flops.count(plain.jaxpr)
-  assert ratio < DEARER.get(name, 2.5)
+  least, most = COSTS.get(name, (1.0, 2.5))
+  assert least <= flops.count(step.jaxpr) / flops.count(plain.jaxpr) < most

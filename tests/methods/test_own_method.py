@@ -12,6 +12,9 @@ from insvp_jax.methods import METHODS, Method, register
 from insvp_jax.methods.fields import field
 from insvp_jax.train import trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(autouse=True)
 def _registered():

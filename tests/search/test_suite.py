@@ -70,7 +70,9 @@ def _config(root, backbone):
   return config
 
 
-def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, backbone, tmp_path):
+def test_the_comparison_of_methods_on_a_folder_makes_a_table(
+  one_device, root, backbone, tmp_path
+):
   images = write_images(tmp_path / "photos")
   config = load(root, "methods", f"root={images}")
   assert set(config.tune.methods) < set(METHODS)

@@ -8,6 +8,9 @@ from tfds_fixtures import prepare_cifar
 
 from insvp_jax.search import tune
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def load_config(root, name, *args):
   spec = importlib.util.spec_from_file_location(name, root / "configs" / f"{name}.py")

@@ -19,6 +19,9 @@ from insvp_jax.methods.ops import border as border_lib
 from insvp_jax.tools import meta_init
 from insvp_jax.train import losses, reptile, trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = """
 from insvp_jax import config as config_lib
 
