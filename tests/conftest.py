@@ -8,6 +8,7 @@ Programs started as subprocesses inherit neither, but are compiled as quickly.
 """
 
 from collections.abc import Callable
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -239,27 +240,32 @@ def recipe(shared_dir: Path) -> types.ModuleType:
   return module
 
 
+def _use_devices(patch: pytest.MonkeyPatch, number: int) -> None:
+  from insvp_jax.distributed import mesh
+
+  create, few = mesh.create_mesh, jax.devices()[:number]
+
+  def create_mesh(devices=None, *, fsdp=1):
+    return create(few if devices is None else devices, fsdp=fsdp)
+
+  patch.setattr(mesh, "create_mesh", create_mesh)
+
+
 @pytest.fixture
 def use_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
   """Has runs that prepare themselves train on so many devices, not on all four.
 
   For one, programs compile sooner.
   """
-  from insvp_jax.distributed import mesh
-
-  create = mesh.create_mesh
-
-  def use(number: int) -> None:
-    devices = jax.devices()[:number]
-    monkeypatch.setattr(mesh, "create_mesh", lambda fsdp: create(devices, fsdp=fsdp))
-
-  return use
+  return functools.partial(_use_devices, monkeypatch)
 
 
-@pytest.fixture
-def one_device(use_devices: Callable[[int], None]) -> None:
-  """Has runs that prepare themselves train on one device."""
-  use_devices(1)
+@pytest.fixture(scope="module")
+def one_device():
+  """Has the runs of a file that prepare themselves train on one device."""
+  with pytest.MonkeyPatch.context() as patch:
+    _use_devices(patch, 1)
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,9 @@ from insvp_jax.models.classifier import create_backbone, create_model
 from insvp_jax.run import load_run
 from insvp_jax.train import trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def benchmark(root):

@@ -20,6 +20,9 @@ from insvp_jax.run import load_run
 from insvp_jax.tools import run_data
 from insvp_jax.train.trainer import train
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 KWARGS = {"backbone": "mu/4", "image_size": 16, "backbone_kwargs": {"depth": 1}}

@@ -20,6 +20,9 @@ from insvp_jax import cli, paths
 from insvp_jax.data import GROUPS
 from insvp_jax.models.weights.releases import ASSETS
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TOOLS = [name for name, (_, tool) in cli.COMMANDS.items() if tool]
 # The tests of launch/ and of the wheel run these.
 ELSEWHERE = ("pip install .", "bash launch/local.sh", "bash launch/test.sh")

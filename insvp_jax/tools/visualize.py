@@ -12,6 +12,7 @@ the number below it is its largest absolute value, in grey levels of 255.
 """
 
 from collections.abc import Mapping, Sequence
+import io
 import os
 from pathlib import Path
 import sys
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from insvp_jax import tools
+from insvp_jax.logs.writers import write_bytes
 from insvp_jax.tools import run_data, runs
 from insvp_jax.tools.masks import colors_of, overlay
 
@@ -174,23 +176,20 @@ def save_figure(figure: Any, path: str | os.PathLike, dpi: int = 150) -> None:
     dpi: pixels per inch where it is of pixels.
 
   Raises:
-    ValueError: the file's ending is not one of `FORMATS`.
+    ValueError: the file's ending is not one of `FORMATS`; the file is a link, or none.
     OSError: the disk is full or read-only.
   """
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-  path = Path(path)
+  path, stream = Path(path), io.BytesIO()
   check_format(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{os.getpid()}.{path.name}")
-  try:
-    # TrueType: publishers refuse matplotlib's default, Type 3.
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-      FigureCanvasAgg(figure).print_figure(partial, dpi=dpi)
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  # TrueType: publishers refuse matplotlib's default, Type 3.
+  with matplotlib.rc_context({"pdf.fonttype": 42}):
+    FigureCanvasAgg(figure).print_figure(
+      stream, dpi=dpi, format=path.suffix[1:].lower()
+    )
+  write_bytes(path, stream.getvalue())
 
 
 def check_matplotlib() -> None:

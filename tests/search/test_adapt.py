@@ -21,6 +21,9 @@ from insvp_jax.data.sources import memory
 from insvp_jax.distributed.stopping import Stopped
 from insvp_jax.tools import evaluate
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TINY = {
   "method": "linear",
   "backbone": "mu/4",

@@ -25,6 +25,9 @@ from insvp_jax.search.outlook import (
 )
 from insvp_jax.train import trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 WORKS = {
   "linear": Work(0, 3, 0.0, 100.0, 0.0, 0, 4),
   "insvp": Work(2, 3, 200.0, 200.0, 4e6, 8, 10, grid="2 lr"),
@@ -197,9 +200,7 @@ def test_what_was_expected_is_the_time_left_until_steps_tell(capsys, clock):
   assert capsys.readouterr().out == ""  # it has been said
 
 
-def test_measuring_changes_no_bit_of_a_search(
-  one_device, monkeypatch, tmp_path, capsys
-):
+def test_measuring_changes_no_bit_of_a_search(monkeypatch, tmp_path, capsys):
   """Whatever is drawn at random: mixing, crops and flips, dropout."""
   monkeypatch.setattr(trainer, "load_data", lambda *_: make_data())
   config = tiny_config(

@@ -19,6 +19,9 @@ from insvp_jax.models.weights import save_backbone
 from insvp_jax.search import outlook, suite
 from insvp_jax.tools.report import make_table
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 NAMES = ("cifar100", "svhn", "eurosat")
 SIZES = {"train800": 16, "val200": 6, "test": 5}
 
@@ -70,9 +73,7 @@ def _config(root, backbone):
   return config
 
 
-def test_the_comparison_of_methods_on_a_folder_makes_a_table(
-  one_device, root, backbone, tmp_path
-):
+def test_the_comparison_of_methods_on_a_folder_makes_a_table(root, backbone, tmp_path):
   images = write_images(tmp_path / "photos")
   config = load(root, "methods", f"root={images}")
   assert set(config.tune.methods) < set(METHODS)
@@ -95,7 +96,7 @@ def test_the_comparison_of_methods_on_a_folder_makes_a_table(
 
 
 def test_a_group_gives_a_result_per_task_and_one_table(
-  one_device, group, backbone, tmp_path, capsys, monkeypatch
+  group, backbone, tmp_path, capsys, monkeypatch
 ):
   config = _config(group, backbone)
   monkeypatch.setattr(outlook, "_WORTH_MEASURING", 1.0)
@@ -162,9 +163,7 @@ def test_missing_data_of_the_last_task_show_before_the_first_trains(
   assert not (tmp_path / "run").exists()
 
 
-def test_single_runs_make_a_table_too(
-  one_device, group, backbone, tmp_path, monkeypatch
-):
+def test_single_runs_make_a_table_too(group, backbone, tmp_path, monkeypatch):
   monkeypatch.setitem(tasks.GROUPS, "natural", NAMES[:2])
   config = _config(group, backbone)
   config.tune.lr = config.tune.seeds = ()

@@ -12,6 +12,9 @@ from insvp_jax.run import load_run
 from insvp_jax.tools import evaluate
 from insvp_jax.train import trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -15,6 +15,9 @@ from insvp_jax.search import tune
 from insvp_jax.train import program as program_lib
 from insvp_jax.train import trainer
 
+# None of this is about devices, and for one all compiles sooner.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
@@ -45,7 +48,7 @@ def write_shots(root, shots):
   ],
 )
 def test_few_images_of_each_class_train_as_they_are(
-  one_device, backbone, tmp_path, monkeypatch, capsys, shots, size, splits
+  backbone, tmp_path, monkeypatch, capsys, shots, size, splits
 ):
   root = write_shots(tmp_path / "images", shots)
   changes = {"task": "folder", "data__root": str(root), "batch_size": 0}
