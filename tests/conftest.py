@@ -42,7 +42,7 @@ SLOW_FILES = (
   *("test_main", "test_population", "test_steps", "test_plan", "test_readme"),
   *("test_vit", "test_docs", "test_segmentation", "test_architectures"),
   *("test_sharding", "test_trainer", "test_tfds_vtab", "test_tfds_stream"),
-  *("test_stored_runs", "test_notebook", "test_tune"),
+  *("test_stored_runs", "test_notebook", "test_gradient_economy", "test_tune"),
   *("test_batches", "test_soak", "test_attention", "test_run", "test_features"),
 )
 

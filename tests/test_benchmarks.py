@@ -141,9 +141,10 @@ MOST_FLOPS = {"paper": 2.05, "release": 2.4}
 
 
 @pytest.mark.parametrize("preset", MOST_FLOPS)
-def test_flops_of_a_train_step_of_a_gpu_at_full_size(benchmark, preset):
+@pytest.mark.parametrize("conv", ["fft", "blocks"])
+def test_flops_of_a_train_step_at_full_size(benchmark, preset, conv):
   module = benchmark("gradient_economy")
-  share = train_step_over_plain_forward(module, preset, "blocks", compiled=False)
+  share = train_step_over_plain_forward(module, preset, conv, compiled=False)
   # Forward and backward, of which the last block needs little.
   assert 1.85 < share <= MOST_FLOPS[preset]
 
@@ -282,13 +283,13 @@ def vit_flops(vit, num_classes):
 def test_step_measures_every_mode_and_method(tmp_path, capsys):
   arguments = ["--rounds=1", "--turn_seconds=0", f"--json={tmp_path / 's'}"]
   # Of one method each mode but one, of two that one: each pair is several programs.
-  step.main([*TINY, *arguments, "--methods=linear", "--modes=eval,predict"])
+  one = ["--methods=linear", "--modes=eval,predict", "--frozen_dtypes=int8"]
+  step.main([*TINY, *arguments, *one])
   one = json.loads((tmp_path / "s").read_text())["steps"]
-  both = ["--methods=insvp,linear", "--modes=train", "--frozen_dtypes=int8"]
-  step.main([*TINY, *arguments, *both])
+  step.main([*TINY, *arguments, "--methods=insvp,linear", "--modes=train"])
   both = json.loads((tmp_path / "s").read_text())["steps"]
-  assert set(one) | set(both) == set(step.MODES)
-  assert set(both["train"]) == {"insvp int8", "linear int8"}
+  assert set(one) == {"eval", "predict"} == set(step.MODES) - {"train"}
+  assert set(both) == {"train"} and set(both["train"]) == {"insvp", "linear"}
   for mode, rows in [*one.items(), *both.items()]:
     for row in rows.values():
       assert row["memory_mib"] > 0 and row["seconds"] > 0
@@ -296,14 +297,15 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
       assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
       known = PARTS if mode == "train" else PARTS[:3]
       assert tuple(row["parts"]) == known
-  linear = {mode: rows["linear"]["flops"] for mode, rows in one.items()}
-  insvp, trained = (both["train"][f"{m} int8"]["flops"] for m in ("insvp", "linear"))
+  linear = {mode: rows["linear int8"]["flops"] for mode, rows in one.items()}
+  linear["train"] = both["train"]["linear"]["flops"]
   # The gradient of the head is one more product of its size; its input needs none.
-  assert trained - linear["eval"] == 4 * 2 * 32 * 5
+  assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
   assert linear["eval"] == linear["predict"]
+  insvp = both["train"]["insvp"]["flops"]
   assert insvp > 1.8 * linear["eval"]
   rows = cells(step.table(both))
-  assert [row[0] for row in rows] == ["step", "train insvp int8", "train linear int8"]
+  assert [row[0] for row in rows] == ["step", "train insvp", "train linear"]
   assert capsys.readouterr().out.endswith(step.table(both))
 
 

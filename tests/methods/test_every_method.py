@@ -286,14 +286,11 @@ def test_no_image_sees_the_others_and_bfloat16_fits(name):
     assert shape.shape == (b, CLASSES) and shape.dtype == jnp.float32
 
 
-# What a train step costs in forward passes: at least and at most.
-COSTS = {
-  "linear": (1.0, 1.05),
-  "insvp": (1.0, 2.3),
-  "vpt_deep": (1.0, 2.3),
+# Train steps that cost more than 2.5 forward passes, and why.
+DEARER = {
   # The frozen half of a pass has no gradient of weights; these train weights.
-  "full": (2.6, 3.1),
-  "sidetune": (1.0, 3.1),
+  "full": 3.1,
+  "sidetune": 3.1,
 }
 
 
@@ -330,5 +327,5 @@ def test_a_train_step_computes_no_gradient_of_frozen_weights(name):
 
   step = jax.jit(jax.grad(loss)).trace(trainable, frozen, images)
   plain = jax.jit(forward).trace(shapes, images)
-  least, most = COSTS.get(name, (1.0, 2.5))
-  assert least <= flops.count(step.jaxpr) / flops.count(plain.jaxpr) < most
+  ratio = flops.count(step.jaxpr) / flops.count(plain.jaxpr)
+  assert ratio < DEARER.get(name, 2.5)

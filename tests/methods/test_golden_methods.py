@@ -82,9 +82,9 @@ def test_a_file_of_no_family_is_named():
     family_of({"method": "nothing"})
 
 
-@pytest.mark.parametrize("conv", ["fft", "blocks"])
-def test_forms_of_insvp_s_convolutions(golden, recipe, conv):
-  """For several devices "nhwc" chooses itself, above; test_conv.py has "plain"."""
+@pytest.mark.parametrize("conv", ["plain", "fft", "blocks"])
+def test_every_form_of_insvp_s_convolutions(golden, recipe, conv):
+  """The form that is chosen by itself is that of the test above."""
   file = golden("insvp_release")
   results = compute(file, recipe, conv=conv)
   for key, value in results.items():

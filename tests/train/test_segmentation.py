@@ -331,8 +331,10 @@ def test_one_and_four_devices_give_the_same_run(whole, data, tmp_path):
   assert lines[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["insvp", "vpt_deep+bias"])
-def test_methods_take_steps_that_descend(root, data, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method", ["insvp", "full", "vpt_deep+bias"])
+def test_every_method_takes_steps_that_descend(
+  root, data, tmp_path, monkeypatch, method
+):
   config = segment_config(root, method, optim__lr=0.01)
   config.total_steps = 8
   data = dataclasses.replace(data, splits={"train": data.splits["train"]})

@@ -115,7 +115,7 @@ def test_programs_of_one_model_share_its_draws():
 
 
 def test_draws_are_those_of_all_optimizations_to_the_bit():
-  # Uniform, normal and truncated ones; prompts are uniform, as the head is.
+  # All kinds that are drawn: prompts are uniform, as the head is.
   model = prepare(tiny_config("linear", backbone__depth=1)).program.model
   name = "jax_disable_most_optimizations"
   before = jax.config.read(name)
