@@ -42,6 +42,7 @@ def create_config(
   fields: Mapping[str, Any] | None = None,
   fused_attention: bool = False,
   frozen_dtype: str = "",
+  microbatch_size: int = 0,
 ) -> ConfigDict:
   """Returns the config of a contestant.
 
@@ -54,6 +55,7 @@ def create_config(
     fields: of the method, over those of the variant.
     fused_attention: whether cuDNN attends.
     frozen_dtype: what frozen weights are stored as; "" is `dtype`.
+    microbatch_size: images of a train step that are computed at once; 0 is automatic.
 
   Raises:
     ValueError: a field that the method has not.
@@ -62,6 +64,7 @@ def create_config(
   config = defaults()
   config.method = method
   config.batch_size = config.eval_batch_size = batch_size
+  config.microbatch_size = microbatch_size
   config.image_size = image_size
   config.backbone.name, config.backbone.weights = backbone, "random"
   config.backbone.dtype, config.backbone.frozen_dtype = dtype, frozen_dtype or dtype
@@ -182,7 +185,7 @@ class Contestant:
   def parts_of(self, mode: str, seconds: Mapping[str, float]) -> dict[str, float]:
     """Returns the seconds of each part of a mode."""
     if mode == "train":
-      return parts.train_parts(seconds)
+      return parts.train_parts(seconds, self.program.num_parts)
     return parts.evaluation_parts(seconds, mode)
 
   def compiled(self, mode: str) -> jax.stages.Compiled:

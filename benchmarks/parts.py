@@ -65,6 +65,8 @@ def train_functions(
     preset: how its images are normalised.
   """
   model, mask = program.model, program.mask
+  # As many images as a step computes at once; `train_parts` counts them all.
+  batch = {k: v[: len(v) // program.num_parts] for k, v in batch.items()}
   images = jax.jit(lambda x: preprocess.normalise(preset, x))(batch["images"])
   key = jax.random.key(1)
 
@@ -106,14 +108,17 @@ def train_functions(
   }
 
 
-def train_parts(seconds: Mapping[str, float]) -> dict[str, float]:
+def train_parts(seconds: Mapping[str, float], num_parts: int = 1) -> dict[str, float]:
   """Returns the seconds of each part of a train step.
 
   Prompters are both passes through them; the head and the loss count as backbone.
 
   Args:
     seconds: of the whole ("train"), of its "input" and of `train_functions`.
+    num_parts: in which the batch is computed.
   """
+  computed = ("prompters", "prompters forward", "forward", "gradient")
+  seconds = {**seconds, **{name: num_parts * seconds[name] for name in computed}}
   both = seconds["prompters"]
   found = {
     "input": seconds["input"],

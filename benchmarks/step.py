@@ -165,6 +165,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--frozen_dtypes", default="", help="float32,bfloat16,int8: of frozen weights, each"
   )
+  parser.add_argument(
+    "--microbatch_sizes",
+    default="0",
+    help="32,8,...: images of a train step at once, each; 0: automatic",
+  )
   parser.add_argument("--image_size", type=int, default=0, help="0: the backbone's")
   parser.add_argument("--fused_attention", action="store_true", help="cuDNN's")
   parser.add_argument("--num_classes", type=int, default=100)
@@ -188,6 +193,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   args.methods, args.modes = args.methods.split(","), args.modes.split(",")
   args.frozen_dtypes = args.frozen_dtypes.split(",")
+  args.microbatch_sizes = [int(size) for size in args.microbatch_sizes.split(",")]
   _check(parser, args)
   return args
 
@@ -210,7 +216,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
   """Returns all that one run measures; see `_parse` for the arguments."""
   contestants = {}
-  for name, frozen_dtype in itertools.product(args.methods, args.frozen_dtypes):
+  for name, frozen_dtype, size in itertools.product(
+    args.methods, args.frozen_dtypes, args.microbatch_sizes
+  ):
     config = create_config(
       name,
       backbone=args.backbone,
@@ -220,8 +228,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       fields=json.loads(args.fields),
       fused_attention=args.fused_attention,
       frozen_dtype=frozen_dtype,
+      microbatch_size=size,
     )
-    contestants[f"{name} {frozen_dtype}".strip()] = Contestant(config, args.num_classes)
+    at_once = f"{size} at once" if size else ""
+    title = " ".join(filter(None, (name, frozen_dtype, at_once)))
+    contestants[title] = Contestant(config, args.num_classes)
   backbone = next(iter(contestants.values())).program.model.backbone
   with contextlib.ExitStack() as stack:
     yardsticks = {}

@@ -29,7 +29,9 @@ _KEYS: dict[str, tuple[Any, str]] = {
   "method": ("insvp", f"{', '.join(METHODS)}; or several, joined by +"),
   "seed": (0, "seed of initialisation, batches, augmentation and dropout"),
   "batch_size": (64, "training images of a step, over all devices; 0: automatic"),
-  "eval_batch_size": (256, "images of a step of evaluation"),
+  # Of parts: other draws of dropout than of the whole batch, and other last bits.
+  "microbatch_size": (0, "images of a step computed at once; 0: automatic"),
+  "eval_batch_size": (0, "images of a step of evaluation; 0: automatic"),
   "total_epochs": (100.0, "passes over the training images"),
   "total_steps": (0, "train steps; 0: from total_epochs"),
   "image_size": (0, "pixels per side; 0: the backbone's own"),
@@ -200,9 +202,10 @@ _BACKBONE_FIELDS = (
   *("dtype", "remat", "scan", "skip_unread", "fused_attention", "head_classes"),
   *("depths", "window"),
 )
-# What may change between a run and its resumption; all else shapes the result.
+# What may change between a run and its resumption; all else shapes the result. Of
+# another microbatch_size dropout draws otherwise, as on another kind of device.
 MAY_CHANGE = (
-  r"(tune|plan)/.*|eval_batch_size|segment/(stride|scales|flips|batch_size)|"
+  r"(tune|plan)/.*|eval_batch_size|microbatch_size|segment/(stride|scales|flips|batch_size)|"
   r"(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"wandb|prompt_images|profile|keep_checkpoints|"
   r"data/(max_pixels|max_file_mb|ordered|classes)|"

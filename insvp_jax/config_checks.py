@@ -302,7 +302,7 @@ _NOT_NEGATIVE = (0, _LARGEST)
 _RANGES: dict[str, tuple[float | int, float | int]] = {
   "seed": _SEED,
   "data.split_seed": _SEED,
-  "eval_batch_size": (1, 2**16),  # batches are padded to it
+  "eval_batch_size": (0, 2**16),  # batches are padded to it
   "log_every_steps": _COUNT,
   "eval_every_epochs": _NOT_NEGATIVE,
   "checkpoint_every_epochs": _NOT_NEGATIVE,

@@ -178,8 +178,8 @@ def main(argv: list[str]) -> None:
       raise
     _exit_for_bad_input(
       f"there is too little memory: {errors.one_line(error)[:200]}. --plan says what a "
-      "run needs; smaller are config.batch_size, config.eval_batch_size, "
-      "config.image_size and the method's own sizes."
+      "run needs; smaller are config.microbatch_size, config.batch_size, "
+      "config.eval_batch_size, config.image_size and the method's own sizes."
     )
 
 
@@ -194,7 +194,9 @@ def _plan(config: ConfigDict, num_devices: int) -> None:
   plans = {}
   for variant in config_variants.variants_of(config):
     label = variant.label
-    plans[label] = plan.plan(variant.config(config), devices)
+    plans[label] = plan.plan(
+      variant.config(config), devices, are_simulated=num_devices > 0
+    )
     title = f"{label}: " if label != variant.method else ""
     print(f"{title}{plan.format_plan(plans[label])}", flush=True)
   if _WORKDIR.value:

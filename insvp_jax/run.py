@@ -42,6 +42,7 @@ from insvp_jax.models.classifier import (
   PromptedSegmenter,
   create_model,
 )
+from insvp_jax.train import microbatch
 from insvp_jax.train import state as state_lib
 from insvp_jax.train import windows as windows_lib
 from insvp_jax.train.objectives import Classification, Segmentation, segmentation
@@ -238,11 +239,15 @@ class Run:
     """The compiled functions by name, filled by `compiled`."""
     return {}
 
+  @property
+  def _platform(self) -> str:
+    (device,) = jax.tree.leaves(self.params)[0].devices()
+    return device.platform
+
   def compiled(self, name: str, function: Callable) -> Callable:
     """Returns a function compiled; the first one of a name is kept with the run."""
     if name not in self._compiled:
-      (device,) = jax.tree.leaves(self.params)[0].devices()
-      options = quantized.compiler_options(self.params, device.platform)
+      options = quantized.compiler_options(self.params, self._platform)
       self._compiled[name] = jax.jit(function, compiler_options=options)
     return self._compiled[name]
 
@@ -258,6 +263,13 @@ class Run:
         f"{side} x {side}."
       )
     return np.asarray(image)
+
+  def _batch_sizes(self) -> list[int]:
+    """Returns the sizes of `BATCH_SIZES` that the device computes at once."""
+    if self._platform != "cpu":
+      return list(BATCH_SIZES)
+    most = microbatch.images_at_once(self.model.backbone.spec)
+    return [size for size in BATCH_SIZES if size <= most]
 
   def _apply(self, name: str, function: Callable, images: Any) -> Any:
     """Applies `function(params, inputs)` to images of any number and size.
@@ -277,10 +289,10 @@ class Run:
     pixels = [
       self._resized(image) for image in _read_images(images, self.decode_options)
     ]
-    outputs = []
-    for start in range(0, len(pixels), BATCH_SIZES[-1]):
-      batch = pixels[start : start + BATCH_SIZES[-1]]
-      batch_size = next(size for size in BATCH_SIZES if size >= len(batch))
+    sizes, outputs = self._batch_sizes(), []
+    for start in range(0, len(pixels), sizes[-1]):
+      batch = pixels[start : start + sizes[-1]]
+      batch_size = next(size for size in sizes if size >= len(batch))
       padding = [batch[-1]] * (batch_size - len(batch))
       output = compiled(self.params, np.stack(batch + padding))
       outputs.append(jax.device_get(output))

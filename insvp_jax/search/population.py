@@ -228,7 +228,7 @@ def _population_bytes(config: ConfigDict, program: Program, num_members: int) ->
   model, size = program.model, program.model.input_size
   stored = cast_frozen(program.shapes, program.mask, config)
   trainable, frozen = trees.split(stored, program.mask)
-  batch_size = config.batch_size
+  batch_size = min(config.microbatch_size or config.batch_size, config.batch_size)
   images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
   stacked = {
     name: jax.ShapeDtypeStruct((num_members, *leaf.shape), leaf.dtype)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import tabulate
 
+from insvp_jax import config as config_lib
 from insvp_jax import config_checks, trees
 from insvp_jax.checkpoints.items import flatten_rest, stored_names
 from insvp_jax.data import GROUPS, TASKS, load_data
@@ -57,12 +58,16 @@ def find_devices(count: int) -> list[jax.Device]:
   return devices[: count or None]
 
 
-def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def plan(
+  config: ConfigDict, devices: Sequence[jax.Device], *, are_simulated: bool = False
+) -> dict[str, Any]:
   """Returns what training and evaluating one method needs; allocates nothing.
 
   Args:
     config: the whole configuration; its section `tune` is ignored.
     devices: the run's, or as many simulated ones.
+    are_simulated: whether they stand for others, which compute whole batches where the
+      config leaves it open; a CPU computes a few images at once (see `microbatch`).
 
   Returns:
     The run (task, method, sizes, ...), and
@@ -82,6 +87,9 @@ def plan(config: ConfigDict, devices: Sequence[jax.Device]) -> dict[str, Any]:
   mesh = mesh_lib.create_mesh(devices, fsdp=config.backbone.fsdp)
   # No weights are read: whatever pixels they are for, the sizes are the same.
   config.data.preset = config.data.preset or DEFAULT_PRESET
+  if are_simulated:
+    config.microbatch_size = config.microbatch_size or config_lib.MAX_INT
+    config.eval_batch_size = config.eval_batch_size or batches.EVAL_BATCH_SIZE
   task, num_classes, num_train = _task_sizes(config)
   program = program_lib.create_program(config, num_classes, num_train, mesh)
   state = program_lib.abstract_state(config, program)

@@ -15,21 +15,25 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 import numpy as np
 
-from insvp_jax import config as config_lib
 from insvp_jax.data import ArraySplit, resident
 from insvp_jax.data.preprocess import get_preset
 from insvp_jax.data.splits import Split
 from insvp_jax.distributed import mesh as mesh_lib
-from insvp_jax.train import flops
+from insvp_jax.train import flops, microbatch
 from insvp_jax.train.objectives import objective_of
 from insvp_jax.train.program import Program
 
+# Of evaluation, where `config.eval_batch_size` is 0; see `microbatch` for CPUs.
+EVAL_BATCH_SIZE = 256
 # Nothing is gained by more, and a signal is looked at between two calls.
 _MAX_STEPS_PER_CALL = 256
 # FLOPs of a call on one device that take about a second, or less. No clock decides,
 # because all processes have to decide alike.
 _FLOPS_PER_CALL = {"cpu": 5e10}
 _FLOPS_PER_CALL_ELSEWHERE = 1e13
+# On a CPU so few steps gain most of what sharing memory gains. They share it up to as
+# many FLOPs as a step of ViT-B/16 on 32 images has, some 15 seconds on two cores.
+_SHARING_STEPS, _FLOPS_OF_SHARING = 4, 2.2e12
 
 
 class StreamFeed:
@@ -131,7 +135,10 @@ def _steps_per_call(program: Program, state: Any, arrays: Any, seed: Any) -> int
   traced = program.multi_step.trace(state, arrays, seed, np.int32(1))
   limit = _FLOPS_PER_CALL.get(_platform(program), _FLOPS_PER_CALL_ELSEWHERE)
   # `flops.count` counts one round of the loop over steps.
-  num_steps = limit * program.mesh.size / max(1, flops.count(traced.jaxpr))
+  count = max(1, flops.count(traced.jaxpr)) / program.mesh.size
+  num_steps = limit / count
+  if _platform(program) == "cpu":
+    num_steps = max(num_steps, min(_SHARING_STEPS, _FLOPS_OF_SHARING / count))
   return max(1, min(_MAX_STEPS_PER_CALL, int(num_steps)))
 
 
@@ -175,23 +182,31 @@ def abstract_batch(
 
 
 def eval_batch_size(
-  config: ConfigDict, program: Program, num_examples: int | None = None
+  config: ConfigDict,
+  program: Program,
+  num_examples: int | None = None,
+  *,
+  of_features: bool = False,
 ) -> int:
   """Returns the size of an evaluation batch: any one fits, since it is padded.
 
   Args:
-    config: the whole configuration.
+    config: the whole configuration; of its `eval_batch_size` 0 is automatic.
     program: made for it.
     num_examples: of the split; beyond them there is only padding. None where it is not
       known.
+    of_features: whether the batches have features that are known, not images.
   """
-  size, devices = config.eval_batch_size, program.mesh.size
+  asked, devices = config.eval_batch_size, program.mesh.size
+  size = asked or EVAL_BATCH_SIZE
   if not objective_of(config.task).ONE_FEATURE:
     size, num_examples = config.segment.batch_size, None
+  elif not asked and not of_features and _platform(program) == "cpu":
+    at_once = microbatch.images_at_once(program.model.backbone.spec)
+    size = min(size, devices * at_once)
   if num_examples is not None:
     # Up to the usual size one program serves all splits.
-    usual = config_lib.keys()["eval_batch_size"][0]
-    size = min(size, max(usual, num_examples))
+    size = min(size, max(EVAL_BATCH_SIZE, num_examples))
   return -(-size // devices) * devices
 
 
@@ -213,7 +228,7 @@ def eval_batches(
     features: from `FeatureCache.arrays`; the batches have features then, else images.
     route: from `RouteCache.array`; it goes with the images.
   """
-  size = eval_batch_size(config, program, len(split))
+  size = eval_batch_size(config, program, len(split), of_features=features is not None)
   rows = mesh_lib.batch_sharding(program.mesh)
   images = program.objective.eval_batches(
     split, batch_size=size, image_size=program.model.input_size, sharding=rows

@@ -28,7 +28,7 @@ from insvp_jax.models.classifier import (
   create_backbone,
   create_model,
 )
-from insvp_jax.train import losses, optim, steps
+from insvp_jax.train import losses, microbatch, optim, steps
 from insvp_jax.train import state as state_lib
 from insvp_jax.train.objectives import Objective, objective_of
 
@@ -48,6 +48,7 @@ class Program:
     total_steps: batches of the whole run.
     steps_per_epoch: batches of an epoch.
     batch_size: of training.
+    num_parts: in which a train step computes a batch of images; see `microbatch`.
     mesh: all devices, from `mesh.create_mesh`.
     state_sharding: where the state lies: a `TrainState` of shardings.
     functions: what the steps compute, to be jitted.
@@ -66,6 +67,7 @@ class Program:
   total_steps: int
   steps_per_epoch: int
   batch_size: int
+  num_parts: int
   mesh: jax.sharding.Mesh
   state_sharding: state_lib.TrainState
   functions: steps.StepFunctions
@@ -282,6 +284,10 @@ def create_program(
   if config.loss.class_weights and class_counts is not None:
     weights = losses.class_weights(class_counts)
   objective = objective_of(config.task).create(config, num_classes, weights)
+  # A step that sets parameters without a gradient sets them from the whole batch.
+  num_parts = microbatch.num_parts(
+    config, model.backbone.spec, mesh, needs_whole=carried != mask
+  )
   return Program(
     model=model,
     draws=draws,
@@ -292,6 +298,7 @@ def create_program(
     total_steps=total_steps,
     steps_per_epoch=steps_per_epoch,
     batch_size=config.batch_size,
+    num_parts=num_parts,
     mesh=mesh,
     state_sharding=state_lib.create_sharding(
       state_lib.cast_frozen(shapes, mask, config), mask, mesh
@@ -303,6 +310,7 @@ def create_program(
       mask,
       config,
       objective,
+      num_parts,
     ),
     objective=objective,
     hparams=hparams,

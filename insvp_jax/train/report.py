@@ -106,9 +106,13 @@ def run_text(
   """
   split = data.splits[config.data.train_split]
   peak_lr = optim.peak_lr(config.optim, config.batch_size)
+  in_parts = program.num_parts > 1 and not features.are_cached(
+    config, program, len(split)
+  )
+  at_once = f" ({config.batch_size // program.num_parts} at once)" if in_parts else ""
   lines = [
     f"{config.method} on {config.data.train_split}: {program.total_steps} steps of "
-    f"{config.batch_size} images, lr {peak_lr:g}, wd {config.optim.wd:g}, "
+    f"{config.batch_size} images{at_once}, lr {peak_lr:g}, wd {config.optim.wd:g}, "
     f"seed {config.seed}",
     features.summary_line(config, program, split),
     _balance_line(config, split.labels, data.num_classes),

@@ -19,6 +19,7 @@ from insvp_jax import trees
 from insvp_jax.data import preprocess, resident
 from insvp_jax.models import quantized
 from insvp_jax.models.classifier import PromptedClassifier, block_reads
+from insvp_jax.train import microbatch
 from insvp_jax.train.objectives import Objective
 from insvp_jax.train.optim import Schedule
 from insvp_jax.train.state import TrainState
@@ -58,6 +59,7 @@ def create_step_functions(
   mask: Mapping[str, Any],
   config: ConfigDict,
   objective: Objective,
+  num_parts: int = 1,
 ) -> StepFunctions:
   """Returns the functions that train and evaluate a model.
 
@@ -68,10 +70,17 @@ def create_step_functions(
     mask: bool tree, True where trainable.
     config: the whole configuration.
     objective: of the task.
+    num_parts: as for `create_train_step`.
   """
   preset = preprocess.get_preset(config.data.preset)
   train_step = create_train_step(
-    model, optimizer, schedule, mask, objective=objective, head_lr=config.optim.head_lr
+    model,
+    optimizer,
+    schedule,
+    mask,
+    objective=objective,
+    head_lr=config.optim.head_lr,
+    num_parts=num_parts,
   )
   return StepFunctions(
     # Traced once for all programs that it is part of.
@@ -97,6 +106,7 @@ def create_train_step(
   *,
   objective: Objective,
   head_lr: float = 0.0,
+  num_parts: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -110,6 +120,8 @@ def create_train_step(
     mask: bool tree, True where trainable.
     objective: of the task: inputs, targets and loss.
     head_lr: as for `update_params`.
+    num_parts: in which a batch of images is computed, one after the other; see
+      `microbatch`. The metrics are means over all of them, of `measures` the largest.
 
   Returns:
     A pure function of batches from `Objective.train_batches`, with a "route" where that
@@ -127,20 +139,22 @@ def create_train_step(
     # The first of the three keys belongs to the input pipeline, for crops and flips.
     _, mix_key, dropout_key = jax.random.split(key, 3)
     inputs, targets, method = objective.inputs(batch, mix_key)
-    # The route, too, stands for images only where nothing is mixed (see features.py).
-    known = {"route": batch["route"]} if "route" in batch else {}
     trainable, frozen = trees.split(state.params, mask)
+    # What else is known of each image: labels or masks; the route, which too stands for
+    # images only where nothing is mixed (see features.py).
+    known = {k: v for k, v in batch.items() if k not in ("images", "features")}
 
-    def loss_fn(trainable):
+    def loss_fn(trainable, frozen, part, key):
+      inputs, targets, known = part
       params = trees.merge(trainable, frozen)
       output, sown = model.apply(
         _variables(model, params, state.hparams),
         inputs,
         train=True,
-        rngs={"dropout": dropout_key},
+        rngs={"dropout": key},
         mutable=sown_collections,
         method=method,
-        **known,
+        **({"route": known["route"]} if "route" in known else {}),
       )
       value = objective.loss(output, targets)
       # Of a method's own loss only where a target is that of an image.
@@ -150,10 +164,15 @@ def create_train_step(
         value += model.prompter.extra_loss(prompter, reads, targets)
       updated = trees.flatten(sown.get("updated", {}))
       found = trees.flatten(sown.get("measures", {}))
-      return value, (output, updated, {name: jnp.max(found[name]) for name in measures})
+      measured = {name: jnp.max(found[name]) for name in measures}
+      return value, (objective.accuracy(output, known), measured, updated)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    (value, (output, updated, measured)), grads = gradient(trainable)
+    if num_parts > 1 and "features" not in batch:
+      gradient = microbatch.mean_gradient(gradient, num_parts)
+    (value, (accuracy, measured, updated)), grads = gradient(
+      trainable, frozen, (inputs, targets, known), dropout_key
+    )
     trainable, opt_state = update_params(
       optimizer, schedule, mask, state, grads, model.prompter.adjust_updates, head_lr
     )
@@ -163,7 +182,7 @@ def create_train_step(
     )
     metrics = {
       "loss": value,
-      "accuracy": objective.accuracy(output, batch),
+      "accuracy": accuracy,
       "grad_norm": optax.tree.norm(grads),
       "param_norm": optax.tree.norm(trainable),
       "step": state.step,

@@ -145,12 +145,14 @@ def test_products_and_their_gradients_are_those_of_the_floats(layer, dtype):
 
 
 @functools.cache
-def wide(**changes):
+def wide(parts=1, **changes):
   """Returns (config, program) of a backbone that is nearly all kernels."""
   sizes = {"width": 128, "mlp_dim": 512, "depth": 4}
   changes |= {f"backbone__{name}": value for name, value in sizes.items()}
   config = tiny_config("vpt_deep", image_size=8, **changes)
   config.batch_size = devices = config.backbone.fsdp
+  config.batch_size *= parts
+  config.microbatch_size = devices
   return config, prepare(config, devices=devices).program
 
 
@@ -173,10 +175,12 @@ def frozen_bytes(config, program):
 
 
 @pytest.mark.parametrize(
-  "scan, step", [(False, "one"), (False, "many"), (False, "trials"), (True, "many")]
+  "scan, step",
+  [*((False, step) for step in ("one", "many", "trials", "parts")), (True, "many")],
 )
 def test_the_memory_of_a_step_is_a_quarter_too(scan, step):
-  config, program = wide(backbone__scan=scan, **INT8)
+  parts = 2 if step == "parts" else 1
+  config, program = wide(parts, backbone__scan=scan, **INT8)
   state = program_lib.abstract_state(config, program)
   floats = frozen_bytes(*wide(backbone__scan=scan))
   assert frozen_bytes(config, program) < 0.27 * floats
@@ -191,7 +195,7 @@ def test_the_memory_of_a_step_is_a_quarter_too(scan, step):
     if step == "trials":
       state = of_two_trials(program, state)
       program = population.stack_program(program, in_turn=True)
-    batch = jax.tree.map(lambda x: x.update(shape=(1, *x.shape[1:])), arrays)
+    batch = jax.tree.map(lambda x: x.update(shape=(parts, *x.shape[1:])), arrays)
     traced = program.train_step.trace(state, batch)
   # It never runs, and generating fast code takes longest.
   compiled = traced.lower().compile({"xla_backend_optimization_level": 0})
