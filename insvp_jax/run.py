@@ -269,7 +269,7 @@ class Run:
     if self._platform != "cpu":
       return list(BATCH_SIZES)
     most = microbatch.images_at_once(self.model.backbone.spec)
-    return [size for size in BATCH_SIZES if size <= most]
+    return [size for size in BATCH_SIZES if size <= max(most, BATCH_SIZES[1])]
 
   def _apply(self, name: str, function: Callable, images: Any) -> Any:
     """Applies `function(params, inputs)` to images of any number and size.

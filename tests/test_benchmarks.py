@@ -286,10 +286,12 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
   one = ["--methods=linear", "--modes=eval,predict", "--frozen_dtypes=int8"]
   step.main([*TINY, *arguments, *one])
   one = json.loads((tmp_path / "s").read_text())["steps"]
-  step.main([*TINY, *arguments, "--methods=insvp,linear", "--modes=train"])
+  in_parts = ["--methods=insvp,linear", "--modes=train", "--microbatch_sizes=2"]
+  step.main([*TINY, *arguments, *in_parts])
   both = json.loads((tmp_path / "s").read_text())["steps"]
   assert set(one) == {"eval", "predict"} == set(step.MODES) - {"train"}
-  assert set(both) == {"train"} and set(both["train"]) == {"insvp", "linear"}
+  insvp, linear = ("insvp 2 at once", "linear 2 at once")
+  assert set(both) == {"train"} and set(both["train"]) == {insvp, linear}
   for mode, rows in [*one.items(), *both.items()]:
     for row in rows.values():
       assert row["memory_mib"] > 0 and row["seconds"] > 0
@@ -297,15 +299,14 @@ def test_step_measures_every_mode_and_method(tmp_path, capsys):
       assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
       known = PARTS if mode == "train" else PARTS[:3]
       assert tuple(row["parts"]) == known
-  linear = {mode: rows["linear int8"]["flops"] for mode, rows in one.items()}
-  linear["train"] = both["train"]["linear"]["flops"]
+  flops = {mode: rows["linear int8"]["flops"] for mode, rows in one.items()}
+  flops["train"] = both["train"][linear]["flops"]
   # The gradient of the head is one more product of its size; its input needs none.
-  assert linear["train"] - linear["eval"] == 4 * 2 * 32 * 5
-  assert linear["eval"] == linear["predict"]
-  insvp = both["train"]["insvp"]["flops"]
-  assert insvp > 1.8 * linear["eval"]
+  assert flops["train"] - flops["eval"] == 4 * 2 * 32 * 5
+  assert flops["eval"] == flops["predict"]
+  assert both["train"][insvp]["flops"] > 1.8 * flops["eval"]
   rows = cells(step.table(both))
-  assert [row[0] for row in rows] == ["step", "train insvp", "train linear"]
+  assert [row[0] for row in rows] == ["step", f"train {insvp}", f"train {linear}"]
   assert capsys.readouterr().out.endswith(step.table(both))
 
 

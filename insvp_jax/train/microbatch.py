@@ -19,7 +19,7 @@ from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.models import quantized
 
 # More of them at once are slower on a CPU, and much fewer too.
-_PATCHES_AT_ONCE = 2048
+_PATCHES_AT_ONCE = 1024
 # What a backbone of several stages counts as: its first patches are small and cheap.
 _STAGED_PATCH_SIZE = 16
 

@@ -86,9 +86,9 @@ def parts_of(batch_size, size=0, *, devices=1, platform="cpu", needs_whole=False
 
 
 def test_a_cpu_alone_computes_in_parts_by_itself(unchecked):
-  assert parts_of(64) == 8 and parts_of(20) == 2 and parts_of(22) == 2
+  assert parts_of(64) == 16 and parts_of(20) == 4 and parts_of(14) == 2
   # A prime number of images has no parts but single ones, which are slower.
-  assert parts_of(31) == parts_of(8) == parts_of(1) == 1
+  assert parts_of(13) == parts_of(6) == parts_of(1) == 1
   assert parts_of(64, devices=4) == parts_of(64, platform="gpu") == 1
   assert parts_of(64, needs_whole=True) == 1
   assert parts_of(64, 16, devices=4, platform="gpu") == 4
@@ -129,8 +129,8 @@ def test_parts_are_equal_and_not_far_from_what_is_wanted(batch_size, size):
 
 @pytest.mark.parametrize(
   "backbone, image_size, expected",
-  [("B/16", 224, 10), ("S/14", 224, 8), ("mu/4", 32, 32), ("g/14", 518, 1)]
-  + [("swin_t", 224, 10), ("resnet50", 224, 10), ("mu/4", 4, 2048)],
+  [("B/16", 224, 5), ("S/14", 224, 4), ("mu/4", 32, 16), ("g/14", 518, 1)]
+  + [("swin_t", 224, 5), ("resnet50", 224, 5), ("mu/4", 4, 1024)],
 )
 def test_how_many_images_a_cpu_computes_at_once(backbone, image_size, expected):
   assert microbatch.images_at_once(create_backbone(backbone, image_size).spec) == (
@@ -141,7 +141,7 @@ def test_how_many_images_a_cpu_computes_at_once(backbone, image_size, expected):
 def test_evaluation_takes_few_images_at_once_on_a_cpu():
   config = tiny_config("linear", image_size=64, eval_batch_size=0)
   program = prepare(config).program
-  assert batches.eval_batch_size(config, program, 1000) == 8
+  assert batches.eval_batch_size(config, program, 1000) == 4
   # Features are small.
   assert batches.eval_batch_size(config, program, 1000, of_features=True) == 256
   config.eval_batch_size = 100
