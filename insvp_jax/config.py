@@ -205,7 +205,7 @@ _BACKBONE_FIELDS = (
 # What may change between a run and its resumption; all else shapes the result. Of
 # another microbatch_size dropout draws otherwise, as on another kind of device.
 MAY_CHANGE = (
-  r"(tune|plan)/.*|eval_batch_size|microbatch_size|segment/(stride|scales|flips|batch_size)|"
+  r"(tune|plan)/.*|(eval_|micro)batch_size|segment/(stride|scales|flips|batch_size)|"
   r"(log|eval|checkpoint)_every_.*|tensorboard|multihost|"
   r"wandb|prompt_images|profile|keep_checkpoints|"
   r"data/(max_pixels|max_file_mb|ordered|classes)|"
