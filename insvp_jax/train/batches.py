@@ -31,9 +31,6 @@ _MAX_STEPS_PER_CALL = 256
 # because all processes have to decide alike.
 _FLOPS_PER_CALL = {"cpu": 5e10}
 _FLOPS_PER_CALL_ELSEWHERE = 1e13
-# On a CPU so few steps gain most of what sharing memory gains. They share it up to as
-# many FLOPs as a step of ViT-B/16 on 32 images has, some 15 seconds on two cores.
-_SHARING_STEPS, _FLOPS_OF_SHARING = 4, 2.2e12
 
 
 class StreamFeed:
@@ -114,7 +111,7 @@ def create_feed(
   if arrays is not None and many:
     max_steps = steps_per_call or _steps_per_call(program, state, arrays, seed)
     if max_steps == 1 and features is None and _platform(program) == "cpu":
-      # Such a step keeps a CPU busy for so long that a call of its own costs nothing.
+      # Such a step keeps a CPU busy for so long that a call of its own costs little.
       many, arrays = False, arrays if is_routed else None
   if arrays is None or not many:
     batches = program.objective.train_batches(
@@ -135,10 +132,7 @@ def _steps_per_call(program: Program, state: Any, arrays: Any, seed: Any) -> int
   traced = program.multi_step.trace(state, arrays, seed, np.int32(1))
   limit = _FLOPS_PER_CALL.get(_platform(program), _FLOPS_PER_CALL_ELSEWHERE)
   # `flops.count` counts one round of the loop over steps.
-  count = max(1, flops.count(traced.jaxpr)) / program.mesh.size
-  num_steps = limit / count
-  if _platform(program) == "cpu":
-    num_steps = max(num_steps, min(_SHARING_STEPS, _FLOPS_OF_SHARING / count))
+  num_steps = limit * program.mesh.size / max(1, flops.count(traced.jaxpr))
   return max(1, min(_MAX_STEPS_PER_CALL, int(num_steps)))
 
 

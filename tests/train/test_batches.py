@@ -308,21 +308,6 @@ def test_a_call_does_no_more_than_a_device_does_in_about_a_second(
   assert 1 < most < 256 and most == pytest.approx(expected, abs=1)
 
 
-@pytest.mark.parametrize("shared, most", [(1.0, 4), (2.5 / 4, 2), (0.1, 1)])
-def test_a_few_steps_share_memory_on_a_cpu(prepared, monkeypatch, shared, most):
-  params = prepared.first_params(config_of())
-  state = program_lib.create_state(config_of(), prepared.program, params)
-  arrays = batches.resident.put_split(
-    prepared.data.splits["train"],
-    batches.mesh_lib.batch_sharding(prepared.program.mesh),
-  )
-  monkeypatch.setattr(batches.flops, "count", lambda jaxpr: 10**13)
-  flops = 4 * 10**13 / prepared.program.mesh.size
-  monkeypatch.setattr(batches, "_FLOPS_OF_SHARING", shared * flops)
-  found = batches._steps_per_call(prepared.program, state, arrays, np.uint32(0))
-  assert found == most
-
-
 def test_a_negative_number_of_steps_is_refused():
   with pytest.raises(ValueError, match="steps_per_call is -1, expected at least 0"):
     config_checks.validate(config_of(steps_per_call=-1))

@@ -1,6 +1,5 @@
 """A batch in parts is the same step, with less memory."""
 
-import functools
 import types
 
 from hypothesis import given
@@ -16,12 +15,10 @@ from insvp_jax.models.classifier import create_backbone
 from insvp_jax.train import batches, microbatch
 from insvp_jax.train import program as program_lib
 
-NO_DROPOUT = {"insvp__dropout": 0.0}
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-@functools.cache
-def of_a_step(size, method="insvp", devices=1, **changes):
+def of_a_step(size, method, devices=1, **changes):
   """Returns (trainable parameters, metrics) after a step on one batch."""
   changes = {"optim__name": "sgd", "optim__warmup_epochs": 0.0, **changes}
   config = tiny_config(method, microbatch_size=size, **changes)
@@ -46,7 +43,10 @@ def assert_alike(mine, theirs):
 @pytest.mark.parametrize(
   "method, changes",
   [
-    ("insvp", {**NO_DROPOUT, "loss__mixup_alpha": 1.0, "loss__mix_prob": 1.0}),
+    (
+      "insvp",
+      {"insvp__dropout": 0.0, "loss__mixup_alpha": 1.0, "loss__mix_prob": 1.0},
+    ),
     # It has measures.
     ("gated", {"gated__dropout": 0.0, "loss__class_weights": True}),
     # It has a loss of its own.
@@ -58,16 +58,18 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(method, changes):
 
 
 def test_parts_draw_alike_on_any_number_of_devices():
-  one = of_a_step(4, insvp__dropout=0.5)
-  assert_alike(of_a_step(4, devices=4, insvp__dropout=0.5), one)
+  changes = {"vpt_deep__dropout": 0.5, "backbone__depth": 1}
+  one = of_a_step(4, "vpt_deep", **changes)
+  assert_alike(of_a_step(4, "vpt_deep", devices=4, **changes), one)
   # Each part has draws of its own: they are not those of the whole batch.
-  whole = of_a_step(8, insvp__dropout=0.5)
+  whole = of_a_step(8, "vpt_deep", **changes)
   assert one[1]["loss"] != pytest.approx(whole[1]["loss"], rel=1e-4)
 
 
 def test_a_part_needs_less_memory_than_the_whole():
   def temporaries(size):
-    config = tiny_config(batch_size=16, microbatch_size=size)
+    changes = {"batch_size": 16, "backbone__mlp_dim": 512}
+    config = tiny_config("vpt_deep", microbatch_size=size, **changes)
     program = prepare(config).program
     state = program_lib.abstract_state(config, program)
     batch = batches.abstract_batch(config, program, 16, train=True)
