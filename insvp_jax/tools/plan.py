@@ -96,6 +96,7 @@ def plan(
   image_size = program.model.input_size
   stored_size = get_preset(config.data.preset).stored_size(image_size)
   train_on_features = features.are_cached(config, program, num_train)
+  num_parts = 1 if train_on_features else program.num_parts
   train_batch = batches.abstract_batch(config, program, config.batch_size, train=True)
   if train_on_features:
     vit = program.model.backbone
@@ -137,6 +138,7 @@ def plan(
     "num_classes": num_classes,
     "num_train": num_train,
     "batch_size": config.batch_size,
+    "microbatch_size": config.batch_size // num_parts,
     "eval_batch_size": eval_size,
     "devices": mesh.size,
     "fsdp": config.backbone.fsdp,
@@ -239,6 +241,8 @@ def _nbytes(tree: Any) -> int:
 def format_plan(result: dict[str, Any]) -> str:
   """Returns the result of `plan` as text: a table of bytes, and a few lines."""
   arrays = result["arrays"]
+  size, batch_size = result["microbatch_size"], result["batch_size"]
+  at_once = f" ({size} at once)" if size < batch_size else ""
   train_on_features = arrays["training_features"] > 0
   inputs = "features" if train_on_features else "images"
   passes = ("training", "features" if train_on_features else "evaluation")
@@ -264,7 +268,7 @@ def format_plan(result: dict[str, Any]) -> str:
     f"{result['num_classes']} classes; {result['backbone']} at "
     f"{result['image_size']} px, {result['params']:,} parameters",
     f"{result['devices']} x {result['planned_on']}, fsdp {result['fsdp']}; batches of "
-    f"{result['batch_size']} to train and {result['eval_batch_size']} to evaluate",
+    f"{batch_size} to train{at_once} and {result['eval_batch_size']} to evaluate",
     "",
     textwrap.indent(table, "  "),
     "",

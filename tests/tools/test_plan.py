@@ -160,6 +160,7 @@ def test_a_plan_is_told_in_powers_of_1024():
     **dict.fromkeys(("task", "method", "backbone"), "x"),
     **dict.fromkeys(("image_size", "num_classes", "num_train", "batch_size"), 8),
     **{"eval_batch_size": 8, "devices": 4, "fsdp": 2, "params": 10**9},
+    "microbatch_size": 4,
     **{"planned_on": "cpu", "scan": False, "remat": False},
     "dtypes": ["bfloat16", "float32"],
     "arrays": dict.fromkeys(
@@ -174,6 +175,7 @@ def test_a_plan_is_told_in_powers_of_1024():
   text = plan.format_plan(found)
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert "one batch 512 B 512 B" in lines
+  assert "4 x cpu, fsdp 2; batches of 8 to train (4 at once) and 8 to evaluate" in lines
   assert "frozen parameters 1.50 KiB 1.50 KiB" in lines
   assert "all 5.00 GiB 5.00 GiB" in lines
   assert "checkpoint: adapter 4.00 TiB, optimizer 8192.00 TiB" in lines
