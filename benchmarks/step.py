@@ -167,6 +167,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument(
     "--microbatch_sizes",
+    type=_whole_numbers,
     default="0",
     help="32,8,...: images of a train step at once, each; 0: automatic",
   )
@@ -193,9 +194,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   args.methods, args.modes = args.methods.split(","), args.modes.split(",")
   args.frozen_dtypes = args.frozen_dtypes.split(",")
-  args.microbatch_sizes = [int(size) for size in args.microbatch_sizes.split(",")]
   _check(parser, args)
   return args
+
+
+def _whole_numbers(text: str) -> list[int]:
+  """Returns the numbers of a list such as "32,8"."""
+  try:
+    return [int(number) for number in text.split(",")]
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r}, expected whole numbers, such as 32,8"
+    ) from None
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
