@@ -43,6 +43,11 @@ def create_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -
   )
 
 
+def platform(mesh: Mesh) -> str:
+  """Returns the kind of the devices: "cpu", "gpu" or "tpu"."""
+  return mesh.devices.flat[0].platform
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is the batch."""
   # Over all axes: devices that share a backbone still have rows of their own.

@@ -30,6 +30,7 @@ import numpy as np
 
 from insvp_jax import trees
 from insvp_jax.data.splits import Split
+from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.models import quantized
 from insvp_jax.train import losses, optim
 from insvp_jax.train.program import Program, create_state
@@ -159,7 +160,7 @@ def takes_turns(program: Program) -> bool:
   Args:
     program: of one trial.
   """
-  on_cpu = program.mesh.devices.flat[0].platform == "cpu"
+  on_cpu = mesh_lib.platform(program.mesh) == "cpu"
   return on_cpu and not _trains_head_alone(program)
 
 

@@ -215,7 +215,7 @@ def _step_bytes(traced: Any, batch: Any, mesh: Any, resident: int) -> dict[str, 
     mesh: the devices.
     resident: bytes of the arrays that are on each device meanwhile.
   """
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  on_cpu = mesh_lib.platform(mesh) == "cpu"
   compiled = traced.lower().compile(_CPU_COMPILER_OPTIONS if on_cpu else None)
   batch_bytes = _nbytes(batch) // mesh.size
   # Outputs are not counted: they take the place of the donated inputs.

@@ -137,7 +137,7 @@ def _steps_per_call(program: Program, state: Any, arrays: Any, seed: Any) -> int
 
 
 def _platform(program: Program) -> str:
-  return program.mesh.devices.flat[0].platform
+  return mesh_lib.platform(program.mesh)
 
 
 def next_end(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from insvp_jax.distributed import mesh as mesh_lib
 from insvp_jax.methods.base import BackboneSpec
 from insvp_jax.models import quantized
 
@@ -52,7 +53,7 @@ def num_parts(
   """
   batch_size, size = config.batch_size, config.microbatch_size
   if size == 0:
-    is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    is_one_cpu = mesh.size == 1 and mesh_lib.platform(mesh) == "cpu"
     if needs_whole or not is_one_cpu:
       return 1
     return batch_size // _nearest_divisor(batch_size, images_at_once(spec))

@@ -219,7 +219,7 @@ class Program:
   @property
   def compiler_options(self) -> dict[str, str] | None:
     """What `jax.jit` has to be told for functions of the parameters."""
-    platform = self.mesh.devices.flat[0].platform
+    platform = mesh_lib.platform(self.mesh)
     return quantized.compiler_options(self.state_sharding.params, platform)
 
   @property
