@@ -73,6 +73,7 @@ class BackboneSpec:
     head_classes: classes of the head that the backbone was trained with; 0 where that
       is not kept.
     mean, std: of each channel, by which pixels in [0, 1] are normalised.
+    dtype: of the backbone's computation; None: that of its arrays.
     stages: the stages, first to last; () stands for the one that the sizes say.
   """
 
@@ -91,6 +92,7 @@ class BackboneSpec:
   head_classes: int = 0
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  dtype: str | None = None
   stages: tuple[Stage, ...] = ()
 
   def __post_init__(self) -> None:

@@ -248,7 +248,7 @@ class InsVP(Method):
       self.fusion = self.param("fusion", nn.initializers.zeros, (len(self._parts()),))
     if self.use_patch:
       self.patch_prompter = PatchPrompter(
-        self.spec.patch_size, self.patch_hidden, dropout
+        self.spec.patch_size, self.patch_hidden, dropout, self.spec.dtype
       )
     if self.use_global:
       self.global_prompter = GlobalPrompter(
@@ -257,6 +257,7 @@ class InsVP(Method):
         self.global_dilations,
         dropout,
         self.conv,
+        self.spec.dtype,
       )
     if self.use_common:
       bound = 1.0
@@ -274,6 +275,7 @@ class InsVP(Method):
         self.specific_activation,
         dropout,
         self.conv,
+        self.spec.dtype,
       )
 
   def prompt_image(

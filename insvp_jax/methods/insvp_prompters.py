@@ -6,6 +6,7 @@ Itself", section 3.2 and figure 2.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -53,10 +54,10 @@ def normalized(
   return (wide * (rms * jax.lax.rsqrt(mean + 1e-6))).astype(prompts.dtype)
 
 
-def _dense(features: int, fan_in: int) -> nn.Dense:
+def _dense(features: int, fan_in: int, dtype: Any) -> nn.Dense:
   """Returns a dense layer that starts as PyTorch's does."""
   init = torch_uniform(fan_in)
-  return nn.Dense(features, kernel_init=init, bias_init=init)
+  return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init)
 
 
 class PatchPrompter(nn.Module):
@@ -75,6 +76,7 @@ class PatchPrompter(nn.Module):
   patch_size: int
   hidden: int
   dropout: Rate
+  dtype: Any = None
 
   @nn.compact
   def __call__(
@@ -84,8 +86,8 @@ class PatchPrompter(nn.Module):
     size = {"p": self.patch_size, "q": self.patch_size}
     patches = einops.rearrange(images, "b (h p) (w q) c -> b h w (p q c)", **size)
     num_values = patches.shape[-1]
-    hidden = nn.relu(_dense(self.hidden, num_values)(patches))
-    patches = _dense(num_values, self.hidden)(hidden)
+    hidden = nn.relu(_dense(self.hidden, num_values, self.dtype)(patches))
+    patches = _dense(num_values, self.hidden, self.dtype)(hidden)
     prompt = einops.rearrange(patches, "b h w (p q c) -> b (h p) (w q) c", **size)
     return Dropout(self.dropout)(prompt, train=train)
 
@@ -108,6 +110,7 @@ class GlobalPrompter(nn.Module):
   dilations: Sequence[int]
   dropout: Rate
   conv: str = AUTO
+  dtype: Any = None
 
   @nn.compact
   def __call__(
@@ -115,8 +118,9 @@ class GlobalPrompter(nn.Module):
   ) -> Float[Array, "b h w c"]:
     """Returns the global prompt, in pixels."""
     channels = images.shape[-1]
-    x = Conv(self.hidden, self.kernels[0], self.dilations[0], self.conv)(images)
-    x = Conv(channels, self.kernels[1], self.dilations[1], self.conv)(nn.relu(x))
+    options = {"form": self.conv, "dtype": self.dtype}
+    x = Conv(self.hidden, self.kernels[0], self.dilations[0], **options)(images)
+    x = Conv(channels, self.kernels[1], self.dilations[1], **options)(nn.relu(x))
     return Dropout(self.dropout)(x, train=train)
 
 
@@ -208,6 +212,7 @@ class SpecificPrompter(nn.Module):
   activation: str
   dropout: Rate
   conv: str = AUTO
+  dtype: Any = None
 
   @nn.compact
   def __call__(
@@ -221,12 +226,13 @@ class SpecificPrompter(nn.Module):
     # Of what the crop cuts off, the convolution needs only what its kernel reaches.
     unreached = max(grid.crop - self.kernels[0] // 2, 0)
     x = _center(images, images.shape[1] - 2 * unreached)
-    x = Conv(p, self.kernels[0], form=self.conv)(x)  # [b, h, w, p]
+    options = {"form": self.conv, "dtype": self.dtype}
+    x = Conv(p, self.kernels[0], **options)(x)  # [b, h, w, p]
     # Pooling first equals the paper's order, since activations are monotone, and
     # leaves the activation a fraction of the pixels.
     x = _max_pool(_center(x, images.shape[1] - 2 * grid.crop), 4)
     x = Dropout(self.dropout)(activation(x), train=train)
-    x = Conv(3 * p, self.kernels[1], form=self.conv)(x)
+    x = Conv(3 * p, self.kernels[1], **options)(x)
     pooled: dict[int, Array] = {}  # by rows of a token's grid
     tokens = []
     for grid in grids:
@@ -234,7 +240,7 @@ class SpecificPrompter(nn.Module):
         y = _max_pool(_center(x, grid.size * grid.pool), grid.pool)  # [b, s, s, 3p]
         pooled[grid.size] = Dropout(self.dropout)(activation(y), train=train)
       y = pooled[grid.size]
-      y = Conv(grid.channels * p, self.kernels[2], form=self.conv)(y)
+      y = Conv(grid.channels * p, self.kernels[2], **options)(y)
       # As PyTorch flattens: a token is its channels' grids, one after the other.
       tokens.append(einops.rearrange(y, "b h w (p c) -> b p (c h w)", p=p))
     return tokens

@@ -146,7 +146,9 @@ class Block(nn.Module):
 
 def _read_rows(x: Array, num_read: int | None, num_prompts: int) -> Array:
   """Returns the first rows of x [b, m, d], and the last ones, which are prompts."""
-  if num_read is None or num_prompts == 0:
+  if num_read is None:
+    return x
+  if num_prompts == 0:
     return x[:, :num_read]
   return jnp.concatenate([x[:, :num_read], x[:, -num_prompts:]], axis=1)
 

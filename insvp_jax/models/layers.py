@@ -22,7 +22,9 @@ After = Callable[[str, Array, Array], Array] | None
 
 
 def activation(
-  function: Callable[[Array], Array], derivative: Callable[[Array], Array]
+  function: Callable[[Array], Array],
+  derivative: Callable[[Array], Array],
+  fast: Callable[[Array], Array] | None = None,
 ) -> Callable[[Array], Array]:
   """Returns an elementwise function whose gradient needs its input alone, in 16 bits.
 
@@ -33,23 +35,34 @@ def activation(
   Args:
     function: of numbers of any floating-point type.
     derivative: of the function, on float32.
+    fast: the function in another form, which 16 bits are computed by, on float32;
+      None: the same.
   """
 
   @jax.custom_vjp
   def in_16_bits(x: Array) -> Array:
-    return function(x)
+    return (fast or function)(x.astype(jnp.float32)).astype(x.dtype)
 
   def backward(x: Array, gradient: Array) -> tuple[Array]:
     return ((gradient * derivative(x.astype(jnp.float32))).astype(x.dtype),)
 
-  in_16_bits.defvjp(lambda x: (function(x), x), backward)
+  in_16_bits.defvjp(lambda x: (in_16_bits(x), x), backward)
   return lambda x: (in_16_bits if x.dtype.itemsize == 2 else function)(x)
 
 
+# Twice what the tanh of a GELU multiplies x by: 0.5 (1 + tanh(y)) = sigmoid(2 y), and
+# GPUs compute a tanh more slowly.
+_TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
+
+
+def _tanh_share(x: Array) -> Array:
+  return jax.nn.sigmoid(_TANH_SLOPE * x * (1 + 0.044715 * x**2))
+
+
 def _tanh_derivative(x: Array) -> Array:
-  tanh = jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-  slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-  return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope
+  share = _tanh_share(x)
+  slope = _TANH_SLOPE * (1 + 3 * 0.044715 * x**2)
+  return share * (1 + x * (1 - share) * slope)
 
 
 def _exact_derivative(x: Array) -> Array:
@@ -63,7 +76,7 @@ def _quick_derivative(x: Array) -> Array:
 
 
 GELUS = {
-  "tanh": activation(nn.gelu, _tanh_derivative),
+  "tanh": activation(nn.gelu, _tanh_derivative, lambda x: x * _tanh_share(x)),
   "exact": activation(functools.partial(nn.gelu, approximate=False), _exact_derivative),
   # CLIP's: x sigmoid(1.702 x).
   "quick": activation(lambda x: x * jax.nn.sigmoid(1.702 * x), _quick_derivative),
@@ -135,7 +148,8 @@ class Attention(nn.Module):
 
   Prompts given here are keys and values only. The outputs are those of a sequence with
   the prompts in it, without the prompts' own. Prompts that all images share are
-  projected once, not once per image.
+  projected once, not once per image, but where a GPU would take longer to join them to
+  the keys and values of each image (`even_rows`).
 
   Attributes:
     num_heads: number of heads; divides the width.
@@ -186,18 +200,30 @@ class Attention(nn.Module):
       return project
 
     query, key, value = projection("query"), projection("key"), projection("value")
+    num_queries, num_keys = inputs_q.shape[1], None
+    inputs_k = inputs_v = inputs_kv
+    is_plain = after is None and change_qkv is None
+    if self.fused and is_plain and _are_few(prompts, inputs_kv):
+      rows, num_keys = even_rows(inputs_kv, prompts)
+      # The outputs of prompts and padding are dropped at the end: GPUs take longer to
+      # copy the other queries than to compute these.
+      queries = rows if inputs_q is inputs_kv else inputs_q
+      # XLA would make one product of all three, and add their biases afterwards.
+      inputs_q, inputs_k, inputs_v = jax.lax.optimization_barrier((queries, rows, rows))
+      prompts = None
     # Not "> 1": a program for any number of images does not know how many there are.
-    if prompts is not None and prompts.shape[0] != 1 and after is None:
+    elif prompts is not None and prompts.shape[0] != 1 and after is None:
       # Once as inputs, in place of keys and values apart.
-      inputs_kv, prompts = join(inputs_kv, prompts), None
-    q, k, v = query(inputs_q), key(inputs_kv), value(inputs_kv)
+      inputs_k = inputs_v = join(inputs_kv, prompts)
+      prompts = None
+    q, k, v = query(inputs_q), key(inputs_k), value(inputs_v)
     if prompts is not None:
       # From n to n + p keys and values.
       k = join(k, key(prompts))
       v = join(v, value(prompts))
     if change_qkv is not None:
       q, k, v = change_qkv(q, k, v)
-    y = (attend_fused if self.fused else attend)(q, k, v)
+    y = attend_fused(q, k, v, num_keys) if self.fused else attend(q, k, v)
     out = DenseGeneral(
       width,
       axis=(-2, -1),
@@ -205,7 +231,9 @@ class Attention(nn.Module):
       dtype=self.dtype,
       name="out",
     )(y)
-    return out if after is None else after("out", y.reshape(out.shape), out)
+    if after is not None:
+      return after("out", y.reshape(out.shape), out)
+    return out[:, :num_queries]
 
 
 def attend(
@@ -225,19 +253,25 @@ def attend(
 
 
 def attend_fused(
-  q: Float[Array, "b q h e"], k: Float[Array, "b n h e"], v: Float[Array, "b n h e"]
+  q: Float[Array, "b q h e"],
+  k: Float[Array, "b n h e"],
+  v: Float[Array, "b n h e"],
+  num_keys: int | None = None,
 ) -> Float[Array, "b q h e"]:
   """Softmax attention by `jax.nn.dot_product_attention`.
 
   On NVIDIA GPUs and in 16 bits that is cuDNN's flash attention, which never stores the
   logits; elsewhere it is XLA's.
 
+  Args:
+    q, k, v: queries, keys and values.
+    num_keys: the number of keys that are attended to, the first ones; None: all.
+
   Raises:
     NotImplementedError: cuDNN does not support the shape; the message has its reason.
   """
-  if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-    return attend_padded(q, k, v, "cudnn")
-  return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+  on_cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+  return attend_padded(q, k, v, "cudnn" if on_cudnn else "xla", num_keys)
 
 
 def attend_padded(
@@ -245,27 +279,59 @@ def attend_padded(
   k: Float[Array, "b n h e"],
   v: Float[Array, "b n h e"],
   implementation: str,
+  num_keys: int | None = None,
 ) -> Float[Array, "b q h e"]:
-  """Softmax attention of sequences padded to even lengths; the padding is masked.
+  """Softmax attention of sequences padded to even lengths; padded keys are masked.
 
   The class token makes a ViT's sequences odd, and cuDNN has no gradient of those.
+
+  Args:
+    q, k, v: queries, keys and values.
+    implementation: of `jax.nn.dot_product_attention`.
+    num_keys: the number of keys that are attended to, the first ones; None: all.
   """
 
   def padded(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])
 
-  def lengths(x: Array) -> Array:
-    return jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+  def lengths(number: int) -> Array:
+    return jnp.full(q.shape[:1], number, jnp.int32)
 
-  y = jax.nn.dot_product_attention(
-    padded(q),
-    padded(k),
-    padded(v),
-    query_seq_lengths=lengths(q),
-    key_value_seq_lengths=lengths(k),
-    implementation=implementation,
+  num_queries, num_keys = q.shape[1], num_keys or k.shape[1]
+  q, k, v = padded(q), padded(k), padded(v)
+  masked = {}
+  if num_keys < k.shape[1]:
+    # All queries: what is computed of padding is dropped.
+    masked["query_seq_lengths"] = lengths(q.shape[1])
+    masked["key_value_seq_lengths"] = lengths(num_keys)
+  y = jax.nn.dot_product_attention(q, k, v, implementation=implementation, **masked)
+  return y[:, :num_queries]
+
+
+def _are_few(prompts: Array | None, tokens: Array) -> bool:
+  """Returns whether prompts cost less as queries than tokens to be copied."""
+  return prompts is None or 4 * prompts.shape[1] <= tokens.shape[1]
+
+
+def even_rows(
+  x: Float[Array, "b n d"], prompts: Float[Array, "b_or_1 p d"] | None
+) -> tuple[Float[Array, "b m d"], int]:
+  """Joins prompts to tokens, and zeros where the number of both is odd.
+
+  Returns:
+    the rows, and how many of them are tokens or prompts, the first ones.
+  """
+  number = x.shape[1] + (0 if prompts is None else prompts.shape[1])
+  # Together with what made the tokens; a concatenation of both takes XLA's code for
+  # GPUs four times as long as to write them.
+  rows = jnp.pad(x, [(0, 0), (0, number + number % 2 - x.shape[1]), (0, 0)])
+  if prompts is None:
+    return rows, number
+  prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape[1:]))
+  rows = jax.lax.dynamic_update_slice(
+    jax.lax.optimization_barrier(rows), prompts.astype(x.dtype), (0, x.shape[1], 0)
   )
-  return y[:, : q.shape[1]]
+  return rows, number
 
 
 def join(x: Array, prompts: Array) -> Array:

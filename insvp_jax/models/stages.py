@@ -84,6 +84,7 @@ class StagedBackbone(Backbone, kw_only=True):
       sites=frozenset(sites),
       block_patterns=() if self.scan else patterns,
       head_classes=self.head_classes,
+      dtype=self.dtype,
       stages=tuple(stages),
       **fields,
     )

@@ -253,6 +253,7 @@ class ViT(Backbone):
       ),
       embedding_patterns=("backbone/embedding/.*",),
       head_classes=self.head_classes,
+      dtype=self.dtype,
     )
 
   def without_scales(self, patterns: Sequence[str]) -> "ViT":

@@ -114,6 +114,22 @@ def test_published_kernels(form, dtype, channels, features, kernel, dilation, si
   )
 
 
+def test_on_a_gpu_the_bias_has_the_same_gradient(monkeypatch):
+  sizes = {"height": 7, "width": 5, "channels": 2, "features": 3}
+  sizes |= {"kernel": 3, "dilation": 1}
+  case("float32", **sizes)  # what is expected, as a CPU computes it
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  compare("plain", "float32", **sizes)
+  module = Conv(3, 3, form="plain")
+  variables = jax.eval_shape(module.init, KEY, jnp.ones((1, 7, 5, 2)))
+
+  def loss(variables):
+    return jnp.sum(module.apply(variables, jnp.ones((1, 7, 5, 2))))
+
+  # Or XLA makes one sum of both, over all pixels at once.
+  assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(variables))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_keep_the_dtype_of_the_images(form):
   images, kernel = (np.ones(s, jnp.bfloat16) for s in ((1, 8, 8, 2), (3, 3, 2, 1)))

@@ -407,6 +407,25 @@ def test_prompts_do_not_depend_on_the_rest_of_the_batch(preset, attended):
       np.testing.assert_allclose(prompt, expected, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("preset", ["paper", "tuned"])
+def test_prompters_compute_in_the_type_of_the_backbone(preset):
+  variables = init(insvp(preset=preset))
+  spec = dataclasses.replace(SPEC, dtype="bfloat16")
+  method = create_method("insvp", spec, prompt_length=4, preset=preset)
+  shapes = jax.eval_shape(
+    lambda: method.init(jax.random.key(0), IMAGES, method="prompts")
+  )
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} == {"float32"}
+  expected = prompts_of(insvp(preset=preset), variables)
+  for name, prompt in prompts_of(method, variables).items():
+    if name in ("global", "patch", "specific"):
+      assert prompt.dtype == jnp.bfloat16
+    largest = np.max(np.abs(expected[name]))
+    np.testing.assert_allclose(
+      prompt.astype(np.float32), expected[name], atol=0.02 * largest, err_msg=name
+    )
+
+
 @pytest.mark.parametrize(("preset", "common"), [("release", 1.0), ("paper", 0.0625)])
 def test_prompters_start_as_pytorch_does(monkeypatch, preset, common):
   bounds = {}

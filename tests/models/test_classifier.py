@@ -101,7 +101,7 @@ def test_the_base_method_changes_nothing():
 
 def test_backbone_fields():
   spec = create_backbone("Ti/16").spec
-  sizes = BackboneSpec(192, 12, 768, 3, 16, 224)
+  sizes = BackboneSpec(192, 12, 768, 3, 16, 224, dtype="float32")
   patterns = ("block_patterns", "norm_patterns", "embedding_patterns")
   assert dataclasses.replace(spec, **dict.fromkeys(patterns, ())) == sizes
   overridden = create_backbone("Ti/16", 64, {"depth": 3, "pool": "gap", "width": None})

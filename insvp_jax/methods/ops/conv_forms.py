@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 # Sides of the blocks that matrix products work on.
-BLOCK_SIZES = (2, 4, 8)
+BLOCK_SIZES = (4, 8)
 
 
 def plain(
@@ -241,11 +241,12 @@ def _fft(images: Array, kernel: Array, dilation: int) -> Array:
 
 
 def block_size(kernel_size: int) -> int:
-  """Returns the side s of the blocks: a kernel reaches little beyond two of them.
+  """Returns the side s of the blocks.
 
-  Larger blocks make larger products, of which more is multiplied with zeros.
+  The windows of small blocks overlap more, so that more is copied; in the products of
+  large ones more is multiplied with zeros.
   """
-  return max((s for s in BLOCK_SIZES if s < kernel_size), default=1)
+  return max((s for s in BLOCK_SIZES if s < kernel_size), default=min(BLOCK_SIZES))
 
 
 def blocks(
@@ -253,9 +254,10 @@ def blocks(
 ) -> Float[Array, "b h w o"]:
   """One matrix product over blocks of s x s pixels, which take the channels' place.
 
-  A kernel of 25 x 25 pixels from 6 to 3 channels becomes one of 4 x 4 blocks of 8 x 8
-  pixels from 384 to 192 channels: the small kernel, shifted to each place in a block
-  and padded with zeros. The backward pass puts the blocks together once more, so that
+  Each block of results is a product of the window of s + k - 1 pixels per side that it
+  reaches with a matrix: the small kernel, shifted to each place in a block and padded
+  with zeros. A kernel of 25 x 25 pixels from 6 to 3 channels becomes one from 32 x 32 x
+  6 to 8 x 8 x 3 numbers. The backward pass puts the windows together once more, so that
   nothing but the images is kept for it.
   """
   size = len(kernel)
@@ -278,11 +280,11 @@ def blocks(
     # Image by image, then their sum: a GPU has nothing to split in one long sum.
     to_large = jnp.einsum(
       "bni,bno->bio",
-      grid.reached(images, before),
+      grid.windows(images, before),
       grid.split(gradient),
       preferred_element_type=dtype,
     ).sum(0)
-    enlarged = functools.partial(_enlarge, side=grid.side, taps=grid.taps)
+    enlarged = functools.partial(_enlarge, side=grid.side)
     (to_kernel,) = jax.linear_transpose(enlarged, kernel.astype(dtype))(to_large)
     return to_images, to_kernel.astype(kernel.dtype)
 
@@ -293,8 +295,8 @@ def blocks(
 def _in_blocks(images: Array, kernel: Array, dilation: int, before: int) -> Array:
   """Returns the result of `blocks`, where an image has `before` zeros before it."""
   grid = _BlockGrid(*images.shape[1:3], len(kernel), dilation)
-  weights = _enlarge(kernel, grid.side, grid.taps).astype(images.dtype)
-  return grid.join(grid.reached(images, before) @ weights)
+  weights = _enlarge(kernel, grid.side).astype(images.dtype)
+  return grid.join(grid.windows(images, before) @ weights)
 
 
 class _BlockGrid:
@@ -305,7 +307,6 @@ class _BlockGrid:
 
   Attributes:
     side: s, pixels per side of a block.
-    taps: t, blocks per side that the results of one block reach.
   """
 
   _IMAGE, _BLOCKS = "b (r i p) (c j q) d", "b (p q r c) (i j d)"
@@ -313,20 +314,35 @@ class _BlockGrid:
   def __init__(self, height: int, width: int, size: int, dilation: int):
     """Takes the image's sides and the kernel's, before its dilation."""
     self.side = block_size(size)
-    self.taps = -(-(self.side + size - 1) // self.side)
     self._sides = height, width
-    self._step = self.side * dilation
-    self._counts = [-(-length // self._step) for length in self._sides]
+    self._dilation = dilation
+    # Pixels of the windows that lie behind their blocks.
+    self._more = size - 1
+    self._counts = [-(-side // (self.side * dilation)) for side in self._sides]
     self._axes = {"i": self.side, "j": self.side, "p": dilation, "q": dilation}
 
-  def reached(self, images: Array, before: int) -> Float[Array, "b n i"]:
-    """Returns the t x t blocks that each block of results reaches, side by side."""
-    x = self._padded(images, before, self.taps - 1)
-    x = einops.rearrange(x, f"{self._IMAGE} -> b p q r c (i j d)", **self._axes)
-    rows, columns = self._counts
-    shifts = itertools.product(range(self.taps), repeat=2)
-    parts = [x[:, :, :, i : i + rows, j : j + columns] for i, j in shifts]
-    return einops.rearrange(jnp.concatenate(parts, -1), "b p q r c d -> b (p q r c) d")
+  def windows(self, images: Array, before: int) -> Float[Array, "b n i"]:
+    """Returns the s + k - 1 pixels per side that each block of results reaches."""
+    x = self._padded(images, before, self._more)
+    phases = {"p": self._dilation, "q": self._dilation}
+    x = einops.rearrange(x, "b (r p) (c q) d -> b p q r c d", **phases)
+    x = self._overlapping(x, 4, self._counts[1])  # b p q r c j d
+    x = self._overlapping(x, 3, self._counts[0])  # b p q r i c j d
+    return einops.rearrange(x, "b p q r i c j d -> b (p q r c) (i j d)")
+
+  def _overlapping(self, x: Array, axis: int, count: int) -> Array:
+    """Returns x with an axis of pixels as two: of `count` windows, and their pixels."""
+    length, parts = self.side + self._more, []
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -self._more % self.side)
+    x = jnp.pad(x, padding)
+    shape = (*x.shape[:axis], count, self.side, *x.shape[axis + 1 :])
+    # What the windows reach of their blocks, of the next ones, and so on.
+    for start in range(0, length, self.side):
+      blocks = lax.slice_in_dim(x, start, start + count * self.side, axis=axis)
+      reached = min(self.side, length - start)
+      parts.append(lax.slice_in_dim(blocks.reshape(shape), 0, reached, axis=axis + 1))
+    return jnp.concatenate(parts, axis + 1)
 
   def split(self, results: Array) -> Float[Array, "b n m"]:
     """Returns blocks of an image's size of results."""
@@ -342,36 +358,33 @@ class _BlockGrid:
   def _padded(self, x: Array, before: int, more: int) -> Array:
     """Returns x with zeros before it, and after it up to whole blocks and `more`."""
     padding = [
-      (before, (count + more) * self._step - before - length)
+      (before, (count * self.side + more) * self._dilation - before - length)
       for count, length in zip(self._counts, self._sides, strict=True)
     ]
     return jnp.pad(x, [(0, 0), *padding, (0, 0)])
 
 
-def _enlarge(kernel: Array, side: int, taps: int) -> Float[Array, "i m"]:
-  """Returns the kernel between blocks, with a block's pixels among its channels.
+def _enlarge(kernel: Array, side: int) -> Float[Array, "i m"]:
+  """Returns the matrix from a window to a block.
 
   Args:
     kernel: the dense kernel between pixels, [k, k, c, o].
     side: s, pixels per side of a block.
-    taps: t, blocks per side of the new kernel.
 
   Returns:
-    [t * t * s * s * c, s * s * o].
+    [(s + k - 1) * (s + k - 1) * c, s * s * o].
   """
   # Along one axis: 1 where the result at pixel `shift` of a block has its tap `tap`, as
-  # [pixel of the result, pixel that is read, tap].
-  shifted = np.zeros((side, taps * side, len(kernel)), kernel.dtype)
+  # [pixel of the result, pixel of the window, tap].
+  shifted = np.zeros((side, side + len(kernel) - 1, len(kernel)), kernel.dtype)
   for shift, tap in itertools.product(range(side), range(len(kernel))):
     shifted[shift, shift + tap, tap] = 1
-  # [pixel of the result, block that is read, pixel in it, tap].
-  shifted = shifted.reshape(side, taps, side, len(kernel))
-  # Rows: i result, x block, a pixel, j tap; columns: l, y, b, m; channels: c to o.
-  # A product with zeros and ones only moves values, at full precision.
+  # Rows: i result, a window, j tap; columns: l, b, m; channels: c to o. A product with
+  # zeros and ones only moves values, at full precision.
   weights = jnp.einsum(
-    "ixaj,lybm,jmco->xyabcilo", shifted, shifted, kernel, precision="highest"
+    "iaj,lbm,jmco->abcilo", shifted, shifted, kernel, precision="highest"
   )
-  return einops.rearrange(weights, "x y a b c i l o -> (x y a b c) (i l o)")
+  return einops.rearrange(weights, "a b c i l o -> (a b c) (i l o)")
 
 
 FORMS: dict[str, Callable[[Array, Array, int], Array]] = {
