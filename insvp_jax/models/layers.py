@@ -148,8 +148,8 @@ class Attention(nn.Module):
 
   Prompts given here are keys and values only. The outputs are those of a sequence with
   the prompts in it, without the prompts' own. Prompts that all images share are
-  projected once, not once per image, but where a GPU would take longer to join them to
-  the keys and values of each image (`even_rows`).
+  projected once, not once per image; but fused attention gets few prompts by
+  `even_rows`, since GPUs take longer to join keys and values than to project them.
 
   Attributes:
     num_heads: number of heads; divides the width.
