@@ -219,6 +219,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in given:
       if name not in known:
         parser.error(f"unknown {what} {name!r}; known: {', '.join(known)}")
+  for size in args.microbatch_sizes:
+    if size < 0 or (size and args.batch_size % size):
+      parser.error(f"parts of {size} do not divide a batch of {args.batch_size}")
   if args.yardstick and (reason := missing(args.torch_python)):
     parser.error(reason)
 

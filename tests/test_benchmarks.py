@@ -328,6 +328,9 @@ def test_step_refuses_what_it_does_not_know(capsys):
   with pytest.raises(SystemExit):
     step.main(["--microbatch_sizes=8,few"])
   assert "'8,few', expected whole numbers, such as 32,8" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    step.main(["--batch_size=8", "--microbatch_sizes=4,3"])
+  assert "parts of 3 do not divide a batch of 8" in capsys.readouterr().err
 
 
 def test_turns_go_there_and_back():

@@ -325,19 +325,21 @@ def even_rows(
   # Together with what made the tokens; a concatenation of both takes XLA's code for
   # GPUs four times as long as to write them.
   rows = jnp.pad(x, [(0, 0), (0, number + number % 2 - x.shape[1]), (0, 0)])
-  if prompts is None:
-    return rows, number
-  prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape[1:]))
-  rows = jax.lax.dynamic_update_slice(
-    jax.lax.optimization_barrier(rows), prompts.astype(x.dtype), (0, x.shape[1], 0)
-  )
+  if prompts is not None:
+    rows = jax.lax.optimization_barrier(rows)
+    start = (0, x.shape[1], 0)
+    rows = jax.lax.dynamic_update_slice(rows, _as_of_each(x, prompts), start)
   return rows, number
 
 
 def join(x: Array, prompts: Array) -> Array:
   """Appends prompts to x [b, n, ...] on axis 1; those shared by all are repeated."""
-  prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape[1:]))
-  return jnp.concatenate([x, prompts.astype(x.dtype)], axis=1)
+  return jnp.concatenate([x, _as_of_each(x, prompts)], axis=1)
+
+
+def _as_of_each(x: Array, prompts: Array) -> Array:
+  """Returns prompts for each image of x [b, ...], in its type."""
+  return jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape[1:])).astype(x.dtype)
 
 
 class LayerScale(nn.Module):

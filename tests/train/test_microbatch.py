@@ -10,9 +10,9 @@ import pytest
 from tiny_runs import draw_backbone
 from tiny_training import prepare, tiny_config
 
-from insvp_jax import trees
+from insvp_jax import run, trees
 from insvp_jax.models.classifier import create_backbone
-from insvp_jax.train import batches, microbatch
+from insvp_jax.train import batches, microbatch, report
 from insvp_jax.train import program as program_lib
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -148,3 +148,25 @@ def test_evaluation_takes_few_images_at_once_on_a_cpu():
   assert batches.eval_batch_size(config, program, 1000, of_features=True) == 256
   config.eval_batch_size = 100
   assert batches.eval_batch_size(config, program, 1000) == 100
+
+
+@pytest.mark.parametrize(
+  "size, words", [(2, "8 images (2 at once), lr"), (8, "8 images, lr")]
+)
+def test_a_run_says_how_many_images_it_computes_at_once(size, words):
+  config = tiny_config(microbatch_size=size)
+  prepared = prepare(config)
+  assert words in report.run_text(config, prepared.program, prepared.data)
+
+
+@pytest.mark.parametrize(
+  "platform, backbone, image_size, expected",
+  [("cpu", "mu/4", 16, [1, 8, 32]), ("cpu", "B/16", 224, [1, 8])]
+  + [("gpu", "B/16", 224, [1, 8, 32])],
+)
+def test_a_loaded_run_takes_few_images_at_once_on_a_cpu(
+  platform, backbone, image_size, expected
+):
+  model = types.SimpleNamespace(backbone=create_backbone(backbone, image_size))
+  loaded = types.SimpleNamespace(_platform=platform, model=model)
+  assert run.Run._batch_sizes(loaded) == expected
