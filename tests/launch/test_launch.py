@@ -17,6 +17,9 @@ import time
 import pytest
 
 SCRIPTS = ("launch/setup.sh", "launch/local.sh", "launch/test.sh", ".ci/run")
+# Of the interpreter's environment, which need not be active, or the system's.
+SHELLCHECK = shutil.which("shellcheck", path=Path(sys.executable).parent)
+SHELLCHECK = SHELLCHECK or shutil.which("shellcheck")
 TOOLS = "bash cat cksum cut dirname flock grep mkdir mv rm rmdir sleep uname"
 
 # Passes code to the real Python, under a pretended version.
@@ -99,12 +102,10 @@ def test_scripts_parse(script, root):
   subprocess.run(["bash", "-n", root / script], check=True)
 
 
-@pytest.mark.skipif(
-  not shutil.which("shellcheck"), reason="shellcheck is not installed"
-)
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shellcheck(root):
   done = subprocess.run(
-    ["shellcheck", "-x", "-P", "SCRIPTDIR", *SCRIPTS],
+    [SHELLCHECK, "-x", "-P", "SCRIPTDIR", *SCRIPTS],
     cwd=root,
     capture_output=True,
     text=True,
